@@ -1,0 +1,373 @@
+"""Configuration: one typed, validated object, from a preset, a YAML file and `--set` overrides.
+
+* `SmolLM2Config` is the network; its fields carry the names of transformers' `LlamaConfig`.
+* `RunConfig` is a whole run: `model`, `data`, `train` and `run` sections, as in `presets/*.yaml`.
+* Precedence: preset, then `--config` file, then `--set`, then the named flags.
+
+Nothing here imports torch, so that a mistake is reported before anything slow starts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .errors import CheckpointError, ConfigError, did_you_mean
+
+PRESET_DIR = Path(__file__).parent / "presets"
+MAX_YAML_BYTES = 64 * 1024
+MAX_YAML_DEPTH = 20
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean_as_number(cls, value: Any, info):
+        """pydantic reads True as 1; in a configuration that is always a mistake."""
+        annotation = str(cls.model_fields[info.field_name].annotation)
+        if isinstance(value, bool) and "bool" not in annotation:
+            raise ValueError(f"expected a {annotation.replace('class ', '')}, not the boolean {value}")
+        return value
+
+
+class SmolLM2Config(_Section):
+    """Shape of the network. `SmolLM2Config()` is SmolLM2-135M as it was pre-trained.
+
+    Sources: huggingface/smollm `config_smollm2_135M.yaml` (context 2,048, theta 10,000) and the released
+    `config.json` (context 8,192, theta 100,000 after long-context training).
+    """
+
+    vocab_size: int = Field(49152, ge=2, le=65536, description="entries of the tokenizer; must fit uint16")
+    hidden_size: int = Field(576, ge=2)
+    intermediate_size: int = Field(1536, ge=1)
+    num_hidden_layers: int = Field(30, ge=1)
+    num_attention_heads: int = Field(9, ge=1)
+    num_key_value_heads: int = Field(3, ge=1)
+    head_dim: int | None = Field(None, ge=2, description="default hidden_size / num_attention_heads")
+    max_position_embeddings: int = Field(2048, ge=1)
+    rms_norm_eps: float = Field(1e-5, gt=0)
+    rope_theta: float = Field(10000.0, gt=0)
+    tie_word_embeddings: bool = True
+    initializer_range: float = Field(1 / 24, gt=0, description="std of the normal initialisation; 1/24 = 1/sqrt(576)")
+    bos_token_id: int | None = Field(0, ge=0)
+    eos_token_id: int | None = Field(0, ge=0)
+    pad_token_id: int | None = Field(None, ge=0)
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                    f"{self.num_attention_heads}: change one, or give head_dim"
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd: RoPE rotates pairs, so it must be even")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}: each key/value head serves a whole group of query heads"
+            )
+        return self
+
+    def to_hf_dict(self, dtype: str = "float32") -> dict[str, Any]:
+        """`config.json` for transformers. Both RoPE forms and both dtype forms are written: version 4 reads the old
+        keys and silently falls back to theta 10,000 without them, version 5 writes only the new ones."""
+        fields = {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "mlp_bias": False,
+            "rope_scaling": None,
+            "use_cache": True,
+        }
+        fields |= self.model_dump()
+        fields["rope_parameters"] = {"rope_type": "default", "rope_theta": self.rope_theta}
+        fields["dtype"] = fields["torch_dtype"] = dtype
+        return dict(sorted(fields.items()))
+
+    @classmethod
+    def from_hf_dict(cls, fields: dict[str, Any], where: str = "config.json") -> SmolLM2Config:
+        """Read transformers' `config.json`; raises `CheckpointError` for anything this network cannot compute."""
+        rope = fields.get("rope_parameters") or {}
+        scaling = fields.get("rope_scaling") or {}
+        unsupported = {
+            "model_type": fields.get("model_type", "llama") not in ("llama",),
+            "hidden_act": fields.get("hidden_act", "silu") != "silu",
+            "attention_bias": bool(fields.get("attention_bias")),
+            "mlp_bias": bool(fields.get("mlp_bias")),
+            "rope_parameters": rope.get("rope_type", "default") != "default",
+            "rope_scaling": scaling.get("rope_type", scaling.get("type", "default")) != "default",
+            "quantization_config": bool(fields.get("quantization_config")),
+        }
+        for key, is_unsupported in unsupported.items():
+            if is_unsupported:
+                raise CheckpointError(
+                    f"{where}: {key} is {fields.get(key)!r}; expected a plain Llama with SiLU, default RoPE and no biases"
+                )
+        known = {name: fields[name] for name in cls.model_fields if fields.get(name) is not None}
+        known["rope_theta"] = rope.get("rope_theta", fields.get("rope_theta", 10000.0))
+        known.setdefault("num_key_value_heads", fields.get("num_attention_heads"))
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = fields.get(key)
+            known[key] = value[0] if isinstance(value, list) and value else value
+        missing = [k for k in ("vocab_size", "hidden_size", "num_hidden_layers") if k not in known]
+        if missing:
+            raise CheckpointError(f"{where}: no {', '.join(missing)}; expected the config.json of a Llama model")
+        try:
+            return cls(**known)
+        except ValidationError as error:
+            raise CheckpointError(f"{where}: {_first_problem(error, cls)}") from None
+
+
+class DataConfig(_Section):
+    """Where the tokens come from."""
+
+    input_file: str = "input.txt"
+    dataset: str | None = Field(None, description="Hub id or local folder of a dataset with a 'text' column")
+    dataset_tokens: int = Field(50_000_000, ge=1000, description="stop streaming a dataset after about this many tokens")
+    tokenizer: str = Field("auto", min_length=1, description="auto, a Hub id, or a tokenizer.json / its folder")
+    tokenizer_vocab_size: int | None = Field(None, ge=257, le=65536, description="auto: train a BPE of this size")
+    sequence_length: int = Field(1024, ge=2, description="tokens of one training row")
+    held_out_fraction: float = Field(0.1, gt=0, lt=1, description="the end of the text that is never trained on")
+
+
+class TrainConfig(_Section):
+    """How the weights are updated, and how often what is written."""
+
+    max_steps: int = Field(1000, ge=1, description="optimizer steps of the first phase")
+    continue_steps: int = Field(0, ge=0, description="steps of the second phase, resumed from the first's checkpoint")
+    batch_size: int = Field(16, ge=1, description="rows of one optimizer step, over all devices")
+    micro_batch_size: int | None = Field(None, ge=1, description="rows of one forward pass; halved when memory runs out")
+    learning_rate: float = Field(3e-3, gt=0)
+    warmup_steps: int = Field(100, ge=0)
+    decay_fraction: float = Field(0.2, ge=0, le=1, description="share of the steps in which the rate falls to 0")
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.95, ge=0, lt=1)
+    adam_eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    gradient_clip_norm: float = Field(1.0, gt=0)
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    compile: bool = False
+    deterministic: bool = False
+    on_spike: Literal["ignore", "skip", "stop"] = Field("ignore", description="6 sigma over 128 steps")
+    seed: int = Field(1337, ge=0, lt=2**63)
+    log_every: int = Field(10, ge=1)
+    val_every: int = Field(500, ge=1)
+    val_max_tokens: int | None = Field(None, ge=2, description="cap of the validations during training; not the last")
+    sample_every: int = Field(500, ge=1)
+    sample_tokens: int = Field(64, ge=1)
+    prompts: tuple[str, ...] = Field(("Once upon a time", "The", "Why does"), min_length=1)
+    save_every: int | None = Field(None, ge=1, description="steps between checkpoints")
+    save_every_seconds: float | None = Field(120.0, gt=0, description="and at the latest after this long")
+    keep_last: int = Field(3, ge=1)
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
+            )
+        return self
+
+
+class PlaceConfig(_Section):
+    """Where a run writes and on what it runs."""
+
+    output_dir: str = Field("output", min_length=1)
+    drive_dir: str | None = Field(None, description="a second, remote tier for checkpoints (Google Drive)")
+    resume: Literal["auto", "never"] = "auto"
+    allow_data_change: bool = False
+    init_from: str | None = Field(None, description="folder or Hub id whose weights the run starts from")
+    devices: int = Field(1, ge=1)
+    num_nodes: int = Field(1, ge=1)
+
+
+class RunConfig(_Section):
+    """Everything one training run needs; `train(RunConfig(...))` is what notebook and command line call."""
+
+    preset: str = "custom"
+    model: SmolLM2Config = SmolLM2Config()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    run: PlaceConfig = PlaceConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.data.sequence_length > self.model.max_position_embeddings:
+            raise ValueError(
+                f"data.sequence_length {self.data.sequence_length} exceeds model.max_position_embeddings "
+                f"{self.model.max_position_embeddings}"
+            )
+        world = self.run.devices * self.run.num_nodes
+        if self.train.batch_size % world:
+            raise ValueError(f"train.batch_size {self.train.batch_size} is not a multiple of {world} workers")
+        return self
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(json.loads(self.model_dump_json()), sort_keys=False)
+
+
+# --- reading YAML and overrides -----------------------------------------------------------------------------------
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses aliases (bombs), duplicate keys (the last one would win silently) and deep nesting."""
+
+    depth = 0
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise ConfigError("aliases (*name) are not allowed in a configuration file")
+        self.depth += 1
+        if self.depth > MAX_YAML_DEPTH:
+            raise ConfigError(f"nested deeper than {MAX_YAML_DEPTH} levels")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if not isinstance(key, str):
+                raise ConfigError(f"the key {key!r} is not a word")
+            if keys.count(key) > 1:
+                raise ConfigError(f"the key {key!r} appears twice")
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """One YAML mapping from a file of at most 64 KiB; raises `ConfigError` naming the file and the place."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"--config {path}: {'not a regular file' if path.exists() else 'no such file'}")
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_YAML_BYTES + 1)
+        if len(raw) > MAX_YAML_BYTES:
+            raise ConfigError(f"larger than {MAX_YAML_BYTES // 1024} KiB; a configuration is a few lines")
+        value = yaml.load(raw.decode("utf-8-sig"), Loader=_StrictLoader)  # noqa: S506 - a SafeLoader subclass
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: found {type(value).__name__}, expected sections such as 'model:' and 'train:'")
+    return value
+
+
+def _leaf_names() -> dict[str, list[str]]:
+    """Leaf field name -> dotted names, e.g. learning_rate -> [train.learning_rate]."""
+    leaves: dict[str, list[str]] = {"preset": ["preset"]}
+    for section, field in RunConfig.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            for name in field.annotation.model_fields:
+                leaves.setdefault(name, []).append(f"{section}.{name}")
+    return leaves
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """`key=value` -> (dotted key, value). The value is read as YAML; the section may be left out when it is clear."""
+    key, sep, raw = text.partition("=")
+    key = key.strip()
+    if not sep or not key:
+        raise ConfigError(f"--set {text!r}: expected key=value, e.g. --set train.learning_rate=1e-3")
+    leaves = _leaf_names()
+    dotted = {name for names in leaves.values() for name in names}
+    if key in leaves and len(leaves[key]) == 1:
+        key = leaves[key][0]
+    if key not in dotted:
+        raise ConfigError(f"--set {text!r}: unknown key {key!r}{did_you_mean(key, dotted | set(leaves))}")
+    if len(raw) > MAX_YAML_BYTES:
+        raise ConfigError(f"--set {key}: value of {len(raw)} characters is too long")
+    try:
+        return key, yaml.load(raw, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader subclass
+    except (yaml.YAMLError, ConfigError, ValueError, RecursionError):
+        return key, raw
+
+
+def _first_problem(error: ValidationError, root: type[BaseModel]) -> str:
+    """All problems of a validation, in one line each, with a suggestion for misspelt keys."""
+    lines = []
+    for problem in error.errors(include_url=False):
+        where = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            model = root
+            for part in problem["loc"][:-1]:
+                field = model.model_fields.get(str(part))
+                model = field.annotation if field else model
+            lines.append(f"unknown key {where!r}{did_you_mean(str(problem['loc'][-1]), model.model_fields)}")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            found = "" if isinstance(problem["input"], dict | BaseModel) else f", found {str(problem['input'])[:60]!r}"
+            lines.append(f"{where}: {message}{found}" if where else message)
+    return "; ".join(lines)
+
+
+def _merge(base: dict, extra: dict) -> dict:
+    merged = dict(base)
+    for key, value in extra.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def preset_names() -> list[str]:
+    return sorted(path.stem for path in PRESET_DIR.glob("*.yaml"))
+
+
+def load_config(
+    preset: str = "nano", config_file: str | None = None, overrides: list[str] | tuple = (), **flags: Any
+) -> RunConfig:
+    """Preset + file + `key=value` overrides + dotted flags (`{"train.max_steps": 10}`; None means not given)."""
+    fields: dict[str, Any] = {}
+    if config_file:
+        fields = read_yaml(config_file)
+        preset = fields.get("preset", preset)
+    if preset not in preset_names():
+        raise ConfigError(f"unknown preset {preset!r}{did_you_mean(str(preset), preset_names())} ({', '.join(preset_names())})")
+    fields = _merge(read_yaml(PRESET_DIR / f"{preset}.yaml"), fields) | {"preset": preset}
+    pairs = [parse_override(text) for text in overrides] + [(k, v) for k, v in flags.items() if v is not None]
+    for key, value in pairs:
+        *section, leaf = key.split(".")
+        target = fields
+        for part in section:
+            if not isinstance(target.setdefault(part, {}), dict):
+                raise ConfigError(f"{part}: expected a section with keys, found {target[part]!r}")
+            target = target[part]
+        target[leaf] = value
+    try:
+        return RunConfig(**fields)
+    except ValidationError as error:
+        raise ConfigError(_first_problem(error, RunConfig)) from None
+
+
+def parameter_count(config: SmolLM2Config) -> int:
+    """Number of parameters, by formula (the table in `parameters.py` proves it tensor by tensor)."""
+    d, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
+    heads = config.num_attention_heads * config.head_dim
+    layer = 2 * d * heads + 2 * d * kv + 3 * d * config.intermediate_size + 2 * d
+    return config.vocab_size * d * (1 if config.tie_word_embeddings else 2) + config.num_hidden_layers * layer + d
+
+
+def flops_per_token(config: SmolLM2Config, time: int) -> float:
+    """Training FLOPs of one token: 6 per matrix parameter plus causal attention (performance notes in docs/log.md)."""
+    matrices = parameter_count(config) - config.hidden_size * (2 * config.num_hidden_layers + 1)
+    if not config.tie_word_embeddings:
+        matrices -= config.vocab_size * config.hidden_size  # the input embedding is a look-up
+    attention = 6 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * time
+    return math.fsum((6.0 * matrices, float(attention)))

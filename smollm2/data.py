@@ -1,0 +1,377 @@
+"""Text -> tokens on disk -> batches.
+
+* The last 10 % of the text is held out; a tokenizer trained here never sees it.
+* Tokens are written once, as uint16, to a memory map with a JSON sidecar (hashes, counts, bytes).
+* Batch n is a pure function of (seed, n): the whole data position of a run is one integer.
+
+A line `<|endoftext|>` (with its newline) becomes the end-of-text token.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .errors import DataError
+from .files import CHUNK_BYTES, fsync_folder, kind_of, sha256_json, write_durably
+from .tokenizer import END_OF_TEXT, Tokenizer
+
+SEPARATOR = END_OF_TEXT + "\n"
+FORMAT = 1
+MAX_UNBROKEN_CHARACTERS = 16 * 2**20
+MAGIC = {
+    b"\x1f\x8b": "a gzip file",
+    b"PK\x03\x04": "a zip file",
+    b"%PDF": "a PDF",
+    b"\xff\xfe": "UTF-16 text",
+    b"\xfe\xff": "UTF-16 text",
+    b"\x89PNG": "a picture",
+    b"\x80\x02": "a pickle",
+    b"\x28\xb5\x2f\xfd": "a zstd file",
+    b"\xfd7zXZ": "an xz file",
+    b"BZh": "a bzip2 file",
+}
+
+
+# --- text -----------------------------------------------------------------------------------------------------------
+
+
+def read_text(path: str | Path) -> Iterator[str]:
+    """Pieces of a UTF-8 text file, about 1 MiB each, never all of it in memory.
+
+    A byte-order mark is dropped and CRLF or CR become LF, so that the same text gives the same tokens on every
+    system. Raises `DataError` for anything that is not readable text, naming the byte offset.
+    """
+    path = Path(path)
+    if not path.is_file():
+        hint = f"; pass one of the files in it, e.g. --input_file {path}/input.txt" if path.is_dir() else ""
+        raise DataError(f"--input_file {path}: {kind_of(path)}, expected a text file{hint}")
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise DataError(f"--input_file {path}: {error.strerror}") from None
+    with file:
+        head = file.read(8)
+        for magic, kind in MAGIC.items():
+            if head.startswith(magic):
+                raise DataError(f"{path} looks like {kind}; expected plain UTF-8 text: unpack or convert it first")
+        file.seek(3 if head.startswith(codecs.BOM_UTF8) else 0)
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        offset, held_cr = file.tell(), False
+        while True:
+            chunk = file.read(CHUNK_BYTES)
+            pending = len(decoder.getstate()[0])
+            try:
+                text = decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                position = offset - pending + error.start
+                raise DataError(
+                    f"{path}: not UTF-8 at byte offset {position:,} (byte 0x{error.object[error.start]:02x}); save it as UTF-8"
+                ) from None
+            if "\0" in text:
+                raise DataError(f"{path} looks binary: a NUL byte near offset {offset:,}; expected plain UTF-8 text")
+            offset += len(chunk)
+            text = ("\r" if held_cr else "") + text
+            held_cr = bool(chunk) and text.endswith("\r")  # its LF may begin the next piece
+            text = (text[:-1] if held_cr else text).replace("\r\n", "\n").replace("\r", "\n")
+            if text:
+                yield text
+            if not chunk:
+                return
+
+
+def _cut(text: str) -> int:
+    """The last position where the text can be cut without changing its tokens: before a lone blank or line break
+    between two non-blank characters (GPT-2's pattern starts a token there); 0 if there is none."""
+    for mark in ("\n", " "):
+        position = text.rfind(mark, 1, len(text) - 1)
+        while position > 0:
+            if not text[position - 1].isspace() and not text[position + 1].isspace():
+                return position
+            position = text.rfind(mark, 1, position)
+    return 0
+
+
+def documents(texts: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """(piece of text, whether it ends a document) with the separator lines taken out.
+
+    Pieces are cut only where the tokenisation of the whole text has a boundary, so chunking never changes a token.
+    """
+    rest, at_line_start = "", True
+    for text in texts:
+        rest += text
+        while True:
+            found = rest.find(SEPARATOR)
+            while found > 0 and rest[found - 1] != "\n":  # only a whole line counts
+                found = rest.find(SEPARATOR, found + 1)
+            if found < 0 or (found == 0 and not at_line_start):
+                break
+            yield rest[:found], True
+            rest, at_line_start = rest[found + len(SEPARATOR) :], True
+        if len(rest) >= CHUNK_BYTES:
+            # keep a tail in which the beginning of a separator line may hide
+            cut = _cut(rest[: -len(SEPARATOR)])
+            cut = cut or (len(rest) // 2 if len(rest) > MAX_UNBROKEN_CHARACTERS else 0)
+            if cut:
+                yield rest[:cut], False
+                rest, at_line_start = rest[cut:], False
+    if rest == END_OF_TEXT and at_line_start or rest.endswith("\n" + END_OF_TEXT):  # a last line without its newline
+        yield rest.removesuffix(END_OF_TEXT), True
+    elif rest:
+        yield rest, False
+
+
+def split_bytes(path: str | Path, held_out_fraction: float = 0.1) -> tuple[int, int]:
+    """(training, held-out) UTF-8 bytes of the normalised text; the cut falls between two characters."""
+    total = sum(len(text.encode()) for text in read_text(path))
+    train = int(total * (1 - held_out_fraction))
+    seen = 0
+    for text in read_text(path):
+        raw = text.encode()
+        if seen + len(raw) > train:
+            inside = train - seen
+            while inside and (raw[inside] & 0xC0) == 0x80:  # a continuation byte: step back to the character's start
+                inside -= 1
+            return seen + inside, total - seen - inside
+        seen += len(raw)
+    return total, 0
+
+
+def read_split(path: str | Path, split: str, held_out_fraction: float = 0.1) -> Iterator[str]:
+    """Text pieces of `"train"`, `"val"` (the end of the file) or `"all"`."""
+    if split == "all":
+        yield from read_text(path)
+        return
+    train_bytes, _ = split_bytes(path, held_out_fraction)
+    seen = 0
+    for text in read_text(path):
+        raw = text.encode()
+        cut = min(max(train_bytes - seen, 0), len(raw))
+        part = raw[:cut] if split == "train" else raw[cut:]
+        seen += len(raw)
+        if part:
+            yield part.decode()
+
+
+# --- tokens ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """One split on disk: `tokens` (count,) uint16 memory map, and the UTF-8 bytes of text they stand for."""
+
+    tokens: np.ndarray
+    text_bytes: int
+
+
+@dataclass(frozen=True)
+class TokenData:
+    """Both splits and what they were made from."""
+
+    train: TokenFile
+    val: TokenFile
+    sha256: str  # of text and tokenizer together: the identity of the data
+    folder: Path
+
+
+def encode_documents(tokenizer: Tokenizer, texts: Iterable[str], end_id: int | None, batch: int = 256) -> Iterator[np.ndarray]:
+    """uint16 token arrays of a text, with `end_id` where a document ends."""
+    if end_id is None:
+        end_id = tokenizer.end_of_text_id
+    pieces: list[tuple[str, bool]] = []
+
+    def flush():
+        for (_, ends), ids in zip(pieces, tokenizer.encode_batch([text for text, _ in pieces]), strict=True):
+            if ends:
+                if end_id is None:
+                    raise DataError(f"the text has {END_OF_TEXT} lines, but the tokenizer has no such token")
+                ids.append(end_id)
+            yield np.asarray(ids, dtype=np.uint16)
+        pieces.clear()
+
+    for piece in documents(texts):
+        pieces.append(piece)
+        if len(pieces) >= batch or len(piece[0]) > CHUNK_BYTES // 4:
+            yield from flush()
+    yield from flush()
+
+
+def _write_split(folder: Path, name: str, tokenizer: Tokenizer, texts: Iterable[str], total_bytes: int) -> dict:
+    """Tokenise a split into `<name>.bin`, streaming, with progress for long texts."""
+    from tqdm import tqdm
+
+    count = done = 0
+
+    def counted():
+        nonlocal done
+        for text in texts:
+            done += len(text.encode())
+            progress.update(len(text.encode()))
+            yield text
+
+    hidden = total_bytes < 16 * CHUNK_BYTES or not sys.stderr.isatty()
+    with tqdm(total=total_bytes, unit="B", unit_scale=True, desc=f"tokenising {name}", disable=hidden) as progress:
+        with (folder / f"{name}.bin").open("wb") as file:
+            for array in encode_documents(tokenizer, counted(), None):
+                file.write(array.tobytes())
+                count += len(array)
+            file.flush()
+            os.fsync(file.fileno())
+    return {"tokens": count, "bytes": done}
+
+
+def source_identity(path: str | Path) -> dict:
+    """Hash and byte counts of an input text, from one reading of it; raises `DataError` for unusable text."""
+    import hashlib
+
+    digest, total = hashlib.sha256(), 0
+    for text in read_text(path):
+        raw = text.encode()
+        digest.update(raw)
+        total += len(raw)
+    if total == 0:
+        raise DataError(f"{path}: empty, expected text (at least a few thousand characters)")
+    return {"sha256": digest.hexdigest(), "bytes": total}
+
+
+def prepare_tokens(path: str | Path, tokenizer: Tokenizer, cache_dir: str | Path, held_out_fraction: float, source: dict | None = None) -> TokenData:
+    """Token files of a text, from the cache or newly written.
+
+    The cache folder is named by the hash of text, tokenizer and split. It is built under a temporary name and renamed,
+    so that one that exists is whole; sizes are checked against the sidecar all the same.
+    """
+    source = source or source_identity(path)
+    key = {"format": FORMAT, "source": source, "tokenizer": tokenizer.sha256, "held_out_fraction": held_out_fraction}
+    identity = sha256_json(key)
+    cache_dir = Path(cache_dir)
+    folder = cache_dir / f"tokens-{identity[:16]}"
+    if folder.exists() and (problem := _cache_problem(folder)):
+        print(f"data: {folder.name} is damaged ({problem}); tokenising again")
+        shutil.rmtree(folder)
+    if not folder.exists():
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        for stale in cache_dir.glob("tokens-*.tmp-*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        temporary = cache_dir / f"{folder.name}.tmp-{os.getpid()}"
+        temporary.mkdir()
+        try:
+            sidecar = dict(key, dtype="uint16", vocab_size=tokenizer.vocab_size, splits={})
+            train_bytes, val_bytes = split_bytes(path, held_out_fraction)
+            for name, size in (("train", train_bytes), ("val", val_bytes)):
+                texts = read_split(path, name, held_out_fraction)
+                sidecar["splits"][name] = _write_split(temporary, name, tokenizer, texts, size)
+            write_durably(temporary / "tokens.json", (json.dumps(sidecar, indent=2) + "\n").encode())
+            os.rename(temporary, folder)
+            fsync_folder(cache_dir)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    sidecar = json.loads((folder / "tokens.json").read_text())
+    splits = {}
+    for name, facts in sidecar["splits"].items():
+        empty = facts["tokens"] == 0  # a memory map cannot be empty
+        tokens = np.zeros(0, np.uint16) if empty else np.memmap(folder / f"{name}.bin", dtype=np.uint16, mode="r")
+        splits[name] = TokenFile(tokens, facts["bytes"])
+    return TokenData(splits["train"], splits["val"], identity, folder)
+
+
+def _cache_problem(folder: Path) -> str | None:
+    try:
+        for name, facts in json.loads((folder / "tokens.json").read_text())["splits"].items():
+            size = (folder / f"{name}.bin").stat().st_size
+            if size != 2 * facts["tokens"]:
+                return f"{name}.bin has {size:,} bytes, expected {2 * facts['tokens']:,}"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def check_length(data: TokenData, sequence_length: int, path: str | Path) -> None:
+    """Raises `DataError` when the training split is shorter than one row."""
+    if len(data.train.tokens) <= sequence_length:
+        raise DataError(
+            f"{path}: {len(data.train.tokens):,} training tokens, but one row needs {sequence_length + 1:,}; "
+            f"use a longer text or --set data.sequence_length={max(2, len(data.train.tokens) // 2)}"
+        )
+    if len(data.val.tokens) < 2:
+        raise DataError(f"{path}: the held-out part has {len(data.val.tokens)} tokens; use a longer text")
+
+
+# --- batches --------------------------------------------------------------------------------------------------------
+
+
+class BatchOrder:
+    """Which rows batch n holds: a pure function of (seed, n), reshuffled and shifted anew in every epoch.
+
+    An epoch cuts the tokens into `rows_per_epoch` rows of `sequence_length` + 1 (inputs and targets overlap by one),
+    beginning at a random offset, and visits them in random order.
+    """
+
+    def __init__(self, token_count: int, sequence_length: int, batch_size: int, seed: int):
+        self.sequence_length, self.batch_size, self.seed = sequence_length, batch_size, seed
+        self.rows_per_epoch = max(1, (token_count - 1) // sequence_length - 1)
+        self.slack = token_count - 1 - self.rows_per_epoch * sequence_length
+        self._epoch, self._permutation, self._offset = -1, None, 0
+
+    def _enter(self, epoch: int) -> None:
+        if epoch != self._epoch:
+            # raw 64-bit draws of PCG64 and a stable sort: the same order under every numpy version
+            raw = np.random.PCG64([self.seed, epoch]).random_raw(self.rows_per_epoch + 1)
+            self._offset = int(raw[0] % (self.slack + 1))
+            self._permutation = np.argsort(raw[1:], kind="stable")
+            self._epoch = epoch
+
+    def row_start(self, sample: int) -> int:
+        """First token of global sample number `sample` (0, 1, 2, ...)."""
+        epoch, index = divmod(sample, self.rows_per_epoch)
+        self._enter(epoch)
+        return self._offset + int(self._permutation[index]) * self.sequence_length
+
+    def starts(self, n: int) -> list[int]:
+        """First tokens of the rows of batch n."""
+        return [self.row_start(sample) for sample in range(n * self.batch_size, (n + 1) * self.batch_size)]
+
+    def epoch_of(self, n: int) -> float:
+        """Epochs completed once batch n-1 has been used."""
+        return n * self.batch_size / self.rows_per_epoch
+
+
+class BatchStream:
+    """Endless iterator over batches position, position + 1, ... as (rows, sequence_length + 1) int64 tensors.
+
+    With several workers, worker r of w takes every w-th row of the same global batch: batches do not depend on w.
+    """
+
+    def __init__(self, tokens: np.ndarray, order: BatchOrder, position: int, rank: int = 0, world_size: int = 1):
+        self.tokens, self.order, self.position = tokens, order, position
+        self.rank, self.world_size = rank, world_size
+
+    def batch(self, n: int):
+        import torch
+
+        width = self.order.sequence_length + 1
+        starts = self.order.starts(n)[self.rank :: self.world_size]
+        return torch.from_numpy(np.stack([self.tokens[s : s + width] for s in starts]).astype(np.int64))
+
+    def __iter__(self):
+        n = self.position
+        while True:
+            yield self.batch(n)
+            n += 1
+
+
+def wait_for_rank_zero(path: Path, timeout_seconds: float = 1800) -> None:
+    """Workers other than the first wait here until it has written the token files."""
+    deadline = time.monotonic() + timeout_seconds
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise DataError(f"waited {timeout_seconds:.0f} s for the first worker to write {path}")
+        time.sleep(0.2)

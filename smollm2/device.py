@@ -1,0 +1,94 @@
+"""Which device, which precision, and why: one decision, one line that explains it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+
+import torch
+
+from .errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Autocast dtype (None: plain fp32), whether gradients need a loss scaler, and the reason in words."""
+
+    name: str
+    autocast_dtype: torch.dtype | None
+    needs_scaler: bool
+    reason: str
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bf16 in hardware (AVX512-BF16 or AMX); elsewhere autocast is slower than fp32."""
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, probe)() for probe in probes if hasattr(torch.cpu, probe))
+
+
+def choose_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def choose_precision(requested: str, device: torch.device) -> Precision:
+    """bf16 from compute capability 8.0, fp16 with a loss scaler below (a T4 has no bf16 units:
+    `torch.cuda.is_bf16_supported()` says True there because it can emulate), bf16 or fp32 on a CPU by its
+    instructions. Raises `ConfigError` for bf16 that would be emulated."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        name = f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor})"
+        native, fallback = major >= 8, "fp16"
+        why = f"{name} has bf16 units" if native else f"{name} has no bf16 units: fp16 with loss scaling"
+    else:
+        name = "this CPU"
+        native, fallback = cpu_has_bf16(), "fp32"
+        why = f"{name} multiplies bf16 in hardware" if native else f"{name} has no bf16 instructions"
+    if requested == "auto":
+        chosen, reason = ("bf16" if native else fallback), why
+    else:
+        if requested == "bf16" and not native and device.type == "cuda":
+            raise ConfigError(f"train.precision bf16: {name} can only emulate it, many times slower; use fp16 or auto")
+        chosen, reason = requested, "as asked"
+    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[chosen]
+    return Precision(chosen, dtype, chosen == "fp16", reason)
+
+
+def autocast(precision: Precision, device: torch.device):
+    """Autocast context of a precision (a no-op for fp32)."""
+    enabled = precision.autocast_dtype is not None
+    return torch.autocast(device.type, dtype=precision.autocast_dtype or torch.bfloat16, enabled=enabled)
+
+
+def inference_dtype(device: torch.device) -> torch.dtype:
+    """Weights for sampling: fp32 on a CPU (exact), else the GPU's native half precision."""
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def fingerprint(device: torch.device, precision: Precision, compiled: bool) -> dict[str, str]:
+    """What bit-exactness depends on besides the state; compared on resume."""
+    cuda = device.type == "cuda"
+    return {
+        "device": device_name(device),
+        "torch": torch.__version__.split("+")[0],
+        "cuda": str(torch.version.cuda) if cuda else "none",
+        "cudnn": str(torch.backends.cudnn.version()) if cuda else "none",
+        "precision": precision.name,
+        "compiled": str(compiled).lower(),
+        "cpu_capability": "none" if cuda else torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def choose_preset(requested: str) -> tuple[str, str]:
+    """`auto` -> the preset this machine can train, and why in one line."""
+    if requested != "auto":
+        return requested, "as asked"
+    if torch.cuda.is_available():
+        return "smollm2-135m", f"a GPU is here: {torch.cuda.get_device_name()}"
+    return "nano", f"no GPU here ({os.cpu_count()} CPU cores): a small model that trains in minutes"

@@ -1,0 +1,96 @@
+"""Errors that a user can cause, and how the command line reports them.
+
+Every message says what was found, where, what was expected and what to do, in one or two lines. A command ends with
+the error's `exit_code` and never with a traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterable
+
+
+class UserError(Exception):
+    """A problem the user can mend: wrong flag, configuration, input file, checkpoint or environment."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A configuration, preset or command line that does not validate."""
+
+
+class DataError(UserError):
+    """An input text that cannot be used."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint folder that is missing, damaged, foreign or made for another model."""
+
+
+class BusyError(UserError):
+    """Another process is writing the same output directory."""
+
+    exit_code = 3
+
+
+class NoUsableCheckpoint(UserError):
+    """Checkpoints exist, but none of them verifies: starting from zero would hide a loss."""
+
+    exit_code = 4
+
+
+class NumericStop(UserError):
+    """Training was stopped because losses or gradients stayed non-finite."""
+
+    exit_code = 5
+
+
+class MemoryStop(UserError):
+    """Out of memory at micro-batch 1."""
+
+    exit_code = 6
+
+
+class OutputLost(UserError):
+    """The output directory is read-only, full or gone."""
+
+    exit_code = 7
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"` for the closest known word, or the empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse without abbreviations and with one-line errors that suggest the nearest flag."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str):
+        if message.startswith("unrecognized arguments: "):
+            word = message.split(": ", 1)[1].split()[0]
+            message = f"unknown argument {word!r}{did_you_mean(word.split('=')[0], self._option_string_actions)}"
+        raise ConfigError(f"{message} (--help lists the flags)")
+
+
+def run_command(main: Callable[[], int | None]) -> None:
+    """Run `main` as a program: user errors become one line on standard error and an exit code."""
+    try:
+        code = main() or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:  # the reader of a pipe left: not an error of ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    sys.exit(code)

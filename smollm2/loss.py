@@ -1,0 +1,82 @@
+"""Next-token cross-entropy that never holds all logits at once.
+
+With 49,152 classes the logits, not the network, decide how much memory a step needs: the usual way keeps four
+buffers of (tokens, 49152), 0.56 MiB for every token. Here the output projection and the loss are one function that
+walks over blocks of rows. The gradients of a block are taken while its logits are at hand, so no product is computed
+twice and the peak is one block.
+
+Why it stays exact in half precision: inside, gradients are those of the *sum* (entries of size 1, no underflow) and
+accumulate in fp32; the 1/count of the mean and the loss scale of a GradScaler are applied afterwards, in fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+
+IGNORE_INDEX = -100
+BLOCK_BYTES = 64 * 2**20  # of fp32 logits on a CPU; measured in docs/log.md
+
+
+def _rows_per_block(hidden: torch.Tensor, vocab_size: int) -> int:
+    budget = BLOCK_BYTES if hidden.device.type == "cpu" else 8 * BLOCK_BYTES
+    return max(64, budget // (4 * vocab_size))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, compute_dtype):
+        rows, vocab_size = hidden.shape[0], weight.shape[0]
+        wants_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        weight_c, hidden_c = weight.to(compute_dtype), hidden.to(compute_dtype)
+        total = torch.zeros((), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden, dtype=total.dtype) if wants_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=total.dtype) if wants_grad else None
+        step = _rows_per_block(hidden, vocab_size)
+        for start in range(0, rows, step):
+            block = slice(start, min(start + step, rows))
+            valid = targets[block] != IGNORE_INDEX
+            index = targets[block].clamp_min(0).unsqueeze(1)  # (rows, 1); -100 is masked out below
+            logits = (hidden_c[block] @ weight_c.T).to(total.dtype)  # (rows, vocab)
+            log_normalizer = torch.logsumexp(logits, dim=1, keepdim=True)
+            nll = (log_normalizer - logits.gather(1, index)).squeeze(1)
+            total += torch.where(valid, nll, nll.new_zeros(())).sum()
+            if wants_grad:
+                # d(sum)/d(logits) = softmax - one_hot, built in the logits' own memory
+                grad = logits.sub_(log_normalizer).exp_()
+                grad.scatter_add_(1, index, grad.new_full((1, 1), -1.0).expand_as(index))
+                grad.mul_(valid.unsqueeze(1))
+                grad = grad.to(compute_dtype)
+                grad_hidden[block] = grad @ weight_c
+                grad_weight.addmm_(grad.T, hidden_c[block]) if grad.dtype == grad_weight.dtype else grad_weight.add_(
+                    grad.T @ hidden_c[block]
+                )
+        if wants_grad:
+            ctx.save_for_backward(grad_hidden, grad_weight)
+            ctx.dtypes = hidden.dtype, weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        hidden_dtype, weight_dtype = ctx.dtypes
+        # in place: these buffers were made for this one backward pass
+        return grad_hidden.mul_(grad_output).to(hidden_dtype), grad_weight.mul_(grad_output).to(weight_dtype), None, None
+
+
+def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy in nats of `hidden @ weight.T` against `targets`.
+
+    Args:
+        hidden: (tokens, hidden) activations after the final norm.
+        weight: (vocab, hidden) output embedding.
+        targets: (tokens,) int64 class indices, already shifted; -100 is ignored.
+
+    Returns:
+        A scalar in fp32 (fp64 for fp64 input); 0 when every target is ignored. Under autocast the products run in
+        the autocast dtype, the log-sum-exp and all sums in fp32.
+    """
+    device = hidden.device.type
+    compute_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    with torch.autocast(device, enabled=False):
+        total = _LinearCrossEntropy.apply(hidden, weight, targets, compute_dtype)
+        return total / (targets != IGNORE_INDEX).sum().clamp_min(1)

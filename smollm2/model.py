@@ -1,0 +1,254 @@
+"""SmolLM2: a Llama-style decoder, complete in this file, in the order in which data flows through it.
+
+Notable:
+* the tensors carry transformers' `LlamaForCausalLM` names, so saving and loading is an identity;
+* grouped-query attention: 9 query heads share 3 key/value heads, through PyTorch's fused attention;
+* RoPE rotates halves (first half against second half), as transformers does;
+* RMSNorm before attention, before the MLP and at the end; SwiGLU; no biases; output tied to the input embedding;
+* the loss never materialises all logits (`loss.py`); generation keeps a preallocated KV cache.
+
+Shapes: B batch, T time, C hidden_size, H query heads, K key/value heads, D head_dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .config import SmolLM2Config
+from .loss import linear_cross_entropy
+
+
+class RMSNorm(nn.Module):
+    """Scale each vector to root-mean-square 1, then by a learned gain (Zhang & Sennrich 2019)."""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def rope_tables(config: SmolLM2Config, device=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of every position's angles, each (max_position_embeddings, D/2), fp32.
+
+    Pair i turns by position * theta^(-2i/D) (Su et al. 2021). Computed in fp32 from integer powers as transformers
+    does, so that both give the same bits.
+    """
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device=device).float() / config.head_dim
+    inverse_frequencies = 1.0 / (config.rope_theta**exponents)
+    positions = torch.arange(config.max_position_embeddings, dtype=torch.float32, device=device)
+    angles = torch.outer(positions, inverse_frequencies)
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate (B, heads, T, D) by tables (T, D/2): dimension i pairs with i + D/2, in fp32, back to x's dtype."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def fused_gqa(device: torch.device) -> bool:
+    """Whether the fused attention kernels of this device take unequal head counts.
+
+    Below compute capability 8.0 (T4) `enable_gqa` falls back to the unfused fp32 path, several times slower and with
+    the whole probability matrix in memory; there, and on a CPU, keys and values are expanded first.
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Grouped-query attention. q (B, H, T, D); k, v (B, K, S, D) -> (B, H, T, D).
+
+    Query head h reads key/value head h // (H/K). With no mask and T > 1, T must equal S and attention is causal; a
+    single query (T = 1) sees all S keys.
+    """
+    batch, heads, time, dim = q.shape
+    kv_heads = k.shape[1]
+    if time == 1 and mask is None:
+        # one query a head: the H/K queries of a group are rows of one product, nothing is expanded
+        grouped = q.view(batch, kv_heads, heads // kv_heads, dim)
+        return F.scaled_dot_product_attention(grouped, k, v).reshape(batch, heads, 1, dim)
+    if heads != kv_heads and not fused_gqa(q.device):
+        k = k.repeat_interleave(heads // kv_heads, dim=1)
+        v = v.repeat_interleave(heads // kv_heads, dim=1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=heads != kv_heads)
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, preallocated: one (B, K, capacity, D) pair a layer.
+
+    Args:
+        config: shape of the model. batch: rows. capacity: tokens that fit. dtype, device: of the stored tensors.
+    """
+
+    def __init__(self, config: SmolLM2Config, batch: int, capacity: int, dtype: torch.dtype, device):
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.capacity = capacity
+        self.length = 0
+
+    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append (B, K, T, D) to a layer and return all its keys and values so far."""
+        end = self.length + k.shape[2]
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention (Ainslie et al. 2023) with RoPE."""
+
+    def __init__(self, config: SmolLM2Config, layer: int):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        q_size = config.num_attention_heads * config.head_dim
+        kv_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+
+    def forward(self, x, cos, sin, cache: KVCache | None = None, mask: torch.Tensor | None = None) -> torch.Tensor:
+        batch, time, _ = x.shape
+        q = self.q_proj(x).view(batch, time, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_proj(x).view(batch, time, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        v = self.v_proj(x).view(batch, time, -1, self.head_dim).transpose(1, 2)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)
+        y = attend(q, k, v, mask)
+        return self.o_proj(y.transpose(1, 2).reshape(batch, time, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020): three matrices, `down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, config: SmolLM2Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: SmolLM2Config, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cos, sin, cache: KVCache | None = None, mask: torch.Tensor | None = None) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, mask)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm: token ids (B, T) -> hidden states (B, T, C)."""
+
+    def __init__(self, config: SmolLM2Config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.config = config
+        self.reset_rope()
+
+    def reset_rope(self) -> None:
+        """Compute the RoPE tables (again, after the module was materialised from the meta device)."""
+        cos, sin = rope_tables(self.config)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def forward(self, input_ids: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        start, time = (cache.length if cache is not None else 0), input_ids.shape[1]
+        if start + time > self.cos.shape[0]:
+            raise ValueError(f"{start + time} tokens exceed max_position_embeddings {self.cos.shape[0]}")
+        cos, sin = self.cos[start : start + time], self.sin[start : start + time]
+        mask = None
+        if start and time > 1:  # several new tokens behind a filled cache: causal among themselves
+            mask = torch.ones(time, start + time, dtype=torch.bool, device=input_ids.device).tril(start)
+        x = self.embed_tokens(input_ids)
+        for layer in self.layers:
+            x = layer(x, cos, sin, cache, mask)
+        if cache is not None:
+            cache.length = start + time
+        return self.norm(x)
+
+
+class SmolLM2(nn.Module):
+    """The language model. `SmolLM2(SmolLM2Config())` has exactly 134,515,008 parameters."""
+
+    def __init__(self, config: SmolLM2Config):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.initialize()
+
+    @torch.no_grad()
+    def initialize(self, generator: torch.Generator | None = None) -> None:
+        """Normal with std `initializer_range`; matrices that write to the residual stream (o_proj, down_proj) are
+        divided by sqrt(2 * layers), once and only here (nanotron's scaling; huggingface/smollm)."""
+        std = self.config.initializer_range
+        residual_std = std / math.sqrt(2 * self.config.num_hidden_layers)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+            else:
+                writes_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                parameter.normal_(0.0, residual_std if writes_residual else std, generator=generator)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
+    def forward(self, input_ids: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """Token ids (B, T) int64 -> logits (B, T, V) in the compute dtype.
+
+        With a `cache` the ids are the tokens *after* those already in it. Raises ValueError when the tokens exceed
+        `max_position_embeddings`.
+        """
+        return self.lm_head(self.model(input_ids, cache))
+
+    def loss(self, input_ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Mean cross-entropy in nats a token (scalar, fp32).
+
+        `targets` (B, T) int64 are already shifted: targets[b, t] follows input_ids[b, t]; -100 is ignored.
+        """
+        hidden = self.model(input_ids)
+        return linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten())
+
+    def generate(self, input_ids: torch.Tensor, max_new_tokens: int = 64, temperature: float = 0.0, **options) -> torch.Tensor:
+        """Continue (B, T) int64 ids; returns (B, T + new), prompt included. See `smollm2.generate.generate`."""
+        from .generate import generate
+
+        return generate(self, input_ids, max_new_tokens, temperature=temperature, **options)
+
+    @classmethod
+    def from_pretrained(cls, source, dtype: torch.dtype = torch.float32, device="cpu", revision: str | None = None) -> SmolLM2:
+        """Load a checkpoint folder, any Hugging Face Llama folder, or a Hub id. See `smollm2.pretrained.load_model`."""
+        from .pretrained import load_model
+
+        return load_model(source, dtype=dtype, device=device, revision=revision)
+
+    def save_pretrained(self, folder) -> None:
+        """Write `config.json`, `generation_config.json` and `model.safetensors` that transformers loads as they are."""
+        from .pretrained import save_model
+
+        save_model(self, folder)

@@ -1,0 +1,159 @@
+"""Weights in and out: checkpoint folders, any Hugging Face Llama folder, or the Hub. Safetensors only, never pickle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from .checkpoint import MANIFEST, check_safetensors_header, dump_json, load_tensors, strict_json, verify
+from .config import SmolLM2Config
+from .errors import CheckpointError
+from .files import kind_of, write_durably
+from .model import SmolLM2
+
+PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
+MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+
+
+def resolve(source: str | Path, revision: str | None = None) -> Path:
+    """Local folder of a checkpoint folder or Hub id, its weights downloaded when needed; raises `CheckpointError`."""
+    path = Path(source)
+    if path.is_file():
+        hint = "a pickled file is never opened" if path.suffix in PICKLE_SUFFIXES else "that is a single file"
+        raise CheckpointError(
+            f"{path}: expected a checkpoint folder with config.json and model.safetensors, and {hint}; "
+            "convert it with transformers' save_pretrained"
+        )
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            inside = sorted(p.name for p in path.glob("*.ckpt"))[-3:] or sorted(p.name for p in path.glob("checkpoints/*.ckpt"))[-3:]
+            hint = f"; did you mean one of {', '.join(inside)} in it?" if inside else ""
+            raise CheckpointError(f"{path}: no config.json: not a checkpoint folder{hint}")
+        return path
+    text = str(source)
+    if text.count("/") != 1 or text.startswith((".", "/", "~")) or path.suffix in PICKLE_SUFFIXES or path.parent.exists() and text.split("/")[0] not in ("", "."):
+        raise CheckpointError(f"{source}: {kind_of(path)}; expected a checkpoint folder or a Hub id such as HuggingFaceTB/SmolLM2-135M")
+    from .hub import fetch
+
+    folder = fetch(text, "config.json", revision).parent
+    for name in ("tokenizer.json", "model.safetensors"):
+        fetch(text, name, revision)
+    return folder
+
+
+def read_config(folder: Path) -> SmolLM2Config:
+    path = folder / "config.json"
+    if path.stat().st_size > 2**20:
+        raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes is no config.json")
+    fields = strict_json(path.read_bytes(), str(path))
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{path}: found {type(fields).__name__}, expected the config.json of a Llama model")
+    return SmolLM2Config.from_hf_dict(fields, str(path))
+
+
+def read_weights(folder: Path, config: SmolLM2Config) -> dict[str, torch.Tensor]:
+    """Tensors by transformers' names, one file or sharded; a tied model may store only either of the tied names."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        tensors = load_tensors(single)
+    elif index.exists():
+        shards = set(strict_json(index.read_bytes(), str(index)).get("weight_map", {}).values())
+        if any("/" in name or ".." in name for name in shards):
+            raise CheckpointError(f"{index}: a shard name leaves the folder")
+        tensors = {name: tensor for shard in sorted(shards) for name, tensor in load_tensors(folder / shard).items()}
+    else:
+        pickled = [p.name for p in folder.iterdir() if p.suffix in PICKLE_SUFFIXES and p.is_file()]
+        found = f"only {', '.join(pickled)}, and pickled files are never opened" if pickled else "no weights"
+        raise CheckpointError(f"{folder}: {found}; expected model.safetensors")
+    if config.tie_word_embeddings:
+        head = tensors.pop("lm_head.weight", None)
+        if head is not None:
+            embedding = tensors.setdefault("model.embed_tokens.weight", head)
+            if embedding is not head and not torch.equal(embedding, head):
+                raise CheckpointError(f"{folder}: tie_word_embeddings is true, but the file holds two different matrices")
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+
+
+def load_weights(model: SmolLM2, tensors: dict[str, torch.Tensor], where: str) -> None:
+    """Copy tensors into a model; raises `CheckpointError` that lists the first differences in names and shapes."""
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    if found != expected:
+        names = sorted(set(expected.items()) ^ set(found.items()))[:5]
+        lines = ", ".join(f"{n}: file {found.get(n, 'absent')}, model {expected.get(n, 'absent')}" for n in dict(names))
+        raise CheckpointError(f"{where}: weights do not fit the configuration ({lines})")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not torch.isfinite(tensors[name]).all():
+                raise CheckpointError(f"{where}: {name} holds numbers that are not finite")
+            parameter.copy_(tensors[name])
+
+
+def load_model(source: str | Path, dtype: torch.dtype = torch.float32, device="cpu", revision: str | None = None) -> SmolLM2:
+    """A `SmolLM2` in eval mode with the weights of `source`. Our own checkpoints are verified byte by byte first."""
+    folder = resolve(source, revision)
+    try:
+        if (folder / MANIFEST).exists():
+            verify(folder, only=MODEL_FILES)
+        config = read_config(folder)
+        tensors = read_weights(folder, config)
+    except CheckpointError as error:
+        raise CheckpointError(str(error) if str(folder) in str(error) else f"{folder}: {error}") from None
+    with torch.device("meta"):
+        model = SmolLM2(config)
+    model = model.to_empty(device="cpu")
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    model.model.reset_rope()
+    load_weights(model, tensors, str(folder))
+    return model.to(device=device, dtype=dtype).eval()
+
+
+def load_model_and_tokenizer(source: str | Path, dtype: torch.dtype = torch.float32, device="cpu"):
+    """(model, tokenizer) of one folder or Hub id."""
+    from .tokenizer import Tokenizer
+
+    folder = resolve(source)
+    return load_model(folder, dtype, device), Tokenizer.from_file(folder)
+
+
+def trained_length(source: str | Path) -> int | None:
+    """Tokens of a training row, where the folder is a checkpoint of ours that says so."""
+    path = Path(source) / "state.json"
+    if not path.is_file() or path.stat().st_size > 16 * 2**20:
+        return None
+    return strict_json(path.read_bytes(), str(path)).get("config", {}).get("data", {}).get("sequence_length")
+
+
+def model_files(config: SmolLM2Config, dtype: str = "float32") -> dict[str, bytes]:
+    """`config.json` and `generation_config.json`."""
+    generation = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    generation["pad_token_id"] = config.pad_token_id if config.pad_token_id is not None else config.eos_token_id
+    return {"config.json": dump_json(config.to_hf_dict(dtype)), "generation_config.json": dump_json(generation)}
+
+
+def stored_tensors(model: SmolLM2) -> dict[str, torch.Tensor]:
+    """Tensors of `model.safetensors`: named parameters, so a tied output matrix appears once."""
+    return {name.replace("_orig_mod.", ""): p.detach() for name, p in model.named_parameters()}
+
+
+def save_model(model: SmolLM2, folder: str | Path) -> None:
+    """Write config and weights (in their own dtype) so that `AutoModelForCausalLM.from_pretrained(folder)` works."""
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
+    for name, data in model_files(model.config, dtype).items():
+        write_durably(folder / name, data)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in stored_tensors(model).items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    check_safetensors_header(folder / "model.safetensors")
+
+
+def chat_template(folder: Path) -> str | None:
+    """The Jinja chat template of a model folder, or None."""
+    path = folder / "tokenizer_config.json"
+    return json.loads(path.read_text()).get("chat_template") if path.is_file() else None
