@@ -276,15 +276,17 @@ def remove(folder: Path) -> None:
 
 
 def prune(checkpoint_dir: str | Path, keep_last: int, best_step: int | None, newest: Manifest) -> list[str]:
-    """Keep the last `keep_last` step folders and the best one; `newest` was verified just now. Finals always stay."""
-    steps = [path for path in candidates(checkpoint_dir) if path.name.startswith("step-")]
-    removed = []
-    kept = 0 if newest.folder.name in FINAL_NAMES else -1
-    for path in steps:
-        step = int(re.search(r"\d+", path.name)[0])
-        superseded = newest.folder.name in FINAL_NAMES and step == newest.step
-        kept += not superseded
-        if step > newest.step or path == newest.folder or (not superseded and (kept < keep_last or step == best_step)):
+    """Keep `newest` (verified just now), the step folders of the last `keep_last` saves, and the best; finals stay."""
+    is_final = newest.folder.name in FINAL_NAMES
+    removed, kept = [], int(is_final)
+    for path in candidates(checkpoint_dir):
+        match = re.fullmatch(r"step-(\d+)\.ckpt", path.name)
+        if not match or int(match[1]) > newest.step or path == newest.folder:
+            kept += path == newest.folder and not is_final
+            continue
+        superseded = is_final and int(match[1]) == newest.step
+        if not superseded and (kept < keep_last or int(match[1]) == best_step):
+            kept += 1
             continue
         remove(path)
         removed.append(path.name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -154,6 +153,8 @@ def save_model(model: SmolLM2, folder: str | Path) -> None:
 
 
 def chat_template(folder: Path) -> str | None:
-    """The Jinja chat template of a model folder, or None."""
-    path = folder / "tokenizer_config.json"
-    return json.loads(path.read_text()).get("chat_template") if path.is_file() else None
+    """The Jinja chat template of a model folder, or None. transformers 5 writes a file of its own, 4 a field."""
+    own, fields = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if own.is_file():
+        return own.read_text("utf-8")
+    return strict_json(fields.read_bytes(), str(fields)).get("chat_template") if fields.is_file() else None

@@ -1,0 +1,64 @@
+"""Train SmolLM2 from scratch: `python colab_train.py`.
+
+Alone it trains on `input.txt`: the 135M preset on a GPU, `nano` on a CPU. Run again it continues where it stopped.
+The walk to the first optimizer step: this file -> smollm2/training.py (the loop) -> run.py (folder, resume) ->
+data.py (batches) -> model.py (network, loss) -> optim.py (update).
+"""
+
+import sys
+
+FLAGS = {
+    "input_file": ("data.input_file", str, "text to train on (default input.txt)"),
+    "output_dir": ("run.output_dir", str, "where checkpoints and logs go (default output)"),
+    "max_steps": ("train.max_steps", int, "optimizer steps of the first phase"),
+    "continue_steps": ("train.continue_steps", int, "further steps, resumed from the first phase's checkpoint"),
+    "drive_dir": ("run.drive_dir", str, "a second place for checkpoints, e.g. a mounted Google Drive folder"),
+    "resume": ("run.resume", str, "auto (default): continue what is there; never: start anew, the old run moves aside"),
+    "seed": ("train.seed", int, "seed of weights and data order"),
+    "tokenizer": ("data.tokenizer", str, "auto (default), a Hub id, or the path of a tokenizer.json"),
+    "dataset": ("data.dataset", str, "a Hub dataset (or local folder) with a 'text' column instead of --input_file"),
+    "devices": ("run.devices", int, "GPUs or processes on this machine"),
+    "num_nodes": ("run.num_nodes", int, "machines (with torchrun or SLURM)"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    from smollm2.errors import ArgumentParser
+
+    parser = ArgumentParser(description="Train SmolLM2 from scratch; run it again to continue.")
+    parser.add_argument("--preset", default="auto", help="auto, nano, smollm2-135m, smollm2-360m or smollm2-1.7b")
+    parser.add_argument("--config", default=None, metavar="FILE.yaml", help="sections model, data, train, run")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="key=value", help="e.g. train.learning_rate=1e-3")
+    for name, (_, kind, text) in FLAGS.items():
+        parser.add_argument(f"--{name}", type=kind, default=None, help=text)
+    args = parser.parse_args(argv)
+    print("SmolLM2 from scratch: loading PyTorch ...", flush=True)
+
+    from smollm2.config import load_config, preset_names, read_yaml
+    from smollm2.errors import ConfigError, did_you_mean
+
+    in_file = args.config and read_yaml(args.config).get("preset")
+    asked = args.preset if args.preset != "auto" else in_file or "auto"
+    if asked != "auto" and asked not in preset_names():
+        raise ConfigError(f"unknown preset {asked!r}{did_you_mean(str(asked), preset_names())} ({', '.join(preset_names())})")
+    flags = {dotted: getattr(args, name) for name, (dotted, _, _) in FLAGS.items()}
+    load_config(asked if asked != "auto" else "nano", args.config, args.overrides, **flags)  # mistakes, before torch is imported
+
+    from smollm2.device import choose_preset
+
+    preset, why = choose_preset(asked)
+    print(f"preset: {preset} ({why})", flush=True)
+    config = load_config(preset, args.config, args.overrides, **flags)
+
+    from smollm2.training import train
+
+    result = train(config)
+    print()
+    print(result.table())
+    return 128 + result.stopped_by if result.stopped_by else 0
+
+
+if __name__ == "__main__":
+    from smollm2.errors import run_command
+
+    sys.exit(run_command(main))

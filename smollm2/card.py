@@ -1,0 +1,169 @@
+"""The model card of an export: what the run really did, in its own figures, and its loss curve.
+
+Everything is read from the checkpoint's `state.json` and the run's log; what is not there is left out, never guessed.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import strict_json
+from .config import SmolLM2Config
+from .errors import CheckpointError
+from .files import write_durably
+from .logs import TRAINING, parse_line
+from .plots import figure, label, png_bytes
+
+MAX_STATE_BYTES = 16 * 2**20
+PLOT = "training_loss.png"
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """`state.json` of a checkpoint of this project, or an empty table for any other model folder."""
+    path = folder / "state.json"
+    if not path.is_file() or path.stat().st_size > MAX_STATE_BYTES:
+        return {}
+    state = strict_json(path.read_bytes(), str(path))
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: found {type(state).__name__}, expected the state of a run")
+    return state
+
+
+def read_log(folder: Path, last_step: int | None) -> list[dict[str, float]]:
+    """Numbers of each line of the run's loss log up to the checkpoint's step; empty where there is no log."""
+    path = folder.resolve().parent.parent / "logs" / TRAINING
+    if last_step is None or not path.is_file():
+        return []
+    rows = []
+    for line in path.read_bytes().decode("utf-8", "replace").splitlines(keepends=True):
+        try:
+            fields = parse_line(line)
+        except ValueError:  # torn by a kill: the trainer drops such a line on resume
+            continue
+        row = {key: value for key, word in fields.items() if (value := _number(word)) is not None}
+        if row.get("step", math.inf) <= last_step:
+            rows.append(row)
+    return rows
+
+
+def _number(word: str) -> float | None:
+    try:
+        value = float(word)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def last(rows: list[dict[str, float]], key: str) -> float | None:
+    return next((row[key] for row in reversed(rows) if key in row), None)
+
+
+def plot(rows: list[dict[str, float]], path: Path) -> bool:
+    """Draw training and validation loss against the step; False when there are too few points."""
+    curves = {name: [(row["step"], row[key]) for row in rows if key in row] for key, name in (("train_loss", "training"), ("val_loss", "held out"))}
+    if len(curves["training"]) < 2:
+        return False
+    fig, axes = figure(height=3.6)
+    for (name, points), style in zip(curves.items(), ("-", "o-"), strict=True):
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=name, linewidth=1.2)
+    label(axes, "Loss against the optimizer step", "optimizer step", "nats a token", legend=True)
+    write_durably(path, png_bytes(fig))
+    return True
+
+
+def figures(state: dict[str, Any], rows: list[dict[str, float]]) -> list[tuple[str, str]]:
+    """The rows of the card's table "Training": (what, value)."""
+    run = state.get("config") or {}
+    data, train = run.get("data") or {}, run.get("train") or {}
+    source = data.get("dataset") or Path(data.get("input_file") or "").name
+    table = [
+        ("preset", run.get("preset")),
+        ("text", f"`{source}`" if source else None),
+        ("optimizer steps", state.get("step")),
+        ("tokens seen", last(rows, "tokens")),
+        ("rows of one step", train.get("batch_size")),
+        ("tokens of a row", data.get("sequence_length")),
+        ("peak learning rate", train.get("learning_rate")),
+        ("seed", train.get("seed")),
+        ("started from", _shown_source((run.get("run") or {}).get("init_from"))),
+        ("last training loss (nats a token)", last(rows, "train_loss")),
+        ("last held-out loss (nats a token)", last(rows, "val_loss")),
+        ("last held-out bits per byte", last(rows, "val_bits_per_byte")),
+        ("best held-out bits per byte", (state.get("best") or {}).get("bits_per_byte")),
+    ]
+    return [(what, _shown(value)) for what, value in table if value is not None]
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, float) and not value.is_integer():
+        return f"{value:.4g}" if abs(value) < 0.01 else f"{value:.4f}"
+    return f"{int(value):,}" if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
+
+
+def _shown_source(source: str | None) -> str | None:
+    """A Hub id as it is; of a local path only its last part: where it lay is nobody's business."""
+    return source if not source or (source.count("/") == 1 and not Path(source).exists()) else Path(source).name
+
+
+def base_model(source: str, state: dict[str, Any]) -> str | None:
+    """Hub id of the weights these were made from, where there is one."""
+    started = ((state.get("config") or {}).get("run") or {}).get("init_from") or (source if not Path(source).exists() else None)
+    return started if started and _shown_source(started) == started and started.count("/") == 1 else None
+
+
+def model_card(
+    title: str,
+    config: SmolLM2Config,
+    parameters: int,
+    dtype: str,
+    state: dict[str, Any],
+    rows: list[dict[str, float]],
+    has_plot: bool,
+    gguf: str | None,
+    base: str | None,
+) -> str:
+    """`README.md` with the Hub's metadata header."""
+    dataset = ((state.get("config") or {}).get("data") or {}).get("dataset")
+    head = ["license: apache-2.0" if base else "license: mit", "language: en", "library_name: transformers", "pipeline_tag: text-generation"]
+    head += ["tags:", "- smollm2", "- llama"]
+    head += [f"datasets:\n- {dataset}"] if dataset and dataset.count("/") == 1 and not Path(dataset).exists() else []
+    head += [f"base_model: {base}"] if base else []
+    shape = (
+        f"{parameters:,} parameters: {config.num_hidden_layers} layers, hidden size {config.hidden_size}, "
+        f"{config.num_attention_heads} query and {config.num_key_value_heads} key/value heads, vocabulary {config.vocab_size:,}, "
+        f"context {config.max_position_embeddings:,} tokens, RoPE theta {config.rope_theta:,.0f}, stored in {dtype}."
+    )
+    parts = ["---", *head, "---", f"# {title}", f"A language model of the SmolLM2 architecture (`LlamaForCausalLM`). {shape}"]
+    table = figures(state, rows)
+    if table:
+        parts += ["## Training", "| | |\n|---|---|\n" + "\n".join(f"| {what} | {value} |" for what, value in table)]
+    parts += [f"![Loss against the optimizer step]({PLOT})"] if has_plot else []
+    parts += ["## Use", _USAGE]
+    parts += [_GGUF_USAGE.format(file=gguf)] if gguf else []
+    parts += ["`ollama create my-model -f Modelfile` imports this folder into Ollama.", "## Limits", _LIMITS]
+    parts += ["## Licence", "Weights derived from a model under Apache-2.0." if base else _LICENCE]
+    header, body = parts[: len(head) + 2], parts[len(head) + 2 :]
+    return "\n".join(header) + "\n\n" + "\n\n".join(body) + "\n"
+
+
+_USAGE = """```python
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+folder = "."  # this folder, or its id on the Hub
+tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)
+ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
+print(tokenizer.decode(model.generate(ids, max_new_tokens=64, do_sample=True, temperature=0.8)[0]))
+```
+
+`config.json` carries RoPE's theta in the form of transformers 4 and in that of transformers 5, so both compute the same."""
+
+_GGUF_USAGE = "`{file}` runs in llama.cpp (`llama-completion -m {file} -p \"Once upon a time\"`) and is what the Modelfile imports."
+
+_LIMITS = """A small model trained on little text: it completes text in the manner of what it read. It does not know facts, and what it
+writes can be wrong, biased or offensive. Do not use it where that matters."""
+
+_LICENCE = "The training code is under the MIT licence. The text it was trained on keeps its own terms: check them before you publish the weights."

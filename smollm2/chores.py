@@ -1,0 +1,174 @@
+"""What happens between two updates: logging, saving, validation, samples, stopping.
+
+Order at a step: log the loss; save if due, with the chores still to come noted as `pending`; then validate and
+sample. A run killed in between resumes from that save and does the pending chores first.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+import pytorch_lightning as pl
+import torch
+
+from . import logs
+from .checkpoint import step_name
+from .data import BatchOrder
+from .device import autocast
+from .evaluate import score_tokens
+from .generate import complete
+from .run import Run
+from .signals import StopSignals
+
+SPEED_WINDOW = 20  # steps that tokens/s is the mean of
+
+
+class Chores(pl.Callback):
+    """The callback of one phase, from wherever the state stands to step `target`."""
+
+    def __init__(self, run: Run, order: BatchOrder, target: int, final_name: str, signals: StopSignals):
+        self.run, self.order, self.target, self.final_name, self.signals = run, order, target, final_name, signals
+        self.train = run.config.train
+        self._last_save_at = time.monotonic()
+        self._durations: deque[float] = deque(maxlen=SPEED_WINDOW)
+        self._step_began = 0.0
+
+    # --- Lightning's hooks
+
+    def on_train_start(self, trainer, module) -> None:
+        self.signals.install()  # Lightning has just put its own SIGTERM handler in front
+        self.run.reporter.start(module.state.step, self.target, self.run.tokens_per_step)
+        self._do_pending(module)
+
+    def on_train_end(self, trainer, module) -> None:
+        self.finish(module)  # inside the fit: afterwards Lightning moves everything to the CPU
+        trainer.strategy.barrier()
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+        self._step_began = time.monotonic()
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        state = module.state
+        if module.last_applied:
+            self._durations.append(time.monotonic() - self._step_began)
+            self._log_step(module)
+        self._log_epoch(module)
+        stopping = self._stop_requested(trainer)
+        if state.step >= self.target:
+            trainer.should_stop = True  # the last save and its chores follow in `finish`
+        elif module.last_applied or stopping:
+            state.pending = self._due(state.step) if module.last_applied else []
+            if stopping or state.pending or self._save_is_due(state.step):
+                self.save(module, step_name(state.step))
+            if not stopping:
+                self._do_pending(module)
+        trainer.should_stop |= stopping
+
+    def finish(self, module) -> None:
+        """At the target: the step's checkpoint, its chores, then the final folder."""
+        state = module.state
+        if state.step >= self.target:
+            if not self.run.has_checkpoint_at(state.step):
+                state.pending = ["val", "sample"]
+                self.save(module, step_name(state.step))
+            self._do_pending(module)
+            self.save(module, self.final_name)
+        if self.run.is_first_worker:
+            self.run.saver.wait()
+
+    def close(self) -> None:
+        self.run.reporter.end()
+
+    # --- the chores
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.run.tokens_per_step * len(self._durations) / sum(self._durations) if self._durations else 0.0
+
+    def _stop_requested(self, trainer) -> bool:
+        """The same answer on every worker: a signal may have reached only one of them."""
+        stop = self.signals.received is not None
+        if self.run.world_size > 1:
+            stop = bool(trainer.strategy.reduce(torch.tensor(float(stop), device=self.run.device), reduce_op="sum") > 0)
+        return stop
+
+    def _due(self, step: int) -> list[str]:
+        return [name for name, every in (("val", self.train.val_every), ("sample", self.train.sample_every)) if step % every == 0]
+
+    def _save_is_due(self, step: int) -> bool:
+        by_step = self.train.save_every is not None and step % self.train.save_every == 0
+        by_time = self.train.save_every_seconds is not None and time.monotonic() - self._last_save_at >= self.train.save_every_seconds
+        return by_step or (by_time and self.run.world_size == 1)
+
+    def _log_step(self, module) -> None:
+        state, loss = module.state, module.last_loss
+        rate = module.schedule(state.step - 1)
+        self.run.losses.append((state.step, loss))
+        self.run.tokens_per_second = self.tokens_per_second
+        if not self.run.is_first_worker:
+            return
+        self.run.reporter.step(state.step, loss, rate, self.tokens_per_second)
+        if state.step % self.train.log_every == 0 or state.step == 1:
+            write = self.run.logs.write
+            tokens = state.step * self.run.tokens_per_step
+            write(logs.TRAINING, state.step, train_loss=loss, lr=rate, gradient_norm=module.last_norm, tokens=tokens)
+            write(logs.METRICS, state.step, tokens_per_second=round(self.tokens_per_second, 1), **logs.resources(self.run.device))
+            self.run.logs.scalars(state.step, train_loss=loss, train_lr=rate, train_gradient_norm=module.last_norm, train_tokens_per_second=self.tokens_per_second)
+
+    def _log_epoch(self, module) -> None:
+        """A line for every pass over the training tokens that the last batch completed."""
+        state = module.state
+        if module.last_applied:
+            state.epoch["loss_sum"] += module.last_loss
+            state.epoch["batches"] += 1
+        before, after = int(self.order.epoch_of(state.position - 1)), int(self.order.epoch_of(state.position))
+        if after == before:
+            return
+        if self.run.is_first_worker and state.epoch["batches"]:
+            mean = state.epoch["loss_sum"] / state.epoch["batches"]
+            self.run.logs.write(logs.EPOCHS, state.step, epoch=after, mean_train_loss=mean, tokens=state.position * self.run.tokens_per_step)
+        state.epoch = {"loss_sum": 0.0, "batches": 0}
+
+    def save(self, module, name: str) -> None:
+        """Hand the present state to the saver; workers other than the first do nothing."""
+        self._last_save_at = time.monotonic()
+        if self.run.is_first_worker:
+            self.run.save(name, module.state, module.model, module.optimizer)
+
+    def _do_pending(self, module) -> None:
+        """Validation and samples that are due at this step; on one worker, the others go on to the next barrier."""
+        state = module.state
+        if self.run.is_first_worker and "val" in state.pending:
+            self._validate(module)
+        if self.run.is_first_worker and "sample" in state.pending:
+            self._sample(module)
+        state.pending = []
+
+    def _validate(self, module) -> None:
+        state, val = module.state, self.run.data.val
+        score = score_tokens(
+            module.model,
+            val.tokens,
+            val.text_bytes,
+            block_length=self.run.config.data.sequence_length,
+            max_tokens=None if state.step >= self.target else self.train.val_max_tokens,
+            autocast=lambda: autocast(self.run.precision, self.run.device),
+        )
+        if not state.best or score.bits_per_byte < state.best["bits_per_byte"]:
+            state.best = {"step": state.step, "bits_per_byte": score.bits_per_byte}
+        self.run.validations.append((state.step, score.loss, score.bits_per_byte))
+        self.run.logs.write(logs.TRAINING, state.step, val_loss=score.loss, val_bits_per_byte=score.bits_per_byte, val_tokens=score.tokens)
+        self.run.logs.scalars(state.step, val_loss=score.loss, val_bits_per_byte=score.bits_per_byte)
+        self.run.reporter.validation(state.step, score.loss, score.bits_per_byte)
+
+    def _sample(self, module) -> None:
+        """Continue the fixed prompts. The sampler has its own seeded generator: training randomness is untouched."""
+        module.model.eval()
+        for index, prompt in enumerate(self.train.prompts):
+            options = {"temperature": 0.8, "top_k": 50, "seed": self.train.seed + index}
+            with autocast(self.run.precision, self.run.device):
+                text = complete(module.model, self.run.tokenizer, prompt, self.train.sample_tokens, **options)
+            self.run.logs.write(logs.SAMPLES, module.state.step, prompt=prompt, text=text)
+            self.run.reporter.sample(module.state.step, prompt, text)
+        module.model.train()

@@ -1,0 +1,89 @@
+"""Numbers that go wrong: decide, before each update, whether it may be applied.
+
+Loss and gradient norm arrive together, in the one transfer that the loss log needs anyway. A skipped update moves
+neither the step nor the learning rate; its batch is counted as used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+from .errors import NumericStop
+
+MAX_SKIPS_IN_A_ROW = 3
+MAX_SKIPS_IN_WINDOW, WINDOW = 10, 1000
+MAX_SCALER_SKIPS = 20
+MIN_SCALE = 1.0
+SPIKE_HISTORY, SPIKE_MINIMUM, SPIKE_SIGMAS = 128, 64, 6.0
+
+
+class NumericGuard:
+    """Counts skipped updates and knows when to stop. Its whole state is a JSON value, so a resume replays it."""
+
+    def __init__(self, on_spike: str = "ignore", has_scaler: bool = False, state: dict | None = None):
+        state = state or {}
+        self.on_spike, self.has_scaler = on_spike, has_scaler
+        self.in_a_row = state.get("in_a_row", 0)
+        self.total = state.get("total", 0)
+        self.recent = deque(state.get("recent", []), WINDOW)  # positions of the skips among the last batches
+        self.losses = deque(state.get("losses", []), SPIKE_HISTORY)
+        self.norms = deque(state.get("norms", []), SPIKE_HISTORY)
+
+    def state(self) -> dict:
+        return {
+            "in_a_row": self.in_a_row,
+            "total": self.total,
+            "recent": list(self.recent),
+            "losses": list(self.losses),
+            "norms": list(self.norms),
+        }
+
+    def verdict(self, loss: float, norm: float, position: int) -> str | None:
+        """None to apply the update, else why it is skipped. Raises `NumericStop` when skipping has not helped."""
+        reason = None
+        if not math.isfinite(loss):
+            reason = f"the loss is {loss}"
+        elif not math.isfinite(norm):
+            reason = f"the gradient norm is {norm}"
+        elif self.on_spike != "ignore":
+            reason = self._spike("loss", loss, self.losses) or self._spike("gradient norm", norm, self.norms)
+            if reason and self.on_spike == "stop":
+                raise NumericStop(f"stopped on a spike: {reason}; the last checkpoint is untouched")
+        if reason is None:
+            self.in_a_row = 0
+            if self.on_spike != "ignore":
+                self.losses.append(loss)
+                self.norms.append(norm)
+            return None
+        self.in_a_row += 1
+        self.total += 1
+        self._stop_if_hopeless(reason, position, overflow=self.has_scaler and math.isfinite(loss))
+        return reason
+
+    def _stop_if_hopeless(self, reason: str, position: int, overflow: bool) -> None:
+        if overflow:  # a scaler that is searching for its scale; bounded by the floor and a count of its own
+            if self.in_a_row >= MAX_SCALER_SKIPS:
+                raise NumericStop(
+                    f"fp16 gradients overflowed {self.in_a_row} times in a row ({reason}); use --set train.precision=bf16 "
+                    "(or fp32), or a lower learning rate; the last checkpoint is untouched"
+                )
+            return
+        self.recent.append(position)
+        recent = sum(position - at < WINDOW for at in self.recent)
+        if self.in_a_row >= MAX_SKIPS_IN_A_ROW or recent > MAX_SKIPS_IN_WINDOW:
+            count = f"{self.in_a_row} in a row" if self.in_a_row >= MAX_SKIPS_IN_A_ROW else f"{recent} of the last {WINDOW}"
+            raise NumericStop(
+                f"updates skipped: {count}; last cause: {reason}; the last checkpoint is untouched: "
+                "lower train.learning_rate or look at the data"
+            )
+
+    @staticmethod
+    def _spike(name: str, value: float, history: deque) -> str | None:
+        if len(history) < SPIKE_MINIMUM:
+            return None
+        mean = math.fsum(history) / len(history)
+        sigma = math.sqrt(math.fsum((v - mean) ** 2 for v in history) / len(history))
+        if value <= mean + SPIKE_SIGMAS * sigma:
+            return None
+        return f"the {name} {value:.4g} is above mean {mean:.4g} + {SPIKE_SIGMAS:g} sigma ({sigma:.3g}) of {len(history)} steps"

@@ -1,0 +1,100 @@
+"""What makes a notebook a lesson: visible checks and predictions that are scored. Plain text, so it works everywhere."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Callable
+
+WIDTH = 110
+_scores: dict[str, float] = {}  # question -> points, so that running a cell again replaces its score
+
+
+class CheckFailed(AssertionError):
+    """A visible check of a notebook did not hold."""
+
+
+def largest(difference) -> float:
+    """Largest absolute value of a number, tensor or array; NaN when any entry is NaN, 0 for nothing to compare."""
+    if hasattr(difference, "detach"):
+        difference = difference.detach().cpu().double().numpy()
+    if hasattr(difference, "shape"):
+        return float(abs(difference).max()) if difference.size else 0.0
+    return abs(float(difference))
+
+
+def _figure(value: float) -> str:
+    if math.isfinite(value) and value == int(value):
+        return f"{int(value):,}"
+    return f"{value:.1e}".replace(".0e", "e") if abs(value) < 1e-2 or abs(value) >= 1e5 else f"{value:.4g}"
+
+
+def check(name: str, difference, tolerance: float = 0.0, likely: str = "") -> float:
+    """Print `✔ name: max|difference| = 3.1e-06 (tolerance 1e-04)` and return that difference.
+
+    `difference` is a number, tensor or array that should be zero. Raises `CheckFailed` when it exceeds `tolerance`
+    or is NaN; `likely` names the likely mistake there.
+    """
+    size = largest(difference)
+    if not size <= tolerance:  # written so that NaN fails
+        hint = f" Likely: {likely}" if likely else ""
+        raise CheckFailed(f"✘ {name}: max|difference| = {_figure(size)}, allowed is {_figure(tolerance)}.{hint}")
+    allowed = f"tolerance {_figure(tolerance)}" if tolerance else "exact"
+    print(f"✔ {name}: max|difference| = {_figure(size)} ({allowed})")
+    return size
+
+
+def check_fails(name: str, action: Callable[[], object]) -> str:
+    """Print `✔ name` when `action` trips a check, as a planted bug must; returns the failure's message."""
+    try:
+        action()
+    except CheckFailed as failure:
+        print(f"✔ {name}: found. {failure}")
+        return str(failure)
+    raise CheckFailed(f"✘ {name}: the check let it pass, so it proves nothing")
+
+
+def _points(guess, answer, within: float) -> float:
+    if isinstance(answer, str):
+        return float(str(guess).strip().casefold() == answer.strip().casefold())
+    guess, answer = float(guess), float(answer)
+    if abs(guess - answer) <= within * abs(answer):
+        return 1.0
+    return 0.5 if guess > 0 and answer > 0 and 0.5 <= guess / answer <= 2.0 else 0.0
+
+
+def _shown(value) -> str:
+    return value if isinstance(value, str) else _figure(float(value))
+
+
+def predict(question: str, guess, answer, *, within: float = 0.1, unit: str = "", why: str = "") -> float | None:
+    """Score a prediction: 1 point within `within` (relative) of the answer, 0.5 within a factor of two, else 0.
+
+    With `guess=None` it only asks; answer and explanation (`why`) stay closed. Words are compared as words.
+    Returns the points, or None when nothing was guessed.
+    """
+    unit = f" {unit}" if unit else ""
+    print(textwrap.fill(f"? {question}", WIDTH, subsequent_indent="  "))
+    if guess is None:
+        _scores.setdefault(question, 0.0)
+        print("  No guess yet: put one in place of None and run this cell again. The answer is worked out below.")
+        return None
+    points = _points(guess, answer, within)
+    _scores[question] = points
+    word = {1.0: "right", 0.5: "within a factor of two"}.get(points, "not this time")
+    print(f"  You said {_shown(guess)}{unit}; it is {_shown(answer)}{unit}: {word} ({points:g} of 1 point).")
+    if why:
+        print(textwrap.fill(f"  {why}", WIDTH, subsequent_indent="  "))
+    return points
+
+
+def score() -> tuple[float, int]:
+    """Print and return (points, questions) of this notebook so far."""
+    points, asked = sum(_scores.values()), len(_scores)
+    print(f"Predictions: {points:g} of {asked} points" + (", all still open: guess, then run again" if asked and not points else ""))
+    return points, asked
+
+
+def forget() -> None:
+    """Start the score again."""
+    _scores.clear()

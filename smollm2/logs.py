@@ -1,0 +1,144 @@
+"""Five text logs and TensorBoard, in `output/logs/`.
+
+One event a line: `2026-11-23T19:00:00Z step=500 train_loss=3.1234 lr=0.0030`. Words with blanks are JSON strings.
+A resumed run neither repeats nor loses lines: `rewind` drops what lies behind the checkpoint it resumes from.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import threading
+import time
+from pathlib import Path
+
+from .files import replace_durably
+
+TRAINING = "training_loss.txt"
+SAMPLES = "generation_samples.txt"
+CHECKPOINTS = "checkpoint_events.txt"
+EPOCHS = "epoch_completion.txt"
+METRICS = "gpu_metrics.txt"
+REWOUND = (TRAINING, SAMPLES, EPOCHS, METRICS)  # checkpoint events are a journal: they stay
+
+
+def format_value(value: object) -> str:
+    if isinstance(value, float):
+        return repr(round(value, 6)) if abs(value) >= 1e-3 or value == 0 else f"{value:.6g}"
+    text = str(value)
+    return text if re.fullmatch(r"[^\s\"'=]+", text) else json.dumps(text)
+
+
+def parse_line(line: str) -> dict[str, str]:
+    """`{"time": ..., "step": ..., ...}` of a log line; raises ValueError for a torn one."""
+    stamp, _, rest = line.strip().partition(" ")
+    fields = {"time": stamp}
+    for key, quoted, plain in re.findall(r'(\w+)=("(?:[^"\\]|\\.)*"|(\S*))', rest):
+        fields[key] = json.loads(quoted) if quoted.startswith('"') else plain
+    if "step" not in fields or not line.endswith("\n"):
+        raise ValueError(f"not a log line: {line[:80]!r}")
+    return fields
+
+
+class TextLogs:
+    """The five files of a run. `write` appends one whole line in one system call."""
+
+    def __init__(self, folder: str | Path, tensorboard: bool = True):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()
+        self._tensorboard, self._wants_tensorboard, self._purge_step = None, tensorboard, 0
+
+    def write(self, file: str, step: int, **fields: object) -> None:
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        words = [stamp, f"step={step}"] + [f"{key}={format_value(value)}" for key, value in fields.items()]
+        with self._lock, open(self.folder / file, "ab", buffering=0) as handle:
+            handle.write((" ".join(words) + "\n").encode())
+
+    def scalars(self, step: int, **values: float) -> None:
+        """Values for TensorBoard, grouped by the part of the name before the first underscore."""
+        if not self._wants_tensorboard:
+            return
+        if self._tensorboard is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(self.folder), purge_step=self._purge_step, flush_secs=30)
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name.replace("_", "/", 1), value, step)
+
+    def line_counts(self) -> dict[str, int]:
+        """Lines of each rewindable log: the log positions that a checkpoint's state records."""
+        counts = {}
+        for file in REWOUND:
+            path = self.folder / file
+            counts[file] = path.read_bytes().count(b"\n") if path.exists() else 0
+        return counts
+
+    def rewind(self, step: int, pending: list[str]) -> None:
+        """Drop lines behind `step`, torn lines, and those of events that are `pending` at `step` and will run again."""
+        self._purge_step = step + 1
+        for file in REWOUND:
+            path = self.folder / file
+            if not path.exists():
+                continue
+            lines = path.read_bytes().decode("utf-8", "replace").splitlines(keepends=True)
+            kept = [line for line in lines if self._stays(line, file, step, pending)]
+            if kept != lines:
+                replace_durably(path, "".join(kept).encode())
+
+    @staticmethod
+    def _stays(line: str, file: str, step: int, pending: list[str]) -> bool:
+        try:
+            fields = parse_line(line)
+            at = int(fields["step"])
+        except ValueError:
+            return False
+        runs_again = ("sample" in pending and file == SAMPLES) or ("val" in pending and "val_loss" in fields)
+        return at < step or (at == step and not runs_again)
+
+    def close(self) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._tensorboard = None
+
+
+def resources(device) -> dict[str, object]:
+    """Memory and load now. On a GPU the whole card is measured, so a shared card shows its neighbours too."""
+    import psutil
+    import torch
+
+    process = psutil.Process(os.getpid())
+    facts: dict[str, object] = {"rss_bytes": process.memory_info().rss, "load_1min": round(os.getloadavg()[0], 2)}
+    if device.type != "cuda":
+        return {"device": "cpu", "note": "no GPU: process memory and load"} | facts
+    free, total = torch.cuda.mem_get_info(device)
+    facts |= {
+        "device": torch.cuda.get_device_name(device),
+        "allocated_bytes": torch.cuda.memory_allocated(device),
+        "peak_allocated_bytes": torch.cuda.max_memory_allocated(device),
+        "reserved_bytes": torch.cuda.memory_reserved(device),
+        "device_used_bytes": total - free,
+    }
+    try:
+        facts |= {"utilization_percent": torch.cuda.utilization(device), "power_watts": torch.cuda.power_draw(device) / 1000}
+    except (ImportError, RuntimeError, ModuleNotFoundError):  # nvidia-ml-py absent, or the driver does not tell
+        facts["utilization_percent"] = "n/a"
+    return facts
+
+
+def read_log(path: str | Path) -> list[dict[str, str]]:
+    """All whole lines of a log as dictionaries of strings."""
+    events = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            events.append(parse_line(line))
+        except ValueError:
+            continue
+    return events
+
+
+def shell_word(text: object) -> str:
+    """A path as it must be typed in a shell."""
+    return shlex.quote(str(text))

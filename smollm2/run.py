@@ -1,0 +1,368 @@
+"""One run: its folder, lock, data, tokenizer, logs and checkpoints, and what happens when it is opened again.
+
+Opening a run checks the input text first (nothing is written for a bad one), takes the lock, tidies leftovers of a
+kill, finds the newest checkpoint that verifies, and says in plain lines what it found and what it will do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from . import __version__
+from .checkpoint import FINAL_NAMES, Manifest, candidates, load_tensors, newest_usable, read_manifest, remove_leftovers, strict_json
+from .config import RunConfig, parameter_count
+from .data import TokenData, check_length, prepare_tokens, read_split, source_identity
+from .device import choose_device, choose_precision, device_name, fingerprint
+from .errors import CheckpointError, ConfigError, DataError, OutputLost, UserError
+from .evaluate import compression_bits_per_byte, score_tokens
+from .files import replace_durably, sha256_json
+from .lock import OutputLock
+from .logs import CHECKPOINTS, TextLogs, shell_word
+from .model import SmolLM2
+from .optim import Schedule, moments_by_name
+from .pretrained import load_weights, model_files, read_config, read_weights, resolve, stored_tensors
+from .progress import Reporter, TerminalReporter
+from .saver import Saver
+from .state import TrainState, check_unchanged, fixed_settings, restore_rng, rng_tensors
+from .tokenizer import Tokenizer, choose_tokenizer
+
+BPE_TRAINING_PIECES = 64  # of about 1 MiB each: enough for any vocabulary
+
+
+@dataclass
+class TrainResult:
+    """What a finished or stopped run has to show."""
+
+    step: int
+    checkpoint: Path | None
+    stopped_by: int | None  # signal number
+    seconds: float
+    tokens_per_second: float
+    bits_per_byte: float | None  # of the held-out part, at the last step
+    references: dict[str, float]  # gzip -9 and xz of the same bytes
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    validations: list[tuple[int, float, float]] = field(default_factory=list)
+
+    def table(self) -> str:
+        """The few lines a person wants at the end."""
+        rows = []
+        if self.bits_per_byte is not None:
+            others = ", ".join(f"{name} {value:.3f}" for name, value in self.references.items())
+            rows.append(("held-out bits per byte", f"{self.bits_per_byte:.3f}  (the same bytes: {others})"))
+        if self.tokens_per_second:
+            rows.append(("tokens per second", f"{self.tokens_per_second:,.0f}"))
+        rows.append(("time", f"{self.seconds:.0f} s"))
+        if self.checkpoint:
+            rows.append(("checkpoint", f"{self.checkpoint} (step {self.step})"))
+            rows.append(("talk to it", f'python -m smollm2.generate --checkpoint {shell_word(self.checkpoint)} --prompt "Once upon a time"'))
+        return "\n".join(f"{name:<24}{value}" for name, value in rows)
+
+
+class Run:
+    """An opened run. Made by `open_run`; used by the training loop and its chores."""
+
+    def __init__(self, config: RunConfig, reporter: Reporter):
+        self.config, self.reporter = config, reporter
+        self.output_dir = Path(config.run.output_dir)
+        self.checkpoint_dir = self.output_dir / "checkpoints"
+        self.device = choose_device()
+        self.precision = choose_precision(config.train.precision, self.device)
+        self.world_size = config.run.devices * config.run.num_nodes
+        self.is_first_worker = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", 0)))) == 0
+        self.tokens_per_step = config.train.batch_size * config.data.sequence_length
+        self.losses: list[tuple[int, float]] = []
+        self.validations: list[tuple[int, float, float]] = []
+        self.tokens_per_second = 0.0
+        self.drive_step: int | None = None
+        self.mirror = None
+        self.newest: Manifest | None = None
+        self._saved_step: int | None = None
+        if config.train.deterministic:
+            torch.use_deterministic_algorithms(True)
+
+    def say(self, text: str) -> None:
+        if self.is_first_worker:
+            self.reporter.message(text)
+
+    # --- opening
+
+    def find_checkpoint(self) -> None:
+        """Newest verified checkpoint of this machine, or of Drive when that one is newer."""
+        folders = candidates(self.checkpoint_dir)
+        if self.config.run.drive_dir:
+            from .drive import newest_on_drive
+
+            self.newest = newest_on_drive(self.config.run.drive_dir, self.checkpoint_dir, folders, self.say)
+        else:
+            self.newest = newest_usable(folders, self.say)
+
+    def archive(self) -> None:
+        """`--resume never`: what an earlier run wrote moves aside; nothing is deleted."""
+        found = [self.output_dir / name for name in ("checkpoints", "logs") if (self.output_dir / name).exists()]
+        if not found:
+            return
+        number = 1
+        while (self.output_dir / f"previous-{number}").exists():
+            number += 1
+        aside = self.output_dir / f"previous-{number}"
+        aside.mkdir()
+        for path in found:
+            os.rename(path, aside / path.name)
+        self.say(f"--resume never: the earlier run was moved to {aside}")
+
+    def prepare_data(self) -> None:
+        """Tokenizer and token files; both are those of the checkpoint when there is one."""
+        config = self.config
+        path = config.data.input_file
+        source = source_identity(path)
+        if self.newest:
+            self.tokenizer = Tokenizer.from_file(self.newest.folder)
+            if config.data.tokenizer != "auto":
+                asked, _ = choose_tokenizer(config.data.tokenizer, config.model.vocab_size, None, None)
+                if asked.sha256 != self.tokenizer.sha256:
+                    raise ConfigError(f"--tokenizer {config.data.tokenizer} is not the one this run was trained with; leave it out or use another --output_dir")
+            reason = "the checkpoint's own"
+        elif config.run.init_from and config.data.tokenizer == "auto":
+            self.tokenizer, reason = Tokenizer.from_file(resolve(config.run.init_from)), f"that of {config.run.init_from}"
+        else:
+            texts = lambda: (t for t, _ in zip(read_split(path, "train", config.data.held_out_fraction), range(BPE_TRAINING_PIECES), strict=False))  # noqa: E731
+            self.tokenizer, reason = choose_tokenizer(config.data.tokenizer, config.model.vocab_size, config.data.tokenizer_vocab_size, texts)
+        self.say(f"tokenizer: {reason}")
+        self.data: TokenData = prepare_tokens(path, self.tokenizer, self.output_dir / "data", config.data.held_out_fraction, source)
+        check_length(self.data, config.data.sequence_length, path)
+        self.say(
+            f"data: {path}, {source['bytes']:,} bytes; {len(self.data.train.tokens):,} tokens to train on, "
+            f"{len(self.data.val.tokens):,} held out ({self.data.val.text_bytes:,} bytes)"
+        )
+        if self.newest and self.newest.facts.get("data_sha256") != self.data.sha256 and not config.run.allow_data_change:
+            raise DataError(
+                f"{path} is not the text this run was trained on (its hash differs from the checkpoint's); "
+                "restore it, choose another --output_dir, or pass --set run.allow_data_change=true"
+            )
+
+    # --- what to do
+
+    def phases(self) -> Iterator[tuple[int, str]]:
+        """(target step, final folder) of each phase that is not done yet; says so when there is none."""
+        train = self.config.train
+        plan = [(train.max_steps, FINAL_NAMES[0])]
+        if train.continue_steps:
+            plan.append((train.max_steps + train.continue_steps, FINAL_NAMES[1]))
+        did_something = False
+        for target, name in plan:
+            step = self.newest.step if self.newest else 0
+            if step > target or (step == target and self.is_final(name, target)):
+                continue
+            did_something = True
+            yield target, name
+        if not did_something:
+            step = self.newest.step
+            self.say(f"finished: the run is at step {step}; ask for more with --max_steps {step + train.max_steps} or --continue_steps N")
+
+    def is_final(self, name: str, step: int) -> bool:
+        try:
+            return read_manifest(self.checkpoint_dir / name).step == step
+        except CheckpointError:
+            return False
+
+    def has_checkpoint_at(self, step: int) -> bool:
+        return self._saved_step == step
+
+    def load(self, target: int) -> tuple[SmolLM2, TrainState, dict[str, torch.Tensor]]:
+        """Model (on the CPU), state and optimizer moments of the newest checkpoint, or fresh ones."""
+        train = self.config.train
+        total = train.max_steps + train.continue_steps
+        rows = train.batch_size // self.world_size
+        torch.manual_seed(train.seed)
+        if self.newest is None:
+            model = SmolLM2(self.config.model)
+            if self.config.run.init_from:
+                folder = resolve(self.config.run.init_from)
+                load_weights(model, read_weights(folder, self.config.model), str(folder))
+                self.say(f"weights: from {self.config.run.init_from}")
+            state = TrainState(schedule_total=total, micro_batch_size=min(train.micro_batch_size or rows, rows))
+            self.say(f"starting at step 0 of {total}")
+            return model, state, {}
+        folder = self.newest.folder
+        state = TrainState.from_json(strict_json((folder / "state.json").read_bytes(), "state.json"))
+        check_unchanged(state.config, self.config)
+        model = SmolLM2(self.config.model)
+        load_weights(model, read_weights(folder, self.config.model), str(folder))
+        tensors = load_tensors(folder / "optim.safetensors")
+        restore_rng({k: tensors.pop(k) for k in list(tensors) if k.startswith("rng.")}, self.device)
+        state.restore_python_rng()
+        state.micro_batch_size = min(state.micro_batch_size, train.micro_batch_size or rows, rows)
+        if self.is_first_worker:
+            self.logs.rewind(state.step, state.pending)
+            self.logs.write(CHECKPOINTS, state.step, event="resumed", name=folder.name)
+        self._saved_step = state.step
+        self.say(f"continuing from {folder.name}: step {state.step} of {total}")
+        self._say_what_differs()
+        self._extend_schedule(state, total)
+        return model, state, tensors
+
+    def _say_what_differs(self) -> None:
+        before, now = self.newest.facts.get("fingerprint", {}), fingerprint(self.device, self.precision, self.config.train.compile)
+        changes = [f"{key}: {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
+        if changes:
+            self.say(f"continuing, not bit-exact: {'; '.join(changes)}")
+
+    def _extend_schedule(self, state: TrainState, total: int) -> None:
+        if total == state.schedule_total or state.step >= total:
+            return
+        if state.step >= state.schedule_total:
+            state.schedule_start = state.step
+            warmup = min(self.config.train.warmup_steps, (total - state.step) // 2)
+            self.say(
+                f"schedule: the finished run had decayed to 0 at step {state.schedule_total}; a new cycle of {total - state.step} steps "
+                f"begins (warm-up {warmup} steps, then as before, 0 at step {total})"
+            )
+        else:
+            train = self.config.train
+            decay_start = Schedule(train.learning_rate, train.warmup_steps, train.decay_fraction, state.schedule_start, state.schedule_total).decay_start
+            rises = " (the rate rises again: the old decay had begun)" if state.step > decay_start else ""
+            self.say(f"schedule: now ends at step {total} instead of {state.schedule_total}{rises}")
+        state.schedule_total = total
+
+    # --- saving
+
+    def save(self, name: str, state: TrainState, model: SmolLM2, optimizer: torch.optim.Optimizer) -> None:
+        """Snapshot everything and hand it to the saver; returns as soon as the copies are made."""
+        config = self.config
+        state.log_lines = self.logs.line_counts()
+        state.config = fixed_settings(config)
+        small = model_files(config.model) | self.tokenizer.files(config.model.max_position_embeddings)
+        tensors = {
+            "model.safetensors": stored_tensors(model),
+            "optim.safetensors": moments_by_name(model, optimizer) | rng_tensors(self.device),
+        }
+        facts = {
+            "data_sha256": self.data.sha256,
+            "tokenizer_sha256": self.tokenizer.sha256,
+            "config_sha256": sha256_json(state.config),
+            "fingerprint": fingerprint(self.device, self.precision, config.train.compile),
+            "versions": {"smollm2": __version__, "torch": torch.__version__},
+        }
+        self.saver.submit(name, state.step, small, tensors, state.to_json(), facts, int(state.best["step"]) if state.best else None)
+        self._saved_step = state.step
+
+    def on_saved(self, manifest: Manifest, seconds: float, removed: list[str]) -> None:
+        self.newest = manifest
+        self.logs.write(CHECKPOINTS, manifest.step, event="saved", name=manifest.folder.name, bytes=manifest.bytes, seconds=round(seconds, 3))
+        for name in removed:
+            self.logs.write(CHECKPOINTS, manifest.step, event="removed", name=name)
+        if self.mirror:
+            self.mirror.submit(manifest)
+        self.reporter.saved(manifest.step, self.drive_step)
+
+    def on_save_failed(self, step: int, error: Exception) -> None:
+        reason = getattr(error, "strerror", None) or str(error)
+        self.say(f"saving step {step} failed ({reason}); training goes on, the last good checkpoint is untouched")
+        with contextlib.suppress(OSError):  # the log lies on the same disk
+            self.logs.write(CHECKPOINTS, step, event="save_failed", reason=reason)
+
+    def on_copied(self, step: int) -> None:
+        """A checkpoint was copied to Drive and read back."""
+        self.drive_step = step
+        self.logs.write(CHECKPOINTS, step, event="copied_to_drive")
+        self.reporter.saved(self.newest.step if self.newest else step, step)
+
+    # --- odd events
+
+    def report_skip(self, state: TrainState, reason: str) -> None:
+        self.say(f"step {state.step}: update skipped ({reason}); the step does not count, batch {state.position - 1} is used up")
+        if self.is_first_worker:
+            self.logs.write(CHECKPOINTS, state.step, event="skipped", position=state.position - 1, reason=reason)
+
+    def report_smaller_micro_batch(self, state: TrainState) -> None:
+        self.say(f"out of memory: micro-batch halved to {state.micro_batch_size}, the window is redone with the same tokens; bit-exactness restarts here")
+        self.logs.write(CHECKPOINTS, state.step, event="micro_batch_halved", micro_batch_size=state.micro_batch_size)
+
+    # --- the end
+
+    def result(self, stopped_by: int | None, seconds: float) -> TrainResult:
+        step = self.newest.step if self.newest else 0
+        score, references = None, {}
+        if self.is_first_worker and stopped_by is None and self.newest:
+            last = self.validations[-1] if self.validations else None
+            score = last[2] if last and last[0] == step else self._score_newest()
+            if self.data.val.text_bytes <= 256 * 2**20:
+                references = compression_bits_per_byte(self.config.data.input_file, "val", self.config.data.held_out_fraction)
+        folder = self.newest.folder if self.newest else None
+        return TrainResult(step, folder, stopped_by, seconds, self.tokens_per_second, score, references, self.losses, self.validations)
+
+    def _score_newest(self) -> float:
+        model = SmolLM2.from_pretrained(self.newest.folder, device=self.device)
+        val = self.data.val
+        return score_tokens(model, val.tokens, val.text_bytes, block_length=self.config.data.sequence_length).bits_per_byte
+
+
+def _resolve_model(config: RunConfig) -> RunConfig:
+    """Take the shape of `init_from` (its RoPE theta above all), and the dataset's text as the input file."""
+    if config.run.init_from:
+        config = config.model_copy(update={"model": read_config(resolve(config.run.init_from))})
+    if config.data.dataset:
+        from .dataset import dataset_to_text
+
+        path = dataset_to_text(config.data.dataset, Path(config.run.output_dir) / "data", config.data.dataset_tokens)
+        config = config.model_copy(update={"data": config.data.model_copy(update={"input_file": str(path)})})
+    return config
+
+
+@contextlib.contextmanager
+def open_run(config: RunConfig, reporter: Reporter | None = None) -> Iterator[Run]:
+    """Everything that `train` needs, opened in safe order; closes it (and waits for the last save) in the end."""
+    run = Run(config, reporter or TerminalReporter())
+    if not config.data.dataset:
+        source_identity(config.data.input_file)  # a bad text is reported before anything is written
+    existed = run.output_dir.exists()
+    try:
+        run.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputLost(f"--output_dir {run.output_dir}: {error.strerror}; expected a folder that can be written") from None
+    lock = OutputLock(run.output_dir) if run.is_first_worker else contextlib.nullcontext()
+    with lock:
+        try:
+            run.config = config = _resolve_model(config)
+            if run.is_first_worker:
+                if config.run.resume == "never":
+                    run.archive()
+                run.checkpoint_dir.mkdir(exist_ok=True)
+                remove_leftovers(run.checkpoint_dir)
+            run.say(f"model: {config.preset}, {parameter_count(config.model):,} parameters, context {config.model.max_position_embeddings:,}, RoPE theta {config.model.rope_theta:,.0f}")
+            run.say(f"device: {device_name(run.device)}; precision {run.precision.name}: {run.precision.reason}")
+            run.find_checkpoint()
+            run.prepare_data()
+        except UserError:
+            if not existed and run.is_first_worker:
+                shutil.rmtree(run.output_dir, ignore_errors=True)  # nothing is left behind by a bad start
+            raise
+        except OSError as error:
+            raise OutputLost(f"cannot write to {run.output_dir}: {error.strerror}") from None
+        run.logs = TextLogs(run.output_dir / "logs")
+        if run.is_first_worker:
+            replace_durably(run.output_dir / "config.yaml", config.to_yaml().encode())
+        run_id = run.newest.run_id if run.newest else sha256_json([fixed_settings(config), run.data.sha256])[:16]
+        run.saver = Saver(run.checkpoint_dir, run_id, config.train.keep_last, run.on_saved, run.on_save_failed)
+        if config.run.drive_dir and run.is_first_worker:
+            from .drive import DriveMirror
+
+            run.mirror = DriveMirror(config.run.drive_dir, run.say, run.on_copied)
+            if run.newest:
+                run.mirror.submit(run.newest)
+        try:
+            yield run
+        finally:
+            try:
+                run.saver.wait()
+            finally:
+                if run.mirror:
+                    run.mirror.close()
+                run.logs.close()

@@ -1,0 +1,85 @@
+"""Saving without holding up training: a snapshot in memory, then writing on a thread.
+
+The training thread only copies tensors to CPU memory. One save is in flight at a time; a new one waits for the last.
+A failing disk does not stop training at once: three failed saves do.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from .checkpoint import Manifest, commit, dump_json, prune
+from .errors import NumericStop, OutputLost, UserError
+
+MAX_FAILED_SAVES = 3
+
+
+def tensor_file(tensors: dict[str, torch.Tensor]) -> Callable[[Path], None]:
+    """Writer of a safetensors file that refuses numbers which are not finite."""
+
+    def write(path: Path) -> None:
+        from safetensors.torch import save_file
+
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise NumericStop(f"{name} holds numbers that are not finite: not saved; the last checkpoint is untouched")
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    return write
+
+
+def snapshot(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Independent CPU copies: training may go on while they are written."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+class Saver:
+    """Commits snapshots to one folder, newest last, and prunes old ones once a newer one is in place."""
+
+    def __init__(self, checkpoint_dir: Path, run_id: str, keep_last: int, on_saved: Callable[[Manifest, float, list[str]], None], on_failed: Callable[[int, Exception], None]):
+        self.folder, self.run_id, self.keep_last = Path(checkpoint_dir), run_id, keep_last
+        self.on_saved, self.on_failed = on_saved, on_failed
+        self.failures = 0
+        self.blocked_seconds = 0.0
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def submit(self, name: str, step: int, small_files: dict[str, bytes], tensors: dict[str, dict], state: dict, facts: dict, best_step: int | None) -> None:
+        """Copy `tensors` ({file: {name: tensor}}) and start writing. Raises what the previous save ran into."""
+        started = time.monotonic()
+        self.wait()
+        copies = {file: snapshot(group) for file, group in tensors.items()}
+        files = dict(small_files) | {"state.json": dump_json(state)}
+        files |= {file: tensor_file(group) for file, group in copies.items()}
+        self._thread = threading.Thread(target=self._write, args=(name, step, files, facts, best_step), name="checkpoint", daemon=False)
+        self._thread.start()
+        self.blocked_seconds += time.monotonic() - started
+
+    def _write(self, name: str, step: int, files: dict, facts: dict, best_step: int | None) -> None:
+        started = time.monotonic()
+        try:
+            manifest = commit(self.folder, name, files, self.run_id, step, facts)
+            self.failures = 0
+            removed = prune(self.folder, self.keep_last, best_step, manifest)
+            self.on_saved(manifest, time.monotonic() - started, removed)
+        except UserError as error:
+            self._error = error
+        except Exception as error:  # full or failing disk (safetensors wraps OSError): training goes on, bounded
+            self.failures += 1
+            self.on_failed(step, error)
+            if self.failures >= MAX_FAILED_SAVES:
+                self._error = OutputLost(f"{self.failures} saves in a row failed ({error}); the last good checkpoint in {self.folder} is untouched: free some space and run the same command again")
+
+    def wait(self) -> None:
+        """Until nothing is being written. Raises the error of a save that must stop the run."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error

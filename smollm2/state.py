@@ -1,0 +1,94 @@
+"""The state of a run besides its tensors: everything that decides what happens next, as one JSON value.
+
+No clock and no path is in it, so equal states are equal bytes.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from .config import RunConfig
+from .errors import CheckpointError, ConfigError
+
+# Settings that may change when a run is resumed: they do not change what an update computes from the same state.
+CHANGEABLE = {
+    "train": {
+        "max_steps", "continue_steps", "micro_batch_size", "precision", "compile", "deterministic", "on_spike", "log_every", "val_every",
+        "val_max_tokens", "sample_every", "sample_tokens", "prompts", "save_every", "save_every_seconds", "keep_last",
+    },
+    "data": {"input_file", "dataset", "tokenizer", "tokenizer_vocab_size"},  # identified by their hashes instead
+}  # fmt: skip
+
+
+def fixed_settings(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """The settings that must not change between a checkpoint and its resume."""
+    sections = {name: getattr(config, name).model_dump(mode="json") for name in ("model", "data", "train")}
+    return {name: {k: v for k, v in section.items() if k not in CHANGEABLE.get(name, ())} for name, section in sections.items()}
+
+
+@dataclass
+class TrainState:
+    """Where a run stands. `step` counts applied updates, `position` the batches drawn (skipped ones included)."""
+
+    step: int = 0
+    position: int = 0
+    schedule_start: int = 0
+    schedule_total: int = 0
+    micro_batch_size: int = 0
+    scaler: dict[str, float] = field(default_factory=dict)
+    guard: dict[str, Any] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)  # {"step", "bits_per_byte"} of the best validation
+    epoch: dict[str, float] = field(default_factory=lambda: {"loss_sum": 0.0, "batches": 0})
+    pending: list[str] = field(default_factory=list)  # "val", "sample": due at this step, not done when it was saved
+    log_lines: dict[str, int] = field(default_factory=dict)
+    python_rng: list[Any] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        version, internal, gauss = random.getstate()
+        return asdict(self) | {"python_rng": [version, list(internal), gauss]}
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> TrainState:
+        try:
+            return cls(**fields)
+        except TypeError as error:
+            raise CheckpointError(f"state.json: {error}") from None
+
+    def restore_python_rng(self) -> None:
+        version, internal, gauss = self.python_rng
+        random.setstate((version, tuple(internal), gauss))
+
+
+def check_unchanged(saved: dict[str, Any], config: RunConfig) -> None:
+    """Raises `ConfigError` with the differences when a fixed setting changed since the checkpoint."""
+    now = fixed_settings(config)
+    changes = [
+        f"{section}.{key}: {saved.get(section, {}).get(key)} -> {now.get(section, {}).get(key)}"
+        for section in sorted(set(now) | set(saved))
+        for key in sorted(set(now.get(section, {})) | set(saved.get(section, {})))
+        if saved.get(section, {}).get(key) != now.get(section, {}).get(key)
+    ]
+    if changes:
+        raise ConfigError(
+            f"the run in this output directory was made with other settings ({'; '.join(changes)}): "
+            "put them back, choose another --output_dir, or start anew with --resume never"
+        )
+
+
+def rng_tensors(device: torch.device) -> dict[str, torch.Tensor]:
+    """torch's generator states as uint8 tensors, for `optim.safetensors`."""
+    states = {"rng.torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["rng.cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def restore_rng(tensors: dict[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(tensors["rng.torch"])
+    if device.type == "cuda" and "rng.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng.cuda"], device)
