@@ -1,0 +1,186 @@
+"""Notebooks are written as `NN_name.py` (jupytext's percent format); this makes `NN_name.ipynb` from them, always the same bytes.
+
+    python notebooks/build.py build [NN_name.py ...]   write the .ipynb; renew the badge and the set-up cell in the .py
+    python notebooks/build.py check [NN_name.py ...]   compare bytes, write nothing, exit 1 when something is stale
+    python notebooks/build.py pull FILE.ipynb          bring an edit made in Colab or Jupyter back into the .py, then build
+
+The badge and the set-up cell are kept here, once. The address in both comes from `[project.urls] Repository` in pyproject.toml.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import jupytext
+import nbformat
+
+FOLDER = Path(__file__).resolve().parent
+REF = "main"
+CELL_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+CELL_METADATA = ("cellView", "id", "tags")
+TAGS = {"setup", "lesson", "check", "figure", "predict", "widget", "exercise", "solution", "slow", "parameters"}
+KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
+
+BADGE_CELL = """\
+# %% [markdown] id="view-in-github"
+# <a href="{colab}" target="_parent"><img src="https://colab.research.google.com/assets/colab-badge.svg" alt="Open In Colab"/></a>
+"""
+
+SETUP_CELL = '''\
+# %% cellView="form" id="setup" tags=["setup"]
+# @title Set-up (about 20 s on Colab) {{ display-mode: "form" }}
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ADDRESS = os.environ.get("SMOLLM2_REPO") or "{address}"
+here = [Path(globals().get("__file__", "notebook")).resolve(), Path.cwd().resolve() / "notebook"]
+clone = Path.cwd().resolve() / "smollm2-from-scratch"
+folders = [*(parent for start in here for parent in start.parents), clone]
+REPO = next((folder for folder in folders if (folder / "smollm2" / "colab.py").is_file()), None)
+if REPO is None:  # a bare notebook, as the Colab badge opens it: fetch the project beside it
+    half = clone.with_name(f"{{clone.name}}.part{{os.getpid()}}")
+    fetched = subprocess.run(["git", "clone", "--quiet", "--depth", "1", ADDRESS, str(half)], capture_output=True, text=True)
+    if fetched.returncode:
+        raise RuntimeError(f"Could not fetch {{ADDRESS}}: {{fetched.stderr.strip()}}. Is the network there? Then run this cell again.")
+    REPO = half.rename(clone)
+if str(REPO) not in sys.path:
+    sys.path.insert(0, str(REPO))
+
+from smollm2 import colab
+
+colab.install_missing(REPO / "requirements.txt")
+report = colab.doctor()
+'''
+
+
+class NotebookError(Exception):
+    """A notebook that breaks a rule; the message names file and cell."""
+
+
+def repository_address() -> str:
+    with (FOLDER.parent / "pyproject.toml").open("rb") as file:
+        return tomllib.load(file)["project"]["urls"]["Repository"]
+
+
+def badge_url(stem: str) -> str:
+    """Colab's address of a committed notebook."""
+    return f"{repository_address().replace('https://github.com', 'https://colab.research.google.com/github')}/blob/{REF}/notebooks/{stem}.ipynb"
+
+
+def sources() -> list[Path]:
+    return sorted(FOLDER.glob("[0-9][0-9]_*.py"))
+
+
+def fixed_cells(stem: str) -> dict[str, str]:
+    """Cells that every notebook shares, as they must stand in its .py, by id."""
+    return {"view-in-github": BADGE_CELL.format(colab=badge_url(stem)), "setup": SETUP_CELL.format(address=repository_address())}
+
+
+def renew_fixed_cells(text: str, stem: str) -> str:
+    """The .py text with badge and set-up cell as they must be; raises `NotebookError` where one has no place."""
+    for cell_id, cell in fixed_cells(stem).items():
+        pattern = re.compile(rf'^# %%[^\n]*\bid="{cell_id}"[^\n]*\n.*?(?=^# %%|\Z)', re.M | re.S)
+        if len(pattern.findall(text)) != 1:
+            raise NotebookError(f'{stem}.py: expected exactly one cell with id="{cell_id}" (its text is filled in by build)')
+        text = pattern.sub(lambda _, cell=cell: cell + "\n", text)
+    return text
+
+
+def to_notebook(text: str, stem: str) -> str:
+    """Text of the .ipynb: ids from the cells' own metadata, no outputs, no counts, metadata set here and nowhere else."""
+    notebook = jupytext.reads(text, fmt="py:percent")
+    seen: set[str] = set()
+    for number, cell in enumerate(notebook.cells):
+        cell_id = cell.metadata.get("id", "")
+        if not CELL_ID.fullmatch(cell_id) or cell_id in seen:
+            fault = "repeats an id" if cell_id in seen else "has no id"
+            raise NotebookError(f"{stem}.py: cell {number} {fault} {cell_id!r}: {cell.source[:60]!r}; write # %% id=\"short-name\"")
+        if unknown := set(cell.metadata.get("tags", [])) - TAGS:
+            raise NotebookError(f"{stem}.py: cell {cell_id}: unknown tags {sorted(unknown)}; known are {sorted(TAGS)}")
+        seen.add(cell_id)
+        cell.id = cell_id
+        cell.metadata = {key: cell.metadata[key] for key in CELL_METADATA if key in cell.metadata}
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    gpu = {"accelerator": "GPU"} if notebook.metadata.get("accelerator") == "GPU" else {}
+    colab = {"provenance": [], "toc_visible": True} | ({"gpuType": "T4"} if gpu else {})
+    notebook.metadata = {**gpu, "colab": colab, "kernelspec": KERNEL, "language_info": {"name": "python"}}
+    notebook.nbformat, notebook.nbformat_minor = 4, 5
+    nbformat.validate(notebook)
+    return nbformat.writes(notebook, indent=1).rstrip("\n") + "\n"
+
+
+def build(source: Path) -> list[str]:
+    """Renew the .py, write the .ipynb; returns the names of the files that changed."""
+    wanted = renew_fixed_cells(source.read_text(encoding="utf-8"), source.stem)
+    changed = []
+    for path, text in ((source, wanted), (source.with_suffix(".ipynb"), to_notebook(wanted, source.stem))):
+        if not path.exists() or path.read_bytes() != text.encode():
+            path.write_bytes(text.encode())
+            changed.append(path.name)
+    return changed
+
+
+def check(source: Path) -> list[str]:
+    """What is stale, in words; an empty list when .py and .ipynb agree byte for byte."""
+    text = source.read_text(encoding="utf-8")
+    wanted = renew_fixed_cells(text, source.stem)
+    problems = []
+    if wanted != text:
+        problems.append(f"{source.name}: badge or set-up cell differs from build.py")
+    notebook = source.with_suffix(".ipynb")
+    if not notebook.exists() or notebook.read_bytes() != to_notebook(wanted, source.stem).encode():
+        problems.append(f"{notebook.name} is not what {source.name} builds")
+    return problems
+
+
+def pull(notebook_path: Path) -> Path:
+    """Write the .py of an .ipynb edited elsewhere (Colab rewrites metadata and adds outputs: both are left behind)."""
+    notebook = nbformat.read(notebook_path, as_version=4)
+    source = FOLDER / f"{notebook_path.stem}.py"
+    seen: set[str] = set()
+    for number, cell in enumerate(notebook.cells):
+        cell_id = cell.metadata.get("id", "")
+        if not CELL_ID.fullmatch(cell_id) or cell_id in seen:
+            cell_id = f"new-{number}"
+            print(f"{source.name}: cell {number} has no id of its own, named {cell_id}; give it a better one")
+        seen.add(cell_id)
+        cell.metadata = {key: value for key, value in {**cell.metadata, "id": cell_id}.items() if key in CELL_METADATA}
+    gpu = {"accelerator": "GPU"} if notebook.metadata.get("accelerator") == "GPU" else {}
+    filters = {"notebook_metadata_filter": "accelerator,kernelspec,-jupytext", "cell_metadata_filter": "id,cellView,tags,-all"}
+    notebook.metadata = {**gpu, "kernelspec": KERNEL, "jupytext": filters}
+    text = jupytext.writes(notebook, fmt="py:percent")
+    text = re.sub(r"^#   jupytext:\n(#     .*\n)+", "", text, count=1, flags=re.M)  # jupytext.toml holds these settings
+    source.write_text(text, encoding="utf-8")
+    return source
+
+
+def main(arguments: list[str]) -> int:
+    verb, *names = arguments or ["help"]
+    try:
+        if verb == "pull" and names:
+            names = [str(pull(Path(name))) for name in names]
+            verb = "build"
+        chosen = [FOLDER / Path(name).with_suffix(".py").name for name in names] or sources()
+        if verb == "build":
+            changed = [name for source in chosen for name in build(source)]
+            print(f"{len(chosen)} notebooks built, changed: {', '.join(changed) or 'nothing'}")
+            return 0
+        if verb == "check":
+            problems = [problem for source in chosen for problem in check(source)]
+            print("\n".join([*problems, "edit the .py, then run: python notebooks/build.py build"]) if problems else f"{len(chosen)} notebooks are fresh")
+            return bool(problems)
+    except NotebookError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(__doc__)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
