@@ -1,0 +1,67 @@
+"""What the tests share: one thread, tiny configurations, transformers' twin of a model, and real artefacts where they are at hand."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from smollm2.config import SmolLM2Config
+from smollm2.model import SmolLM2
+
+torch.set_num_threads(1)  # tiny tensors: a second thread only waits, and two test runs share a machine in peace
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """The folder of real artefacts (tokenizer, trained model, benchmark text); skips where there is none."""
+    folder = os.environ.get("SMOLLM2_TEST_DATA")
+    if not folder:
+        pytest.skip("SMOLLM2_TEST_DATA is not set: no real tokenizer, model and text to test with")
+    path = Path(folder).resolve()
+    assert path.is_dir(), f"SMOLLM2_TEST_DATA={folder} is not a folder"
+    return path
+
+
+def tiny_config(**changes) -> SmolLM2Config:
+    """A network of a few thousand parameters with every feature of the real one (3 query heads to a key/value head)."""
+    fields = {
+        "vocab_size": 97,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 160,
+        "initializer_range": 0.1,
+    }
+    return SmolLM2Config(**(fields | changes))
+
+
+def tiny_model(seed: int = 0, **changes) -> SmolLM2:
+    """A `SmolLM2` of `tiny_config`, with gains that are not all 1 (a forgotten gain would otherwise go unseen)."""
+    torch.manual_seed(seed)
+    model = SmolLM2(tiny_config(**changes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.uniform_(0.5, 1.5)
+    return model
+
+
+def random_ids(model: SmolLM2, batch: int, time: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, model.config.vocab_size, (batch, time), generator=generator)
+
+
+def transformers_twin(model: SmolLM2):
+    """transformers' `LlamaForCausalLM` with the same configuration and the same weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    twin = LlamaForCausalLM(LlamaConfig(**model.config.to_hf_dict())).eval()
+    missing, unexpected = twin.load_state_dict(model.state_dict(), strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}
+    twin.tie_weights()
+    return twin
