@@ -1,0 +1,143 @@
+"""The loss is the cross-entropy, computed in blocks: its value, its gradients, its memory, and what it ignores."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import random_ids, tiny_model, transformers_twin
+
+import smollm2.loss as loss_module
+from smollm2.loss import linear_cross_entropy
+
+
+def random_case(rows: int = 50, width: int = 16, vocab: int = 37, dtype=torch.float32, ignored: int = 7):
+    generator = torch.Generator().manual_seed(5)
+    hidden = torch.randn(rows, width, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = torch.randn(vocab, width, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    targets = torch.randint(0, vocab, (rows,), generator=generator)
+    targets[:ignored] = -100
+    return hidden, weight, targets
+
+
+def in_blocks_of(monkeypatch, rows: int) -> None:
+    monkeypatch.setattr(loss_module, "_rows_per_block", lambda hidden, vocab_size: rows)
+
+
+def test_a_hand_made_case_gives_the_hand_computed_loss():
+    # two classes, logits (2, 0) and (0, 1): -ln p = ln(1 + e^-2) for class 0, ln(1 + e^1) for class 0
+    hidden, weight = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.eye(2)
+    by_hand = (math.log(1 + math.exp(-2)) + math.log(1 + math.e)) / 2
+    assert linear_cross_entropy(hidden, weight, torch.tensor([0, 0])).item() == pytest.approx(by_hand, abs=1e-6)
+
+
+@pytest.mark.parametrize("block", [1, 7, 16, 50, 1000])
+def test_value_and_gradients_equal_the_plain_cross_entropy_for_any_block(monkeypatch, block):
+    in_blocks_of(monkeypatch, block)
+    hidden, weight, targets = random_case(dtype=torch.float64)
+    loss = linear_cross_entropy(hidden, weight, targets)
+    gradients = torch.autograd.grad(3 * loss, (hidden, weight))
+    reference = F.cross_entropy(hidden @ weight.T, targets, ignore_index=-100)
+    expected = torch.autograd.grad(3 * reference, (hidden, weight))
+    torch.testing.assert_close(loss, reference, atol=1e-12, rtol=0)
+    torch.testing.assert_close(gradients, expected, atol=1e-12, rtol=0)
+
+
+def test_ignored_targets_count_neither_in_the_sum_nor_in_the_mean():
+    hidden, weight, targets = random_case(ignored=20)
+    kept = linear_cross_entropy(hidden[20:], weight, targets[20:])
+    torch.testing.assert_close(linear_cross_entropy(hidden, weight, targets), kept)
+
+
+def test_a_row_with_nothing_to_predict_costs_nothing_and_has_no_gradient():
+    hidden, weight, targets = random_case(ignored=50)
+    loss = linear_cross_entropy(hidden, weight, targets)
+    loss.backward()
+    assert loss.item() == 0 and not hidden.grad.any() and not weight.grad.any()
+
+
+@pytest.mark.parametrize("scale", [1.0, 65536.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_gradients_survive_many_rows(dtype, scale):
+    """With a mean over N rows inside, the smallest softmax gradients would underflow to 0 in fp16 before any loss scale."""
+    rows, vocab = 4096, 512
+    torch.manual_seed(6)
+    hidden, weight = torch.randn(rows, 32) * 0.5, torch.randn(vocab, 32) * 0.5
+    targets = torch.randint(0, vocab, (rows,))
+
+    def gradients(enabled):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=dtype, enabled=enabled):
+            loss = linear_cross_entropy(h, w, targets)
+        (loss * scale).backward()
+        return loss, h.grad / scale, w.grad / scale
+
+    loss, grad_h, grad_w = gradients(True)
+    exact, exact_h, exact_w = gradients(False)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(exact.item(), rel=2e-3)
+    for gradient, reference in ((grad_h, exact_h), (grad_w, exact_w)):
+        assert (gradient - reference).norm() / reference.norm() < 0.02
+        assert gradient.dtype == torch.float32
+
+
+def test_huge_logits_stay_finite():
+    hidden, weight = torch.tensor([[1e4, -1e4]], requires_grad=True), torch.eye(2)
+    loss = linear_cross_entropy(hidden, weight, torch.tensor([1]))
+    loss.backward()
+    assert loss.item() == pytest.approx(2e4) and torch.isfinite(hidden.grad).all()
+
+
+def test_gradients_accumulate_over_micro_batches():
+    model = tiny_model()
+    ids = random_ids(model, batch=4, time=33)
+    model.loss(ids[:, :-1], ids[:, 1:]).backward()
+    whole = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    for half in ids.split(2):
+        (model.loss(half[:, :-1], half[:, 1:]) / 2).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, whole[name], atol=1e-6, rtol=1e-4)
+
+
+def test_all_logits_are_never_held_at_once(monkeypatch):
+    """The largest tensor alive in forward and backward is one block of logits, not (tokens, vocabulary)."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(tensor, torch.Tensor):
+                    self.size = max(self.size, tensor.numel())
+            return out
+
+    in_blocks_of(monkeypatch, 64)
+    hidden, weight, targets = random_case(rows=1024, vocab=512)
+    with Largest() as largest:
+        linear_cross_entropy(hidden, weight, targets).backward()
+    assert largest.size <= 64 * 512
+    with Largest() as largest:
+        F.cross_entropy(hidden @ weight.T, targets).backward()
+    assert largest.size >= 1024 * 512  # the usual way does: the check can fail
+
+
+def test_doubly_shifted_targets_are_caught():
+    """transformers shifts `labels` itself; `model.loss` takes targets that are already shifted. Shifting twice predicts the
+    token after next, and shows."""
+    model = tiny_model()
+    ids = random_ids(model, batch=2, time=40)
+    reference = transformers_twin(model)(ids, labels=ids).loss.item()
+    assert model.loss(ids[:, :-1], ids[:, 1:]).item() == pytest.approx(reference, abs=1e-5)
+    assert abs(model.loss(ids[:, :-2], ids[:, 2:]).item() - reference) > 1e-3
+    assert abs(model.loss(ids, ids).item() - reference) > 1e-3  # and not shifting at all
+
+
+def test_a_wrong_normalisation_is_caught(monkeypatch):
+    """Counting ignored rows in the mean must turn the comparison red."""
+    hidden, weight, targets = random_case(ignored=20)
+    monkeypatch.setattr(loss_module, "IGNORE_INDEX", -1)  # -100 is then taken for a class: clamped to 0 and counted
+    assert abs(linear_cross_entropy(hidden, weight, targets).item() - F.cross_entropy(hidden @ weight.T, targets).item()) > 1e-3
