@@ -26,7 +26,9 @@ def next_token_probabilities(
     `top_k` keeps the k likeliest tokens, `top_p` the smallest set whose probability reaches p (Holtzman et al. 2020),
     `min_p` those at least min_p times as likely as the best. The likeliest token is always kept.
     """
-    logits = logits.float() / temperature
+    logits = logits.float()
+    # the best logit becomes 0 first, so that no temperature, however small, can overflow
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)
     if top_k is not None and top_k < logits.shape[-1]:
         threshold = logits.topk(top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < threshold, -torch.inf)
