@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -181,6 +182,7 @@ class Run:
         total = train.max_steps + train.continue_steps
         rows = train.batch_size // self.world_size
         torch.manual_seed(train.seed)
+        random.seed(train.seed)
         if self.newest is None:
             model = SmolLM2(self.config.model)
             if self.config.run.init_from:
