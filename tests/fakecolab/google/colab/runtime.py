@@ -1,0 +1,6 @@
+from google.colab import errors
+
+
+def unassign():
+    """Give the machine back. No test may do that by running all cells."""
+    raise errors.RuntimeManagementError("unassign was called: it must stay behind an opt-in")
