@@ -99,8 +99,10 @@ class SmolLM2Config(_Section):
     @classmethod
     def from_hf_dict(cls, fields: dict[str, Any], where: str = "config.json") -> SmolLM2Config:
         """Read transformers' `config.json`; raises `CheckpointError` for anything this network cannot compute."""
-        rope = fields.get("rope_parameters") or {}
-        scaling = fields.get("rope_scaling") or {}
+        rope, scaling = fields.get("rope_parameters") or {}, fields.get("rope_scaling") or {}
+        for key, value in {"rope_parameters": rope, "rope_scaling": scaling}.items():
+            if not isinstance(value, dict):
+                raise CheckpointError(f"{where}: {key} is {value!r}; expected a mapping")
         unsupported = {
             "model_type": fields.get("model_type", "llama") not in ("llama",),
             "hidden_act": fields.get("hidden_act", "silu") != "silu",
@@ -120,7 +122,7 @@ class SmolLM2Config(_Section):
         known.setdefault("num_key_value_heads", fields.get("num_attention_heads"))
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = fields.get(key)
-            known[key] = value[0] if isinstance(value, list) and value else value
+            known[key] = next(iter(value), None) if isinstance(value, list) else value
         missing = [k for k in ("vocab_size", "hidden_size", "num_hidden_layers") if k not in known]
         if missing:
             raise CheckpointError(f"{where}: no {', '.join(missing)}; expected the config.json of a Llama model")
