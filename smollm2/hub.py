@@ -33,3 +33,17 @@ def fetch(repo_id: str, filename: str, revision: str | None = None) -> Path:
         raise UserError(f"{repo_id} on the Hub has no {filename}") from None
     except Exception as error:  # connection errors of several libraries share no base class
         raise HubUnreachable(f"Hub out of reach for {repo_id}/{filename}: {type(error).__name__}") from None
+
+
+def check_repo_id(repo_id: str, flag: str) -> None:
+    """Raises `UserError` for anything that is not OWNER/NAME as the Hub allows it."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+        is_valid = repo_id.count("/") == 1
+    except HFValidationError:
+        is_valid = False
+    if not is_valid:
+        raise UserError(f"{flag} {repo_id!r}: expected OWNER/NAME, letters, digits, '-', '_' and '.' only")

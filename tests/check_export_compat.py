@@ -1,0 +1,69 @@
+"""Compare an exported folder, read by whatever transformers is installed, with this project's own model.
+
+    python tests/check_export_compat.py FOLDER [--length 256]
+
+Prints one line of figures; ends with 1 when logits differ by more than 1e-5 (fp32) or any token id differs. It needs
+torch, transformers, pydantic and pyyaml only, so it runs in a bare environment of any transformers version.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+# What tokenizers get wrong: blank lines before digits, runs of blanks, contractions, several scripts, emoji, controls.
+HARD_STRINGS = (
+    "\n\n1.", "\n\n\n2\n", "   3  4", "1234567890", "a1b22c333", "it's we'll I'd they've", "  leading", "trailing  ", "\t\ttabs\t1", "",
+    "déjà vu — naïve", "東京タワー333m", "🙂👩‍👩‍👧 5", "x=1;y =2", "\r\n7", "<|endoftext|>a<|endoftext|>", " ", "\u00a01", "Ⅷ½²", "ﷺ\u0301",
+)  # fmt: skip
+
+
+@torch.no_grad()
+def compare(folder: str | Path, length: int = 256) -> dict[str, object]:
+    """{"logits": largest difference in fp32, "scale": largest logit, "tokens": number of differing strings, ...}."""
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+    from smollm2 import SmolLM2, Tokenizer
+
+    ours = SmolLM2.from_pretrained(folder)
+    try:
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    except TypeError:  # before `dtype` had this name
+        theirs = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
+    length = min(length, ours.config.max_position_embeddings)
+    ids = torch.randint(ours.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+    expected, found = ours(ids), theirs(ids).logits
+    tokenizer = Tokenizer.from_file(folder)
+    differing = [
+        (type(reader).__name__, text)
+        for reader in (PreTrainedTokenizerFast.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
+        for text in HARD_STRINGS
+        if reader(text, add_special_tokens=False).input_ids != tokenizer.encode(text)
+    ]
+    return {
+        "transformers": transformers.__version__,
+        "length": length,
+        "logits": float((expected - found).abs().max()),
+        "scale": float(expected.abs().max()),
+        "tokens": differing,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder")
+    parser.add_argument("--length", type=int, default=256)
+    args = parser.parse_args()
+    result = compare(args.folder, args.length)
+    is_equal = result["logits"] <= 1e-5 and not result["tokens"]
+    print("equal" if is_equal else "DIFFERENT", *(f"{key}={value}" for key, value in result.items()))
+    return 0 if is_equal else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""Small random models with real tokenizers, for tests that need a folder to load and not a good text."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from smollm2 import SmolLM2, SmolLM2Config, Tokenizer
+
+TEXT = [
+    "Once upon a time there was a small model that learned to write. It read 1,024 lines and then 2,048 more.\n\n",
+    "The king said: come hither, my lord, and speak of the year 1599. Why does the sun rise? Because the earth turns.\n",
+    "def add(a, b):\n    return a + b  # déjà vu, naïve, 東京, 🙂\n\n1. first\n2. second\n\n\n10. tenth\n",
+]
+
+
+
+def real_data(*parts: str) -> Path:
+    """A path in the folder of real artefacts; skips the test where there is none."""
+    root = os.environ.get("SMOLLM2_TEST_DATA")
+    if not root or not Path(root, *parts).exists():
+        pytest.skip(f"SMOLLM2_TEST_DATA is not set, or has no {'/'.join(parts)}")
+    return Path(root, *parts)
+
+
+def tiny_tokenizer(vocab_size: int = 400) -> Tokenizer:
+    return Tokenizer.train(TEXT * 3, vocab_size)
+
+
+def tiny_model(seed: int = 0, **changes) -> SmolLM2:
+    """A random model of two layers, with logits spread widely enough that greedy choices are no coin tosses."""
+    settings = {
+        "vocab_size": 400, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": 512, "initializer_range": 0.12,
+    }  # fmt: skip
+    torch.manual_seed(seed)
+    return SmolLM2(SmolLM2Config(**settings | changes)).eval()
+
+
+def save_folder(folder: Path, model: SmolLM2, tokenizer: Tokenizer | None = None) -> Path:
+    """A model folder as a checkpoint has it, without the state of a run."""
+    model.save_pretrained(folder)
+    (tokenizer or tiny_tokenizer()).save(folder, model.config.max_position_embeddings)
+    return folder
