@@ -37,7 +37,7 @@ def trained():
 
 
 # The published vocabulary has no entry for these bytes: six control characters and the first byte of U+40000 to U+BFFFF.
-# (0xc0, 0xc1 and 0xf5 to 0xff are missing too, but never occur in UTF-8.) Such characters are dropped, as they are by every loader.
+# (0xc0, 0xc1 and 0xf5 to 0xff are missing too, but never occur in UTF-8.) They are dropped, as they are by every loader.
 MISSING_IN_REAL = {0x04, 0x06, 0x13, 0x14, 0x16, 0x1D, 0xF1, 0xF2}
 
 
@@ -108,7 +108,7 @@ def test_any_text_comes_back_unchanged_from_a_trained_tokenizer(trained):
 def test_any_text_of_characters_it_knows_comes_back_unchanged_from_the_real_tokenizer(real):
     for text in [*AWKWARD, *map(without_missing, random_texts())]:
         assert real.decode(real.encode(text)) == text
-    assert real.decode(real.encode("a\x04b\U00050000")) == "ab"
+    assert real.decode(real.encode("a\x04b")) == "ab"
 
 
 def test_a_trained_tokenizer_knows_all_256_bytes_and_splits_digits(trained):
@@ -172,7 +172,7 @@ def test_special_tokens_are_hidden_unless_asked_for(trained):
 def test_a_file_that_is_no_tokenizer_is_one_clear_error(tmp_path, content):
     path = tmp_path / "tokenizer.json"
     path.write_bytes(content)
-    with pytest.raises(DataError, match="not a tokenizer.json") as caught:
+    with pytest.raises(DataError, match=r"not a tokenizer\.json") as caught:
         Tokenizer.from_file(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
@@ -208,5 +208,5 @@ def test_a_path_is_taken_as_asked(trained, tmp_path):
 
 def test_a_tokenizer_larger_than_the_model_is_refused(trained, tmp_path):
     trained.save(tmp_path, 64)
-    with pytest.raises(DataError, match="but model.vocab_size is 256"):
+    with pytest.raises(DataError, match=r"but model\.vocab_size is 256"):
         choose_tokenizer(str(tmp_path), 256, None, None)
