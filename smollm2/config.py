@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -251,8 +252,8 @@ class _StrictLoader(yaml.SafeLoader):
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """One YAML mapping from a file of at most 64 KiB; raises `ConfigError` naming the file and the place."""
     path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"--config {path}: {'not a regular file' if path.exists() else 'no such file'}")
+    if not os.path.isfile(path):  # unlike Path.is_file it never raises
+        raise ConfigError(f"--config {path}: {'not a regular file' if os.path.exists(path) else 'no such file'}")
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_YAML_BYTES + 1)

@@ -52,8 +52,8 @@ def read_text(path: str | Path) -> Iterator[str]:
     system. Raises `DataError` for anything that is not readable text, naming the byte offset.
     """
     path = Path(path)
-    if not path.is_file():
-        hint = f"; pass one of the files in it, e.g. --input_file {path}/input.txt" if path.is_dir() else ""
+    if not os.path.isfile(path):  # unlike Path.is_file it never raises
+        hint = f"; pass one of the files in it, e.g. --input_file {path}/input.txt" if os.path.isdir(path) else ""
         raise DataError(f"--input_file {path}: {kind_of(path)}, expected a text file{hint}")
     try:
         file = path.open("rb")
@@ -69,6 +69,9 @@ def read_text(path: str | Path) -> Iterator[str]:
         offset, held_cr = file.tell(), False
         while True:
             chunk = file.read(CHUNK_BYTES)
+            if b"\0" in chunk:
+                position = offset + chunk.index(b"\0")
+                raise DataError(f"{path} looks binary: a NUL byte at offset {position:,}; expected plain UTF-8 text")
             pending = len(decoder.getstate()[0])
             try:
                 text = decoder.decode(chunk, final=not chunk)
@@ -77,8 +80,6 @@ def read_text(path: str | Path) -> Iterator[str]:
                 raise DataError(
                     f"{path}: not UTF-8 at byte offset {position:,} (byte 0x{error.object[error.start]:02x}); save it as UTF-8"
                 ) from None
-            if "\0" in text:
-                raise DataError(f"{path} looks binary: a NUL byte near offset {offset:,}; expected plain UTF-8 text")
             offset += len(chunk)
             text = ("\r" if held_cr else "") + text
             held_cr = bool(chunk) and text.endswith("\r")  # its LF may begin the next piece
@@ -111,9 +112,9 @@ def documents(texts: Iterable[str]) -> Iterator[tuple[str, bool]]:
         rest += text
         while True:
             found = rest.find(SEPARATOR)
-            while found > 0 and rest[found - 1] != "\n":  # only a whole line counts
+            while found >= 0 and not (rest[found - 1] == "\n" if found else at_line_start):  # only a whole line counts
                 found = rest.find(SEPARATOR, found + 1)
-            if found < 0 or (found == 0 and not at_line_start):
+            if found < 0:
                 break
             yield rest[:found], True
             rest, at_line_start = rest[found + len(SEPARATOR) :], True
@@ -124,7 +125,7 @@ def documents(texts: Iterable[str]) -> Iterator[tuple[str, bool]]:
             if cut:
                 yield rest[:cut], False
                 rest, at_line_start = rest[cut:], False
-    if rest == END_OF_TEXT and at_line_start or rest.endswith("\n" + END_OF_TEXT):  # a last line without its newline
+    if (rest == END_OF_TEXT and at_line_start) or rest.endswith("\n" + END_OF_TEXT):  # a last line without its newline
         yield rest.removesuffix(END_OF_TEXT), True
     elif rest:
         yield rest, False
@@ -219,13 +220,13 @@ def _write_split(folder: Path, name: str, tokenizer: Tokenizer, texts: Iterable[
             yield text
 
     hidden = total_bytes < 16 * CHUNK_BYTES or not sys.stderr.isatty()
-    with tqdm(total=total_bytes, unit="B", unit_scale=True, desc=f"tokenising {name}", disable=hidden) as progress:
-        with (folder / f"{name}.bin").open("wb") as file:
-            for array in encode_documents(tokenizer, counted(), None):
-                file.write(array.tobytes())
-                count += len(array)
-            file.flush()
-            os.fsync(file.fileno())
+    progress = tqdm(total=total_bytes, unit="B", unit_scale=True, desc=f"tokenising {name}", disable=hidden)
+    with progress, (folder / f"{name}.bin").open("wb") as file:
+        for array in encode_documents(tokenizer, counted(), None):
+            file.write(array.tobytes())
+            count += len(array)
+        file.flush()
+        os.fsync(file.fileno())
     return {"tokens": count, "bytes": done}
 
 

@@ -8,6 +8,7 @@ split of SmolLM2's file and gives other ids for "\\n\\n1." without a word.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -39,8 +40,8 @@ class Tokenizer:
     def from_file(cls, path: str | Path) -> Tokenizer:
         """From a `tokenizer.json` or a folder that holds one; raises `DataError`."""
         path = Path(path)
-        file = path / "tokenizer.json" if path.is_dir() else path
-        if not file.is_file():
+        file = path / "tokenizer.json" if os.path.isdir(path) else path
+        if not os.path.isfile(file):
             raise DataError(f"tokenizer {file}: {kind_of(file)}; expected a tokenizer.json")
         if file.stat().st_size > MAX_TOKENIZER_BYTES:
             raise DataError(f"tokenizer {file}: {file.stat().st_size:,} bytes; expected at most {MAX_TOKENIZER_BYTES:,}")
@@ -134,7 +135,7 @@ class StreamDecoder:
 
 def load_tokenizer(spec: str) -> tuple[Tokenizer, str]:
     """The tokenizer of `--tokenizer PATH` or `--tokenizer HUB_ID`, and one line that says where it came from."""
-    if Path(spec).exists() or spec.endswith(".json"):
+    if os.path.exists(spec) or spec.endswith(".json"):  # unlike Path.exists it never raises
         return Tokenizer.from_file(spec), f"from {spec}, as asked"
     from .hub import fetch
 
