@@ -95,6 +95,16 @@ def score() -> tuple[float, int]:
     return points, asked
 
 
+def quiet() -> None:
+    """Silence the progress bars and hints of transformers and huggingface_hub; errors still show."""
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils import logging
+
+    disable_progress_bars()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
 def forget() -> None:
     """Start the score again."""
     _scores.clear()

@@ -1,0 +1,582 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown] id="view-in-github"
+# <a href="https://colab.research.google.com/github/smollm2-from-scratch/smollm2-from-scratch/blob/main/notebooks/01_build_the_model.ipynb" target="_parent"><img src="https://colab.research.google.com/assets/colab-badge.svg" alt="Open In Colab"/></a>
+
+# %% [markdown] id="title"
+# # 1 · Build the model
+#
+# You will be able to
+# * write every part of SmolLM2 yourself: embedding, RMSNorm, RoPE, grouped-query attention, SwiGLU, block, model;
+# * prove that each part equals this project's and that of Hugging Face's transformers, number by number;
+# * find a bug in a transformer by looking at *where* two models begin to differ.
+#
+# **Time** about 40 minutes to read, 1 minute to run · **hardware** any CPU · **network** only for the official weights of section 8;
+# without it the same lesson runs on a small local model.
+#
+# *Runtime → Run all* runs everything. Each `?` asks you to guess first: type a number in place of `None` and run that cell again.
+
+# %% cellView="form" id="setup" tags=["setup"]
+# @title Set-up (about 20 s on Colab) { display-mode: "form" }
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ADDRESS = os.environ.get("SMOLLM2_REPO") or "https://github.com/smollm2-from-scratch/smollm2-from-scratch"
+here = [Path(globals().get("__file__", "notebook")).resolve(), Path.cwd().resolve() / "notebook"]
+clone = Path.cwd().resolve() / "smollm2-from-scratch"
+folders = [*(parent for start in here for parent in start.parents), clone]
+REPO = next((folder for folder in folders if (folder / "smollm2" / "colab.py").is_file()), None)
+if REPO is None:  # a bare notebook, as the Colab badge opens it: fetch the project beside it
+    half = clone.with_name(f"{clone.name}.part{os.getpid()}")
+    fetched = subprocess.run(["git", "clone", "--quiet", "--depth", "1", ADDRESS, str(half)], capture_output=True, text=True)
+    if fetched.returncode:
+        raise RuntimeError(f"Could not fetch {ADDRESS}: {fetched.stderr.strip()}. Is the network there? Then run this cell again.")
+    REPO = half.rename(clone)
+if str(REPO) not in sys.path:
+    sys.path.insert(0, str(REPO))
+
+from smollm2 import colab
+
+colab.install_missing(REPO / "requirements.txt")
+report = colab.doctor()
+
+# %% id="imports" tags=["setup"]
+import math
+import tempfile
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.models.llama import modeling_llama as theirs
+
+import smollm2.model as ours
+from smollm2 import SmolLM2, SmolLM2Config, lesson, plots, widgets
+from smollm2.errors import UserError
+from smollm2.pretrained import read_config, read_weights, resolve
+from smollm2.tokenizer import Tokenizer
+
+lesson.quiet()
+
+# %% [markdown] id="skeleton"
+# ## 1 · A skeleton that already runs
+#
+# A language model turns token ids into one score per word of its vocabulary, at every position. Between the two lie a stack of blocks and
+# a norm. We first build that chain with *placeholders* that do nothing, then replace them one by one. So there is a running whole from the
+# first minute. The sizes are those of SmolLM2, scaled down eight times; the ratio of 9 query heads to 3 key/value heads is kept.
+
+# %% id="config" tags=["lesson"]
+full = SmolLM2Config()
+tiny = SmolLM2Config(vocab_size=512, hidden_size=72, intermediate_size=192, num_hidden_layers=3, max_position_embeddings=128)
+for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+    print(f"{name:22} SmolLM2-135M {getattr(full, name):6,}   here {getattr(tiny, name):4}")
+
+# %% id="predict-head-dim" tags=["predict"]
+guess = None
+lesson.predict(
+    "SmolLM2-135M splits its hidden_size among its query heads. How many numbers does one head get?",
+    guess, full.head_dim, within=0, why=f"{full.hidden_size} / {full.num_attention_heads} = {full.head_dim}: the head_dim.",
+)  # fmt: skip
+
+
+# %% id="skeleton-code" tags=["lesson"]
+class Nothing(nn.Module):
+    """A placeholder: gives back what it gets."""
+
+    def __init__(self, config):
+        super().__init__()
+
+    def forward(self, x):
+        return x
+
+
+class Skeleton(nn.Module):
+    def __init__(self, config, block=Nothing, norm=Nothing):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(block(config) for _ in range(config.num_hidden_layers))
+        self.norm = norm(config)
+
+    def forward(self, ids):  # (B, T) token ids
+        x = self.embed_tokens(ids)  # (B, T, C)
+        for layer in self.layers:
+            x = layer(x)  # (B, T, C)
+        return self.norm(x) @ self.embed_tokens.weight.T  # (B, T, V)
+
+
+# %% id="skeleton-check" tags=["check"]
+torch.manual_seed(0)
+ids = torch.randint(tiny.vocab_size, (2, 10))
+logits = Skeleton(tiny)(ids)
+print("ids", tuple(ids.shape), "-> logits", tuple(logits.shape))
+lesson.check("one score per vocabulary entry, at every position", torch.tensor(logits.shape) - torch.tensor([*ids.shape, tiny.vocab_size]))
+
+# %% [markdown] id="tying"
+# ## 2 · Embedding, and the same matrix again at the end
+#
+# An embedding is a table: row *i* is the vector of token *i*. Looking up a row is the same as multiplying by a one-hot vector. The last line of
+# the skeleton multiplies by the *transposed* table: a token scores high when its row points where the hidden vector points. Using one matrix
+# for both ends is called **tying**. How much does it save?
+
+# %% id="embedding-check" tags=["check"]
+table = nn.Embedding(tiny.vocab_size, tiny.hidden_size)
+one_hot = F.one_hot(ids, tiny.vocab_size).float()  # (B, T, V), a single 1 in each row
+lesson.check("a look-up is a product with a one-hot vector", table(ids) - one_hot @ table.weight)
+
+# %% id="predict-tying" tags=["predict"]
+guess = None
+share = full.vocab_size * full.hidden_size
+lesson.predict(
+    "How many parameters does tying save in SmolLM2-135M (in millions)?",
+    guess, share / 1e6, unit="million",
+    why=f"{full.vocab_size:,} rows x {full.hidden_size} = {share:,}. Without tying there would be a second table of that size.",
+)  # fmt: skip
+
+# %% [markdown] id="rmsnorm"
+# ## 3 · RMSNorm: keep the direction, drop the size
+#
+# Thirty blocks each add something to the same vector. Nothing keeps it from growing, and large inputs make every softmax after it too sure.
+# So each block first divides its input by its **root mean square**. Take five numbers; what is left after dividing?
+
+# %% id="rmsnorm-numbers" tags=["lesson"]
+x = torch.tensor([3.0, 4.0, 0.0, 0.0, 0.0])
+mean_square = x.square().mean()
+rms = mean_square.sqrt()
+print("mean square", mean_square.item(), "· root", round(rms.item(), 4), "· divided", (x / rms).tolist())
+lesson.check("after dividing, the mean square is 1", (x / rms).square().mean() - 1, 1e-6)
+
+
+# %% id="rmsnorm-code" tags=["lesson"]
+class RMSNorm(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.hidden_size))  # a learned gain for every dimension
+        self.eps = config.rms_norm_eps  # keeps the all-zero vector from dividing by zero
+
+    def forward(self, x):
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+
+
+# %% id="rmsnorm-check" tags=["check"]
+x = torch.randn(2, 10, tiny.hidden_size) * torch.logspace(-2, 2, 10)[:, None]  # ten tokens, very different sizes
+gain = torch.rand(tiny.hidden_size)
+mine, package, library = RMSNorm(tiny), ours.RMSNorm(tiny.hidden_size, tiny.rms_norm_eps), theirs.LlamaRMSNorm(tiny.hidden_size, tiny.rms_norm_eps)
+for norm in (mine, package, library):
+    norm.weight.data = gain
+likely = "is eps inside the root, and the mean over the last dimension only?"
+lesson.check("RMSNorm equals the package's", mine(x) - package(x), 1e-5, likely)
+lesson.check("RMSNorm equals transformers'", mine(x) - library(x), 1e-5, likely)
+lesson.check("zeros stay zeros (no NaN)", mine(torch.zeros_like(x)))
+
+# %% id="rmsnorm-figure" tags=["figure"]
+fig, ax = plots.figure(7.5, 2.8)
+after = RMSNorm(tiny)(x)
+for values, name, color, marker in ((x, "before", plots.ORANGE, "s"), (after, "after RMSNorm", plots.BLUE, "o")):
+    ax.semilogy(values[0].square().mean(-1).sqrt().detach(), marker, color=color, label=name)
+plots.label(ax, "Ten tokens, very different sizes: one size after the norm", "token (position)", "root mean square", legend=True)
+plots.show(fig, alt="Root mean square of ten tokens: from 0.01 to 100 before RMSNorm, all close to 1 after it.")
+
+# %% [markdown] id="rope"
+# ## 4 · RoPE: position as a rotation
+#
+# Attention compares vectors; without help it cannot tell *dog bites man* from *man bites dog*. RoPE (rotary position embedding) splits a head's
+# vector into pairs of numbers and turns each pair, like a clock hand, by an angle that grows with the position. The first pair turns one radian a
+# token, the last one hardly moves. Why should turning be better than adding a position vector? Watch what the dot product does.
+
+# %% id="rope-code" tags=["lesson"]
+def rope_angles(config):
+    """cos and sin of (position x frequency), each (positions, head_dim / 2)."""
+    pair = torch.arange(config.head_dim // 2)
+    frequency = config.rope_theta ** (-2 * pair / config.head_dim)  # radians a token
+    angle = torch.outer(torch.arange(config.max_position_embeddings).float(), frequency)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn (..., T, head_dim): number i and number i + head_dim/2 form a pair."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+# %% id="predict-rope" tags=["predict"]
+guess = None
+turn = 2 * math.pi * full.rope_theta ** (1 - 2 / full.head_dim)  # tokens for one turn of the slowest pair
+lesson.predict(
+    f"The fastest hand needs 2π = 6.3 tokens for a turn. How many tokens does the slowest need (rope_theta = {full.rope_theta:,.0f})?",
+    guess, turn, unit="tokens", within=0.25,
+    why=f"2π · θ^(62/64) = {turn:,.0f}, far longer than the context of {full.max_position_embeddings:,}: slow pairs say 'near or far', fast ones 'how far exactly'.",
+)  # fmt: skip
+
+# %% id="rope-figure" tags=["figure"]
+fig, axes = plots.figure(7.5, 2.9, columns=3)
+cos, sin = rope_angles(full)
+for ax, pair in zip(axes, (0, 6, 16), strict=True):
+    for position in range(8):
+        tip = (cos[position, pair], sin[position, pair])
+        ax.plot([0, tip[0]], [0, tip[1]], color=plots.BLUE, alpha=0.25 + 0.09 * position, marker="")
+        ax.annotate(position, (1.15 * tip[0], 1.15 * tip[1]), ha="center", va="center", fontsize=8)
+    ax.set(xlim=(-1.35, 1.35), ylim=(-1.35, 1.35), aspect="equal", xticks=[-1, 0, 1], yticks=[-1, 0, 1])
+    plots.label(ax, f"pair {pair}", "first number of the pair", "second number" if pair == 0 else "")
+plots.show(fig, alt="Clock hands at positions 0 to 7: pair 0 turns 1 radian a token, pair 6 about 0.18, pair 16 only 0.01 and seems to stand.")
+
+# %% id="rope-check" tags=["check"]
+cos, sin = rope_angles(tiny)
+q, k = torch.randn(2, 1, 9, 128, tiny.head_dim)  # twice (batch, heads, positions, head_dim)
+mine = rotate(q, cos, sin)
+lesson.check("RoPE equals the package's", mine - ours.apply_rope(q, *ours.rope_tables(tiny)), 1e-5, "which numbers form a pair?")
+library, _ = theirs.apply_rotary_pos_emb(q, k, torch.cat((cos, cos), -1)[None], torch.cat((sin, sin), -1)[None])
+lesson.check("RoPE equals transformers'", mine - library, 1e-5, "which numbers form a pair?")
+lesson.check("a rotation keeps lengths", mine.norm(dim=-1) - q.norm(dim=-1), 1e-4)
+
+# %% [markdown] id="rope-relative"
+# **The point of it.** Give every position the *same* query `q` and key `k`, rotate both, and take all dot products. The score of query position *m*
+# with key position *n* then depends on *m − n* alone: the table is constant along its diagonals. The model learns "three tokens back" once, for
+# the whole context.
+
+# %% id="rope-relative-check" tags=["check"]
+q, k = torch.randn(2, tiny.head_dim)
+scores = rotate(q.expand(128, -1), cos, sin) @ rotate(k.expand(128, -1), cos, sin).T  # (m, n)
+one_step = scores[1:, 1:] - scores[:-1, :-1]  # compares (m, n) with (m - 1, n - 1)
+print("scores of (m, n) = (5, 3), (50, 48), (120, 118):", [round(scores[m, m - 2].item(), 4) for m in (5, 50, 120)])
+lesson.check("the score depends on m - n alone", one_step, 1e-4)
+
+
+# %% id="rope-widget" tags=["widget", "figure"]
+def rope_view(m, n):
+    """A query at position m and a key at n, as their first pair of numbers, and the score over all distances."""
+    fig, (left, right) = plots.figure(7.5, 2.9, columns=2, width_ratios=[1, 2])
+    for vector, at, color, name in ((q, m, plots.BLUE, "query"), (k, n, plots.ORANGE, "key")):
+        tip = rotate(vector, cos[at], sin[at])[[0, tiny.head_dim // 2]]
+        left.annotate("", tip.tolist(), (0, 0), arrowprops={"arrowstyle": "-|>", "color": color, "lw": 2})
+        left.plot([], [], color=color, marker="", label=f"{name} at {at}")
+    left.set(xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
+    plots.label(left, "the first pair", "first number", "second number", legend=True)
+    distance = torch.arange(-40, 41)
+    curve = [scores[64 + d // 2 + d % 2, 64 - d // 2].item() for d in distance.tolist()]
+    right.plot(distance, curve, color=plots.GREY, marker="")
+    right.plot(m - n, scores[m, n], "o", color=plots.RED, markersize=9, label=f"score {scores[m, n].item():.2f}")
+    plots.label(right, "all pairs", "m - n (tokens)", "dot product", legend=True)
+    return fig, f"Query at {m}, key at {n}: score {scores[m, n].item():.2f}, read off one curve over the distance m - n = {m - n}."
+
+
+_ = widgets.explore(rope_view, m=widgets.slider("query position m", 0, 40, 12), n=widgets.slider("key position n", 0, 40, 7))
+
+# %% [markdown] id="gqa"
+# ## 5 · Grouped-query attention: nine ask, three answer
+#
+# Each position asks a question (query) of all earlier positions (keys) and collects their content (values). SmolLM2 has 9 query heads but only 3
+# key/value heads: heads 0, 1, 2 share the first, 3, 4, 5 the second, 6, 7, 8 the third. While generating, keys and values of all earlier tokens
+# stay in memory; how much of that does sharing save?
+
+# %% id="predict-kv" tags=["predict"]
+guess = None
+stored = 2 * full.num_key_value_heads * full.head_dim
+lesson.predict(
+    "How many numbers must one layer of SmolLM2-135M remember for each token it has read?",
+    guess, stored, within=0,
+    why=f"A key and a value of {full.head_dim} numbers in each of {full.num_key_value_heads} heads: {stored}. Nine heads would need {3 * stored:,}.",
+)  # fmt: skip
+
+
+# %% id="attention-steps" tags=["lesson"]
+def share_heads(x, groups):
+    """(B, K, T, D) -> (B, K * groups, T, D): each head repeated for the query heads of its group."""
+    return x.repeat_interleave(groups, dim=1)
+
+
+def attention_steps(q, k, v, cos, sin, rotate=rotate, share=share_heads, scale=None):
+    """Every step from projected q (B, H, T, D) and k, v (B, K, T, D) to the output, by name."""
+    groups, time = q.shape[1] // k.shape[1], q.shape[2]
+    step = {"q": rotate(q, cos, sin), "k": rotate(k, cos, sin)}
+    step["shared k"] = share(step["k"], groups)
+    step["scores"] = step["q"] @ step["shared k"].transpose(-1, -2) * (scale or q.shape[-1] ** -0.5)
+    future = torch.ones(time, time, dtype=torch.bool).triu(1)
+    step["weights"] = step["scores"].masked_fill(future, -torch.inf).softmax(-1)  # (B, H, T, T)
+    step["output"] = step["weights"] @ share(v, groups)  # (B, H, T, D)
+    return step
+
+
+# %% [markdown] id="gqa-why"
+# Two details to notice. The scores are divided by √head_dim: a sum of 64 products of ordinary numbers has a spread of 8, and a softmax over such
+# numbers would pick one token and ignore the rest. And the future is set to −∞ *before* the softmax, so that it gets weight exactly 0.
+
+# %% id="attention-code" tags=["lesson"]
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.head_dim = config.head_dim
+        query_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.cos, self.sin = rope_angles(config)
+
+    def project(self, x):
+        """(B, T, C) -> q (B, H, T, D) and k, v (B, K, T, D)."""
+        return [proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)]
+
+    def forward(self, x):
+        time = x.shape[1]
+        heads = attention_steps(*self.project(x), self.cos[:time], self.sin[:time])["output"]
+        return self.o_proj(heads.transpose(1, 2).flatten(2))
+
+
+# %% id="attention-check" tags=["check"]
+mine, package = Attention(tiny), ours.Attention(tiny, layer=0)
+hf_config = LlamaConfig.from_dict(tiny.to_hf_dict())
+hf_config._attn_implementation = "sdpa"
+library = theirs.LlamaAttention(hf_config, layer_idx=0)
+for other in (package, library):
+    other.load_state_dict(mine.state_dict())
+x = torch.randn(2, 10, tiny.hidden_size)
+twice = [torch.cat((t[:10], t[:10]), -1)[None] for t in (cos, sin)]  # transformers keeps both halves of the angles
+likely = "heads in the right order, scale, mask before the softmax?"
+lesson.check("attention equals the package's", mine(x) - package(x, cos[:10], sin[:10]), 1e-5, likely)
+lesson.check("attention equals transformers'", mine(x) - library(x, position_embeddings=twice, attention_mask=None)[0], 1e-5, likely)
+
+# %% id="causal-check" tags=["check"]
+changed = x.clone()
+changed[:, 6:] = torch.randn(2, 4, tiny.hidden_size)  # another future from position 6 on
+lesson.check("positions 0 to 5 do not see the future", (mine(x) - mine(changed))[:, :6])
+step = attention_steps(*mine.project(x), cos[:10], sin[:10])
+lesson.check("the weights of every query sum to 1", step["weights"].sum(-1) - 1, 1e-5)
+
+# %% id="gqa-figure" tags=["figure"]
+fig, (left, right) = plots.figure(7.5, 3.1, columns=2)
+for head in range(9):
+    left.plot([head, 3 * (head // 3) + 1], [1, 0], color=plots.PALETTE[head // 3], marker="o", markersize=9)
+left.set(xticks=range(9), ylim=(-0.4, 1.4))
+left.set_yticks([0, 1], ["3 key/value\nheads", "9 query\nheads"])
+left.grid(False)
+plots.label(left, "who shares with whom", "query head", "")
+picture = right.imshow(step["weights"][0, 0].detach(), cmap="Blues", vmin=0)
+fig.colorbar(picture, ax=right, label="attention weight")
+right.grid(False)
+plots.label(right, "head 0: only the past", "key position", "query position")
+plots.show(fig, alt="Left: query heads 0-2, 3-5 and 6-8 each join one key/value head. Right: attention weights fill the lower triangle, zero above it.")
+
+# %% [markdown] id="swiglu"
+# ## 6 · SwiGLU: a gate on every feature
+#
+# Attention moves information between positions; the MLP works on each position alone. `up` computes 1,536 features, `gate` decides how far each
+# is let through, `down` brings them back to 576. The gate's curve is SiLU, x · sigmoid(x): almost 0 for negative input, almost x for large. So
+# there are **three** matrices, not two. (Forget one and your count is 26,542,080 short; notebook 2 meets somebody who did.)
+
+# %% id="swiglu-code" tags=["lesson"]
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        gate = self.gate_proj(x)
+        return self.down_proj(gate * torch.sigmoid(gate) * self.up_proj(x))
+
+
+# %% id="swiglu-check" tags=["check"]
+mine, package, library = MLP(tiny), ours.MLP(tiny), theirs.LlamaMLP(hf_config)
+for other in (package, library):
+    other.load_state_dict(mine.state_dict())
+lesson.check("SwiGLU equals the package's", mine(x) - package(x), 1e-6, "SiLU on the gate, not on up")
+lesson.check("SwiGLU equals transformers'", mine(x) - library(x), 1e-6, "SiLU on the gate, not on up")
+
+# %% id="swiglu-figure" tags=["figure"]
+fig, ax = plots.figure(7.5, 2.6)
+t = torch.linspace(-6, 6, 121)
+ax.plot(t, t * torch.sigmoid(t), color=plots.BLUE, marker="", lw=2, label="SiLU(x) = x · sigmoid(x)")
+ax.plot(t, t.relu(), "--", color=plots.ORANGE, marker="", label="ReLU(x), for comparison")
+plots.label(ax, "The gate's curve is smooth and dips to -0.28", "gate input x", "gate output", legend=True)
+plots.show(fig, alt="SiLU against its input from -6 to 6: near zero on the left, lowest -0.28 at x = -1.28, close to x on the right; ReLU for comparison.")
+
+# %% [markdown] id="whole"
+# ## 7 · The block, and the whole model
+#
+# A block reads the running vector, adds what attention found, then adds what the MLP made of it. Both read through a norm and *add*: the
+# straight line from input to output stays open, which is what makes 30 blocks trainable. Now the placeholders go.
+
+# %% id="block-code" tags=["lesson"]
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x):
+        x = x + self.self_attn(self.input_layernorm(x))
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+# %% id="whole-check" tags=["check"]
+torch.manual_seed(1)
+package = SmolLM2(tiny)
+model = Skeleton(tiny, Block, RMSNorm)  # the skeleton of section 1, every placeholder replaced
+print("names agree:", model.load_state_dict(package.model.state_dict()))
+lesson.check("your whole model equals the package's", model(ids) - package(ids), 1e-4)
+
+# %% id="count-check" tags=["check"]
+with torch.device("meta"):  # shapes without memory
+    real = Skeleton(full, Block, RMSNorm)
+total = sum(parameter.numel() for parameter in real.parameters())
+print(f"at full size your model has {total:,} parameters")
+lesson.check("the number that SmolLM2-135M has", total - 134_515_008)
+
+# %% [markdown] id="official"
+# ## 8 · The official weights in the model you wrote
+#
+# Names and shapes agree, so the published weights fit into your classes. If a single detail were different, the text would turn to
+# nonsense. Online this loads SmolLM2-135M (270 MB); offline it makes a small model with random weights and the same 9:3 heads. Either way the
+# reference is transformers, reading the same folder.
+
+# %% id="load" tags=["lesson", "slow"]
+try:
+    folder = resolve("HuggingFaceTB/SmolLM2-135M")
+    prompt = Tokenizer.from_file(folder).encode("Gravity is the force that")
+except UserError as reason:
+    print(f"{reason}.\nSo: a small local model, same lesson. Its prompt is made of bytes.")
+    folder = tempfile.mkdtemp()
+    torch.manual_seed(2)
+    SmolLM2(tiny.model_copy(update={"num_hidden_layers": 8})).save_pretrained(folder)
+    prompt = list(b"Gravity is the force that")
+library = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+config = read_config(resolve(folder))
+model = Skeleton(config, Block, RMSNorm)
+model.load_state_dict({name.removeprefix("model."): weight.float() for name, weight in read_weights(resolve(folder), config).items()})
+print(f"{config.num_hidden_layers} layers, theta {config.rope_theta:,.0f}, {sum(p.numel() for p in model.parameters()):,} parameters")
+
+
+# %% id="layers-code" tags=["lesson"]
+@torch.no_grad()
+def hidden_states(model, ids):
+    """The running vector after the embedding and after each block; the last one after the final norm, as transformers gives it."""
+    x = [model.embed_tokens(ids)]
+    for layer in model.layers:
+        x.append(layer(x[-1]))
+    return [*x[:-1], model.norm(x[-1])]
+
+
+def gap(mine, reference):
+    """Largest difference, relative to the largest value."""
+    return ((mine - reference).abs().max() / reference.abs().max()).item()
+
+
+# %% id="layers-check" tags=["check"]
+ids = torch.tensor([prompt])
+with torch.no_grad():
+    reference = library(ids, output_hidden_states=True)
+gaps = [gap(mine, other) for mine, other in zip(hidden_states(model, ids), reference.hidden_states, strict=True)]
+with torch.no_grad():
+    logits = model(ids)
+lesson.check("every layer equals transformers' (relative)", max(gaps), 1e-4)
+lesson.check("the logits equal transformers' (relative)", gap(logits, reference.logits), 1e-4)
+
+# %% id="layers-figure" tags=["figure"]
+fig, ax = plots.figure(7.5, 2.8)
+ax.semilogy([max(value, 1e-9) for value in gaps], color=plots.BLUE, marker="o", label="your model against transformers")
+ax.axhline(1e-4, color=plots.RED, ls="--", label="tolerance")
+ax.set_ylim(5e-10, 1e-3)
+plots.label(ax, "Layer by layer: rounding, nothing else", "layer (0 = embedding)", "max|difference|, relative", legend=True)
+plots.show(fig, alt=f"Relative difference after each layer: at most {max(gaps):.0e}, a thousand times below the tolerance of 1e-4 or better.")
+
+# %% id="greedy-check" tags=["check"]
+mine = ids
+with torch.no_grad():
+    for _ in range(12):  # always take the likeliest next token
+        mine = torch.cat((mine, model(mine)[:, -1:].argmax(-1)), dim=1)
+    other = library.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+print("your 12 tokens:", mine[0, len(prompt) :].tolist())
+lesson.check("the 12 greedy tokens are transformers'", mine - other)
+
+# %% [markdown] id="bugs"
+# ## 9 · Bug hunt
+#
+# Three colleagues wrote attention too. Their code runs, has the right shapes, and even trains. It is wrong. Each made one classic mistake, in one of these
+# places: `q` (RoPE pairs neighbours instead of halves), `shared k` (heads repeated as 0 1 2 0 1 2 … instead of 0 0 0 1 1 1 …), `scores` (no
+# division by √head_dim). The chart shows at which step each begins to differ from yours. Who did what?
+
+# %% id="bugs-code" tags=["lesson"]
+def pair_neighbours(x, cos, sin):
+    a, b = x[..., 0::2], x[..., 1::2]
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
+
+
+suspects = {
+    "Ada": {"share": lambda x, groups: x.repeat(1, groups, 1, 1)},
+    "Bo": {"scale": 1.0},
+    "Cy": {"rotate": pair_neighbours},
+}
+attention = Attention(tiny)
+inputs = (*attention.project(torch.randn(2, 10, tiny.hidden_size)), cos[:10], sin[:10])
+right_steps = attention_steps(*inputs)
+wrong = {name: attention_steps(*inputs, **mistake) for name, mistake in suspects.items()}
+
+# %% id="bugs-figure" tags=["figure"]
+fig, ax = plots.figure(7.5, 2.8)
+for number, (name, steps) in enumerate(wrong.items()):
+    jumps = [max((steps[s] - right_steps[s]).abs().max().item(), 1e-8) for s in right_steps]
+    ax.semilogy([x + 0.06 * (number - 1) for x in range(len(jumps))], jumps, color=plots.PALETTE[number], marker=plots.MARKERS[number], label=name)
+ax.set_xticks(range(len(right_steps)), right_steps)
+plots.label(ax, "Where does each one begin to differ?", "step of attention", "max|difference|", legend=True)
+plots.show(fig, alt="Difference from the correct attention at six steps: Ada's jumps at 'shared k', Bo's at 'scores', Cy's at the very first step 'q'.")
+
+# %% id="predict-bugs" tags=["predict"]
+guesses = {"Ada": None, "Bo": None, "Cy": None}  # each one of: "q", "shared k", "scores"
+for name in suspects:
+    first = next(step for step in right_steps if (wrong[name][step] - right_steps[step]).abs().max() > 1e-6)
+    lesson.predict(f"Where is {name}'s mistake: q, shared k or scores?", guesses[name], first, why=f"Before '{first}' all numbers agree.")
+
+# %% id="bugs-check" tags=["check"]
+for name, steps in wrong.items():
+    difference = steps["output"] - right_steps["output"]
+    lesson.check_fails(f"{name}'s bug", lambda difference=difference: lesson.check("attention", difference, 1e-5))
+lesson.check("and without a mistake the check passes", attention_steps(*inputs)["output"] - right_steps["output"])
+
+# %% [markdown] id="self-test"
+# ## What you can now explain
+#
+# * Why is the score matrix of RoPE constant along its diagonals?
+# * Why does `repeat` in place of `repeat_interleave` give the right shapes and wrong answers?
+# * What would break if the mask came after the softmax?
+#
+# <details><summary>Answers</summary>
+#
+# * Both vectors are turned by angles proportional to their positions; a dot product sees only the difference of the angles.
+# * Query heads 0, 1, 2 were trained to read key head 0. `repeat` gives them heads 0, 1, 2: three heads exist either way, only in another order.
+# * The past would no longer sum to 1, and the size of the loss would tell earlier positions about the future.
+# </details>
+
+# %% id="score" tags=["check"]
+_ = lesson.score()
+
+# %% [markdown] id="exercises"
+# ## Exercises
+#
+# 1. Give `Attention` a window: a position sees only the 4 before it. Which line changes, and which check tells you that you are right?
+# 2. Swap the two lines of `Block.forward` (MLP first). Which check fails, and at which layer does the chart jump?
+# 3. Set `rope_theta` of the loaded model to 10,000 and draw the chart again. Why does the difference grow with the layers?
+#
+# <details><summary>Solutions</summary>
+#
+# 1. In `attention_steps`: `future = ones(time, time).triu(1) | ones(time, time).tril(-5)` (with `dtype=torch.bool`). Change an input at position 0 and check that outputs from
+#    position 5 on stay exactly equal.
+# 2. *your whole model equals the package's*; from layer 1 on, because the embedding (layer 0) is the same.
+# 3. `config = config.model_copy(update={"rope_theta": 10000.0})`, then build and load again. Each layer adds its own wrong angles to what it got.
+# </details>
+
+# %% [markdown] id="next"
+# ## Next
+#
+# You have built it; now account for it. [2 · Count every parameter](02_count_every_parameter.ipynb) predicts, then proves, where each of the
+# 134,515,008 parameters sits, what they cost in memory and time, and where a well-known wrong sum comes from.
