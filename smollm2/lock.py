@@ -30,7 +30,7 @@ class OutputLock:
         if key in _held:
             raise BusyError(f"{self.path.parent} is already being written by this very process")
         try:
-            self._file = open(self.path, "a+")  # noqa: SIM115 - held open for the life of the lock
+            self._file = open(self.path, "a+")  # held open for the life of the lock
         except OSError as error:
             raise OutputLost(f"cannot write to {self.path.parent}: {error.strerror}") from None
         try:

@@ -32,7 +32,8 @@ def resolve(source: str | Path, revision: str | None = None) -> Path:
             raise CheckpointError(f"{path}: no config.json: not a checkpoint folder{hint}")
         return path
     text = str(source)
-    if text.count("/") != 1 or text.startswith((".", "/", "~")) or path.suffix in PICKLE_SUFFIXES or path.parent.exists() and text.split("/")[0] not in ("", "."):
+    looks_local = text.startswith((".", "/", "~")) or path.suffix in PICKLE_SUFFIXES or path.parent.exists()
+    if text.count("/") != 1 or looks_local:
         raise CheckpointError(f"{source}: {kind_of(path)}; expected a checkpoint folder or a Hub id such as HuggingFaceTB/SmolLM2-135M")
     from .hub import fetch
 
