@@ -263,6 +263,7 @@ def rope_view(m, n):
     curve = [scores[64 + d // 2 + d % 2, 64 - d // 2].item() for d in distance.tolist()]
     right.plot(distance, curve, color=plots.GREY, marker="")
     right.plot(m - n, scores[m, n], "o", color=plots.RED, markersize=9, label=f"score {scores[m, n].item():.2f}")
+    right.set_ylim(min(curve) - 0.5, max(curve) + 2.5)
     plots.label(right, "all pairs", "m - n (tokens)", "dot product", legend=True)
     return fig, f"Query at {m}, key at {n}: score {scores[m, n].item():.2f}, read off one curve over the distance m - n = {m - n}."
 
@@ -423,7 +424,7 @@ class Block(nn.Module):
 torch.manual_seed(1)
 package = SmolLM2(tiny)
 model = Skeleton(tiny, Block, RMSNorm)  # the skeleton of section 1, every placeholder replaced
-print("names agree:", model.load_state_dict(package.model.state_dict()))
+_ = model.load_state_dict(package.model.state_dict())  # raises unless all names and shapes agree
 lesson.check("your whole model equals the package's", model(ids) - package(ids), 1e-4)
 
 # %% id="count-check" tags=["check"]
@@ -448,7 +449,7 @@ except UserError as reason:
     print(f"{reason}.\nSo: a small local model, same lesson. Its prompt is made of bytes.")
     folder = tempfile.mkdtemp()
     torch.manual_seed(2)
-    SmolLM2(tiny.model_copy(update={"num_hidden_layers": 8})).save_pretrained(folder)
+    SmolLM2(tiny.model_copy(update={"num_hidden_layers": 8, "initializer_range": 0.3})).save_pretrained(folder)
     prompt = list(b"Gravity is the force that")
 library = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 config = read_config(resolve(folder))
@@ -484,7 +485,7 @@ lesson.check("the logits equal transformers' (relative)", gap(logits, reference.
 
 # %% id="layers-figure" tags=["figure"]
 fig, ax = plots.figure(7.5, 2.8)
-ax.semilogy([max(value, 1e-9) for value in gaps], color=plots.BLUE, marker="o", label="your model against transformers")
+ax.semilogy([max(value, 1e-9) for value in gaps], color=plots.BLUE, marker="o", label="your model against transformers (0 drawn as 1e-9)")
 ax.axhline(1e-4, color=plots.RED, ls="--", label="tolerance")
 ax.set_ylim(5e-10, 1e-3)
 plots.label(ax, "Layer by layer: rounding, nothing else", "layer (0 = embedding)", "max|difference|, relative", legend=True)
@@ -558,7 +559,7 @@ lesson.check("and without a mistake the check passes", attention_steps(*inputs)[
 # </details>
 
 # %% id="score" tags=["check"]
-_ = lesson.score()
+lesson.score()
 
 # %% [markdown] id="exercises"
 # ## Exercises
@@ -578,5 +579,6 @@ _ = lesson.score()
 # %% [markdown] id="next"
 # ## Next
 #
-# You have built it; now account for it. [2 · Count every parameter](02_count_every_parameter.ipynb) predicts, then proves, where each of the
-# 134,515,008 parameters sits, what they cost in memory and time, and where a well-known wrong sum comes from.
+# You have built it; now account for it. [2 · Count every parameter](02_count_every_parameter.ipynb)
+# ([open in Colab](https://colab.research.google.com/github/smollm2-from-scratch/smollm2-from-scratch/blob/main/notebooks/02_count_every_parameter.ipynb)) predicts, then proves,
+# where each of the 134,515,008 parameters sits, what they cost in memory and time, and where a well-known wrong sum comes from.

@@ -21,6 +21,7 @@ FOLDER = Path(__file__).resolve().parent
 REF = "main"
 CELL_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 CELL_METADATA = ("cellView", "id", "tags")
+LINK = re.compile(r"https://colab\.research\.google\.com/github/[^\s)\"]+/notebooks/(\d\d_\w+)\.ipynb")
 TAGS = {"setup", "lesson", "check", "figure", "predict", "widget", "exercise", "solution", "slow", "parameters"}
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
@@ -82,13 +83,13 @@ def fixed_cells(stem: str) -> dict[str, str]:
 
 
 def renew_fixed_cells(text: str, stem: str) -> str:
-    """The .py text with badge and set-up cell as they must be; raises `NotebookError` where one has no place."""
+    """The .py text with badge and set-up cell as they must be, links to Colab included; raises `NotebookError` where one has no place."""
     for cell_id, cell in fixed_cells(stem).items():
         pattern = re.compile(rf'^# %%[^\n]*\bid="{cell_id}"[^\n]*\n.*?(?=^# %%|\Z)', re.M | re.S)
         if len(pattern.findall(text)) != 1:
             raise NotebookError(f'{stem}.py: expected exactly one cell with id="{cell_id}" (its text is filled in by build)')
         text = pattern.sub(lambda _, cell=cell: cell + "\n", text)
-    return text
+    return LINK.sub(lambda found: badge_url(found[1]), text)
 
 
 def to_notebook(text: str, stem: str) -> str:

@@ -29,8 +29,8 @@ def _figure(value: float) -> str:
     return f"{value:.1e}".replace(".0e", "e") if abs(value) < 1e-2 or abs(value) >= 1e5 else f"{value:.4g}"
 
 
-def check(name: str, difference, tolerance: float = 0.0, likely: str = "") -> float:
-    """Print `✔ name: max|difference| = 3.1e-06 (tolerance 1e-04)` and return that difference.
+def check(name: str, difference, tolerance: float = 0.0, likely: str = "") -> None:
+    """Print `✔ name: max|difference| = 3.1e-06 (tolerance 1e-04)`.
 
     `difference` is a number, tensor or array that should be zero. Raises `CheckFailed` when it exceeds `tolerance`
     or is NaN; `likely` names the likely mistake there.
@@ -41,16 +41,15 @@ def check(name: str, difference, tolerance: float = 0.0, likely: str = "") -> fl
         raise CheckFailed(f"✘ {name}: max|difference| = {_figure(size)}, allowed is {_figure(tolerance)}.{hint}")
     allowed = f"tolerance {_figure(tolerance)}" if tolerance else "exact"
     print(f"✔ {name}: max|difference| = {_figure(size)} ({allowed})")
-    return size
 
 
-def check_fails(name: str, action: Callable[[], object]) -> str:
-    """Print `✔ name` when `action` trips a check, as a planted bug must; returns the failure's message."""
+def check_fails(name: str, action: Callable[[], object]) -> None:
+    """Print `✔ name` when `action` trips a check, as a planted bug must; raises `CheckFailed` when it does not."""
     try:
         action()
     except CheckFailed as failure:
         print(f"✔ {name}: found. {failure}")
-        return str(failure)
+        return
     raise CheckFailed(f"✘ {name}: the check let it pass, so it proves nothing")
 
 
@@ -67,32 +66,34 @@ def _shown(value) -> str:
     return value if isinstance(value, str) else _figure(float(value))
 
 
-def predict(question: str, guess, answer, *, within: float = 0.1, unit: str = "", why: str = "") -> float | None:
+def predict(question: str, guess, answer, *, within: float = 0.1, unit: str = "", why: str = "") -> None:
     """Score a prediction: 1 point within `within` (relative) of the answer, 0.5 within a factor of two, else 0.
 
     With `guess=None` it only asks; answer and explanation (`why`) stay closed. Words are compared as words.
-    Returns the points, or None when nothing was guessed.
     """
     unit = f" {unit}" if unit else ""
     print(textwrap.fill(f"? {question}", WIDTH, subsequent_indent="  "))
     if guess is None:
         _scores.setdefault(question, 0.0)
         print("  No guess yet: put one in place of None and run this cell again. The answer is worked out below.")
-        return None
-    points = _points(guess, answer, within)
-    _scores[question] = points
-    word = {1.0: "right", 0.5: "within a factor of two"}.get(points, "not this time")
-    print(f"  You said {_shown(guess)}{unit}; it is {_shown(answer)}{unit}: {word} ({points:g} of 1 point).")
+        return
+    reached = _points(guess, answer, within)
+    _scores[question] = reached
+    word = {1.0: "right", 0.5: "within a factor of two"}.get(reached, "not this time")
+    print(f"  You said {_shown(guess)}{unit}; it is {_shown(answer)}{unit}: {word} ({reached:g} of 1 point).")
     if why:
         print(textwrap.fill(f"  {why}", WIDTH, subsequent_indent="  "))
-    return points
 
 
-def score() -> tuple[float, int]:
-    """Print and return (points, questions) of this notebook so far."""
-    points, asked = sum(_scores.values()), len(_scores)
-    print(f"Predictions: {points:g} of {asked} points" + (", all still open: guess, then run again" if asked and not points else ""))
-    return points, asked
+def points() -> tuple[float, int]:
+    """(points so far, questions asked) in this notebook."""
+    return sum(_scores.values()), len(_scores)
+
+
+def score() -> None:
+    """Print the points of this notebook so far."""
+    reached, asked = points()
+    print(f"Predictions: {reached:g} of {asked} points. A guess can be changed and its cell run again at any time.")
 
 
 def quiet() -> None:

@@ -27,15 +27,10 @@ STYLE = {
     "axes.prop_cycle": matplotlib.cycler(color=PALETTE, marker=MARKERS),
     "axes.spines.right": False,
     "axes.spines.top": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
     "figure.facecolor": "white",
     "font.size": 10,
     "grid.color": "#e6e6e6",
-    "legend.frameon": False,
     "lines.markersize": 4,
-    "savefig.facecolor": "white",
 }
 
 
@@ -49,11 +44,11 @@ def figure(width: float = 7.5, height: float = 3.2, rows: int = 1, columns: int 
 
 def label(axis, title: str, x: str, y: str, legend: bool = False):
     """Title and axes with their units; returns the axis."""
-    axis.set_title(title)
+    axis.set_title(title, loc="left", fontsize=11, fontweight="bold")
     axis.set_xlabel(x)
     axis.set_ylabel(y)
     if legend:
-        axis.legend()
+        axis.legend(framealpha=0.9, edgecolor="none")
     return axis
 
 
