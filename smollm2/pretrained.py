@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -19,20 +20,20 @@ MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 def resolve(source: str | Path, revision: str | None = None) -> Path:
     """Local folder of a checkpoint folder or Hub id, its weights downloaded when needed; raises `CheckpointError`."""
     path = Path(source)
-    if path.is_file():
+    if os.path.isfile(path):  # unlike Path.is_file it never raises
         hint = "a pickled file is never opened" if path.suffix in PICKLE_SUFFIXES else "that is a single file"
         raise CheckpointError(
             f"{path}: expected a checkpoint folder with config.json and model.safetensors, and {hint}; "
             "convert it with transformers' save_pretrained"
         )
-    if path.is_dir():
+    if os.path.isdir(path):
         if not (path / "config.json").exists():
             inside = sorted(p.name for p in path.glob("*.ckpt"))[-3:] or sorted(p.name for p in path.glob("checkpoints/*.ckpt"))[-3:]
             hint = f"; did you mean one of {', '.join(inside)} in it?" if inside else ""
             raise CheckpointError(f"{path}: no config.json: not a checkpoint folder{hint}")
         return path
     text = str(source)
-    looks_local = text.startswith((".", "/", "~")) or path.suffix in PICKLE_SUFFIXES or path.parent.exists()
+    looks_local = text.startswith((".", "/", "~")) or path.suffix in PICKLE_SUFFIXES or os.path.isdir(path.parent)
     if text.count("/") != 1 or looks_local:
         raise CheckpointError(f"{source}: {kind_of(path)}; expected a checkpoint folder or a Hub id such as HuggingFaceTB/SmolLM2-135M")
     from .hub import fetch
@@ -86,6 +87,8 @@ def load_weights(model: SmolLM2, tensors: dict[str, torch.Tensor], where: str) -
         raise CheckpointError(f"{where}: weights do not fit the configuration ({lines})")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            if not tensors[name].is_floating_point():
+                raise CheckpointError(f"{where}: {name} is {tensors[name].dtype}, expected floating point")
             if not torch.isfinite(tensors[name]).all():
                 raise CheckpointError(f"{where}: {name} holds numbers that are not finite")
             parameter.copy_(tensors[name])
