@@ -34,6 +34,7 @@ MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 2**20
 MAX_HEADER_BYTES = 2**20
 FINAL_NAMES = ("final_model.ckpt", "final_continued_model.ckpt")
+RESUME_FILES = ("state.json", "optim.safetensors", "tokenizer.json")
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,100}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -56,6 +57,11 @@ class Manifest:
     def bytes(self) -> int:
         return sum(entry["bytes"] for entry in self.files.values())
 
+    def to_bytes(self) -> bytes:
+        """Content of `manifest.json`, the hash of itself included."""
+        body = {"format": FORMAT_VERSION, "run_id": self.run_id, "step": self.step, "files": self.files, "facts": self.facts}
+        return dump_json(body | {"sha256_of_this": sha256_json(body)})
+
 
 def strict_json(raw: bytes, where: str) -> Any:
     """JSON without duplicate keys, NaN or infinities; raises `CheckpointError`."""
@@ -69,8 +75,11 @@ def strict_json(raw: bytes, where: str) -> Any:
     def constant(word):
         raise ValueError(f"{word} is not a number")
 
+    def number(word):
+        return value if math.isfinite(value := float(word)) else constant(word)  # 1e999 would be infinite
+
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant, parse_float=number)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where}: not valid JSON ({str(error)[:80]})") from None
 
@@ -106,34 +115,39 @@ def commit(
             else:
                 write_durably(path, content)
             table[file_name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        body = {"format": FORMAT_VERSION, "run_id": run_id, "step": step, "files": table, "facts": facts}
-        body["sha256_of_this"] = sha256_json(body)
-        write_durably(temporary / MANIFEST, dump_json(body))
+        manifest = Manifest(parent / name, run_id, step, table, facts)
+        write_durably(temporary / MANIFEST, manifest.to_bytes())
         fsync_folder(temporary)
         _put_in_place(temporary, parent / name)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return Manifest(parent / name, run_id, step, table, facts)
+    return manifest
 
 
 def _put_in_place(temporary: Path, target: Path) -> None:
-    if target.exists():
-        # os.rename cannot replace a folder that is not empty: move the old one to a name that still says what it is
-        try:
-            aside = target.with_name(step_name(read_manifest(target).step))
-        except CheckpointError:
-            aside = None
-        if aside is None or aside == target or aside.exists():
-            aside = target.with_name(f"{target.name}.old-{secrets.token_hex(4)}")
-        os.rename(target, aside)
+    aside = _set_aside(target) if target.exists() else None
+    try:
         os.rename(temporary, target)
-        fsync_folder(target.parent)
-        if ".old-" in aside.name:
-            shutil.rmtree(aside, ignore_errors=True)
-    else:
-        os.rename(temporary, target)
-        fsync_folder(target.parent)
+    except OSError:
+        if aside:
+            os.rename(aside, target)
+        raise
+    fsync_folder(target.parent)
+    if aside and ".old-" in aside.name:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _set_aside(target: Path) -> Path:
+    """`os.rename` cannot replace a folder that is not empty: move the old one to a name that still says what it is."""
+    try:
+        aside = target.with_name(step_name(read_manifest(target).step))
+    except CheckpointError:
+        aside = target
+    if aside == target or aside.exists():
+        aside = target.with_name(f"{target.name}.old-{secrets.token_hex(4)}")
+    os.rename(target, aside)
+    return aside
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
@@ -159,21 +173,43 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise CheckpointError(f"{folder}: {kind_of(folder)}, expected a checkpoint folder")
     path = folder / MANIFEST
     _regular_file(path, MAX_MANIFEST_BYTES)
-    body = strict_json(path.read_bytes(), MANIFEST)
+    return parse_manifest(path.read_bytes(), folder)
+
+
+def parse_manifest(raw: bytes, folder: Path) -> Manifest:
+    """The manifest of `folder` from the bytes of its file; raises `CheckpointError`."""
+    body = strict_json(raw, MANIFEST)
     if not isinstance(body, dict):
         raise CheckpointError(f"{MANIFEST}: not a table")
-    digest = body.pop("sha256_of_this", None)
-    if digest != sha256_json(body):
+    try:
+        is_canonical = dump_json(body) == raw
+        is_intact = body.pop("sha256_of_this", None) == sha256_json(body)
+    except RecursionError:
+        is_canonical = is_intact = False
+    if not (is_canonical and is_intact):
         raise CheckpointError(f"{MANIFEST}: does not match its own sha256: edited or damaged")
     if body.get("format") != FORMAT_VERSION:
-        raise CheckpointError(f"{MANIFEST}: format {body.get('format')!r}, this version reads {FORMAT_VERSION}: update the project")
-    files = body["files"]
+        raise CheckpointError(f"{MANIFEST}: format {body.get('format')!r:.20}, this version reads {FORMAT_VERSION}: update the project")
+    return _checked_table(folder, body)
+
+
+def _checked_table(folder: Path, body: dict[str, Any]) -> Manifest:
+    run_id, step, files, facts = (body.get(key) for key in ("run_id", "step", "files", "facts"))
+    for key, ok in (("run_id", isinstance(run_id, str)), ("step", _is_count(step)), ("files", isinstance(files, dict)), ("facts", isinstance(facts, dict))):
+        if not ok:
+            raise CheckpointError(f"{MANIFEST}: {key} is missing or of the wrong kind ({body.get(key)!r:.40})")
+    if not isinstance(facts.get("fingerprint", {}), dict):
+        raise CheckpointError(f"{MANIFEST}: facts.fingerprint is not a table")
     for name, entry in files.items():
         if not _SAFE_NAME.fullmatch(name) or name == MANIFEST or ".." in name:
             raise CheckpointError(f"{MANIFEST}: file name {name[:60]!r} is not allowed")
-        if not isinstance(entry.get("bytes"), int) or not _SHA256.fullmatch(str(entry.get("sha256"))):
+        if not isinstance(entry, dict) or not _is_count(entry.get("bytes")) or not _SHA256.fullmatch(str(entry.get("sha256"))):
             raise CheckpointError(f"{MANIFEST}: no size and sha256 for {name}")
-    return Manifest(folder, body["run_id"], body["step"], files, body["facts"])
+    return Manifest(folder, run_id, step, files, facts)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def verify(folder: str | Path, only: Iterable[str] | None = None) -> Manifest:
@@ -203,25 +239,42 @@ def candidates(checkpoint_dir: str | Path) -> list[Path]:
     for path in folder.iterdir():
         if ".tmp-" in path.name or ".old-" in path.name or not path.is_dir() or ".ckpt" not in path.name:
             continue
-        try:
-            step = read_manifest(path).step
-        except CheckpointError:
-            match = re.search(r"step-(\d+)", path.name)
-            step = int(match[1]) if match else math.inf  # a damaged final: report it first
-        found.append((step, path.name in FINAL_NAMES, path.name, path))
+        found.append((claimed_step(path), path.name in FINAL_NAMES, path.name, path))
     return [path for *_, path in sorted(found, reverse=True)]
 
 
-def newest_usable(folders: Iterable[Path], say: Callable[[str], None] = print) -> Manifest | None:
-    """The first checkpoint that verifies; one line for each that does not. None when there are no folders at all;
-    `NoUsableCheckpoint` when there are some and none verifies: starting from zero would hide a loss."""
+def claimed_step(folder: Path) -> float:
+    """Step of a checkpoint folder; what its name says where the manifest is damaged, or infinity: such a one is reported first."""
+    try:
+        return read_manifest(folder).step
+    except (CheckpointError, OSError):
+        match = re.search(r"step-(\d+)", folder.name)
+        return int(match[1]) if match else math.inf
+
+
+def resume_point(path: Path, say: Callable[[str], None] = print, check: Callable[[Manifest], object] | None = None) -> Manifest:
+    """The manifest of a folder that verifies, holds all that a resume needs and passes `check`; raises `CheckpointError`."""
+    manifest = verify(path)
+    missing = [name for name in RESUME_FILES if name not in manifest.files]
+    if missing:
+        raise CheckpointError(f"{MANIFEST}: no {', '.join(missing)}: not a point to resume from")
+    if check:
+        check(manifest)
+    strays = sorted({entry.name for entry in path.iterdir()} - set(manifest.files) - {MANIFEST})
+    if strays:
+        say(f"checkpoint {path.name}: not in its manifest, so never read: {', '.join(strays[:5])}")
+    return manifest
+
+
+def newest_usable(
+    folders: Iterable[Path], say: Callable[[str], None] = print, check: Callable[[Manifest], object] | None = None
+) -> Manifest | None:
+    """The first checkpoint that verifies (and passes `check`); one line for each that does not. None when there are no
+    folders at all; `NoUsableCheckpoint` when there are some and none verifies: starting from zero would hide a loss."""
     folders = list(folders)
     for path in folders:
         try:
-            manifest = verify(path)
-            if "state.json" not in manifest.files:
-                raise CheckpointError("no state.json: weights only, not a point to resume from")
-            return manifest
+            return resume_point(path, say, check)
         except (CheckpointError, OSError) as error:
             say(f"checkpoint {path.name} is not usable: {error}; trying the one before")
     if folders:
@@ -252,42 +305,3 @@ def load_tensors(path: str | Path) -> dict:
         return load_file(path)
     except (SafetensorError, ValueError, OSError) as error:
         raise CheckpointError(f"{path.name}: {str(error)[:120]}") from None
-
-
-# --- tidying up -----------------------------------------------------------------------------------------------------
-
-
-def remove_leftovers(checkpoint_dir: str | Path) -> None:
-    """Remove what a killed save left behind. An `.old-` folder is put back when its successor never arrived."""
-    for path in sorted(Path(checkpoint_dir).glob("*.old-*")):
-        target = path.with_name(path.name.split(".old-")[0])
-        if target.exists():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            os.rename(path, target)
-    for path in Path(checkpoint_dir).glob("*.tmp-*"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def remove(folder: Path) -> None:
-    """Remove a checkpoint, its manifest first: a half-removed one is not a checkpoint any more."""
-    (folder / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def prune(checkpoint_dir: str | Path, keep_last: int, best_step: int | None, newest: Manifest) -> list[str]:
-    """Keep `newest` (verified just now), the step folders of the last `keep_last` saves, and the best; finals stay."""
-    is_final = newest.folder.name in FINAL_NAMES
-    removed, kept = [], int(is_final)
-    for path in candidates(checkpoint_dir):
-        match = re.fullmatch(r"step-(\d+)\.ckpt", path.name)
-        if not match or int(match[1]) > newest.step or path == newest.folder:
-            kept += path == newest.folder and not is_final
-            continue
-        superseded = is_final and int(match[1]) == newest.step
-        if not superseded and (kept < keep_last or int(match[1]) == best_step):
-            kept += 1
-            continue
-        remove(path)
-        removed.append(path.name)
-    return removed

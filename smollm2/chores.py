@@ -6,6 +6,7 @@ sample. A run killed in between resumes from that save and does the pending chor
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 
@@ -16,6 +17,7 @@ from . import logs
 from .checkpoint import step_name
 from .data import BatchOrder
 from .device import autocast
+from .errors import OutputLost
 from .evaluate import score_tokens
 from .generate import complete
 from .run import Run
@@ -76,6 +78,15 @@ class Chores(pl.Callback):
             self.save(module, self.final_name)
         if self.run.is_first_worker:
             self.run.saver.wait()
+            self._expect_saved(state.step, self.final_name if state.step >= self.target else None)
+
+    def _expect_saved(self, step: int, name: str | None) -> None:
+        newest = self.run.newest
+        if newest is None or newest.step != step or (name and newest.folder.name != name):
+            raise OutputLost(
+                f"step {step} could not be saved in {self.run.checkpoint_dir} (reason above); the last good checkpoint "
+                "is untouched: free or repair the disk and run the same command again"
+            )
 
     def close(self) -> None:
         self.run.reporter.end()
@@ -155,7 +166,7 @@ class Chores(pl.Callback):
             max_tokens=None if state.step >= self.target else self.train.val_max_tokens,
             autocast=lambda: autocast(self.run.precision, self.run.device),
         )
-        if not state.best or score.bits_per_byte < state.best["bits_per_byte"]:
+        if math.isfinite(score.bits_per_byte) and (not state.best or score.bits_per_byte < state.best["bits_per_byte"]):
             state.best = {"step": state.step, "bits_per_byte": score.bits_per_byte}
         self.run.validations.append((state.step, score.loss, score.bits_per_byte))
         self.run.logs.write(logs.TRAINING, state.step, val_loss=score.loss, val_bits_per_byte=score.bits_per_byte, val_tokens=score.tokens)

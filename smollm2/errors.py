@@ -7,7 +7,9 @@ the error's `exit_code` and never with a traceback.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -59,6 +61,18 @@ class OutputLost(UserError):
     """The output directory is read-only, full or gone."""
 
     exit_code = 7
+
+
+@contextlib.contextmanager
+def disk_failures_named(folder: str | os.PathLike):
+    """Inside it, a full, failing, read-only or vanished disk raises `OutputLost` that names `folder`."""
+    try:
+        yield
+    except OSError as error:
+        gone = error.errno in (errno.ENOENT, errno.ENOTDIR) and not os.path.isdir(folder)
+        if not gone and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.ESTALE, errno.ENOTCONN):
+            raise
+        raise OutputLost(f"{folder}: {error.strerror}; the last good checkpoint in it is untouched: free or repair the disk and run the same command again") from None
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

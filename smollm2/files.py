@@ -48,13 +48,19 @@ def fsync_folder(folder: str | Path) -> None:
 def replace_durably(path: str | Path, data: bytes) -> None:
     """Replace a file in one step: readers see the old bytes or the new ones, never a mixture."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")  # see remove_temporaries
     try:
         write_durably(temporary, data)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     fsync_folder(path.parent)
+
+
+def remove_temporaries(folder: str | Path) -> None:
+    """Remove what `replace_durably` leaves in a folder when it is killed half-way."""
+    for path in Path(folder).glob(".*.tmp-*"):
+        path.unlink(missing_ok=True)
 
 
 def kind_of(path: str | Path) -> str:

@@ -6,6 +6,7 @@ child keeps alive.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -35,7 +36,10 @@ class OutputLock:
             raise OutputLost(f"cannot write to {self.path.parent}: {error.strerror}") from None
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                self._file.close()
+                raise OutputLost(f"{self.path}: {error.strerror}; --output_dir must be on a file system that has locks, e.g. this machine's own disk") from None
             self._file.seek(0)
             owner = self._file.read()
             self._file.close()

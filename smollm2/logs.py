@@ -2,10 +2,13 @@
 
 One event a line: `2026-11-23T19:00:00Z step=500 train_loss=3.1234 lr=0.0030`. Words with blanks are JSON strings.
 A resumed run neither repeats nor loses lines: `rewind` drops what lies behind the checkpoint it resumes from.
+A full disk does not stop training here: lines wait in memory until they can be written, and no checkpoint is saved before.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import re
@@ -14,7 +17,7 @@ import threading
 import time
 from pathlib import Path
 
-from .files import replace_durably
+from .files import remove_temporaries, replace_durably
 
 TRAINING = "training_loss.txt"
 SAMPLES = "generation_samples.txt"
@@ -48,59 +51,88 @@ class TextLogs:
     def __init__(self, folder: str | Path, tensorboard: bool = True):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        remove_temporaries(self.folder)
         self._lock = threading.Lock()
+        self._waiting: list[tuple[str, bytes]] = []  # (file, line) that a failing disk did not take yet
         self._tensorboard, self._wants_tensorboard, self._purge_step = None, tensorboard, 0
 
     def write(self, file: str, step: int, **fields: object) -> None:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         words = [stamp, f"step={step}"] + [f"{key}={format_value(value)}" for key, value in fields.items()]
-        with self._lock, open(self.folder / file, "ab", buffering=0) as handle:
-            handle.write((" ".join(words) + "\n").encode())
+        with self._lock:
+            self._waiting.append((file, (" ".join(words) + "\n").encode()))
+            with contextlib.suppress(OSError):  # tried again with the next line, and raised by `flush`
+                self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        while self._waiting:
+            file, line = self._waiting[0]
+            with open(self.folder / file, "ab", buffering=0) as handle:
+                written = handle.write(line)
+                if written != len(line):  # the disk filled up in the middle of the line
+                    os.ftruncate(handle.fileno(), handle.tell() - written)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._waiting.pop(0)
+
+    def flush(self) -> None:
+        """Write the lines that are still waiting; raises OSError when the disk does not take them."""
+        with self._lock:
+            self._write_waiting()
 
     def scalars(self, step: int, **values: float) -> None:
         """Values for TensorBoard, grouped by the part of the name before the first underscore."""
         if not self._wants_tensorboard:
             return
-        if self._tensorboard is None:
-            from torch.utils.tensorboard import SummaryWriter
+        try:
+            if self._tensorboard is None:
+                from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(self.folder), purge_step=self._purge_step, flush_secs=30)
-        for name, value in values.items():
-            self._tensorboard.add_scalar(name.replace("_", "/", 1), value, step)
+                self._tensorboard = SummaryWriter(str(self.folder), purge_step=self._purge_step, flush_secs=30)
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name.replace("_", "/", 1), value, step)
+        except OSError:  # its own thread met a failing disk: the text logs hold the same values; a new file next time
+            self._tensorboard, self._purge_step = None, step
 
     def line_counts(self) -> dict[str, int]:
-        """Lines of each rewindable log: the log positions that a checkpoint's state records."""
+        """Lines of each rewindable log: the log positions that a checkpoint's state records. Raises OSError when lines
+        are waiting that the disk does not take."""
+        self.flush()
         counts = {}
         for file in REWOUND:
             path = self.folder / file
             counts[file] = path.read_bytes().count(b"\n") if path.exists() else 0
         return counts
 
-    def rewind(self, step: int, pending: list[str]) -> None:
-        """Drop lines behind `step`, torn lines, and those of events that are `pending` at `step` and will run again."""
+    def rewind(self, step: int, pending: list[str], counts: dict[str, int] | None = None) -> None:
+        """Drop lines behind `step`, torn lines, lines at `step` beyond the `counts` that were there when it was saved
+        (batches skipped after it move no step), and those of events that are `pending` at `step` and will run again."""
         self._purge_step = step + 1
         for file in REWOUND:
             path = self.folder / file
             if not path.exists():
                 continue
             lines = path.read_bytes().decode("utf-8", "replace").splitlines(keepends=True)
-            kept = [line for line in lines if self._stays(line, file, step, pending)]
+            limit = len(lines) if counts is None else counts.get(file, 0)
+            kept = [line for index, line in enumerate(lines) if self._stays(line, file, step, pending, index < limit)]
             if kept != lines:
                 replace_durably(path, "".join(kept).encode())
 
     @staticmethod
-    def _stays(line: str, file: str, step: int, pending: list[str]) -> bool:
+    def _stays(line: str, file: str, step: int, pending: list[str], was_saved: bool) -> bool:
         try:
             fields = parse_line(line)
             at = int(fields["step"])
         except ValueError:
             return False
         runs_again = ("sample" in pending and file == SAMPLES) or ("val" in pending and "val_loss" in fields)
-        return at < step or (at == step and not runs_again)
+        return at < step or (at == step and was_saved and not runs_again)
 
     def close(self) -> None:
+        with contextlib.suppress(OSError):  # whoever needs these lines has called `flush`
+            self.flush()
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with contextlib.suppress(OSError):
+                self._tensorboard.close()
             self._tensorboard = None
 
 

@@ -72,11 +72,14 @@ def moments_by_name(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 
 
 def load_moments(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], updates: int) -> None:
-    """Inverse of `moments_by_name` after `updates` optimizer steps; raises `CheckpointError` on any mismatch."""
+    """Inverse of `moments_by_name` after `updates` optimizer steps; raises `CheckpointError` on any mismatch
+    of names, shapes or dtype, and for numbers that are not finite."""
     if updates == 0:
         return
     expected = {f"{m}.{name}": p for name, p in model.named_parameters() for m in MOMENTS}
-    wrong = sorted(set(expected) ^ set(tensors)) or [k for k, p in expected.items() if tensors[k].shape != p.shape]
+    wrong = sorted(set(expected) ^ set(tensors)) or [
+        k for k, p in expected.items() if tensors[k].shape != p.shape or tensors[k].dtype != torch.float32 or not torch.isfinite(tensors[k]).all()
+    ]
     if wrong:
         raise CheckpointError(f"optimizer moments do not fit the model: {', '.join(wrong[:5])}")
     for name, parameter in model.named_parameters():

@@ -36,12 +36,10 @@ def resolve(source: str | Path, revision: str | None = None) -> Path:
     looks_local = text.startswith((".", "/", "~")) or path.suffix in PICKLE_SUFFIXES or os.path.isdir(path.parent)
     if text.count("/") != 1 or looks_local:
         raise CheckpointError(f"{source}: {kind_of(path)}; expected a checkpoint folder or a Hub id such as HuggingFaceTB/SmolLM2-135M")
-    from .hub import fetch
+    from .hub import fetch_files
 
-    folder = fetch(text, "config.json", revision).parent
-    for name in ("tokenizer.json", "model.safetensors"):
-        fetch(text, name, revision)
-    return folder
+    files = fetch_files(text, MODEL_FILES, optional=("tokenizer_config.json", "chat_template.jinja"), revision=revision)
+    return files["config.json"].parent
 
 
 def read_config(folder: Path) -> SmolLM2Config:

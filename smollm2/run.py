@@ -17,21 +17,22 @@ from pathlib import Path
 import torch
 
 from . import __version__
-from .checkpoint import FINAL_NAMES, Manifest, candidates, load_tensors, newest_usable, read_manifest, remove_leftovers, strict_json
+from .checkpoint import FINAL_NAMES, Manifest, candidates, load_tensors, newest_usable, verify
 from .config import RunConfig, parameter_count
 from .data import TokenData, check_length, prepare_tokens, read_split, source_identity
 from .device import choose_device, choose_precision, device_name, fingerprint
 from .errors import CheckpointError, ConfigError, DataError, OutputLost, UserError
 from .evaluate import compression_bits_per_byte, score_tokens
-from .files import replace_durably, sha256_json
+from .files import remove_temporaries, replace_durably, sha256_json
 from .lock import OutputLock
 from .logs import CHECKPOINTS, TextLogs, shell_word
 from .model import SmolLM2
 from .optim import Schedule, moments_by_name
 from .pretrained import load_weights, model_files, read_config, read_weights, resolve, stored_tensors
 from .progress import Reporter, TerminalReporter
+from .retention import remove_leftovers
 from .saver import Saver
-from .state import TrainState, check_unchanged, fixed_settings, restore_rng, rng_tensors
+from .state import TrainState, check_unchanged, fixed_settings, read_state, restore_rng, rng_tensors
 from .tokenizer import Tokenizer, choose_tokenizer
 
 BPE_TRAINING_PIECES = 64  # of about 1 MiB each: enough for any vocabulary
@@ -102,11 +103,11 @@ class Run:
 
             self.newest = newest_on_drive(self.config.run.drive_dir, self.checkpoint_dir, folders, self.say)
         else:
-            self.newest = newest_usable(folders, self.say)
+            self.newest = newest_usable(folders, self.say, check=lambda manifest: read_state(manifest.folder))
 
     def archive(self) -> None:
         """`--resume never`: what an earlier run wrote moves aside; nothing is deleted."""
-        found = [self.output_dir / name for name in ("checkpoints", "logs") if (self.output_dir / name).exists()]
+        found = [self.output_dir / name for name in ("logs", "checkpoints") if (self.output_dir / name).exists()]
         if not found:
             return
         number = 1
@@ -169,8 +170,8 @@ class Run:
 
     def is_final(self, name: str, step: int) -> bool:
         try:
-            return read_manifest(self.checkpoint_dir / name).step == step
-        except CheckpointError:
+            return verify(self.checkpoint_dir / name).step == step
+        except (CheckpointError, OSError):
             return False
 
     def has_checkpoint_at(self, step: int) -> bool:
@@ -189,11 +190,13 @@ class Run:
                 folder = resolve(self.config.run.init_from)
                 load_weights(model, read_weights(folder, self.config.model), str(folder))
                 self.say(f"weights: from {self.config.run.init_from}")
+            if self.is_first_worker:
+                self.logs.rewind(0, [])  # lines of a run that was killed before its first checkpoint
             state = TrainState(schedule_total=total, micro_batch_size=min(train.micro_batch_size or rows, rows))
             self.say(f"starting at step 0 of {total}")
             return model, state, {}
         folder = self.newest.folder
-        state = TrainState.from_json(strict_json((folder / "state.json").read_bytes(), "state.json"))
+        state = read_state(folder)
         check_unchanged(state.config, self.config)
         model = SmolLM2(self.config.model)
         load_weights(model, read_weights(folder, self.config.model), str(folder))
@@ -202,7 +205,7 @@ class Run:
         state.restore_python_rng()
         state.micro_batch_size = min(state.micro_batch_size, train.micro_batch_size or rows, rows)
         if self.is_first_worker:
-            self.logs.rewind(state.step, state.pending)
+            self.logs.rewind(state.step, state.pending, state.log_lines)
             self.logs.write(CHECKPOINTS, state.step, event="resumed", name=folder.name)
         self._saved_step = state.step
         self.say(f"continuing from {folder.name}: step {state.step} of {total}")
@@ -238,7 +241,12 @@ class Run:
     def save(self, name: str, state: TrainState, model: SmolLM2, optimizer: torch.optim.Optimizer) -> None:
         """Snapshot everything and hand it to the saver; returns as soon as the copies are made."""
         config = self.config
-        state.log_lines = self.logs.line_counts()
+        try:
+            state.log_lines = self.logs.line_counts()
+        except OSError as error:  # a checkpoint must not be ahead of its logs
+            self.saver.wait()
+            self.saver.failed(state.step, error)
+            return
         state.config = fixed_settings(config)
         small = model_files(config.model) | self.tokenizer.files(config.model.max_position_embeddings)
         tensors = {
@@ -338,6 +346,7 @@ def open_run(config: RunConfig, reporter: Reporter | None = None) -> Iterator[Ru
                     run.archive()
                 run.checkpoint_dir.mkdir(exist_ok=True)
                 remove_leftovers(run.checkpoint_dir)
+                remove_temporaries(run.output_dir)
             run.say(f"model: {config.preset}, {parameter_count(config.model):,} parameters, context {config.model.max_position_embeddings:,}, RoPE theta {config.model.rope_theta:,.0f}")
             run.say(f"device: {device_name(run.device)}; precision {run.precision.name}: {run.precision.reason}")
             run.find_checkpoint()

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import Manifest, commit, dump_json, prune
+from .checkpoint import Manifest, commit, dump_json
 from .errors import NumericStop, OutputLost, UserError
+from .retention import prune
 
 MAX_FAILED_SAVES = 3
 
@@ -65,15 +66,25 @@ class Saver:
         try:
             manifest = commit(self.folder, name, files, self.run_id, step, facts)
             self.failures = 0
-            removed = prune(self.folder, self.keep_last, best_step, manifest)
+            removed, problem = [], None
+            try:
+                removed = prune(self.folder, self.keep_last, best_step, manifest)
+            except OSError as error:  # the new checkpoint is in place all the same
+                problem = OSError(error.errno, f"saved, but older checkpoints could not be removed: {error.strerror}")
             self.on_saved(manifest, time.monotonic() - started, removed)
+            if problem:
+                self.failed(step, problem)
         except UserError as error:
             self._error = error
         except Exception as error:  # full or failing disk (safetensors wraps OSError): training goes on, bounded
-            self.failures += 1
-            self.on_failed(step, error)
-            if self.failures >= MAX_FAILED_SAVES:
-                self._error = OutputLost(f"{self.failures} saves in a row failed ({error}); the last good checkpoint in {self.folder} is untouched: free some space and run the same command again")
+            self.failed(step, error)
+
+    def failed(self, step: int, error: Exception) -> None:
+        """Count a save (or the tidying after it) that did not work; too many in a row end the run at the next `wait`."""
+        self.failures += 1
+        self.on_failed(step, error)
+        if self.failures >= MAX_FAILED_SAVES:
+            self._error = OutputLost(f"{self.failures} saves in a row failed ({error}); the last good checkpoint in {self.folder} is untouched: free some space and run the same command again")
 
     def wait(self) -> None:
         """Until nothing is being written. Raises the error of a save that must stop the run."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 from collections.abc import Callable
@@ -33,7 +34,8 @@ class StopSignals:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
-        self.say(f"{signal.Signals(number).name}: finishing this step and saving ...")
+        with contextlib.suppress(RuntimeError):  # the signal fell into the middle of another print: "reentrant call"
+            self.say(f"{signal.Signals(number).name}: finishing this step and saving ...")
 
     def __exit__(self, *_) -> None:
         for number, handler in self._before.items():

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import random
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, get_type_hints
 
 import torch
+from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 
+from .checkpoint import strict_json
 from .config import RunConfig
 from .errors import CheckpointError, ConfigError
 
@@ -34,34 +37,53 @@ def fixed_settings(config: RunConfig) -> dict[str, dict[str, Any]]:
 class TrainState:
     """Where a run stands. `step` counts applied updates, `position` the batches drawn (skipped ones included)."""
 
-    step: int = 0
-    position: int = 0
-    schedule_start: int = 0
-    schedule_total: int = 0
-    micro_batch_size: int = 0
+    step: NonNegativeInt = 0
+    position: NonNegativeInt = 0
+    schedule_start: NonNegativeInt = 0
+    schedule_total: NonNegativeInt = 0
+    micro_batch_size: NonNegativeInt = 0
     scaler: dict[str, float] = field(default_factory=dict)
-    guard: dict[str, Any] = field(default_factory=dict)
+    guard: dict[str, int | list[int | float]] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)  # {"step", "bits_per_byte"} of the best validation
     epoch: dict[str, float] = field(default_factory=lambda: {"loss_sum": 0.0, "batches": 0})
     pending: list[str] = field(default_factory=list)  # "val", "sample": due at this step, not done when it was saved
     log_lines: dict[str, int] = field(default_factory=dict)
     python_rng: list[Any] = field(default_factory=list)
-    config: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         version, internal, gauss = random.getstate()
         return asdict(self) | {"python_rng": [version, list(internal), gauss]}
 
     @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> TrainState:
+    def from_json(cls, fields: Any) -> TrainState:
+        """Raises `CheckpointError` for a missing, unknown or ill-typed field."""
+        expected = asdict(cls())
+        if not isinstance(fields, dict) or set(fields) != set(expected):
+            differing = set(fields) ^ set(expected) if isinstance(fields, dict) else "not a table"
+            raise CheckpointError(f"state.json: missing or unknown fields: {', '.join(sorted(differing)[:5])}")
+        for name, known in (("best", {"step", "bits_per_byte"}), ("epoch", set(expected["epoch"])), ("scaler", {"scale", "_growth_tracker"})):
+            if (fields[name] or name == "epoch") and (not isinstance(fields[name], dict) or set(fields[name]) != known):
+                raise CheckpointError(f"state.json: {name} does not hold {', '.join(sorted(known))}")
         try:
-            return cls(**fields)
-        except TypeError as error:
-            raise CheckpointError(f"state.json: {error}") from None
+            for name, kind in get_type_hints(cls, include_extras=True).items():
+                TypeAdapter(dict[str, kind]).validate_python({name: fields[name]}, strict=True)  # the values stay as they are
+            cls(**fields).restore_python_rng(random.Random())
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            raise CheckpointError(f"state.json: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+        except (TypeError, ValueError, OverflowError) as error:
+            raise CheckpointError(f"state.json: python_rng: {str(error)[:80]}") from None
+        return cls(**fields)
 
-    def restore_python_rng(self) -> None:
+    def restore_python_rng(self, generator: Any = random) -> None:
         version, internal, gauss = self.python_rng
-        random.setstate((version, tuple(internal), gauss))
+        generator.setstate((version, tuple(internal), gauss))
+
+
+def read_state(folder: Path) -> TrainState:
+    """The state in a checkpoint folder; raises `CheckpointError` when it is not one."""
+    return TrainState.from_json(strict_json((folder / "state.json").read_bytes(), "state.json"))
 
 
 def check_unchanged(saved: dict[str, Any], config: RunConfig) -> None:
@@ -89,6 +111,10 @@ def rng_tensors(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def restore_rng(tensors: dict[str, torch.Tensor], device: torch.device) -> None:
-    torch.set_rng_state(tensors["rng.torch"])
-    if device.type == "cuda" and "rng.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng.cuda"], device)
+    """Raises `CheckpointError` when the saved state is absent or no generator state."""
+    try:
+        torch.set_rng_state(tensors["rng.torch"])
+        if device.type == "cuda" and "rng.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["rng.cuda"], device)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"optim.safetensors: no usable random state ({str(error)[:80]})") from None

@@ -19,7 +19,7 @@ import torch
 from .chores import Chores
 from .data import BatchOrder, BatchStream
 from .device import autocast
-from .errors import MemoryStop
+from .errors import MemoryStop, disk_failures_named
 from .guard import MIN_SCALE, NumericGuard
 from .model import SmolLM2
 from .optim import Schedule, load_moments, make_optimizer, set_learning_rate
@@ -158,6 +158,10 @@ def run_phase(run: Run, target: int, final_name: str, signals: StopSignals) -> N
             module.model.to(run.device)
             module.configure_optimizers()
             chores.finish(module)
+    except SystemExit:  # Lightning's answer to a second Ctrl-C
+        raise KeyboardInterrupt from None
+    except torch.OutOfMemoryError as error:  # in the update, a validation or a sample: a smaller micro-batch is no help there
+        raise MemoryStop(f"out of memory outside the micro-batches ({str(error)[:160]}); use a smaller model or data.sequence_length; the last checkpoint is untouched") from None
     finally:
         chores.close()
 
@@ -170,7 +174,7 @@ def train(config, reporter=None) -> TrainResult:
     return (`result.stopped_by`). Raises `UserError` subclasses; their `exit_code` says which kind.
     """
     started = time.monotonic()
-    with open_run(config, reporter) as run, StopSignals(run.reporter.message) as signals:
+    with disk_failures_named(config.run.output_dir), open_run(config, reporter) as run, StopSignals(run.reporter.message) as signals:
         for target, final_name in run.phases():
             if signals.received is None:
                 run_phase(run, target, final_name, signals)
