@@ -1,0 +1,510 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown] id="view-in-github"
+# <a href="https://colab.research.google.com/github/smollm2-from-scratch/smollm2-from-scratch/blob/main/notebooks/03_data_and_tokens.ipynb" target="_parent"><img src="https://colab.research.google.com/assets/colab-badge.svg" alt="Open In Colab"/></a>
+
+# %% [markdown] id="title"
+# # 3 · Data and tokens
+#
+# You will be able to
+#
+# * see what a token is, and train the tokenizer that makes them, in a second;
+# * turn a text into rows of inputs and targets, and prove that nothing is lost or shifted wrongly;
+# * say what the very first loss of a language model must be, before computing it;
+# * name batch number 12,345 without looking at the 12,344 before it;
+# * compare models that use different tokenizers, in bits per byte.
+#
+# About 15 minutes to read, 1 minute to run. Any CPU, no GPU, no Drive. Works offline; online it also fetches SmolLM2's own tokenizer (2 MB).
+
+# %% cellView="form" id="setup" tags=["setup"]
+# @title Set-up (about 20 s on Colab) { display-mode: "form" }
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ADDRESS = os.environ.get("SMOLLM2_REPO") or "https://github.com/smollm2-from-scratch/smollm2-from-scratch"
+here = [Path(globals().get("__file__", "notebook")).resolve(), Path.cwd().resolve() / "notebook"]
+clone = Path.cwd().resolve() / "smollm2-from-scratch"
+folders = [*(parent for start in here for parent in start.parents), clone]
+REPO = next((folder for folder in folders if (folder / "smollm2" / "colab.py").is_file()), None)
+if REPO is None:  # a bare notebook, as the Colab badge opens it: fetch the project beside it
+    half = clone.with_name(f"{clone.name}.part{os.getpid()}")
+    fetched = subprocess.run(["git", "clone", "--quiet", "--depth", "1", ADDRESS, str(half)], capture_output=True, text=True)
+    if fetched.returncode:
+        raise RuntimeError(f"Could not fetch {ADDRESS}: {fetched.stderr.strip()}. Is the network there? Then run this cell again.")
+    REPO = half.rename(clone)
+if str(REPO) not in sys.path:
+    sys.path.insert(0, str(REPO))
+
+from smollm2 import colab
+
+colab.install_missing(REPO / "requirements.txt")
+report = colab.doctor()
+
+# %% [markdown] id="imports-text"
+# The text is `input.txt`: short stories, one after the other, with a line `<|endoftext|>` between two of them. The last tenth is **held out**:
+# nothing that learns here, not even the tokenizer, ever sees it.
+
+# %% id="imports"
+import json
+import math
+import time
+from collections import Counter
+from itertools import pairwise
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import pre_tokenizers
+
+from smollm2 import SmolLM2, SmolLM2Config, Tokenizer, data_plots, lesson, load_config, plots, widgets
+from smollm2.data import BatchOrder, BatchStream, documents, prepare_tokens, read_split, split_bytes
+from smollm2.evaluate import compression_bits_per_byte, score_tokens
+from smollm2.tokenizer import END_OF_TEXT, SMOLLM2_TOKENIZER, load_tokenizer
+
+TEXT = REPO / "input.txt"
+NANO = load_config("nano")
+stories = [piece for piece, _ in documents(read_split(TEXT, "train"))]
+held_out = "".join(read_split(TEXT, "val"))
+print(f"{len(stories):,} stories to learn from. The first begins: {stories[0][:60]!r}")
+
+# %% id="split-check" tags=["check"]
+train_bytes, val_bytes = split_bytes(TEXT)
+lesson.check("the two splits together are the whole file", train_bytes + val_bytes - TEXT.stat().st_size, likely="a lost character at the cut")
+lesson.check("the held-out share is a tenth", val_bytes / (train_bytes + val_bytes) - 0.1, 1e-5)
+
+# %% [markdown] id="token"
+# ## 1 · A token you can see
+#
+# The network multiplies numbers; it cannot read. One number per *letter* makes rows long, one per *word* leaves no number for a word it never met.
+# A **token** is the compromise: frequent letter sequences get a number of their own, rare words are spelt in pieces. Which sequences are frequent is
+# learned from the text. Into how many tokens will this sentence fall?
+
+# %% id="token-train" tags=["lesson"]
+tokenizer = Tokenizer.train(stories, NANO.data.tokenizer_vocab_size)
+sentence = "The printer made a slip, and in 1984 six singers sang unbelievably."
+ids = tokenizer.encode(sentence)
+print(f"a tokenizer of {tokenizer.vocab_size:,} entries; the sentence has {len(sentence.split())} words and {len(sentence)} letters")
+
+# %% id="token-predict" tags=["predict"]
+lesson.predict(
+    "Into how many tokens does the sentence fall?",
+    guess=None,
+    answer=len(ids),
+    within=0.1,
+    unit="tokens",
+    why="Common words are one token with the blank before them; digits stand alone; 'unbelievably' is rare and falls apart.",
+)
+
+# %% id="token-figure" tags=["figure"]
+fig = data_plots.token_strip(tokenizer, ids, f"{len(ids)} tokens: text (· is a blank) and id")
+plots.show(fig, alt=f"The sentence cut into {len(ids)} boxes, each with its text and its number; blanks belong to the word that follows.")
+
+# %% [markdown] id="token-back-text"
+# Nothing may be lost on the way. The tokenizer is **byte-level**: all 256 bytes are entries, so every text in any script can be written, if need be
+# byte by byte. What does that cost for a language it has never seen?
+
+# %% id="token-back" tags=["check"]
+texts = [sentence, "  two  blanks\n\n\ttab", "naïve café", "Ωμέγα", "日本語", "🙂🙃", "1 + 1 = 2"]
+wrong = [text for text in texts if tokenizer.decode(tokenizer.encode(text)) != text]
+for text in texts[2:6]:
+    print(f"{len(text.encode()):>3} bytes -> {len(tokenizer.encode(text)):>2} tokens  {text}")
+lesson.check("decode(encode(text)) is the text, 7 texts in 5 scripts", len(wrong), likely="a byte without an entry")
+
+# %% [markdown] id="token-widget-text"
+# **Try it.** Type a text, and choose how many entries the vocabulary has. With 257 entries there is one for each byte and one for
+# `<|endoftext|>`: no merges at all. Where do word endings first become tokens of their own?
+
+# %% id="token-widget" tags=["widget"]
+SIZES = [257, 512, 1024, 2048, 4096, 8192]
+tokenizers = {size: Tokenizer.train(stories, size) for size in SIZES}
+
+
+def show_tokens(text, entries):
+    ids = tokenizers[entries].encode(text)
+    fig = data_plots.token_strip(tokenizers[entries], ids[:150], f"{entries:,} entries: {len(text.encode())} bytes are {len(ids)} tokens")
+    return fig, f"With {entries:,} entries, {len(text.encode())} bytes of text become {len(ids)} tokens, drawn as boxes with text and id."
+
+
+live = widgets.explore(show_tokens, text=widgets.text("text", sentence), entries=widgets.choice("entries", SIZES, 512))
+
+# %% [markdown] id="bpe"
+# ## 2 · Train a tokenizer yourself
+#
+# **Byte-pair encoding** needs two steps, repeated: find the pair of neighbours that occurs most often, and make it one new entry. Take four words with
+# their counts. `l o` and `o w` both occur eight times: which is merged first, and what does the second merge see?
+
+# %% id="bpe-code" tags=["lesson"]
+def best_pair(words, number):
+    """The most frequent pair of neighbours; of equals, the one whose entries have the lowest numbers."""
+    counts = Counter()
+    for word, times in words.items():
+        for pair in pairwise(word):
+            counts[pair] += times
+    return min(counts, key=lambda pair: (-counts[pair], number[pair[0]], number[pair[1]]))
+
+
+def merge(word, pair):
+    """The word with every occurrence of `pair`, from the left, replaced by its union."""
+    out = list(word)
+    for i in range(len(out) - 1):
+        if i < len(out) - 1 and (out[i], out[i + 1]) == pair:
+            out[i : i + 2] = [out[i] + out[i + 1]]
+    return tuple(out)
+
+
+# %% id="bpe-tiny" tags=["lesson"]
+words = {tuple("low"): 5, tuple("lower"): 2, tuple("slow"): 1, tuple("newest"): 4}
+number = {letter: n for n, letter in enumerate(sorted({c for word in words for c in word}))}
+for _ in range(4):
+    pair = best_pair(words, number)
+    words = {merge(word, pair): times for word, times in words.items()}
+    number["".join(pair)] = len(number)
+    print(f"merge {pair[0]!r} + {pair[1]!r}:", "  ".join(" ".join(word) for word in words))
+
+# %% [markdown] id="bpe-real-text"
+# The same ten lines on real text. First it is cut into words, because a merge may not cross a blank; the blank is written `Ġ`. The package calls the
+# `tokenizers` library, written in Rust. Do both learn the same merges, in the same order?
+
+# %% id="bpe-real" tags=["check"]
+sample = "".join(stories[:150])
+digits = pre_tokenizers.Digits(individual_digits=True)
+cut = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+words = {tuple(word): times for word, times in Counter(w for w, _ in cut.pre_tokenize_str(sample)).items()}
+number = {entry: n for n, entry in enumerate([END_OF_TEXT, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+mine = []
+for _ in range(40):
+    mine.append(best_pair(words, number))
+    words = {merge(word, mine[-1]): times for word, times in words.items()}
+    number["".join(mine[-1])] = len(number)
+print("the first merges:", "  ".join("".join(pair) for pair in mine[:16]))
+
+library = json.loads(Tokenizer.train([sample], len(number)).raw)["model"]["merges"]
+differing = sum(tuple(theirs) != ours for theirs, ours in zip(library, mine, strict=True))
+lesson.check("40 merges learned here equal the library's, in order", differing, likely="another rule for equally frequent pairs")
+
+# %% [markdown] id="size"
+# ## 3 · How many entries?
+#
+# More entries, fewer tokens: the same text costs fewer steps of the network. But every entry needs a row in the embedding, and rare entries are seen
+# too seldom to be learned. From 257 to 512 entries the text shrinks to half. What do the last 4,096 entries bring?
+
+# %% id="size-code" tags=["lesson"]
+held_out_bytes = len(held_out.encode())
+bytes_per_token = {size: held_out_bytes / len(tokenizers[size].encode(held_out)) for size in SIZES}
+print(f"  257 entries: {bytes_per_token[257]:.2f} bytes per token\n4,096 entries: {bytes_per_token[4096]:.2f} bytes per token")
+
+# %% id="size-predict" tags=["predict"]
+lesson.predict(
+    "How many bytes does a token hold, on average, with 8,192 entries (held-out text)?",
+    guess=None,
+    answer=bytes_per_token[8192],
+    within=0.03,
+    unit="bytes per token",
+    why="Twice the entries, a few hundredths more: what is added now are rare words. The curve bends long before 49,152 on a text of 1 MB.",
+)
+
+# %% id="size-figure" tags=["figure"]
+fig, (left, right) = plots.figure(9, 3.2, columns=2)
+names = [f"{size:,}" for size in SIZES]
+left.plot(names, list(bytes_per_token.values()))
+plots.label(left, "What an entry brings ...", "entries of the vocabulary", "bytes per token (held out)")
+width = SmolLM2Config().hidden_size
+right.plot(names, [size * width / 1e6 for size in SIZES], color=plots.ORANGE, marker="s")
+plots.label(right, f"... and costs, at width {width}", "entries of the vocabulary", "embedding (million parameters)")
+plots.show(fig, alt=f"Bytes per token rise from 1 at 257 entries to {bytes_per_token[8192]:.2f} at 8,192 and flatten; the embedding doubles each time.")
+
+# %% [markdown] id="real"
+# SmolLM2 uses 49,152 entries, learned from its own trillions of tokens: more than a text of this size could teach. Online, here is how it cuts the same
+# sentence. Offline this cell says so, and nothing below needs it.
+
+# %% id="real-code" tags=["lesson"]
+try:
+    official, where = load_tokenizer(SMOLLM2_TOKENIZER)
+    print(f"{where}: {official.vocab_size:,} entries, {held_out_bytes / len(official.encode(held_out)):.2f} bytes per token on the held-out text")
+    print([official.decode([i]) for i in official.encode(sentence)])
+except colab.UserError as error:
+    print(f"Skipped ({type(error).__name__}). SmolLM2's own tokenizer has {SmolLM2Config().vocab_size:,} entries; the lesson goes on with ours.")
+
+# %% [markdown] id="disk"
+# ## 4 · Tokens on disk
+#
+# Tokenising during training would waste time and make the order of batches hard to repeat. So it is done once: all ids go, one after the other, into a
+# flat file of 16-bit numbers, mapped into memory instead of read. How large is it, compared with the text?
+
+# %% id="disk-code" tags=["lesson"]
+tokens = prepare_tokens(TEXT, tokenizer, "output/lesson-3", NANO.data.held_out_fraction)
+for name, part in (("train", tokens.train), ("val", tokens.val)):
+    size = (tokens.folder / f"{name}.bin").stat().st_size
+    print(f"{name}.bin: {len(part.tokens):>7,} tokens of {part.tokens.dtype}, {size:>7,} bytes on disk, for {part.text_bytes:>9,} bytes of text")
+
+# %% id="disk-check" tags=["check"]
+size = (tokens.folder / "train.bin").stat().st_size
+lesson.check("two bytes per token, no header", size - 2 * len(tokens.train.tokens))
+back = tokenizer.decode(tokens.val.tokens).replace(END_OF_TEXT, END_OF_TEXT + "\n")
+lesson.check("the held-out tokens decode to the held-out text, byte for byte", int(back != held_out), likely="a document border lost or doubled")
+lesson.check("the largest id fits 16 bits", max(0, int(tokens.train.tokens.max()) - (2**16 - 1)))
+
+# %% id="disk-speed" tags=["lesson"]
+start = time.perf_counter()
+tokenizer.encode_batch(stories)
+speed = train_bytes / (time.perf_counter() - start)
+print(f"tokenised {speed / 1e6:.1f} MB a second on this machine; a web crawl of 1 TB would take it {1e12 / speed / 86400:.0f} days")
+
+# %% [markdown] id="rows"
+# ## 5 · Rows, packed and shifted
+#
+# Every row is a window of T + 1 tokens. The first T are the **inputs**, the last T the **targets**: at each position the model must say the next token. So
+# one row of 128 tokens holds 128 exercises. Tiny numbers first: what is the target of the first position?
+
+# %% id="rows-tiny" tags=["lesson"]
+row = np.arange(10, 17)  # seven token ids: T = 6
+inputs, targets = row[:-1], row[1:]
+print("inputs ", inputs)
+print("targets", targets)
+
+# %% [markdown] id="rows-real-text"
+# Now real rows. A shift by zero is the classic mistake: the model would copy its input, reach a loss near 0 and write nonsense. The check below fails on it.
+
+# %% id="rows-check" tags=["check"]
+T, B = NANO.data.sequence_length, NANO.train.batch_size
+order = BatchOrder(len(tokens.train.tokens), T, B, seed=NANO.train.seed)
+batch = BatchStream(tokens.train.tokens, order, position=0).batch(0)  # (B, T + 1)
+inputs, targets = batch[:, :-1], batch[:, 1:]
+flat = np.stack([tokens.train.tokens[s : s + T + 1] for s in order.starts(0)]).astype(np.int64)
+lesson.check(f"{B} rows of {T} + 1 tokens are windows of the flat file", batch.numpy() - flat)
+lesson.check("targets are the inputs, one token later", inputs[:, 1:] - targets[:, :-1], likely="shifted by zero or by two")
+lesson.check_fails("a shift by zero", lambda: lesson.check("planted", inputs[:, 1:] - inputs[:, :-1], likely="targets are not shifted"))
+
+# %% [markdown] id="pack"
+# Stories differ in length, rows do not. **Padding** would give each story rows of its own and fill up with a token that teaches nothing. **Packing** lets
+# stories follow each other, with `<|endoftext|>` between. (Attention may look across the border; that token is the only sign of something new, and
+# the model learns to heed it.) How much would padding waste here?
+
+# %% id="pack-code" tags=["lesson"]
+lengths = [len(ids) + 1 for ids in tokenizer.encode_batch(stories)]  # + 1: its <|endoftext|>
+groups = [lengths[i : i + B] for i in range(0, len(lengths) - B + 1, B)]
+computed = sum(B * max(group) for group in groups)  # each batch is as wide as its longest story
+padding = 1 - sum(map(sum, groups)) / computed
+print(f"stories have {min(lengths)} to {max(lengths)} tokens, {np.mean(lengths):.0f} on average")
+
+# %% id="pack-predict" tags=["predict"]
+lesson.predict(
+    f"If every story had a row of its own, as wide as the longest of its {B} neighbours: what per cent of all positions would be padding?",
+    guess=None,
+    answer=100 * padding,
+    within=0.15,
+    unit="%",
+    why="The longest of 16 sets the width for all of them. With packing the waste is zero; the price is that a row may begin in mid-story.",
+)
+
+# %% id="pack-figure" tags=["figure"]
+number_of_story = np.cumsum(tokens.train.tokens == tokenizer.end_of_text_id)
+number_of_story = np.where(tokens.train.tokens == tokenizer.end_of_text_id, -1, number_of_story)
+rows = [number_of_story[s : s + T].tolist() for s in order.starts(0)[:8]]
+fig = data_plots.packed_rows(rows, "Half of batch 0: colours are stories, black is <|endoftext|>")
+borders = sum(row.count(-1) for row in rows)
+plots.show(fig, alt=f"{len(rows)} full rows of {T} tokens; {borders} of them black borders between stories, no padding anywhere.")
+
+# %% [markdown] id="first"
+# ## 6 · The first loss, before the first step
+#
+# A model that has learned nothing should give every one of the V entries the same chance, 1/V. Its loss, $-\ln(1/V) = \ln V$, is known in advance, and a
+# start that is far off means a bug. SmolLM2 has V = 49,152. What is ln V?
+
+# %% id="first-predict" tags=["predict"]
+lesson.predict(
+    "Which loss, in nats per token, has a uniform guess over SmolLM2's 49,152 entries?",
+    guess=None,
+    answer=math.log(SmolLM2Config().vocab_size),
+    within=0.01,
+    unit="nats",
+    why="ln 49,152 = 10.80. In bits: log2 49,152 = 15.6, the length of an id.",
+)
+
+# %% id="first-loss" tags=["lesson"]
+torch.manual_seed(0)
+model = SmolLM2(NANO.model)
+with torch.no_grad():
+    loss = model.loss(inputs, targets).item()
+print(f"untrained nano model, V = {NANO.model.vocab_size:,}: ln V = {math.log(NANO.model.vocab_size):.3f}, measured {loss:.3f}")
+
+# %% [markdown] id="first-why"
+# Close, yet too high, every time. A fresh network is not quite uniform: its logits are small random numbers with variance σ². Averaging
+# $\ln \sum e^{z}$ over a normal z adds **σ²/2**. The last norm makes each hidden vector as long as √width, the tied embedding has standard deviation
+# *init*, so σ = init · √width. Does this finer prediction hold for other vocabularies, on random tokens?
+
+# %% id="first-sizes" tags=["lesson"]
+def first_loss(config, rows=16, time=64):
+    """(measured, ln V + sigma^2 / 2) of an untrained model on random tokens."""
+    torch.manual_seed(0)
+    ids = torch.randint(config.vocab_size, (rows, time + 1))
+    with torch.no_grad():
+        measured = SmolLM2(config).loss(ids[:, :-1], ids[:, 1:]).item()
+    return measured, math.log(config.vocab_size) + config.hidden_size * config.initializer_range**2 / 2
+
+
+entries = [1024, 4096, 16384, 49152]
+results = [first_loss(NANO.model.model_copy(update={"vocab_size": size})) for size in entries]
+smol = first_loss(SmolLM2Config(num_hidden_layers=1))  # one of its 30 layers: the same sigma
+
+# %% id="first-check" tags=["check"]
+lesson.check("first loss = ln V + σ²/2 for four vocabularies", np.array([m - p for m, p in results]), 0.08, likely="wrong initialisation or shift")
+lesson.check("the same at SmolLM2's width and vocabulary", smol[0] - smol[1], 0.08)
+print(f"SmolLM2's training therefore starts near {smol[1]:.1f}, not at 10.8: its σ is 1")
+
+# %% id="first-figure" tags=["figure"]
+fig, ax = plots.figure(7.5, 3.4)
+ax.semilogx(entries, np.log(entries), color=plots.GREY, marker="", linestyle="--", label="ln V (uniform guess)")
+ax.semilogx(entries, [p for _, p in results], color=plots.BLUE, marker="", label="ln V + σ²/2, width 192")
+ax.semilogx(entries, [m for m, _ in results], color=plots.ORANGE, marker="o", linestyle="", label="measured, width 192")
+ax.semilogx(49152, smol[0], color=plots.RED, marker="D", linestyle="", label="measured, width 576")
+plots.label(ax, "The first loss is known before the first step", "entries of the vocabulary V", "loss (nats per token)", legend=True)
+plots.show(fig, alt=f"Measured first losses lie on ln V + sigma squared / 2; at V = 49,152: {results[-1][0]:.2f} at width 192, {smol[0]:.2f} at 576.")
+
+# %% [markdown] id="order"
+# ## 7 · The order of batches is a function
+#
+# Most training loops shuffle with a stateful loader: to know batch 12,345 you must draw the 12,344 before it, and after a crash you hope. Here the
+# rows of batch *n* are a **pure function of (seed, n)**. A run that died at step 5,000 asks for batch 5,000 and goes on.
+
+# %% id="order-code" tags=["lesson"]
+again = BatchOrder(len(tokens.train.tokens), T, B, seed=NANO.train.seed)
+print("batch 12,345, asked directly:", again.starts(12345)[:5], "...")
+print(f"one epoch has {order.rows_per_epoch:,} rows of {T} tokens; a batch has {B}")
+
+# %% id="order-check" tags=["check"]
+walked = [BatchOrder(len(tokens.train.tokens), T, B, NANO.train.seed).starts(n) for n in range(40)]
+lesson.check("batches 39, 38, ... asked backwards equal those walked forwards", np.array([again.starts(n) for n in reversed(range(40))][::-1]) - walked)
+epoch = sorted(order.row_start(n) for n in range(order.rows_per_epoch))
+lesson.check("an epoch visits every row once, without overlap", np.diff(epoch) - T)
+halves = [BatchStream(tokens.train.tokens, order, 0, rank, world_size=2).batch(3) for rank in range(2)]
+together = torch.stack(halves, dim=1).flatten(0, 1)  # row 0 of worker 0, row 0 of worker 1, row 1 of worker 0, ...
+lesson.check("two workers' halves are the one-worker batch", together - BatchStream(tokens.train.tokens, order, 0).batch(3))
+
+# %% id="order-predict" tags=["predict"]
+lesson.predict(
+    f"After how many batches of {B} rows has the model seen all {len(tokens.train.tokens):,} training tokens once?",
+    guess=None,
+    answer=order.rows_per_epoch / B,
+    within=0.05,
+    unit="batches",
+    why=f"{B} x {T} = {B * T:,} tokens a batch. The preset's {NANO.train.max_steps:,} steps are {order.epoch_of(NANO.train.max_steps):.1f} epochs.",
+)
+
+# %% id="order-figure" tags=["figure"]
+fig, ax = plots.figure(9, 3.2)
+per_epoch = order.rows_per_epoch // B
+for first, colour, marker, name in ((0, plots.BLUE, ".", "epoch 1"), (per_epoch, plots.ORANGE, "+", "epoch 2")):
+    points = [(n, s / 1000) for n in range(first, first + per_epoch) for s in order.starts(n)]
+    ax.plot(*zip(*points, strict=True), linestyle="", marker=marker, markersize=3, color=colour, label=name)
+ax.axvline(per_epoch, color=plots.GREY)
+plots.label(ax, "Where the rows of each batch begin", "batch number n", "position in the text (1,000 tokens)")
+ax.legend(loc="upper left", bbox_to_anchor=(1, 1), markerscale=3, frameon=False)
+plots.show(fig, alt=f"Row starts of {2 * per_epoch} batches scatter evenly over the whole text; epoch 2 has another order than epoch 1.")
+
+# %% [markdown] id="bpb"
+# ## 8 · Bits per byte
+#
+# Loss is counted per *token*, and tokens differ: a vocabulary with longer tokens makes fewer, harder guesses. So losses of two tokenizers cannot be
+# compared. Bits per **byte** can: $\text{bits per byte} = \dfrac{\text{nats of all tokens}}{\ln 2 \cdot \text{bytes of text}}$. Compute it by hand for the untrained model.
+
+# %% id="bpb-check" tags=["check"]
+part = tokens.val.tokens[:1024].astype(np.int64)
+part_bytes = len(tokenizer.decode(part).encode())
+score = score_tokens(model, part, part_bytes, block_length=T)
+before = torch.tensor(np.concatenate(([NANO.model.bos_token_id], part[:-1]))).view(-1, T)  # the token before each
+with torch.no_grad():
+    nats = F.cross_entropy(model(before).flatten(0, 1), torch.tensor(part), reduction="sum").item()
+by_hand = nats / (math.log(2) * part_bytes)
+lesson.check("bits per byte by hand equal the package's", by_hand - score.bits_per_byte, 1e-4, likely="log2 and ln mixed up")
+print(f"untrained: {score.loss:.2f} nats per token = {score.bits_per_byte:.2f} bits per byte")
+
+# %% [markdown] id="unigram"
+# Now the simplest model there is: it knows how often each token occurs, and nothing else. Six tokenizers, six losses. Watch the two measures disagree
+# about which one is best.
+
+# %% id="unigram-code" tags=["check"]
+def unigram(tokenizer):
+    """(nats per token, bits per byte) on the held-out text of token frequencies learned from the stories (add-one)."""
+    seen = np.concatenate(tokenizer.encode_batch(stories[:400]))
+    counts = np.bincount(seen, minlength=tokenizer.vocab_size) + 1
+    guessed = np.array(tokenizer.encode(held_out))
+    nats = -np.log(counts / counts.sum())[guessed].sum()
+    return nats / len(guessed), nats / (math.log(2) * held_out_bytes)
+
+
+unigrams = [unigram(tokenizers[size]) for size in SIZES]
+packed = compression_bits_per_byte(TEXT, "val", NANO.data.held_out_fraction)
+nats, bits = unigrams[SIZES.index(2048)]
+lesson.check("the two measures convert into each other", bits - nats / math.log(2) / bytes_per_token[2048], 1e-9)
+
+# %% id="unigram-predict" tags=["predict"]
+lesson.predict(
+    "gzip -9 is a language model of a kind. How many bits per byte does it need for the held-out text (8 = not compressed)?",
+    guess=None,
+    answer=packed["gzip -9"],
+    within=0.1,
+    unit="bits per byte",
+    why="Well below half: English is predictable. The nano model of the next notebook gets below it within minutes, on text it never saw.",
+)
+
+# %% id="unigram-figure" tags=["figure"]
+fig, (left, right) = plots.figure(9, 3.4, columns=2)
+left.plot(names, [nats for nats, _ in unigrams])
+plots.label(left, "Per token: more entries look worse", "entries of the vocabulary", "loss (nats per token)")
+right.plot(names, [bits for _, bits in unigrams], label="token frequencies")
+for (name, bits), style in zip(packed.items(), ("--", ":"), strict=True):
+    right.axhline(bits, color=plots.GREY, linestyle=style, label=f"{name}: {bits:.2f}")
+plots.label(right, "Per byte: they are better", "entries of the vocabulary", "bits per byte", legend=True)
+alt = f"From 257 to 8,192 entries nats per token rise to {unigrams[-1][0]:.1f} while bits per byte fall to {unigrams[-1][1]:.2f}; gzip: {packed['gzip -9']:.2f}."
+plots.show(fig, alt=alt)
+
+# %% [markdown] id="self-test"
+# ## What you can now explain
+#
+# <details><summary>Why does "unbelievably" become several tokens and "the" one?</summary>Merges are learned from frequency: " the" was one of the
+# first pairs of pairs, the rare word never earned an entry of its own.</details>
+#
+# <details><summary>Why must the tokenizer not see the held-out text?</summary>Its entries are learned. Entries fitted to the held-out words would shorten
+# exactly the text on which you measure.</details>
+#
+# <details><summary>The loss is 0.01 after 50 steps. What is the first suspicion?</summary>Targets that are not shifted: the model copies its input.</details>
+#
+# <details><summary>Your first loss is 14 with V = 49,152. Is that fine?</summary>No: ln V + σ²/2 is 11.3. The initialisation is too wide, or logits are scaled
+# twice.</details>
+#
+# <details><summary>Model A: 3.2 nats per token. Model B, another tokenizer: 3.6. Which is better?</summary>Unknown. Ask for bits per byte.</details>
+
+# %% id="score" tags=["check"]
+lesson.score()
+
+# %% [markdown] id="exercises"
+# ## Exercises
+#
+# 1. Rewrite `best_pair` so that of equally frequent pairs the *last* one wins. After how many merges does the list differ from the library's?
+# 2. Give `BatchOrder` another seed. How many rows does batch 0 share with the old one? What did you expect?
+# 3. A model has 1.9 bits per byte on a text of 3.1 bytes per token. What is its loss in nats per token?
+#
+# <details><summary>Solutions</summary>
+#
+# 1. Change the key to `(-counts[pair], -number[pair[0]], -number[pair[1]])`, run section 2 again: with only 150 stories some pairs tie early, and once one
+#    merge is swapped, all entries after it carry other numbers. The check names the count of differing merges.
+# 2. `set(BatchOrder(len(tokens.train.tokens), T, B, 1).starts(0)) & set(order.starts(0))` is almost always empty: two draws of 16 rows from
+#    about 3,000, and another offset besides.
+# 3. 1.9 · ln 2 · 3.1 = 4.08 nats per token.
+#
+# </details>
+
+# %% [markdown] id="next"
+# ## Next
+#
+# These batches, the model of notebook 1, and a run that survives being killed: [4 · Train](04_train.ipynb)
+# ([open in Colab](https://colab.research.google.com/github/smollm2-from-scratch/smollm2-from-scratch/blob/main/notebooks/04_train.ipynb)).

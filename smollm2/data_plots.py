@@ -1,0 +1,96 @@
+"""Pictures of tokens and of the rows they are packed into."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from matplotlib.patches import Rectangle
+
+from . import plots
+from .tokenizer import Tokenizer
+
+TINTS = ["#cfe6f5", "#fde7c2", "#cdebdf", "#f8d5c2", "#ead9e6"]  # pale: black text stays readable on each
+CHARACTERS_PER_LINE = 72
+
+
+@cache
+def _byte_of() -> dict[str, int]:
+    """Byte-level BPE writes every byte as one printable character (Radford et al. 2019): character -> byte."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+def token_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
+    """The bytes of text that a token stands for (a special token's name is plain ASCII, which maps to itself)."""
+    return bytes(_byte_of()[character] for character in tokenizer.token(token_id))
+
+
+@cache
+def _drawable() -> frozenset[int]:
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    return frozenset(get_font(findfont(FontProperties())).get_charmap())
+
+
+def visible(raw: bytes) -> str:
+    """Bytes as a label: blanks as `·`, line breaks as `↵`, and what is no character or not in the font as hex."""
+    try:
+        text = raw.decode().replace(" ", "·").replace("\n", "↵")
+    except UnicodeDecodeError:
+        return " ".join(f"{byte:02x}" for byte in raw)
+    return "".join(c if ord(c) in _drawable() and c.isprintable() else f"[{ord(c):x}]" for c in text)
+
+
+def _lines(widths: list[int]) -> list[list[int]]:
+    """Indices of the boxes of each line, filled from the left."""
+    lines, used = [[]], 0
+    for index, width in enumerate(widths):
+        if used + width > CHARACTERS_PER_LINE and lines[-1]:
+            lines.append([])
+            used = 0
+        lines[-1].append(index)
+        used += width
+    return lines
+
+
+def token_strip(tokenizer: Tokenizer, ids: list[int], title: str) -> plots.Figure:
+    """Every token as a box: its text above, its id below, in reading order."""
+    labels = [visible(token_bytes(tokenizer, i)) for i in ids]
+    widths = [max(len(text), len(str(i))) + 1 for text, i in zip(labels, ids, strict=True)]
+    lines = _lines(widths)
+    fig, ax = plots.figure(9, 0.5 + 0.55 * len(lines))
+    for row, line in enumerate(lines):
+        left = 0.0
+        for index in line:
+            ax.add_patch(Rectangle((left, -row - 0.9), widths[index] - 0.15, 0.8, color=TINTS[index % len(TINTS)]))
+            middle = left + widths[index] / 2 - 0.07
+            style = {"ha": "center", "va": "center", "parse_math": False}
+            ax.text(middle, -row - 0.35, labels[index], fontsize=9, family="monospace", **style)
+            ax.text(middle, -row - 0.7, str(ids[index]), fontsize=7, color="#444444", **style)
+            left += widths[index]
+    ax.set_xlim(0, CHARACTERS_PER_LINE)
+    ax.set_ylim(-len(lines), 0)
+    ax.set_axis_off()
+    plots.label(ax, title, "", "")
+    return fig
+
+
+def packed_rows(documents_of_rows: list[list[int]], title: str) -> plots.Figure:
+    """Rows of tokens coloured by document; `documents_of_rows[r][t]` is the document number of a token, -1 for a border."""
+    fig, ax = plots.figure(9, 0.7 + 0.33 * len(documents_of_rows))
+    width = len(documents_of_rows[0])
+    for row, numbers in enumerate(documents_of_rows):
+        begin = 0
+        for end in range(1, width + 1):
+            if end < width and numbers[end] == numbers[begin]:
+                continue
+            colour = "#222222" if numbers[begin] < 0 else TINTS[numbers[begin] % len(TINTS)]
+            ax.barh(row, end - begin, left=begin, height=0.8, color=colour)
+            begin = end
+    ax.set_yticks(range(len(documents_of_rows)), [f"row {r}" for r in range(len(documents_of_rows))])
+    ax.set_ylim(len(documents_of_rows) - 0.4, -0.6)
+    ax.grid(False)
+    ax.set_xlim(0, width)
+    plots.label(ax, title, "position in the row (token)", "")
+    return fig

@@ -1,0 +1,43 @@
+"""Pictures of tokens: every text can be drawn, and what a box says is what the token stands for."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+
+from smollm2 import data_plots, plots
+from smollm2.tokenizer import Tokenizer
+
+TEXTS = ["", "a", "price: $5 and $6", "日本語 🙂 Ωμέγα\n\ttab\0end", "x" * 500, "<|endoftext|>", "{\\frac a b} _ ^ %"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(["the cat sat on the mat, the cat sat " * 20], 300)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_every_text_can_be_drawn_without_a_warning(tokenizer, text):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fig = data_plots.token_strip(tokenizer, tokenizer.encode(text), "title")
+        assert plots.png_bytes(fig).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_bytes_of_the_tokens_are_the_bytes_of_the_text(tokenizer, text):
+    assert b"".join(data_plots.token_bytes(tokenizer, i) for i in tokenizer.encode(text)) == text.encode()
+
+
+def test_labels_show_blanks_breaks_and_broken_characters():
+    assert data_plots.visible(b" the") == "·the"
+    assert data_plots.visible(b"\n") == "↵"
+    assert data_plots.visible("é".encode()[:1]) == "c3"
+    assert data_plots.visible("日".encode()) == "[65e5]"
+
+
+def test_a_packed_row_is_covered_from_end_to_end():
+    fig = data_plots.packed_rows([[0, 0, -1, 1], [1, 1, 1, 1]], "rows")
+    assert sum(bar.get_width() for bar in fig.axes[0].patches) == 8
+    assert len(fig.axes[0].patches) == 4
