@@ -1,0 +1,431 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown] id="view-in-github"
+# <a href="https://colab.research.google.com/github/smollm2-from-scratch/smollm2-from-scratch/blob/main/notebooks/02_count_every_parameter.ipynb" target="_parent"><img src="https://colab.research.google.com/assets/colab-badge.svg" alt="Open In Colab"/></a>
+
+# %% [markdown] id="title"
+# # 2 · Count every parameter
+#
+# You will be able to
+# * derive all 134,515,008 parameters of SmolLM2-135M from six numbers, and prove it tensor by tensor;
+# * find out from a *wrong* sum what was forgotten;
+# * predict memory and arithmetic (KV cache, FLOPs, training memory) before you rent a GPU, and check the prediction by measuring.
+#
+# **Time** about 30 minutes to read, half a minute to run · **hardware** any CPU · **network** none.
+#
+# Each `?` asks you to guess first: type a number in place of `None` and run that cell again.
+
+# %% cellView="form" id="setup" tags=["setup"]
+# @title Set-up (about 20 s on Colab) { display-mode: "form" }
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ADDRESS = os.environ.get("SMOLLM2_REPO") or "https://github.com/smollm2-from-scratch/smollm2-from-scratch"
+here = [Path(globals().get("__file__", "notebook")).resolve(), Path.cwd().resolve() / "notebook"]
+clone = Path.cwd().resolve() / "smollm2-from-scratch"
+folders = [*(parent for start in here for parent in start.parents), clone]
+REPO = next((folder for folder in folders if (folder / "smollm2" / "colab.py").is_file()), None)
+if REPO is None:  # a bare notebook, as the Colab badge opens it: fetch the project beside it
+    half = clone.with_name(f"{clone.name}.part{os.getpid()}")
+    fetched = subprocess.run(["git", "clone", "--quiet", "--depth", "1", ADDRESS, str(half)], capture_output=True, text=True)
+    if fetched.returncode:
+        raise RuntimeError(f"Could not fetch {ADDRESS}: {fetched.stderr.strip()}. Is the network there? Then run this cell again.")
+    REPO = half.rename(clone)
+if str(REPO) not in sys.path:
+    sys.path.insert(0, str(REPO))
+
+from smollm2 import colab
+
+colab.install_missing(REPO / "requirements.txt")
+report = colab.doctor()
+
+# %% id="imports" tags=["setup"]
+import time
+
+import torch
+import torch.nn.functional as F
+from matplotlib.patches import Rectangle
+from torch.utils.flop_counter import FlopCounterMode
+
+from smollm2 import KVCache, SmolLM2, SmolLM2Config, lesson, load_config, parameter_table, plots, widgets
+from smollm2.config import flops_per_token, parameter_count
+from smollm2.parameters import group_totals
+
+config = SmolLM2Config()
+KINDS = {"embedding": plots.BLUE, "attention": plots.ORANGE, "MLP": plots.GREEN, "norms": plots.BLACK, "output head": plots.PINK}
+GIB = 2**30
+
+# %% [markdown] id="guess"
+# ## 1 · Guess first
+#
+# The name says 135M. But of what? Is most of it the vocabulary, attention, or the MLPs? Guess before you count; a number you have been wrong about
+# is one you remember. These are the six numbers that decide everything.
+
+# %% id="six-numbers" tags=["lesson"]
+V, C, M = config.vocab_size, config.hidden_size, config.intermediate_size
+L, H, K = config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads
+D = config.head_dim  # C / H
+print(f"V = {V:,} vocabulary   C = {C} hidden   M = {M:,} MLP features   L = {L} layers   H = {H} query heads   K = {K} key/value heads")
+
+# %% id="predict-mlp" tags=["predict"]
+guess = None
+share = group_totals(parameter_table(config))["MLP"] / parameter_count(config)
+lesson.predict(
+    "What share of all parameters sits in the MLPs?", guess, 100 * share, unit="%",
+    why="Three matrices of 576 x 1,536 in each layer outweigh everything else: attention shares heads, and the vocabulary is stored once.",
+)  # fmt: skip
+
+# %% [markdown] id="ledger"
+# ## 2 · The ledger
+#
+# No layer has a bias, so every parameter sits in a matrix or in the gain of a norm. Write the formula of each, in the order in which data passes.
+# The embedding comes first; the output matrix is the same tensor (*tied*), so it costs nothing more.
+
+# %% id="by-hand" tags=["lesson"]
+embedding = V * C
+attention = C * H * D + C * K * D + C * K * D + H * D * C  # q, k, v, o
+mlp = C * M + C * M + M * C  # gate, up, down
+norms = C + C  # before attention, before the MLP
+block = attention + mlp + norms
+total = embedding + L * block + C  # and the final norm
+print(f"embedding {embedding:,}\nattention {attention:,} + MLP {mlp:,} + norms {norms:,} = block {block:,}")
+print(f"{embedding:,} + {L} x {block:,} + {C} = {total:,}")
+
+# %% id="by-hand-check" tags=["check"]
+lesson.check("your sum is the known total", total - 134_515_008)
+lesson.check("and what the package computes", total - parameter_count(config))
+
+# %% [markdown] id="ledger-why"
+# A sum can be right by luck: two mistakes may cancel. So the package writes the ledger row by row, each with its formula, shape and number, and the next cells
+# hold every row against the tensor it speaks of. The model is made on the `meta` device: shapes without memory.
+
+# %% id="rows" tags=["lesson"]
+rows = parameter_table(config)
+for row in [*rows[:10], rows[-1]]:
+    print(f"{row.name.replace('model.', ''):43} {row.formula:42} {' x '.join(f'{n:,}' for n in row.shape):>12} {row.count:>11,}")
+print(f"{len(rows)} rows; the nine of layer 0 come {L} times. Sum {sum(row.count for row in rows):,}")
+
+# %% id="rows-check" tags=["check"]
+with torch.device("meta"):
+    model = SmolLM2(config)
+tensors = dict(model.named_parameters())
+lesson.check("every tensor has one row and every row one tensor", len(set(tensors) ^ {row.name for row in rows}))
+wrong = [row.name for row in rows if tuple(tensors[row.name].shape) != row.shape or tensors[row.name].numel() != row.count]
+lesson.check("rows whose shape or number differs from the tensor's", len(wrong))
+lesson.check("the sum over tensors", sum(t.numel() for t in tensors.values()) - total)
+lesson.check("output matrix and embedding: tensors between them", float(model.lm_head.weight is not model.model.embed_tokens.weight))
+
+# %% [markdown] id="map"
+# ## 3 · A map of the model
+#
+# Here every parameter has the same area. The column on the left is the vocabulary; each of the 30 thin rows is a block. What strikes you? The
+# keys and values, thanks to sharing, are slivers. The norms, without which nothing trains, are too thin to be seen: one block's are 1,152 numbers.
+
+# %% id="map-figure" tags=["figure"]
+fig, ax = plots.figure(7.5, 4.2)
+split = embedding / total
+ax.add_patch(Rectangle((0, 0), split, L, facecolor=KINDS["embedding"], edgecolor="white"))
+ax.text(split / 2, L / 2, f"embedding\n{embedding:,}\n{split:.1%}", ha="center", va="center", color="white", fontsize=9)
+for layer in range(L):
+    left = split
+    for row in rows[1 + 9 * layer : 10 + 9 * layer]:
+        width = row.count / block * (1 - split)
+        kind = next(iter(group_totals([row])))
+        ax.add_patch(Rectangle((left, layer), width, 1, facecolor=KINDS[kind], edgecolor="white", lw=0.4))
+        if layer == 0 and width > 0.02:
+            name = row.name.split(".")[-2].removesuffix("_proj")
+            ax.text(left + width / 2, -0.4, name, ha="center", va="bottom", fontsize=9)
+        left += width
+ax.set(xlim=(0, 1), ylim=(L, -2), yticks=[0.5, 9.5, 19.5, 29.5], yticklabels=[1, 10, 20, 30])
+ax.grid(False)
+plots.label(ax, "Equal area, equal number of parameters", "share of all parameters", "layer")
+plots.show(fig, alt="Map: embedding 21.0 %; 30 equal rows for the blocks, in each q, k, v, o (19.7 % in all) and gate, up, down (59.2 %).")
+
+# %% id="shares-check" tags=["check"]
+totals = group_totals(rows)
+for kind, count in totals.items():
+    print(f"{kind:10} {count:>11,}  {count / total:7.2%}")
+lesson.check("MLP share is 59.2 %, attention 19.7 %", max(abs(totals["MLP"] / total - 0.592), abs(totals["attention"] / total - 0.197)), 1e-3)
+
+# %% [markdown] id="wrong-sum"
+# ## 4 · A sum that is wrong, and what it tells
+#
+# A widely copied account of this very model adds up its parts and gets **107,972,928**. The missing fifth is then explained away as "other
+# parameters". But a model has no other parameters. Divide what is missing by the number of layers before you guess.
+
+# %% id="wrong-sum-numbers" tags=["lesson"]
+claimed = 107_972_928
+missing = total - claimed
+print(f"missing {missing:,} = {missing / total:.1%} of the model = {L} x {missing / L:,.0f}")
+print(f"candidates in one layer: all of attention {attention:,}; one MLP matrix {C * M:,}; the norms {norms:,}")
+
+# %% id="predict-missing" tags=["predict"]
+guess = None
+lesson.predict(
+    "That account lists q, k, v, o, both norms, and an MLP of 'up' and 'down'. What did it forget (the matrix's name, as in the ledger)?",
+    guess, "gate_proj",
+    why="SwiGLU has three matrices. By chance one of them is exactly as large as all of attention in a layer: the number alone cannot tell them apart, the list can.",
+)  # fmt: skip
+
+# %% id="wrong-sum-check" tags=["check"]
+gates = sum(row.count for row in rows if "gate_proj" in row.name)
+lesson.check("the wrong sum plus thirty gate_proj matrices is the total", claimed + gates - total)
+lesson.check("one gate_proj and all of attention have the same size", C * M - attention)
+
+# %% [markdown] id="counterfactual"
+# ## 5 · What if?
+#
+# Each design choice has a price in parameters. Move the controls: what does untying cost, what do nine key/value heads cost instead of three, and how
+# narrow must a 60-layer model be to stay at 135M? (The MLP keeps its width of 8/3 of the hidden size.)
+
+# %% id="counterfactual-widget" tags=["widget", "figure"]
+def what_if(heads, width, depth, tied):
+    """Bars of SmolLM2-135M and of the model with these choices; heads is 'query:key/value'."""
+    query, shared = map(int, heads.split(":"))
+    other = SmolLM2Config(
+        hidden_size=width, intermediate_size=width * 8 // 3, num_hidden_layers=depth,
+        num_attention_heads=query, num_key_value_heads=shared, tie_word_embeddings=tied,
+    )  # fmt: skip
+    fig, ax = plots.figure(7.5, 2.3)
+    for y, shape in enumerate((other, config)):
+        start = 0
+        for kind, count in group_totals(parameter_table(shape)).items():
+            ax.barh(y, count / 1e6, left=start, color=KINDS[kind], edgecolor="white", label=kind if y == 0 else None)
+            start += count / 1e6
+        ax.text(start, y, f" {parameter_count(shape):,}", va="center", fontsize=9)
+    ax.set_yticks([0, 1], ["yours", "SmolLM2-135M"])
+    ax.set_xlim(0, 1.3 * max(parameter_count(shape) for shape in (other, config)) / 1e6)
+    plots.label(ax, f"{depth} layers of width {width}, heads {heads}, {'tied' if tied else 'untied'}", "parameters (millions)", "")
+    ax.legend(loc="upper center", bbox_to_anchor=(0.45, -0.35), ncols=5, frameon=False)
+    ratio = parameter_count(other) / parameter_count(config)
+    return fig, f"{parameter_count(other):,} parameters, {ratio:.2f} times SmolLM2-135M, with heads {heads}, width {width}, {depth} layers, tied {tied}."
+
+
+# %% id="counterfactual-show" tags=["widget", "figure"]
+_ = widgets.explore(
+    what_if,
+    heads=widgets.choice("heads q:kv", ["9:9", "9:3", "9:1", "12:4"], "9:9"),
+    width=widgets.slider("width", 144, 1152, 576, step=72),
+    depth=widgets.slider("layers", 1, 60, 30),
+    tied=widgets.switch("tied embeddings", True),
+)
+
+# %% id="counterfactual-check" tags=["check"]
+def count_with(**changes):
+    return sum(row.count for row in parameter_table(SmolLM2Config(**changes)))
+
+
+lesson.check("untied: one more vocabulary", count_with(tie_word_embeddings=False) - 162_826_560)
+lesson.check("nine key/value heads (multi-head)", count_with(num_key_value_heads=9) - 147_786_048)
+lesson.check("one key/value head (multi-query)", count_with(num_key_value_heads=1) - 130_091_328)
+
+# %% [markdown] id="kv-cache"
+# ## 6 · The KV cache: what a conversation weighs
+#
+# While a model writes, it keeps keys and values of every earlier token, in every layer. Weights are paid once; this is paid per token and per
+# user. It is the real reason for sharing heads: 9 → 3 saves 9 % of the parameters, but two thirds of the cache.
+
+# %% id="predict-cache" tags=["predict"]
+guess = None
+per_token = 2 * L * K * D * 2  # key and value, layers, heads, numbers a head, bytes of bf16
+lesson.predict(
+    "How many bytes does one token of context cost in bf16 (2 bytes a number)?", guess, per_token, unit="bytes",
+    why=f"2 (key and value) x {L} layers x {K} heads x {D} numbers x 2 bytes = {per_token:,}.",
+)  # fmt: skip
+
+# %% id="cache-check" tags=["check"]
+cache = KVCache(config, batch=1, capacity=256, dtype=torch.bfloat16, device="cpu")
+measured = cache.keys.nbytes + cache.values.nbytes
+print(f"cache of 256 tokens: {measured:,} bytes; of 8,192 tokens: {8192 * per_token / 2**20:.0f} MiB")
+lesson.check("predicted bytes are the cache's bytes", measured - 256 * per_token)
+
+# %% id="cache-figure" tags=["figure"]
+fig, ax = plots.figure(7.5, 2.9)
+tokens = torch.tensor([2**n for n in range(7, 18)])
+for number, (heads, name) in enumerate({9: "9 heads (multi-head)", 3: "3 heads (SmolLM2)", 1: "1 head (multi-query)"}.items()):
+    size = tokens * per_token / K * heads / 2**20
+    ax.loglog(tokens, size, color=plots.PALETTE[number], marker=plots.MARKERS[number], label=name, base=2)
+ax.axhline(total * 2 / 2**20, color=plots.BLACK, ls="--", label="all weights in bf16")
+plots.label(ax, "From 12,000 tokens on, the cache outweighs the model", "context (tokens)", "KV cache (MiB, bf16)", legend=True)
+plots.show(fig, alt="KV cache in MiB against context: 180 MiB at 8,192 tokens with 3 heads, 540 with 9, 60 with 1; the weights, 257 MiB, are passed at 11,700.")
+
+# %% [markdown] id="flops"
+# ## 7 · FLOPs: how much arithmetic is a token?
+#
+# A matrix entry is used once for each token: one multiplication, one addition. Training does it three times: forward, for the gradient of the input, for the
+# gradient of the weight. So 6 operations a parameter and token, plus attention, which grows with the distance looked back. PyTorch can count what it
+# executes, even on `meta` tensors that hold no numbers. Do rule and count agree?
+
+# %% id="flops-check" tags=["check"]
+length = 512
+with torch.device("meta"):
+    ids = torch.zeros(1, length, dtype=torch.long)
+with FlopCounterMode(display=False) as counter:
+    F.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
+counted = {str(op).split(".")[-1]: flops for op, flops in counter.get_flop_counts()["Global"].items()}
+matrices = length * flops_per_token(config, 0)  # looking back 0 tokens: the matrices alone
+attending = length * flops_per_token(config, length) - matrices
+print(f"matrices {matrices / 1e9:.1f} GFLOP, attention {attending / 1e9:.1f} GFLOP for one row of {length} tokens, forward and backward")
+lesson.check("6 operations a matrix parameter and token (relative)", counted["mm"] / matrices - 1, 1e-9)
+lesson.check("attention, counted with the masked half (relative)", counted["bmm"] / (2 * attending) - 1, 1e-9)
+
+# %% [markdown] id="flops-note"
+# The second check says something about kernels: computed plainly, attention multiplies the whole square and throws the future half away. Fused kernels skip
+# it. The rule counts useful work, so it takes half.
+
+# %% id="flops-figure" tags=["figure"]
+fig, ax = plots.figure(7.5, 2.7)
+lengths = [2**n for n in range(7, 16)]
+base = [flops_per_token(config, 0) / 1e9] * len(lengths)
+extra = [(flops_per_token(config, n) - flops_per_token(config, 0)) / 1e9 for n in lengths]
+ax.bar(range(len(lengths)), base, color=plots.GREEN, label="matrices: 6 x parameters")
+ax.bar(range(len(lengths)), extra, bottom=base, color=plots.ORANGE, hatch="//", edgecolor="white", label="attention")
+ax.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
+plots.label(ax, "Attention costs as much as all matrices from 7,800 tokens on", "sequence length (tokens)", "training GFLOP a token", legend=True)
+plots.show(fig, alt="Training GFLOP a token: 0.81 for the matrices at every length; attention adds 0.05 at 512, 0.21 at 2,048 and 3.4 at 32,768 tokens.")
+
+# %% [markdown] id="memory"
+# ## 8 · Training memory: predict, then measure
+#
+# Four fp32 copies are held for every parameter: the weight, its gradient, and Adam's two averages. That part does not depend on the batch. The
+# rest are **activations**: numbers of the forward pass that the backward pass will need. Guess the fixed part first.
+
+# %% id="predict-memory" tags=["predict"]
+guess = None
+fixed = 16 * total
+lesson.predict(
+    "Weights, gradients and Adam's state of SmolLM2-135M in fp32: how many GB?", guess, fixed / 1e9, unit="GB",
+    why=f"4 copies x 4 bytes x {total:,} = {fixed / 1e9:.2f} GB. A checkpoint leaves the gradients out: {12 * total / 1e9:.2f} GB.",
+)  # fmt: skip
+
+# %% id="fixed-check" tags=["check"]
+nano = load_config("nano").model  # small enough to run here; bytes a parameter do not depend on size
+small = SmolLM2(nano)
+optimizer = torch.optim.AdamW(small.parameters())
+ids = torch.randint(nano.vocab_size, (2, 64))
+small.loss(ids, ids).backward()
+optimizer.step()
+state = [t for s in optimizer.state.values() for t in s.values() if t.dim()]  # without Adam's step counters
+held = sum(t.nbytes for p in small.parameters() for t in (p, p.grad)) + sum(t.nbytes for t in state)
+print(f"held for {parameter_count(nano):,} parameters: {held:,} bytes")
+lesson.check("16 bytes a parameter", held / parameter_count(nano) - 16, 1e-9)
+
+# %% [markdown] id="activations"
+# Activations need a closer look. Each block keeps, for each token, eleven vectors of C (what enters each of the two norms, before and after its gain; queries, expanded keys
+# and values; attention's output in two orders) and four of the MLP (gate, SiLU of gate, up, their product). PyTorch tells what it keeps if
+# we hook into it. To see one block alone: measure with two blocks, with one, and subtract. (Fused kernels on a GPU keep two or three vectors less.)
+
+# %% id="saved-code" tags=["lesson"]
+def saved_bytes(depth, length=256):
+    """Bytes that one forward pass keeps for the backward pass, parameters and tables not counted."""
+    net = SmolLM2(SmolLM2Config(num_hidden_layers=depth, vocab_size=64, max_position_embeddings=length))
+    own = {t.untyped_storage().data_ptr() for t in (*net.parameters(), *net.buffers())}
+    kept = {}
+
+    def remember(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # holding the tensor keeps its address its own
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        net(torch.zeros(1, length, dtype=torch.long))
+    return sum(size for address, (size, _) in kept.items() if address not in own)
+
+
+# %% id="saved-check" tags=["check"]
+predicted = 4 * (11 * C + 4 * M)  # bytes a token and block, fp32
+measured = (saved_bytes(2) - saved_bytes(1)) / 256
+print(f"one block keeps {measured:,.0f} bytes a token; predicted {predicted:,}")
+lesson.check("activations: prediction against measurement (relative)", predicted / measured - 1, 0.05)
+
+# %% [markdown] id="t4"
+# ## 9 · What fits on a T4?
+#
+# Colab's free GPU, the T4, has about 14.7 GiB to use. Everything so far adds up to a prediction: the fixed 16 bytes a parameter, plus
+# activations for each row of a micro-batch. (In half precision activations take half. The logits of 49,152 words would add 0.1 GiB a row, several times
+# over; this project's loss never holds them all at once, see `smollm2/loss.py`.)
+
+# %% id="predict-t4" tags=["predict"]
+guess = None
+row_bytes = predicted * L * length
+fits = int((14.7 * GIB - fixed) / row_bytes)
+lesson.predict(
+    f"How many rows of {length} tokens fit into one micro-batch of SmolLM2-135M on a T4, everything in fp32?", guess, fits, unit="rows", within=0.25,
+    why=f"A row keeps {row_bytes / GIB:.2f} GiB; (14.7 - {fixed / GIB:.1f}) / {row_bytes / GIB:.2f} gives {fits}. The preset takes 8, to be safe.",
+)  # fmt: skip
+
+# %% id="t4-figure" tags=["figure"]
+fig, ax = plots.figure(7.5, 2.8)
+presets = ("smollm2-135m", "smollm2-360m", "smollm2-1.7b")
+needed = []
+for x, preset in enumerate(presets):
+    shape = load_config(preset).model
+    parts = {"weights": 4, "gradients": 4, "Adam": 8}
+    sizes = {name: factor * parameter_count(shape) / GIB for name, factor in parts.items()}
+    per_layer = 4 * (11 * shape.hidden_size + 4 * shape.intermediate_size)
+    sizes[f"activations, 4 rows of {length}"] = per_layer * shape.num_hidden_layers * length * 4 / GIB
+    start = 0
+    for number, (name, size) in enumerate(sizes.items()):
+        ax.barh(x, size, left=start, color=plots.PALETTE[number], edgecolor="white", label=name if x == 0 else None)
+        start += size
+    ax.text(start, x, f" {start:.1f} GiB", va="center")
+    needed.append(f"{start:.1f}")
+ax.axvline(14.7, color=plots.BLACK, ls="--", label="T4")
+ax.set(yticks=range(3), yticklabels=presets, xlim=(0, 40), ylim=(2.6, -0.6))
+plots.label(ax, "135M and 360M train on a T4, 1.7B does not", "GPU memory (GiB), all fp32", "", legend=True)
+plots.show(fig, alt=f"Training memory in fp32 with 4 rows of {length} tokens: {', '.join(needed)} GiB for 135M, 360M, 1.7B; a T4 has 14.7.")
+
+# %% id="speed" tags=["lesson", "slow"]
+ids = torch.randint(nano.vocab_size, (4, 128))
+start = time.perf_counter()
+small.loss(ids, ids).backward()
+seconds = time.perf_counter() - start
+speed = ids.numel() * flops_per_token(nano, ids.shape[1]) / seconds
+days = 2e12 * flops_per_token(config, 2048) / (65e12 * 0.3) / 86400
+print(f"this machine: {speed / 1e9:.0f} GFLOP/s on a small model. SmolLM2's 2 trillion tokens on one T4 (65 TFLOP/s, 30 % used): {days / 365:.1f} years")
+
+# %% [markdown] id="self-test"
+# ## What you can now explain
+#
+# * Why does 9 → 3 key/value heads save so little of the parameters and so much of the cache?
+# * A sum of parts is 20 % short. What do you do before you look for "other parameters"?
+# * Which of these depend on the batch size: weights, gradients, Adam's state, activations, KV cache?
+#
+# <details><summary>Answers</summary>
+#
+# * k and v are small matrices, used by every token; the cache holds *only* keys and values, so it shrinks by the full factor of three.
+# * Divide the gap by the number of layers and compare with the size of each matrix. Then check tensor by tensor.
+# * Activations and KV cache. The rest is 16 bytes a parameter, whatever the batch.
+# </details>
+
+# %% id="score" tags=["check"]
+lesson.score()
+
+# %% [markdown] id="exercises"
+# ## Exercises
+#
+# 1. Design a model of 100 million parameters, within 1 %, with the same vocabulary, tied, and head_dim 64. Prove it with `lesson.check`.
+# 2. SmolLM2-360M and 1.7B: which share does the vocabulary have there? Why does tying matter less in large models?
+# 3. How long must a conversation with SmolLM2-1.7B be (32 key/value heads) until its cache outweighs its weights?
+#
+# <details><summary>Solutions</summary>
+#
+# 1. For example `count_with(num_hidden_layers=20)` is 99.1 M: `lesson.check("100M", count_with(num_hidden_layers=20) / 1e8 - 1, 0.01)`. Width stays 576, so head_dim stays 64.
+# 2. `group_totals(parameter_table(load_config("smollm2-360m").model))`: 13 % and 6 %. The vocabulary grows with the width, the blocks with its square.
+# 3. 2 x 24 x 32 x 64 x 2 = 196,608 bytes a token; 3.4 GB of weights are passed after 17,400 tokens.
+# </details>
+
+# %% [markdown] id="next"
+# ## Next
+#
+# The numbers of the model are settled; now what goes into it. [3 · Data and tokens](03_data_and_tokens.ipynb)
+# ([open in Colab](https://colab.research.google.com/github/smollm2-from-scratch/smollm2-from-scratch/blob/main/notebooks/03_data_and_tokens.ipynb)) shows a token you can see, and why the first loss of an
+# untrained model can be predicted to the second digit.
