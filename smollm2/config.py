@@ -190,6 +190,7 @@ class PlaceConfig(_Section):
     output_dir: str = Field("output", min_length=1)
     drive_dir: str | None = Field(None, description="a second, remote tier for checkpoints (Google Drive)")
     resume: Literal["auto", "never"] = "auto"
+    take_over: bool = Field(False, description="write to drive_dir although another runtime did so in the last five minutes")
     allow_data_change: bool = False
     init_from: str | None = Field(None, description="folder or Hub id whose weights the run starts from")
     devices: int = Field(1, ge=1)

@@ -24,6 +24,7 @@ SAMPLES = "generation_samples.txt"
 CHECKPOINTS = "checkpoint_events.txt"
 EPOCHS = "epoch_completion.txt"
 METRICS = "gpu_metrics.txt"
+ALL_LOGS = (TRAINING, SAMPLES, CHECKPOINTS, EPOCHS, METRICS)
 REWOUND = (TRAINING, SAMPLES, EPOCHS, METRICS)  # checkpoint events are a journal: they stay
 
 

@@ -8,6 +8,15 @@ from __future__ import annotations
 import sys
 import time
 
+SECONDS_BETWEEN_SAFE_LINES = 60.0
+
+
+def safe_words(local_step: int, drive_step: int | None) -> str:
+    """The one or two numbers that matter when a machine dies."""
+    if drive_step is None:
+        return f"safe on this machine: step {local_step}"
+    return f"safe on this machine: step {local_step}, copied to Drive: {f'step {drive_step}' if drive_step else 'nothing yet'}"
+
 
 class Reporter:
     """Receives the events of a run. Every method may be left out by a subclass."""
@@ -28,7 +37,9 @@ class Reporter:
         """The model continued one of the fixed prompts."""
 
     def saved(self, local_step: int, drive_step: int | None) -> None:
-        """Newest step that is safe on this machine, and on Drive (None: there is no Drive tier)."""
+        """Newest step that is safe on this machine, and on Drive (None: there is no Drive tier; 0: nothing yet).
+
+        Comes from the threads that write, perhaps after `end`."""
 
     def end(self) -> None:
         """Training has ended."""
@@ -42,6 +53,8 @@ class TerminalReporter(Reporter):
         self.seconds_between_lines = seconds_between_lines
         self._bar = None
         self._last_line = 0.0
+        self._safe: tuple[int, int | None] | None = None
+        self._last_safe_line = -SECONDS_BETWEEN_SAFE_LINES
 
     def message(self, text: str) -> None:
         if self._bar is not None:
@@ -73,6 +86,14 @@ class TerminalReporter(Reporter):
     def sample(self, step: int, prompt: str, text: str) -> None:
         shown = " ".join((prompt + text).split())
         self.message(f"step {step} sample: {shown[:240]}")
+
+    def saved(self, local_step: int, drive_step: int | None) -> None:
+        """A line whenever Drive got a newer step; local saves alone at most once a minute."""
+        before, self._safe = self._safe, (local_step, drive_step)
+        drive_moved = drive_step and (before is None or before[1] != drive_step)
+        if self._safe != before and (drive_moved or time.monotonic() - self._last_safe_line >= SECONDS_BETWEEN_SAFE_LINES):
+            self._last_safe_line = time.monotonic()
+            self.message(safe_words(local_step, drive_step))
 
     def end(self) -> None:
         if self._bar is not None:

@@ -21,6 +21,8 @@ from .checkpoint import FINAL_NAMES, Manifest, candidates, load_tensors, newest_
 from .config import RunConfig, parameter_count
 from .data import TokenData, check_length, prepare_tokens, read_split, source_identity
 from .device import choose_device, choose_precision, device_name, fingerprint
+from .drive_folder import is_below_mount_point
+from .drive_restore import check_places
 from .errors import CheckpointError, ConfigError, DataError, OutputLost, UserError
 from .evaluate import compression_bits_per_byte, score_tokens
 from .files import remove_temporaries, replace_durably, sha256_json
@@ -29,7 +31,7 @@ from .logs import CHECKPOINTS, TextLogs, shell_word
 from .model import SmolLM2
 from .optim import Schedule, moments_by_name
 from .pretrained import load_weights, model_files, read_config, read_weights, resolve, stored_tensors
-from .progress import Reporter, TerminalReporter
+from .progress import Reporter, TerminalReporter, safe_words
 from .retention import remove_leftovers
 from .saver import Saver
 from .state import TrainState, check_unchanged, fixed_settings, read_state, restore_rng, rng_tensors
@@ -51,6 +53,7 @@ class TrainResult:
     references: dict[str, float]  # gzip -9 and xz of the same bytes
     losses: list[tuple[int, float]] = field(default_factory=list)
     validations: list[tuple[int, float, float]] = field(default_factory=list)
+    drive_step: int | None = None  # newest step that was copied to Drive; None without a Drive folder
 
     def table(self) -> str:
         """The few lines a person wants at the end."""
@@ -63,6 +66,8 @@ class TrainResult:
         rows.append(("time", f"{self.seconds:.0f} s"))
         if self.checkpoint:
             rows.append(("checkpoint", f"{self.checkpoint} (step {self.step})"))
+            if self.drive_step is not None:
+                rows.append(("saved", safe_words(self.step, self.drive_step)))
             rows.append(("talk to it", f'python -m smollm2.generate --checkpoint {shell_word(self.checkpoint)} --prompt "Once upon a time"'))
         return "\n".join(f"{name:<24}{value}" for name, value in rows)
 
@@ -82,7 +87,7 @@ class Run:
         self.losses: list[tuple[int, float]] = []
         self.validations: list[tuple[int, float, float]] = []
         self.tokens_per_second = 0.0
-        self.drive_step: int | None = None
+        self.drive_step: int | None = 0 if config.run.drive_dir else None  # newest step that is on Drive
         self.mirror = None
         self.newest: Manifest | None = None
         self._saved_step: int | None = None
@@ -97,13 +102,14 @@ class Run:
 
     def find_checkpoint(self) -> None:
         """Newest verified checkpoint of this machine, or of Drive when that one is newer."""
-        folders = candidates(self.checkpoint_dir)
-        if self.config.run.drive_dir:
+        place, folders = self.config.run, candidates(self.checkpoint_dir)
+        check = lambda manifest: read_state(manifest.folder)  # noqa: E731
+        if place.drive_dir and self.is_first_worker:
             from .drive import newest_on_drive
 
-            self.newest = newest_on_drive(self.config.run.drive_dir, self.checkpoint_dir, folders, self.say)
+            self.newest = newest_on_drive(place.drive_dir, self.checkpoint_dir, folders, self.say, check=check, take_over=place.take_over)
         else:
-            self.newest = newest_usable(folders, self.say, check=lambda manifest: read_state(manifest.folder))
+            self.newest = newest_usable(folders, self.say, check)
 
     def archive(self) -> None:
         """`--resume never`: what an earlier run wrote moves aside; nothing is deleted."""
@@ -305,8 +311,10 @@ class Run:
             score = last[2] if last and last[0] == step else self._score_newest()
             if self.data.val.text_bytes <= 256 * 2**20:
                 references = compression_bits_per_byte(self.config.data.input_file, "val", self.config.data.held_out_fraction)
+        if self.mirror:
+            self.mirror.close()
         folder = self.newest.folder if self.newest else None
-        return TrainResult(step, folder, stopped_by, seconds, self.tokens_per_second, score, references, self.losses, self.validations)
+        return TrainResult(step, folder, stopped_by, seconds, self.tokens_per_second, score, references, self.losses, self.validations, self.drive_step)
 
     def _score_newest(self) -> float:
         model = SmolLM2.from_pretrained(self.newest.folder, device=self.device)
@@ -332,6 +340,8 @@ def open_run(config: RunConfig, reporter: Reporter | None = None) -> Iterator[Ru
     run = Run(config, reporter or TerminalReporter())
     if not config.data.dataset:
         source_identity(config.data.input_file)  # a bad text is reported before anything is written
+    if config.run.drive_dir or is_below_mount_point(run.output_dir):
+        check_places(config.run.output_dir, config.run.drive_dir, config.run.resume)
     existed = run.output_dir.exists()
     try:
         run.output_dir.mkdir(parents=True, exist_ok=True)
