@@ -268,7 +268,7 @@ def rope_view(m, n):
     return fig, f"Query at {m}, key at {n}: score {scores[m, n].item():.2f}, read off one curve over the distance m - n = {m - n}."
 
 
-_ = widgets.explore(rope_view, m=widgets.slider("query position m", 0, 40, 12), n=widgets.slider("key position n", 0, 40, 7))
+widgets.explore(rope_view, m=widgets.slider("query position m", 0, 40, 12), n=widgets.slider("key position n", 0, 40, 7))
 
 # %% [markdown] id="gqa"
 # ## 5 · Grouped-query attention: nine ask, three answer

@@ -210,7 +210,7 @@ def what_if(heads, width, depth, tied):
 
 
 # %% id="counterfactual-show" tags=["widget", "figure"]
-_ = widgets.explore(
+widgets.explore(
     what_if,
     heads=widgets.choice("heads q:kv", ["9:9", "9:3", "9:1", "12:4"], "9:9"),
     width=widgets.slider("width", 144, 1152, 576, step=72),
@@ -254,6 +254,8 @@ for number, (heads, name) in enumerate({9: "9 heads (multi-head)", 3: "3 heads (
     size = tokens * per_token / K * heads / 2**20
     ax.loglog(tokens, size, color=plots.PALETTE[number], marker=plots.MARKERS[number], label=name, base=2)
 ax.axhline(total * 2 / 2**20, color=plots.BLACK, ls="--", label="all weights in bf16")
+ax.set_xticks(tokens[::2].tolist(), [f"{n:,}" for n in tokens[::2].tolist()])
+ax.set_yticks([1, 8, 64, 512, 4096], ["1", "8", "64", "512", "4,096"])
 plots.label(ax, "From 12,000 tokens on, the cache outweighs the model", "context (tokens)", "KV cache (MiB, bf16)", legend=True)
 plots.show(fig, alt="KV cache in MiB against context: 180 MiB at 8,192 tokens with 3 heads, 540 with 9, 60 with 1; the weights, 257 MiB, are passed at 11,700.")
 
@@ -378,7 +380,7 @@ for x, preset in enumerate(presets):
         start += size
     ax.text(start, x, f" {start:.1f} GiB", va="center")
     needed.append(f"{start:.1f}")
-ax.axvline(14.7, color=plots.BLACK, ls="--", label="T4")
+ax.axvline(14.7, color=plots.BLACK, ls="--", label="T4", zorder=0)
 ax.set(yticks=range(3), yticklabels=presets, xlim=(0, 40), ylim=(2.6, -0.6))
 plots.label(ax, "135M and 360M train on a T4, 1.7B does not", "GPU memory (GiB), all fp32", "", legend=True)
 plots.show(fig, alt=f"Training memory in fp32 with 4 rows of {length} tokens: {', '.join(needed)} GiB for 135M, 360M, 1.7B; a T4 has 14.7.")

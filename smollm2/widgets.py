@@ -14,6 +14,7 @@ from . import plots
 
 Render = Callable[..., tuple[plots.Figure, str]]
 LABEL = {"description_width": "9em"}
+live: list[ipywidgets.VBox] = []  # panels on the page, so that a test can move their controls
 
 
 def slider(name: str, low: int, high: int, value: int, step: int = 1) -> ipywidgets.IntSlider:
@@ -53,14 +54,20 @@ def panel(render: Render, **controls) -> ipywidgets.VBox:
     return ipywidgets.VBox([*controls.values(), picture])
 
 
-def explore(render: Render, **controls) -> ipywidgets.VBox | None:
+def explore(render: Render, **controls) -> None:
     """Show `panel(render, **controls)` where widgets can be, and always the default figure below it."""
     default = {name: control.value for name, control in controls.items()}
-    live = None
     if plots.in_notebook():
         from IPython.display import display
 
-        live = panel(render, **controls)
-        display(live)
+        shown = panel(render, **controls)
+        live.append(shown)
+        display(shown)
     plots.show(*render(**default))
-    return live
+
+
+def sampler(model, tokenizer, **settings):
+    """The live sampling panel of `smollm2.sampler`, and under it what its default settings write."""
+    from .sampler import show
+
+    return show(model, tokenizer, **settings)

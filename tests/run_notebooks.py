@@ -29,7 +29,24 @@ FAKE_COLAB = ROOT / "tests" / "fakecolab"
 CLONE = "smollm2-from-scratch"
 MAX_OUTPUT_LINES = 25
 NOWHERE = "http://127.0.0.1:9"  # the discard port: whatever tries the network fails at once
-WHERE_CELL = "import smollm2, sys\nprint('package from', smollm2.__file__)"
+WHERE_CELL = "import smollm2\nprint('package from', smollm2.__file__)"
+# Moves every control of every live panel to its ends, one at a time and all together; an exception fails the cell.
+DRIVE_CELL = """
+from smollm2 import widgets
+def ends(control):
+    return control.options if hasattr(control, "options") else [control.min, control.max] if hasattr(control, "min") else [True, False]
+moved = 0
+for panel in widgets.live:
+    *controls, picture = panel.children
+    controls = [c for c in controls if hasattr(c, "options") or hasattr(c, "min") or isinstance(c.value, bool)]
+    for last in (False, True):
+        for control in controls:
+            for value in (ends(control) if not last else [ends(control)[-1]]):
+                control.value = value
+                moved += 1
+                assert picture.value.startswith("<img alt="), picture.value[:100]
+print(moved, "settings drawn")
+"""
 IMAGE = re.compile(r'<img alt="([^"]*)"[^>]*src="data:image/png;base64,([^"]+)"')
 
 
@@ -119,7 +136,7 @@ def run_notebook(stem: str, folder: Path, env: dict[str, str], timeout: int = 60
     shutil.copy(NOTEBOOKS / source.name, source)
     assert [p.name for p in folder.iterdir()] == [source.name], f"{folder} is not empty"
     notebook = nbformat.read(source, as_version=4)
-    notebook.cells.append(nbformat.v4.new_code_cell(WHERE_CELL, id="where"))
+    notebook.cells += [nbformat.v4.new_code_cell(code, id=name) for name, code in (("drive-widgets", DRIVE_CELL), ("where", WHERE_CELL))]
     client = NotebookClient(notebook, timeout=timeout, kernel_name="python3", allow_errors=True, resources={"metadata": {"path": str(folder)}})
     client.execute(env=env)
     where = text_of(notebook.cells.pop().outputs[0])
