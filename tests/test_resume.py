@@ -1,0 +1,222 @@
+"""A run that was killed and resumed is the run that was never disturbed: same weights, moments, state and logs, bit for bit.
+
+`python -m tests.soak` is the long version of this file.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from smollm2 import saver
+from smollm2.checkpoint import FINAL_NAMES, step_name, verify
+from smollm2.errors import BusyError, ConfigError, DataError
+from smollm2.files import sha256_file
+from smollm2.lock import OutputLock
+from smollm2.logs import CHECKPOINTS, EPOCHS, SAMPLES, TRAINING, TextLogs, read_log
+from smollm2.progress import Reporter
+from smollm2.training import train
+from tests.soak import (
+    SABOTAGES, Blackboard, Soak, caught, compare, fresh_run, log_events, outcome, reference, small_config, small_text, start, wait,
+)  # fmt: skip
+
+FINAL, CONTINUED = FINAL_NAMES
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    return small_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+def fifty(text: Path, folder: Path, **train_settings):
+    return small_config(text, folder, **({"max_steps": 50, "val_every": 10, "sample_every": 10} | train_settings))
+
+
+@pytest.fixture(scope="module")
+def finished(text, tmp_path_factory) -> Path:
+    """The output directory of an undisturbed run of 50 steps."""
+    folder = tmp_path_factory.mktemp("finished") / "output"
+    result = train(fifty(text, folder, keep_last=10), Reporter())
+    assert result.step == 50 and result.stopped_by is None
+    return folder
+
+
+class Heard(Reporter):
+    def __init__(self):
+        self.messages: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+
+def same_result(folder: Path, name: str, other: Path, other_name: str) -> None:
+    for file in ("model.safetensors", "optim.safetensors", "state.json", "config.json", "tokenizer.json"):
+        assert sha256_file(folder / "checkpoints" / name / file) == sha256_file(other / "checkpoints" / other_name / file), file
+    for file in (TRAINING, SAMPLES, EPOCHS):
+        assert log_events(folder / "logs" / file) == log_events(other / "logs" / file), file
+
+
+def test_forty_steps_and_ten_more_equal_fifty_bit_for_bit(text, finished, tmp_path):
+    result = train(fifty(text, tmp_path / "output", max_steps=40, continue_steps=10), Reporter())
+    assert result.checkpoint.name == CONTINUED and verify(tmp_path / "output" / "checkpoints" / FINAL).step == 40
+    same_result(tmp_path / "output", CONTINUED, finished, FINAL)
+
+
+def test_every_checkpoint_opens_in_transformers_with_the_same_logits(finished):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from smollm2 import SmolLM2
+
+    folders = sorted((finished / "checkpoints").iterdir())
+    assert len(folders) == 5  # 10, 20, 30, 40 and the final one
+    for folder in folders:
+        ids = torch.tensor([AutoTokenizer.from_pretrained(folder)("the same words")["input_ids"]])
+        theirs = AutoModelForCausalLM.from_pretrained(folder)
+        with torch.no_grad():
+            torch.testing.assert_close(SmolLM2.from_pretrained(folder)(ids), theirs(ids).logits, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_killed_anywhere_a_run_ends_in_the_same_bits(text, tmp_path, accumulation):
+    undisturbed = reference(small_config(text, tmp_path / "undisturbed", accumulation), tmp_path / "log")
+    soak = Soak(tmp_path, seed=accumulation)
+    soak.disturbed_run(small_config(text, tmp_path / "disturbed", accumulation), undisturbed, max_kills=4, multi=accumulation == 4)
+    assert sum(soak.kills.values()) >= 1
+
+
+def killed_at(config, log: Path, trigger) -> None:
+    """Run in a child in which `trigger()` has been called to plant a SIGKILL; it must have happened."""
+    pid = start(config, Blackboard(), log, drop_tokens=False, sabotage=trigger)
+    assert wait(pid) == -signal.SIGKILL, log.read_text()
+
+
+def plant_kill(name_prefix: str, after: bool):
+    def plant() -> None:
+        original = saver.commit
+
+        def commit(parent, name, *args):
+            if name.startswith(name_prefix) and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            manifest = original(parent, name, *args)
+            if name.startswith(name_prefix) and after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return manifest
+
+        saver.commit = commit
+
+    return plant
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before the final folder", "before the old ones are pruned"])
+def test_killed_between_the_last_save_and_the_end_the_rest_is_made_up(text, finished, tmp_path, after):
+    config = fifty(text, tmp_path / "output", keep_last=10)
+    killed_at(config, tmp_path / "log", plant_kill("final", after))
+    assert (tmp_path / "output/checkpoints" / step_name(50)).exists() and (tmp_path / "output/checkpoints" / FINAL).exists() == after
+    assert train(config, Reporter()).step == 50
+    same_result(tmp_path / "output", FINAL, finished, FINAL)
+
+
+def test_a_finished_run_can_be_extended_and_killed_meanwhile(text, finished, tmp_path):
+    for name in ("whole", "killed"):
+        shutil.copytree(finished, tmp_path / name)
+    train(fifty(text, tmp_path / "whole", max_steps=80), heard := Heard())
+    assert any("new cycle of 30 steps" in line for line in heard.messages)
+    killed_at(fifty(text, tmp_path / "killed", max_steps=80), tmp_path / "log", plant_kill("step-00000070", after=True))
+    assert train(fifty(text, tmp_path / "killed", max_steps=80), Reporter()).step == 80
+    compare(tmp_path / "killed", outcome(tmp_path / "whole"))
+    assert verify(tmp_path / "killed" / "checkpoints" / FINAL).step == 80
+
+
+def test_running_a_finished_run_again_changes_nothing(text, finished):
+    before = outcome(finished)
+    result = train(fifty(text, finished, keep_last=10), heard := Heard())
+    assert result.step == 50 and outcome(finished) == before
+    assert any(line.startswith("finished: the run is at step 50") for line in heard.messages)
+
+
+def test_changed_settings_are_refused_by_name(text, finished):
+    before = outcome(finished)
+    with pytest.raises(ConfigError, match=r"train.learning_rate: 0.003 -> 0.01.*--resume never"):
+        train(fifty(text, finished, max_steps=60, learning_rate=0.01), Reporter())
+    with pytest.raises(ConfigError, match=r"train.batch_size: 8 -> 4"):
+        train(fifty(text, finished, max_steps=60, batch_size=4, micro_batch_size=4), Reporter())
+    other = small_text(finished.parent / "other.txt", words=1100)
+    with pytest.raises(DataError, match="is not the text this run was trained on"):
+        train(fifty(other, finished, max_steps=60), Reporter())
+    assert outcome(finished) == before
+
+
+def test_resume_never_starts_anew_and_moves_the_old_run_aside(text, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "output")
+    config = fifty(text, tmp_path / "output", max_steps=10, learning_rate=0.01)
+    config = config.model_copy(update={"run": config.run.model_copy(update={"resume": "never"})})
+    assert train(config, Reporter()).step == 10
+    moved = tmp_path / "output" / "previous-1"
+    same_result(moved, FINAL, finished, FINAL)
+
+
+def test_a_save_after_skipped_batches_does_not_repeat_the_line_of_an_epoch(tmp_path):
+    logs = TextLogs(tmp_path, tensorboard=False)
+    logs.write(EPOCHS, 10, epoch=1)
+    counts = logs.line_counts()
+    logs.write(EPOCHS, 10, epoch=2)  # an epoch ended in a skipped batch: the step stayed
+    logs.write(EPOCHS, 11, epoch=3)
+    logs.rewind(10, [], counts)
+    assert [event["epoch"] for event in read_log(tmp_path / EPOCHS)] == ["1"]
+
+
+def test_log_lines_wait_for_a_disk_that_takes_them_again(tmp_path):
+    logs = TextLogs(tmp_path / "logs", tensorboard=False)
+    logs.write(TRAINING, 1, train_loss=1.0)
+    os.rename(tmp_path / "logs", tmp_path / "away")
+    logs.write(TRAINING, 2, train_loss=2.0)
+    logs.write(CHECKPOINTS, 2, event="saved")
+    with pytest.raises(FileNotFoundError):  # so no checkpoint can claim these lines
+        logs.line_counts()
+    os.rename(tmp_path / "away", tmp_path / "logs")
+    logs.write(TRAINING, 3, train_loss=3.0)
+    assert [event["step"] for event in read_log(tmp_path / "logs" / TRAINING)] == ["1", "2", "3"]
+    assert logs.line_counts()[TRAINING] == 3 and len(read_log(tmp_path / "logs" / CHECKPOINTS)) == 1
+
+
+def test_torn_lines_and_lines_behind_the_checkpoint_go(tmp_path):
+    logs = TextLogs(tmp_path, tensorboard=False)
+    for step in (5, 10, 15):
+        logs.write(TRAINING, step, train_loss=1.0)
+    logs.write(TRAINING, 10, val_loss=2.0)
+    with open(tmp_path / TRAINING, "ab") as file:
+        file.write(b"2026-11-23T19:00:00Z step=1")
+    logs.rewind(10, ["val"])
+    assert [(event["step"], "val_loss" in event) for event in read_log(tmp_path / TRAINING)] == [("5", False), ("10", False)]
+
+
+def test_one_process_cannot_open_a_run_twice(tmp_path):
+    with OutputLock(tmp_path), pytest.raises(BusyError, match="this very process"), OutputLock(tmp_path):
+        pass
+    with OutputLock(tmp_path):
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", SABOTAGES)
+def test_the_soak_notices_what_is_broken_on_purpose(text, tmp_path, broken):
+    undisturbed = reference(small_config(text, tmp_path / "undisturbed"), tmp_path / "log")
+    assert caught(SABOTAGES[broken], text, tmp_path, undisturbed)
+
+
+@pytest.mark.slow
+def test_thirty_kills_and_three_fresh_interpreters(text, tmp_path):
+    import random
+
+    undisturbed = {a: reference(small_config(text, tmp_path / f"undisturbed-{a}", a), tmp_path / "log") for a in (1, 4)}
+    soak = Soak(tmp_path)
+    while sum(soak.kills.values()) < 30:
+        accumulation = (1, 4)[soak.runs % 2]
+        soak.disturbed_run(small_config(text, tmp_path / f"run-{soak.runs}", accumulation), undisturbed[accumulation], 8, multi=soak.runs % 3 == 0)
+    plain = reference(small_config(text, tmp_path / "plain"), tmp_path / "log", drop_tokens=False)
+    assert fresh_run(small_config(text, tmp_path / "fresh"), plain.expected, tmp_path, random.Random(0), plain.seconds + 8, 3) <= 3
