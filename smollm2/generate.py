@@ -5,6 +5,7 @@ The filters are applied in transformers' order: temperature, top-k, top-p, min-p
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator
 
@@ -127,23 +128,39 @@ def generate(model: SmolLM2, input_ids: torch.Tensor, max_new_tokens: int = 64, 
 
 def stream_text(model: SmolLM2, tokenizer, prompt: str, max_new_tokens: int = 128, **options) -> Iterator[str]:
     """Continuation of a prompt as text, piece by piece. An empty prompt starts a new document."""
+    yield from stream_continuation(model, tokenizer, prompt_ids(model, tokenizer, prompt), max_new_tokens, **options)
+
+
+def stream_continuation(model: SmolLM2, tokenizer, ids: list[int], max_new_tokens: int = 128, **options) -> Iterator[str]:
+    """Continuation of token ids as text, piece by piece, up to (and without) a stop token."""
     from .tokenizer import StreamDecoder
 
-    start = [model.config.bos_token_id] if model.config.bos_token_id is not None else []
-    ids = tokenizer.encode(prompt)
-    if not ids or prompt_starts_document(tokenizer):
-        ids = start + ids
-    if not ids:
-        raise ValueError("an empty prompt, and the model has no begin-of-text token")
-    limit = model.config.max_position_embeddings
-    if len(ids) >= limit:
-        raise UserError(f"the prompt has {len(ids):,} tokens, the model's context is {limit:,}; shorten the prompt")
+    stop_ids = options["stop_ids"] if options.get("stop_ids") is not None else (model.config.eos_token_id,)
     decoder = StreamDecoder(tokenizer)
     for tokens, _ in stream(model, torch.tensor([ids]), max_new_tokens, **options):
-        if int(tokens) == model.config.eos_token_id:
+        if int(tokens) in stop_ids:
             break
         yield decoder.push(int(tokens))
     yield decoder.flush()
+
+
+def document_ids(model: SmolLM2, tokenizer, prompt: str) -> list[int]:
+    """Ids of a prompt of any length as generation reads it, behind the token that begins a document."""
+    begin = tokenizer.end_of_text_id if prompt_starts_document(tokenizer) else model.config.bos_token_id
+    ids = tokenizer.encode(prompt)
+    if begin is not None and (not ids or prompt_starts_document(tokenizer)):
+        ids = [begin, *ids]
+    if not ids:
+        raise ValueError("an empty prompt, and the model has no begin-of-text token")
+    return ids
+
+
+def prompt_ids(model: SmolLM2, tokenizer, prompt: str) -> list[int]:
+    """Ids of a prompt; raises `UserError` where they leave no room in the context."""
+    ids, limit = document_ids(model, tokenizer, prompt), model.config.max_position_embeddings
+    if len(ids) >= limit:
+        raise UserError(f"the prompt has {len(ids):,} tokens, the model's context is {limit:,}; shorten the prompt")
+    return ids
 
 
 def prompt_starts_document(tokenizer) -> bool:
@@ -165,10 +182,65 @@ def add_sampling_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=None, help="same seed, same text")
 
 
+def utf8(text: str, where: str) -> str:
+    """`text` as it is; raises `UserError` where the terminal or pipe it came from held bytes that are not UTF-8."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError as error:
+        raise UserError(f"{where}: not UTF-8 text (byte {error.start})") from None
+
+
+def read_prompt() -> str:
+    """Standard input up to its end, without the line break that a shell adds."""
+    if sys.stdin is None:
+        raise UserError("no --prompt and no standard input to read it from")
+    if sys.stdin.isatty():
+        print("type the text to continue, then Ctrl-D:", file=sys.stderr)
+    raw = sys.stdin.buffer.read() if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode()
+    return utf8(raw.decode("utf-8", "surrogateescape"), "standard input").removesuffix("\n")
+
+
+def talk(conversation, first: str | None, max_new_tokens: int, options: dict) -> int:
+    """Turn by turn until Ctrl-D. Ctrl-C stops an answer; at the prompt it leaves."""
+    with contextlib.suppress(ImportError):  # line editing, where the platform has it
+        import readline  # noqa: F401
+    print("An empty line goes on, /new forgets everything, Ctrl-C stops an answer, Ctrl-D leaves.", file=sys.stderr)
+    while True:
+        try:
+            line = first if first is not None else utf8(input("> "), "standard input")
+        except EOFError:
+            print(flush=True)
+            return 0
+        first = None
+        if line.strip() == "/new":
+            conversation.clear()
+            continue
+        pieces: list[str] = []
+        try:
+            ids = conversation.ask(line)
+            if conversation.forgotten:
+                print("(the context is full: the oldest part is forgotten)", file=sys.stderr)
+            for piece in stream_continuation(conversation.model, conversation.tokenizer, ids, max_new_tokens, stop_ids=conversation.stop_ids, **options):
+                pieces.append(piece)
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            print(" [stopped]", end="")
+        except UserError as error:
+            print(error, file=sys.stderr)
+            continue
+        print(flush=True)
+        conversation.answer("".join(pieces))
+        if options["seed"] is not None:
+            options = options | {"seed": options["seed"] + 1}  # the next answer draws anew, yet the whole talk repeats
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = ArgumentParser(prog="python -m smollm2.generate", description="Continue a text with a trained model.")
     parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or a Hub id")
     parser.add_argument("--prompt", default=None, help="text to continue (default: standard input)")
+    parser.add_argument("--num_samples", type=int, default=1, help="this many continuations; with --seed S they use S, S+1, ...")
+    parser.add_argument("--interactive", action="store_true", help="go on turn by turn")
+    parser.add_argument("--chat", action="store_true", help="talk to an Instruct model through its chat template")
     add_sampling_arguments(parser)
     args = parser.parse_args(argv)
     options = {k: getattr(args, k) for k in ("temperature", "top_k", "top_p", "min_p", "seed")}
@@ -176,17 +248,32 @@ def main(argv: list[str] | None = None) -> int:
         check_sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.min_p)
     except ValueError as error:
         raise UserError(str(error)) from None
-    prompt = args.prompt if args.prompt is not None else sys.stdin.read()
+    if args.num_samples < 1:
+        raise UserError(f"--num_samples {args.num_samples}: expected at least 1")
+    if args.num_samples > 1 and (args.interactive or args.temperature == 0):
+        other = "--interactive" if args.interactive else "--temperature 0 (all samples would be the same)"
+        raise UserError(f"--num_samples {args.num_samples} does not go with {other}")
+    from .conversation import Conversation
     from .device import choose_device, inference_dtype
-    from .pretrained import load_model_and_tokenizer
+    from .pretrained import load_model_and_tokenizer, resolve
 
-    device = choose_device()
-    model, tokenizer = load_model_and_tokenizer(args.checkpoint, dtype=inference_dtype(device), device=device)
-    pieces = stream_text(model, tokenizer, prompt, args.max_new_tokens, **options)
-    print(prompt, end="", flush=True)
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
+    prompt = utf8(args.prompt, "--prompt") if args.prompt is not None else None if args.interactive else read_prompt()
+    device, folder = choose_device(), resolve(args.checkpoint)
+    model, tokenizer = load_model_and_tokenizer(folder, dtype=inference_dtype(device), device=device)
+    conversation = Conversation.chat(model, tokenizer, folder) if args.chat else Conversation(model, tokenizer)
+    if args.interactive:
+        return talk(conversation, prompt, args.max_new_tokens, options)
+    ids = conversation.ask(prompt) if args.chat else prompt_ids(model, tokenizer, prompt)
+    for i in range(args.num_samples):
+        if args.num_samples > 1:
+            print(f"--- sample {i + 1} of {args.num_samples} ---")
+        print("" if args.chat else prompt, end="", flush=True)
+        seed = None if args.seed is None else args.seed + i
+        for piece in stream_continuation(model, tokenizer, ids, args.max_new_tokens, stop_ids=conversation.stop_ids, **options | {"seed": seed}):
+            print(piece, end="", flush=True)
+        print(flush=True)
     return 0
 
 

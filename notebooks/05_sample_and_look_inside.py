@@ -1,0 +1,494 @@
+# ---
+# jupyter:
+#   accelerator: GPU
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown] id="view-in-github"
+# <a href="https://colab.research.google.com/github/smollm2-from-scratch/smollm2-from-scratch/blob/main/notebooks/05_sample_and_look_inside.ipynb" target="_parent"><img src="https://colab.research.google.com/assets/colab-badge.svg" alt="Open In Colab"/></a>
+
+# %% [markdown] id="title"
+# # 5 · Sample, and look inside
+#
+# You will be able to
+# * turn a model's scores into text: greedy, temperature, top-k, top-p and min-p, written by you and equal to the package's;
+# * prove that a KV cache changes no token, and draw what it saves;
+# * see where a head looks, what the model would say after each block, and how your own run learned to write.
+#
+# **Time** about 35 minutes to read; to run, 1 minute with a run of yours, 2 to 3 more on a CPU without one · **hardware** T4 or any CPU ·
+# **network** only for the official model of section 8; offline the comparison is with your own untrained model.
+#
+# *Runtime → Run all* runs everything. Each `?` asks you to guess first: type a number in place of `None` and run that cell again.
+
+# %% cellView="form" id="setup" tags=["setup"]
+# @title Set-up (about 20 s on Colab) { display-mode: "form" }
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ADDRESS = os.environ.get("SMOLLM2_REPO") or "https://github.com/smollm2-from-scratch/smollm2-from-scratch"
+here = [Path(globals().get("__file__", "notebook")).resolve(), Path.cwd().resolve() / "notebook"]
+clone = Path.cwd().resolve() / "smollm2-from-scratch"
+folders = [*(parent for start in here for parent in start.parents), clone]
+REPO = next((folder for folder in folders if (folder / "smollm2" / "colab.py").is_file()), None)
+if REPO is None:  # a bare notebook, as the Colab badge opens it: fetch the project beside it
+    half = clone.with_name(f"{clone.name}.part{os.getpid()}")
+    fetched = subprocess.run(["git", "clone", "--quiet", "--depth", "1", ADDRESS, str(half)], capture_output=True, text=True)
+    if fetched.returncode:
+        raise RuntimeError(f"Could not fetch {ADDRESS}: {fetched.stderr.strip()}. Is the network there? Then run this cell again.")
+    REPO = half.rename(clone)
+if str(REPO) not in sys.path:
+    sys.path.insert(0, str(REPO))
+
+from smollm2 import colab
+
+colab.install_missing(REPO / "requirements.txt")
+report = colab.doctor()
+
+# %% id="imports" tags=["setup"]
+import time
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from smollm2 import SmolLM2, data, lesson, plots, token_view, widgets
+from smollm2.device import choose_device
+from smollm2.errors import UserError
+from smollm2.evaluate import score_tokens
+from smollm2.generate import complete, next_token_probabilities, prompt_ids, stream
+from smollm2.inspect_model import logit_lens, look_inside, token_probabilities
+from smollm2.model import KVCache
+from smollm2.own_run import own_run, untrained
+from smollm2.pretrained import load_model_and_tokenizer
+
+SMOKE = colab.is_smoke()
+PROMPT = "Once upon a time"
+lesson.quiet()
+
+# %% [markdown] id="your-run"
+# ## 1 · Your run
+#
+# This notebook looks at a model that *you* trained: the newest run in the folder `output`, as notebook 4 leaves it. Tick the box to look on your
+# Google Drive too (Colab asks for permission). Where there is no run, a small one is trained now: 300 steps, about two minutes on a CPU, seconds on a GPU.
+
+# %% cellView="form" id="find-run" tags=["parameters"]
+# @title Where to look for your run
+USE_DRIVE = False  # @param {type:"boolean"}
+place = colab.storage(use_drive=USE_DRIVE)
+places_on_drive = [place.drive_dir] if place.drive_dir else []
+
+# %% id="load-run" tags=["slow", "lesson"]
+checkpoints = own_run(REPO / "input.txt", place.output_dir, places_on_drive, smoke=SMOKE)
+model, tokenizer = load_model_and_tokenizer(checkpoints[-1].folder, device=choose_device())
+config = model.config
+print(f"{config.num_hidden_layers} layers, {config.num_attention_heads} heads, vocabulary {config.vocab_size:,}, {sum(p.numel() for p in model.parameters()):,} parameters")
+
+# %% [markdown] id="scores"
+# ## 2 · From scores to a choice
+#
+# A model does not write. It gives each token of its vocabulary a score (a **logit**), and something else must choose. Softmax makes
+# probabilities of the scores; dividing them by a **temperature** first makes the choice bolder or safer. Take five tokens: what does T = 0.5 do to the best?
+
+# %% id="temperature-numbers" tags=["lesson"]
+five = torch.tensor([2.0, 1.0, 0.5, 0.0, -2.0])
+for temperature in (0.5, 1.0, 2.0):
+    chances = (five / temperature).softmax(-1)
+    print(f"T = {temperature}: ", "  ".join(f"{100 * p:5.1f} %" for p in chances))
+
+# %% id="predict-temperature" tags=["predict"]
+guess = None
+lesson.predict(
+    "At T = 1 the best of these five is e^1 = 2.7 times as likely as the second. How many times at T = 0.5?",
+    guess, float(torch.tensor(2.0).exp()), within=0.05,
+    why="Scores differ by 1, divided by 0.5 they differ by 2, and e^2 = 7.4. As T goes to 0 the best takes all: greedy.",
+)  # fmt: skip
+
+# %% id="temperature-figure" tags=["figure"]
+ids = torch.tensor([prompt_ids(model, tokenizer, PROMPT)], device=model.device)
+with torch.inference_mode():
+    logits = model(ids)[0, -1]  # (V,) scores of the token after the prompt
+fig, ax = plots.figure(7.5, 3)
+for temperature, color, marker in ((0.5, plots.BLUE, "o"), (1.0, plots.BLACK, "s"), (2.0, plots.ORANGE, "^")):
+    ordered = next_token_probabilities(logits, temperature).sort(descending=True).values[:200]
+    ax.loglog(range(1, len(ordered) + 1), ordered.cpu(), color=color, marker=marker, markevery=0.1, label=f"T = {temperature:g}")
+plots.label(ax, f"After '{PROMPT}': a few likely tokens and a long tail", "rank of the token", "probability", legend=True)
+plots.show(fig, alt=f"Probability against rank for three temperatures; the best token has {ordered[0]:.2g} at T = 2 and more at lower T, where the tail is thinner.")
+
+# %% [markdown] id="filters"
+# ## 3 · Cut the tail: top-k, top-p, min-p
+#
+# Each unlikely token is rare, but there are thousands, and one bad choice spoils the rest of the text. So we cut. **top-k** keeps the k best.
+# **top-p** keeps the smallest set that reaches probability p: few where the model is sure, many where it is not. **min-p** keeps what is
+# at least that fraction as likely as the best.
+
+
+# %% id="filters-code" tags=["lesson"]
+def keep_top_k(p, k):  # p (V,) -> which tokens stay
+    return p >= p.sort(descending=True).values[min(k, len(p)) - 1]
+
+
+def keep_top_p(p, limit):
+    order = p.argsort(descending=True, stable=True)
+    before = p[order].cumsum(-1) - p[order]  # the probability of everything likelier
+    keep = torch.zeros_like(p, dtype=torch.bool)
+    keep[order[before < limit]] = True
+    return keep
+
+
+def keep_min_p(p, fraction):
+    return p >= fraction * p.max()
+
+
+# %% id="predict-top-p" tags=["predict"]
+guess = None
+fifths = torch.tensor([0.50, 0.25, 0.15, 0.07, 0.03])
+lesson.predict(
+    "Probabilities 50, 25, 15, 7, 3 %. How many tokens does top-p = 0.8 keep?",
+    guess, int(keep_top_p(fifths, 0.8).sum()), within=0,
+    why="50 + 25 = 75 % is not yet 80 %, so the third stays too: the set *reaches* p, it need not stop below.",
+)  # fmt: skip
+
+
+# %% id="filters-check" tags=["check"]
+def worst(keep, setting, warper):
+    """Largest difference of our filter from the package's and from transformers', over 50 random distributions."""
+    (value,), largest = setting.values(), 0.0
+    for row in 3 * torch.randn(50, 1000, generator=torch.Generator().manual_seed(1)):
+        mine = row.masked_fill(~keep(row.softmax(-1), value), -torch.inf).softmax(-1)
+        library = warper(None, row[None])[0].softmax(-1)
+        largest = max(largest, (mine - next_token_probabilities(row, **setting)).abs().max().item(), (mine - library).abs().max().item())
+    return largest
+
+
+likely = "is the token that crosses the limit kept, and the rest made to sum to 1 again?"
+lesson.check("top-k equals package and transformers", worst(keep_top_k, {"top_k": 20}, TopKLogitsWarper(20)), 1e-6, likely)
+lesson.check("top-p equals package and transformers", worst(keep_top_p, {"top_p": 0.8}, TopPLogitsWarper(0.8)), 1e-6, likely)
+lesson.check("min-p equals package and transformers", worst(keep_min_p, {"min_p": 0.1}, MinPLogitsWarper(0.1)), 1e-6, likely)
+
+# %% id="filters-figure" tags=["figure"]
+fig, ax = plots.figure(7.5, 3)
+counts = {}
+sure, unsure = (torch.linspace(0, -1, 60) * steep for steep in (40, 4))
+rules = {"top-k 20": (keep_top_k, 20), "top-p 0.9": (keep_top_p, 0.9), "min-p 0.1": (keep_min_p, 0.1)}
+for number, (shape, name, hatch) in enumerate(((sure, "a sure model", ""), (unsure, "an unsure model", "//"))):
+    kept = [int(keep(shape.softmax(-1), value).sum()) for keep, value in rules.values()]
+    counts[name] = ", ".join(f"{rule} {number}" for rule, number in zip(rules, kept, strict=True))
+    drawn = ax.bar([x + 0.4 * number for x in range(3)], kept, 0.38, color=plots.PALETTE[number], hatch=hatch, edgecolor="white", label=name)
+    ax.bar_label(drawn)
+ax.set_xticks([0.2, 1.2, 2.2], list(rules))
+plots.label(ax, "Only top-k ignores how sure the model is", "", "tokens kept, of 60", legend=True)
+plots.show(fig, alt="Tokens kept of 60. " + "; ".join(f"{name}: {kept}" for name, kept in counts.items()) + ".")
+
+# %% [markdown] id="sampler"
+# ## 4 · Play
+#
+# Every setting moves the bars at once; **Write** streams text, **Go on** continues it. Grey is what the model believes, blue what is drawn
+# from. Darker background: the model itself found that token less likely. Try: temperature 0 (greedy), then 1.5, then 1.5 with min-p 0.1.
+# What is the price of each? To stop early, press the notebook's interrupt button (■): the text stays. Below the panel: what it shows untouched.
+
+# %% id="sampler-widget" tags=["widget", "figure"]
+panel = widgets.sampler(model, tokenizer, prompt=PROMPT, new_tokens=40)
+
+# %% id="sampler-check" tags=["check"]
+options = {"temperature": 0.8, "top_p": 0.9}
+texts = [complete(model, tokenizer, PROMPT, 30, seed=seed, **options) for seed in (3, 3, 4)]
+print(f"seed 3: {texts[0]!r}\nseed 4: {texts[2]!r}")
+lesson.check("the same seed writes the same text", int(texts[0] != texts[1]))
+lesson.check("a tiny temperature is greedy", int(complete(model, tokenizer, PROMPT, 30, temperature=1e-9, seed=5) != complete(model, tokenizer, PROMPT, 30, temperature=0.0)))
+
+# %% [markdown] id="surprise"
+# ## 5 · What surprises the model
+#
+# The same probabilities read a text instead of writing one. Below is a piece of the held-out text, which the model never saw. Where is it
+# dark? The longer a model trained, the more it is the beginnings of words that surprise it: once a word has begun, its rest is easy.
+
+# %% id="surprise-view" tags=["figure"]
+held_out = "".join(data.read_split(REPO / "input.txt", "val"))
+passage = held_out[held_out.index("\n\n") :].strip()[:300].rsplit(" ", 1)[0]
+read = torch.tensor([prompt_ids(model, tokenizer, passage)], device=model.device)
+chances = token_probabilities(model, read)[0]
+markup, twin = token_view.coloured(tokenizer, read[0].tolist(), [None, *chances.tolist()])
+plots.show_html(markup, twin)
+print(token_view.LEGEND)
+
+# %% id="surprise-check" tags=["check"]
+with torch.inference_mode():
+    loss = model.loss(read[:, :-1], read[:, 1:])  # what training minimises
+lesson.check("the mean of -log(probability) is the training loss", -chances.log().mean() - loss, 1e-4)
+hardest = chances.argsort()[:3].tolist()
+print("hardest:", ", ".join(f"'{token_view.piece(tokenizer, read[0, i + 1].item())}' {token_view.percent(chances[i].item())}" for i in hardest))
+
+# %% [markdown] id="cache"
+# ## 6 · The KV cache: read everything once
+#
+# To choose token 101 the model needs keys and values of tokens 1 to 100. It computed them for token 100 already. Keep them, and each step reads **one**
+# new token instead of all of them. But is the answer still the same?
+
+# %% id="predict-cache" tags=["predict"]
+guess = None
+tokens_read = sum(range(10, 110))
+lesson.predict(
+    "10 tokens of prompt, 100 to write, no cache: how many tokens does the network read in all?",
+    guess, tokens_read, within=0.1, unit="tokens",
+    why=f"10 + 11 + ... + 109 = {tokens_read:,}. With a cache: 10 for the prompt and 99 more, 109. The work grows with the square, or with the length.",
+)  # fmt: skip
+
+# %% id="cache-check" tags=["check"]
+new = 40
+with_cache = list(stream(model, ids, new, seed=1, stop_ids=()))
+without = list(stream(model, ids, new, seed=1, stop_ids=(), use_cache=False))
+gaps = [(a.softmax(-1) - b.softmax(-1)).abs().max().item() for (_, a), (_, b) in zip(with_cache, without, strict=True)]
+likely = "do the new token's RoPE angles start at its real position?"
+lesson.check("every probability is the same with and without cache", max(gaps), 1e-4, likely)
+written, again = (torch.stack([token for token, _ in steps]) for steps in (with_cache, without))
+lesson.check(f"and so are the {new} greedy tokens", written - again, 0, likely)
+
+
+# %% id="cache-code" tags=["lesson"]
+@torch.inference_mode()
+def milliseconds(length, use_cache, repeats=5):
+    """The time of one more token behind `length` tokens; the fastest of a few tries, so that other work does not count."""
+    text = torch.randint(config.vocab_size, (1, length), device=model.device)
+    best = float("inf")
+    for _ in range(repeats):
+        cache = KVCache(config, 1, length + 1, torch.float32, model.device)
+        model(text[:, :-1], cache)  # what is known already
+        start = time.perf_counter()
+        (model(text[:, -1:], cache) if use_cache else model(text))[0, -1, 0].item()  # .item() waits for a GPU
+        best = min(best, time.perf_counter() - start)
+    return 1000 * best
+
+
+# %% id="cache-figure" tags=["figure", "slow"]
+lengths = [n for n in (16, 32, 64, 128, 256, 512, 1024) if n <= config.max_position_embeddings]
+milliseconds(16, True)  # warm up
+times = {use: [milliseconds(n, use) for n in lengths] for use in (True, False)}
+fig, ax = plots.figure(7.5, 3)
+ax.plot(lengths, times[False], color=plots.ORANGE, marker="s", label="no cache: read everything again")
+ax.plot(lengths, times[True], color=plots.BLUE, marker="o", label="KV cache: read one token")
+ax.set_ylim(0)
+plots.label(ax, "Time of one more token", "tokens already there", "milliseconds", legend=True)
+ratio = times[False][-1] / times[True][-1]
+plots.show(fig, alt=f"Time of one more token against the length: behind {lengths[-1]} tokens {times[True][-1]:.1f} ms with the cache, {ratio:.1f} times that without.")
+
+# %% [markdown] id="attention"
+# ## 7 · Look inside
+#
+# Attention is the one place where positions talk. The fused kernel never shows its probabilities, so `smollm2.inspect_model` computes them
+# again beside it, from the same weights. First question: is what we look at really what the model does?
+
+# %% id="attention-check" tags=["check"]
+look = "The king opened the door, and the king"
+seen = torch.tensor([prompt_ids(model, tokenizer, look)], device=model.device)
+inside = look_inside(model, seen)
+names = [token_view.piece(tokenizer, i).replace("<|endoftext|>", "start") for i in seen[0].tolist()]
+print(f"{len(names)} tokens; attention of a layer: {tuple(inside.attention[0].shape)} = (batch, heads, query, key)")
+with torch.inference_mode():
+    lesson.check("the logits are the model's own", inside.logits - model(seen))
+lesson.check("each row of each head sums to 1", torch.stack(inside.attention).sum(-1) - 1, 1e-5)
+library = AutoModelForCausalLM.from_pretrained(checkpoints[-1].folder, dtype=torch.float32, attn_implementation="eager").to(model.device).eval()
+with torch.inference_mode():
+    theirs = library(seen, output_attentions=True).attentions
+lesson.check("attention equals transformers', all layers and heads", torch.stack(inside.attention) - torch.stack(theirs), 1e-4, "which key head does a query head read?")
+
+
+# %% id="attention-widget" tags=["widget", "figure"]
+def one_head(layer, head):
+    weights = inside.attention[layer][0, head].cpu()
+    fig, ax = plots.figure(6.5, 4.6)
+    picture = ax.imshow(weights, cmap="Blues", vmin=0, vmax=weights[1:].max().item(), aspect="auto")  # the first row is always 1
+    fig.colorbar(picture, ax=ax, label="share of attention")
+    ticks = range(len(names))
+    ax.set_xticks(ticks, names, rotation=90, fontsize=8, parse_math=False)
+    ax.set_yticks(ticks, names, fontsize=8, parse_math=False)
+    ax.grid(False)
+    plots.label(ax, f"layer {layer}, head {head}: each row reads the columns", "it reads", "this token")
+    target = weights[-1].argmax().item()
+    return fig, f"Attention of layer {layer}, head {head}: the last token '{names[-1]}' looks most at '{names[target]}' (position {target}, {token_view.percent(weights[-1, target].item())})."
+
+
+layers, heads = config.num_hidden_layers, config.num_attention_heads
+_ = widgets.explore(one_head, layer=widgets.slider("layer", 0, layers - 1, layers // 2), head=widgets.slider("head", 0, heads - 1, 0))
+
+# %% [markdown] id="habits"
+# Looking at heads one by one is fun and proves nothing. Measure instead: how much of its attention does each head spend on itself, on the token
+# just before, and on the very first? The first gets a lot in many models although it says little: a head with nothing to do must look *somewhere*, since its row sums to 1.
+
+# %% id="habits-figure" tags=["figure"]
+stacked = torch.stack(inside.attention)[:, 0, :, 2:].cpu()  # (L, H, T - 2, T): rows with a token before the one before
+at = torch.arange(2, len(names))
+habits = {name: stacked[:, :, at - 2, key].mean(-1) for name, key in (("itself", at), ("the one before", at - 1), ("the first", 0 * at))}
+fig, axes = plots.figure(8.5, 1.4 + 0.2 * min(layers, 30), columns=3, sharey=True)
+for ax, (name, share) in zip(axes, habits.items(), strict=True):
+    picture = ax.imshow(share, cmap="Blues", vmin=0, vmax=max(float(x.max()) for x in habits.values()), aspect="auto")
+    ax.grid(False)
+    ax.set_xticks(range(0, heads, 1 if heads < 12 else 4))
+    plots.label(ax, f"on {name}", "head", "layer" if name == "itself" else "")
+fig.colorbar(picture, ax=axes, label="mean share")
+most = {name: divmod(int(share.argmax()), heads) for name, share in habits.items()}
+plots.show(fig, alt="Mean attention of each head, by layer, on " + "; ".join(f"{name}: most {habits[name].max():.0%} in layer {a}, head {b}" for name, (a, b) in most.items()) + ".")
+
+# %% [markdown] id="lens"
+# **The logit lens.** All blocks write into the same running vector, so the last step (norm, output matrix) can be applied after *any* block:
+# what would the model say if it stopped there? Each column is a position, each row a block; the word is the best guess so far, the colour how sure it is.
+
+# %% id="lens-check" tags=["check"]
+lens = logit_lens(model, inside.hidden)[:, 0].cpu()  # (L + 1, T, V)
+lesson.check("after the last block the lens shows the model's own answer", lens[-1] - inside.logits[0].float().softmax(-1).cpu(), 1e-6)
+final = lens[-1].argmax(-1)  # (T,) what the model says in the end
+agreement = (lens.argmax(-1) == final).float().mean(-1)  # (L + 1,)
+print("share of final answers already there, by block:", [round(x, 2) for x in agreement.tolist()])
+
+# %% id="predict-lens" tags=["predict"]
+guess = None
+first = int((agreement >= 0.5).nonzero()[0])
+lesson.predict(
+    f"There are {layers} blocks. After how many are at least half of the final answers already the best guess?",
+    guess, first, within=0, unit="blocks",
+    why="0 would be the embedding alone. Late blocks mostly sharpen: they raise the probability of what is there already.",
+)  # fmt: skip
+
+# %% id="lens-figure" tags=["figure"]
+shown = list(range(0, layers + 1, max(1, -(-layers // 8))))  # at most nine rows
+shown += [layers] if shown[-1] != layers else []
+columns = range(max(0, len(names) - 9), len(names))
+fig, ax = plots.figure(9, 1.2 + 0.34 * len(shown))
+sureness, best = lens[shown][:, columns].max(-1)
+picture = ax.imshow(sureness, cmap="Blues", vmin=0, aspect="auto")
+for row in range(len(shown)):
+    for column in range(len(columns)):
+        word = token_view.piece(tokenizer, int(best[row, column]))[:9]
+        color = "white" if sureness[row, column] > 0.55 * sureness.max() else "black"
+        ax.text(column, row, word, ha="center", va="center", fontsize=8, color=color, parse_math=False)
+fig.colorbar(picture, ax=ax, label="its probability")
+ax.set_xticks(range(len(columns)), [names[i] for i in columns], parse_math=False)
+ax.set_yticks(range(len(shown)), shown)
+ax.grid(False)
+plots.label(ax, "What it would say next, if it stopped after this block", "having read up to", "block (0 = embedding)")
+told = token_view.piece(tokenizer, int(best[-1, -1]))
+plots.show(fig, alt=f"Best next token after each block for the last {len(columns)} positions; at the end, after '{names[-1]}', the model says '{told}' with {token_view.percent(sureness[-1, -1].item())}.")
+
+# %% [markdown] id="time"
+# ## 8 · Your run through time, and the official model
+#
+# Every checkpoint is a whole model. Give each the same prompt and the same seed, and slide through your own run. What comes first: spelling, words, or sense?
+
+
+# %% id="time-code" tags=["lesson", "slow"]
+def moment(step, model):
+    """What the model of one step writes, believes and scores."""
+    model = model.to(choose_device())
+    tokens = tokenizer.encode(held_out[:20000])
+    score = score_tokens(model, tokens, len(held_out[:20000].encode()), block_length=min(128, config.max_position_embeddings), max_tokens=2048)
+    with torch.inference_mode():
+        logits = model(ids)[0, -1].cpu()
+    text = complete(model, tokenizer, PROMPT, 30, temperature=0.8, top_k=50, seed=7)
+    return {"step": step, "bits": score.bits_per_byte, "logits": logits, "text": PROMPT + text}
+
+
+start = untrained(checkpoints[0])
+moments = [moment(0, start)] if start else []
+moments += [moment(c.step, SmolLM2.from_pretrained(c.folder)) for c in checkpoints]
+for m in moments[:: max(1, len(moments) // 6)]:
+    print(f"step {m['step']:5}  {m['bits']:.2f} bits per byte  {' '.join(m['text'].split())[:80]}")
+
+# %% id="time-check" tags=["check"]
+lesson.check("the last moment is the model above", moments[-1]["logits"] - logits.cpu(), 1e-4)
+if start:
+    gained = moments[0]["bits"] - moments[-1]["bits"]
+    print(f"from step 0 on, your run gained {gained:.2f} bits per byte")
+    lesson.check("your run learned: what is missing to a gain above 0", max(0.0, -gained), 1e-9)
+
+
+# %% id="time-widget" tags=["widget", "figure"]
+def one_moment(moment):
+    m = moments[moment]
+    fig, (left, right) = plots.figure(8.5, 3.2, columns=2)
+    left.plot([x["step"] for x in moments], [x["bits"] for x in moments], color=plots.BLUE, marker="o")
+    left.plot(m["step"], m["bits"], "D", color=plots.RED, markersize=9)
+    left.set_ylim(0, 1.1 * max(x["bits"] for x in moments))
+    plots.label(left, f"step {m['step']}: {m['bits']:.2f} bits per byte", "optimizer step", "bits per byte, held out")
+    chances, best = m["logits"].float().softmax(-1).topk(8)
+    right.barh(range(8), chances, color=plots.BLUE)
+    right.set_yticks(range(8), [f"'{token_view.piece(tokenizer, int(i))}'" for i in best], parse_math=False)
+    right.invert_yaxis()
+    right.set_xlim(0, max(0.3, chances[0].item()))
+    plots.label(right, f"after '{PROMPT}'", "probability of the next token", "")
+    words = token_view.visible(m["text"].encode()).replace("·", " ")
+    fig.suptitle(words[:95] + ("…" if len(words) > 95 else ""), x=0.02, ha="left", fontsize=10, parse_math=False)
+    return fig, f"At step {m['step']} ({m['bits']:.2f} bits per byte) the model writes: {words}"
+
+
+_ = widgets.explore(one_moment, moment=widgets.slider("moment of the run", 0, len(moments) - 1, len(moments) - 1))
+
+# %% id="official" tags=["slow", "lesson"]
+try:
+    other, other_tokenizer = load_model_and_tokenizer("HuggingFaceTB/SmolLM2-135M", device=model.device)
+    other_name = "the official SmolLM2-135M (2 trillion tokens)"
+except UserError as reason:
+    print(f"{reason}.\nSo: beside your own model before its first step.")
+    other, other_tokenizer, other_name = (start or SmolLM2.from_pretrained(checkpoints[0].folder)).to(model.device), tokenizer, "your model at the start"
+
+# %% id="official-beside" tags=["lesson"]
+settings = {"temperature": 0.8, "top_p": 0.9, "seed": 2}
+pairs = {"yours": (model, tokenizer), other_name: (other, other_tokenizer)}
+for prompt in (PROMPT, "The capital of France is"):
+    for name, (each, its_tokenizer) in pairs.items():
+        text = complete(each, its_tokenizer, prompt, 30, **settings)
+        print(f"{name}: {prompt}{' '.join(('|' + text).split())[:110]}\n")
+
+# %% id="official-figure" tags=["figure"]
+fig, ax = plots.figure(7.5, 2)
+sizes = {name: len(passage.encode()) for name in pairs}
+costs = {}
+for name, (each, its_tokenizer) in pairs.items():
+    row = torch.tensor([prompt_ids(each, its_tokenizer, passage)], device=each.device)
+    costs[name] = float(-token_probabilities(each, row).log2().sum()) / sizes[name]
+ax.bar_label(ax.barh(list(costs), list(costs.values()), color=[plots.BLUE, plots.ORANGE]), fmt="%.2f", padding=3)
+ax.set_xlim(0, 1.15 * max(costs.values()))
+plots.label(ax, "The passage of section 5, in bits per byte (less is better)", "bits per byte", "")
+plots.show(fig, alt="Bits per byte for one held-out passage: " + ", ".join(f"{name} {value:.2f}" for name, value in costs.items()) + ".")
+
+# %% [markdown] id="self-test"
+# ## What you can now explain
+#
+# * Why does min-p keep many tokens at one place and two at another, although its setting is the same?
+# * Why may the cache be dropped at any moment without changing the text?
+# * Why can the output matrix be applied after block 3 at all?
+#
+# <details><summary>Answers</summary>
+#
+# * Its limit is a fraction of the best probability: where the best is weak, much of the rest reaches it.
+# * It holds only what can be computed again from the tokens: keys and values of positions that no longer change, because nothing looks ahead.
+# * Every block adds to the same running vector of the same size; the last layer reads that vector, whoever wrote to it last.
+# </details>
+
+# %% id="score" tags=["check"]
+lesson.score()
+
+# %% [markdown] id="exercises"
+# ## Exercises
+#
+# 1. Write `keep_typical(p, n)`: the n tokens whose −log p is nearest to the entropy. Which likely token can it remove?
+# 2. Batch the prompts: call `model.generate` with two copies of `ids` and temperature 1. Why do the rows differ although the seed is the same?
+# 3. Switch off one head: set its 64 (here `head_dim`) columns of `o_proj.weight` to zero in a copy of the model, and score the passage again. Which head costs most?
+#
+# <details><summary>Solutions</summary>
+#
+# 1. `(-p.log() - entropy).abs().argsort()[:n]` with `entropy = -(p * p.log()).sum()`. Where the model is very sure, the best token itself may be *too* likely; it goes first.
+# 2. `model.generate(ids.repeat(2, 1), 20, temperature=1.0, seed=1)`: one generator serves both rows, one after the other, so they get different random numbers.
+# 3. `copy.deepcopy(model)`, then `layer.self_attn.o_proj.weight.data[:, h * D : (h + 1) * D] = 0` for each head in turn. Often a head of the first
+#    layer costs most, and several cost almost nothing.
+# </details>
+
+# %% [markdown] id="next"
+# ## Next
+#
+# It writes, and you know how. How good is it, in one number that no tokenizer can bend, and how do others get it?
+# [6 · Evaluate and share](06_evaluate_and_share.ipynb)
+# ([open in Colab](https://colab.research.google.com/github/smollm2-from-scratch/smollm2-from-scratch/blob/main/notebooks/06_evaluate_and_share.ipynb))

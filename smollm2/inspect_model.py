@@ -1,0 +1,66 @@
+"""Look inside a model: attention probabilities, the running vector after every block, and what it would say there.
+
+Everything is computed by the model's own modules, so the logits are the model's own, bit for bit; only the attention
+probabilities, which the fused kernel never shows, are computed again beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .model import Attention, SmolLM2, apply_rope
+
+
+@dataclass(frozen=True)
+class Inside:
+    """One forward pass, seen from inside. L layers, H query heads.
+
+    `hidden`: L + 1 tensors (B, T, C), the embedding and then the running vector after each block, before the final norm.
+    `attention`: L tensors (B, H, T, T); row t of a head is how it spreads over positions 0..t, and sums to 1.
+    `logits`: (B, T, V), exactly those of `model(input_ids)`.
+    """
+
+    hidden: list[torch.Tensor]
+    attention: list[torch.Tensor]
+    logits: torch.Tensor
+
+
+def attention_probabilities(attention: Attention, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """How much each position (row) reads from each earlier one: x (B, T, C), already normed -> (B, H, T, T), fp32."""
+    batch, time, _ = x.shape
+    q, k = (p(x).view(batch, time, -1, attention.head_dim).transpose(1, 2) for p in (attention.q_proj, attention.k_proj))
+    q, k = apply_rope(q, cos, sin).float(), apply_rope(k, cos, sin).float()
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    scores = q @ k.mT / attention.head_dim**0.5
+    future = torch.ones(time, time, dtype=torch.bool, device=x.device).triu(1)
+    return scores.masked_fill(future, -torch.inf).softmax(-1)
+
+
+@torch.inference_mode()
+def look_inside(model: SmolLM2, input_ids: torch.Tensor) -> Inside:
+    """Run (B, T) ids through the model and keep what passes by. Raises ValueError beyond the model's context."""
+    decoder, time = model.model, input_ids.shape[1]
+    if time > decoder.cos.shape[0]:
+        raise ValueError(f"{time} tokens exceed max_position_embeddings {decoder.cos.shape[0]}")
+    cos, sin = decoder.cos[:time], decoder.sin[:time]
+    hidden, attention = [decoder.embed_tokens(input_ids.to(model.device))], []
+    for layer in decoder.layers:
+        attention.append(attention_probabilities(layer.self_attn, layer.input_layernorm(hidden[-1]), cos, sin))
+        hidden.append(layer(hidden[-1], cos, sin))
+    return Inside(hidden, attention, model.lm_head(decoder.norm(hidden[-1])))
+
+
+@torch.inference_mode()
+def logit_lens(model: SmolLM2, hidden: list[torch.Tensor]) -> torch.Tensor:
+    """What the model would predict if it stopped after each block (nostalgebraist 2020): final norm and output matrix
+    applied to every hidden state. L + 1 tensors (B, T, C) -> probabilities (L + 1, B, T, V), fp32."""
+    return torch.stack([model.lm_head(model.model.norm(x)).float().softmax(-1) for x in hidden])
+
+
+@torch.inference_mode()
+def token_probabilities(model: SmolLM2, input_ids: torch.Tensor) -> torch.Tensor:
+    """The probability that the model gave each token, having read those before it: (B, T) -> (B, T - 1), fp32."""
+    logits = model(input_ids[:, :-1].to(model.device)).float()
+    return logits.softmax(-1).gather(-1, input_ids[:, 1:, None].to(model.device)).squeeze(-1)

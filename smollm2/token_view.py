@@ -1,0 +1,76 @@
+"""Tokens as a reader sees them: coloured by the probability they had, and the next one's distribution as bars."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+
+import torch
+
+from . import plots
+from .data_plots import token_bytes, visible
+from .generate import next_token_probabilities
+from .tokenizer import Tokenizer
+
+# (probability below which it holds, background): dark = the model was surprised. Text stays readable on each.
+SHADES = [(0.01, "#08519c", "#ffffff"), (0.1, "#4292c6", "#000000"), (0.5, "#9ecae1", "#000000"), (1.01, "#e8f1fa", "#000000")]
+LEGEND = "dark: below 1 % · then below 10 %, below 50 %, palest: 50 % and more"
+
+
+def piece(tokenizer: Tokenizer, token_id: int) -> str:
+    """A token's text as one visible word: blanks as `·`, line breaks as `↵`, half a character as its bytes."""
+    if tokenizer.token(token_id) is None:
+        return f"[no entry {token_id}]"  # the network's vocabulary may be larger than the tokenizer's
+    return visible(token_bytes(tokenizer, token_id))
+
+
+def percent(probability: float) -> str:
+    return f"{100 * probability:.0f} %" if probability >= 0.095 else f"{100 * probability:.1f} %" if probability >= 0.0005 else "<0.1 %"
+
+
+def coloured(tokenizer: Tokenizer, ids: Sequence[int], probabilities: Sequence[float | None]) -> tuple[str, str]:
+    """(HTML, text) of tokens with the probability each had; None: it was given (the prompt), so it has none.
+
+    The text twin says the same in words: `token(12 %)`. All text is escaped.
+    """
+    spans, words = [], []
+    for token_id, probability in zip(ids, probabilities, strict=True):
+        shown = piece(tokenizer, int(token_id))
+        written = html.escape(shown.replace("·", " ")) + ("<br>" if "↵" in shown else "")
+        if probability is None:
+            spans.append(f"<b>{written}</b>")
+            words.append(shown)
+            continue
+        _, back, front = next(shade for shade in SHADES if probability < shade[0])
+        spans.append(f'<span style="background:{back};color:{front}" title="{percent(probability)}">{written}</span>')
+        words.append(f"{shown}({percent(probability)})")
+    style = "background:#ffffff;color:#000000;padding:8px;white-space:pre-wrap;line-height:1.7;overflow-wrap:anywhere"
+    return f'<div style="{style}">{"".join(spans)}</div>', " ".join(words)
+
+
+def bars(tokenizer: Tokenizer, logits: torch.Tensor, options: dict, title: str, top: int = 10) -> tuple[plots.Figure, str]:
+    """(figure, alt text) of the next token: logits (V,) -> the model's own probabilities and those sampled from.
+
+    `options` are temperature (0: greedy), top_k, top_p and min_p of `smollm2.generate.stream`.
+    """
+    own = logits.float().softmax(-1)
+    drawn = sampled_from(logits, options)
+    best = own.topk(min(top, len(own))).indices
+    names = [piece(tokenizer, int(i)) for i in best]
+    fig, ax = plots.figure(7.5, 0.8 + 0.27 * len(names))
+    rows = torch.arange(len(names))
+    ax.barh(rows - 0.2, own[best].cpu(), 0.4, color=plots.GREY, label="the model's own")
+    ax.barh(rows + 0.2, drawn[best].cpu(), 0.4, color=plots.BLUE, hatch="//", edgecolor="white", label="sampled from")
+    ax.set_yticks(rows, [f"'{name}'" for name in names], family="monospace", parse_math=False)
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    plots.label(ax, title, "probability of the next token", "", legend=True)
+    listed = ", ".join(f"'{name}' {percent(own[i])} to {percent(drawn[i])}" for name, i in zip(names[:3], best[:3], strict=True))
+    return fig, f"Probabilities of the next token, the model's own and after the settings: {listed}; {int((drawn > 0).sum()):,} tokens can still be drawn."
+
+
+def sampled_from(logits: torch.Tensor, options: dict) -> torch.Tensor:
+    """The distribution (V,) that `stream` draws from with these options; greedy puts all on the best token."""
+    if options.get("temperature", 0.0) == 0.0:
+        return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).float()
+    return next_token_probabilities(logits, **{k: options.get(k) for k in ("temperature", "top_k", "top_p", "min_p")})
