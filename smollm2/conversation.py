@@ -1,0 +1,89 @@
+"""Several turns with a model: a text that grows, or messages in the chat template of an Instruct model.
+
+A chat template is a small program from the model's folder, so it runs in Jinja's sandbox, with the settings that
+transformers' `apply_chat_template` uses: the text is the same.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .errors import CheckpointError, UserError
+from .generate import document_ids
+from .model import SmolLM2
+from .pretrained import chat_template
+from .tokenizer import Tokenizer
+
+END_OF_TURN = "<|im_end|>"
+
+
+def render_chat(template: str, messages: list[dict[str, str]], special_tokens: dict[str, str] | None = None) -> str:
+    """The text a chat model reads for `messages` ({"role", "content"}), up to where its answer begins.
+
+    Raises `CheckpointError` for a template that does not run.
+    """
+    from jinja2 import TemplateError
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message):
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.globals["raise_exception"] = raise_exception
+    try:
+        return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **(special_tokens or {}))
+    except Exception as error:  # a foreign program: it can fail in any way
+        raise CheckpointError(f"the folder's chat template does not run: {str(error)[:200]}") from None
+
+
+class Conversation:
+    """What was said so far. `ask` gives the ids to continue from, `answer` keeps what the model wrote."""
+
+    def __init__(self, model: SmolLM2, tokenizer: Tokenizer, template: str | None = None, room: int = 64):
+        self.model, self.tokenizer, self.template = model, tokenizer, template
+        self.text, self.messages, self.forgotten = "", [], 0
+        self.limit = max(model.config.max_position_embeddings - room, 2)  # tokens; the rest is left for the answer
+
+    @classmethod
+    def chat(cls, model: SmolLM2, tokenizer: Tokenizer, folder: Path, room: int = 64) -> Conversation:
+        """A conversation in the chat template of a model folder; raises `UserError` where it has none."""
+        template = chat_template(folder)
+        if template is None:
+            raise UserError(f"--chat: {folder} has no chat template, so it is a base model: leave --chat out, or take an -Instruct model")
+        return cls(model, tokenizer, template, room)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer: the model's end of text, and of a chat's turn."""
+        turn = self.tokenizer.token_id(END_OF_TURN) if self.template else None
+        return tuple(dict.fromkeys(i for i in (self.model.config.eos_token_id, turn) if i is not None))
+
+    def ask(self, line: str) -> list[int]:
+        """Ids of everything so far and `line`. What does not fit the context is forgotten, the oldest first."""
+        if self.template is None:
+            self.text += ("\n" if self.text and line else "") + line
+            ids = document_ids(self.model, self.tokenizer, self.text)
+            self.forgotten = max(len(ids) - self.limit, 0)
+            return ids[-self.limit :]
+        self.messages.append({"role": "user", "content": line})
+        special = {f"{role}_token": self.tokenizer.token(i) for role in ("bos", "eos") if (i := getattr(self.model.config, f"{role}_token_id")) is not None}
+        self.forgotten = 0
+        while True:
+            ids = self.tokenizer.encode(render_chat(self.template, self.messages, special))
+            if len(ids) <= self.limit:
+                return ids
+            if len(self.messages) < 3:
+                self.messages.pop()
+                raise UserError(f"the message has {len(ids):,} tokens, {self.limit:,} fit; shorten it")
+            del self.messages[:2]  # the oldest question and its answer
+            self.forgotten += 2
+
+    def answer(self, text: str) -> None:
+        if self.template is None:
+            self.text += text
+        else:
+            self.messages.append({"role": "assistant", "content": text})
+
+    def clear(self) -> None:
+        self.text, self.messages = "", []
