@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 import sys
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -367,12 +366,3 @@ class BatchStream:
         while True:
             yield self.batch(n)
             n += 1
-
-
-def wait_for_rank_zero(path: Path, timeout_seconds: float = 1800) -> None:
-    """Workers other than the first wait here until it has written the token files."""
-    deadline = time.monotonic() + timeout_seconds
-    while not path.exists():
-        if time.monotonic() > deadline:
-            raise DataError(f"waited {timeout_seconds:.0f} s for the first worker to write {path}")
-        time.sleep(0.2)

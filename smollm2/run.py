@@ -36,6 +36,7 @@ from .retention import remove_leftovers
 from .saver import Saver
 from .state import TrainState, check_unchanged, fixed_settings, read_state, restore_rng, rng_tensors
 from .tokenizer import Tokenizer, choose_tokenizer
+from .workers import announce_open, is_first_worker, wait_until_open
 
 BPE_TRAINING_PIECES = 64  # of about 1 MiB each: enough for any vocabulary
 
@@ -82,7 +83,7 @@ class Run:
         self.device = choose_device()
         self.precision = choose_precision(config.train.precision, self.device)
         self.world_size = config.run.devices * config.run.num_nodes
-        self.is_first_worker = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", 0)))) == 0
+        self.is_first_worker = is_first_worker()
         self.tokens_per_step = config.train.batch_size * config.data.sequence_length
         self.losses: list[tuple[int, float]] = []
         self.validations: list[tuple[int, float, float]] = []
@@ -190,6 +191,8 @@ class Run:
         rows = train.batch_size // self.world_size
         torch.manual_seed(train.seed)
         random.seed(train.seed)
+        if not self.is_first_worker:
+            self.find_checkpoint()  # what the first worker has committed since
         if self.newest is None:
             model = SmolLM2(self.config.model)
             if self.config.run.init_from:
@@ -357,6 +360,8 @@ def open_run(config: RunConfig, reporter: Reporter | None = None) -> Iterator[Ru
                 run.checkpoint_dir.mkdir(exist_ok=True)
                 remove_leftovers(run.checkpoint_dir)
                 remove_temporaries(run.output_dir)
+            else:
+                wait_until_open(run.output_dir)
             run.say(f"model: {config.preset}, {parameter_count(config.model):,} parameters, context {config.model.max_position_embeddings:,}, RoPE theta {config.model.rope_theta:,.0f}")
             run.say(f"device: {device_name(run.device)}; precision {run.precision.name}: {run.precision.reason}")
             run.find_checkpoint()
@@ -370,6 +375,7 @@ def open_run(config: RunConfig, reporter: Reporter | None = None) -> Iterator[Ru
         run.logs = TextLogs(run.output_dir / "logs")
         if run.is_first_worker:
             replace_durably(run.output_dir / "config.yaml", config.to_yaml().encode())
+            announce_open(run.output_dir)
         run_id = run.newest.run_id if run.newest else sha256_json([fixed_settings(config), run.data.sha256])[:16]
         run.saver = Saver(run.checkpoint_dir, run_id, config.train.keep_last, run.on_saved, run.on_save_failed)
         if config.run.drive_dir and run.is_first_worker:
