@@ -1,0 +1,82 @@
+"""The five text logs and TensorBoard of a real run: each holds what its name says, one parseable line an event."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from smollm2 import logs, train
+from smollm2.config import RunConfig
+from smollm2.progress import Reporter
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("logs")
+    (folder / "text.txt").write_text((ROOT / "input.txt").read_text()[:30_000])
+    config = RunConfig(
+        model={"vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64},
+        data={"input_file": str(folder / "text.txt"), "sequence_length": 32, "tokenizer_vocab_size": 300},
+        train={"max_steps": 130, "batch_size": 8, "log_every": 10, "val_every": 50, "sample_every": 50, "sample_tokens": 4, "save_every": 50, "precision": "fp32"},
+        run={"output_dir": str(folder / "output")},
+    )  # fmt: skip
+    train(config, Reporter())
+    return folder / "output"
+
+
+def test_every_line_is_a_time_a_step_and_key_value_pairs(run_dir):
+    files = {path.name for path in (run_dir / "logs").glob("*.txt")}
+    assert files == {"training_loss.txt", "generation_samples.txt", "checkpoint_events.txt", "epoch_completion.txt", "gpu_metrics.txt"}
+    for name in files:
+        lines = (run_dir / "logs" / name).read_text().splitlines(keepends=True)
+        assert lines, name
+        for line in lines:
+            fields = logs.parse_line(line)
+            assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", fields["time"]) and int(fields["step"]) >= 0
+
+
+def test_each_log_holds_what_its_name_says(run_dir):
+    read = {name: logs.read_log(run_dir / "logs" / f"{name}.txt") for name in ("training_loss", "generation_samples", "checkpoint_events", "epoch_completion", "gpu_metrics")}
+    steps = [int(event["step"]) for event in read["training_loss"] if "train_loss" in event]
+    assert steps == [1, *range(10, 131, 10)]
+    assert all(float(e["lr"]) >= 0 and int(e["tokens"]) == int(e["step"]) * 8 * 32 for e in read["training_loss"] if "lr" in e)
+    validations = [e for e in read["training_loss"] if "val_loss" in e]
+    assert [int(e["step"]) for e in validations] == [50, 100, 130] and all(float(e["val_bits_per_byte"]) > 0 for e in validations)
+    prompts = {e["prompt"] for e in read["generation_samples"]}
+    assert len(prompts) == 3 and len(read["generation_samples"]) == 9 and all("text" in e for e in read["generation_samples"])
+    assert {"saved"} <= {e["event"] for e in read["checkpoint_events"]}
+    assert read["epoch_completion"][0]["epoch"] == "1" and float(read["epoch_completion"][0]["mean_train_loss"]) > 0
+    assert all(e["device"] == "cpu" and int(e["rss_bytes"]) > 1e7 and "note" in e for e in read["gpu_metrics"])
+
+
+def test_tensorboard_opens_the_events(run_dir):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_dir / "logs"))
+    events.Reload()
+    assert {"train/loss", "train/lr", "val/loss", "val/bits_per_byte"} <= set(events.Tags()["scalars"])
+    assert [e.step for e in events.Scalars("val/loss")] == [50, 100, 130]
+
+
+def test_rewind_drops_what_lies_behind_torn_lines_and_pending_events(tmp_path):
+    text = logs.TextLogs(tmp_path, tensorboard=False)
+    for step in (1, 2, 3):
+        text.write(logs.TRAINING, step, train_loss=1.0 / step)
+    text.write(logs.TRAINING, 2, val_loss=0.5)
+    with open(tmp_path / logs.TRAINING, "ab") as file:
+        file.write(b"2026-11-23T19:00:00Z step=2 train_lo")
+    text.rewind(2, ["val"])
+    kept = logs.read_log(tmp_path / logs.TRAINING)
+    assert [(e["step"], "val_loss" in e) for e in kept] == [("1", False), ("2", False)]
+
+
+def test_words_with_blanks_and_quotes_come_back(tmp_path):
+    text = logs.TextLogs(tmp_path, tensorboard=False)
+    said = 'He said "no = yes",\nand left \\ quickly'
+    text.write(logs.SAMPLES, 5, prompt="Once upon a time", text=said)
+    (event,) = logs.read_log(tmp_path / logs.SAMPLES)
+    assert event["text"] == said and event["prompt"] == "Once upon a time"
