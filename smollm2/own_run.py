@@ -16,7 +16,7 @@ from .pretrained import MODEL_FILES, read_config
 from .progress import Reporter
 
 SMALL = "small"  # the run made here: a folder of its own, so that it never stands in the way of notebook 04's
-PLACES = ("*.ckpt", "checkpoints/*.ckpt", "*/*.ckpt", "*/checkpoints/*.ckpt")
+PLACES = ("*.ckpt", "*/*.ckpt", "*/checkpoints/*.ckpt")
 SMOKE = {
     "model.vocab_size": 512, "data.tokenizer_vocab_size": 512, "model.hidden_size": 96, "model.intermediate_size": 256, "model.num_hidden_layers": 4,
     "data.sequence_length": 64, "train.batch_size": 8, "train.max_steps": 40, "train.save_every": 8, "train.warmup_steps": 5, "train.val_every": 20,
@@ -27,7 +27,7 @@ SMOKE = {
 def own_checkpoints(folders: Iterable[str | Path], say: Callable[[str], None] = print) -> list[Manifest]:
     """The verified checkpoints of the run that was saved to last, one a step, oldest first; empty where there is none.
 
-    Looks for `*.ckpt` in each folder, in its `checkpoints/`, and in those of its subfolders. A damaged one is named and left out.
+    Looks for `*.ckpt` in each folder, in its subfolders (`checkpoints/`), and in the `checkpoints/` of those. A damaged one is named and left out.
     """
     found: dict[str, dict[int, Manifest]] = {}
     newest: dict[str, float] = {}
