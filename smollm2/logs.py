@@ -156,8 +156,8 @@ def resources(device) -> dict[str, object]:
     }
     try:
         facts |= {"utilization_percent": torch.cuda.utilization(device), "power_watts": torch.cuda.power_draw(device) / 1000}
-    except (ImportError, RuntimeError, ModuleNotFoundError):  # nvidia-ml-py absent, or the driver does not tell
-        facts["utilization_percent"] = "n/a"
+    except Exception as error:  # NVML raises types of its own; a metric that cannot be read must not end a run
+        facts["utilization_percent"] = f"n/a ({type(error).__name__})"
     return facts
 
 
