@@ -104,13 +104,12 @@ class Run:
     def find_checkpoint(self) -> None:
         """Newest verified checkpoint of this machine, or of Drive when that one is newer."""
         place, folders = self.config.run, candidates(self.checkpoint_dir)
-        check = lambda manifest: read_state(manifest.folder)  # noqa: E731
         if place.drive_dir and self.is_first_worker:
             from .drive import newest_on_drive
 
-            self.newest = newest_on_drive(place.drive_dir, self.checkpoint_dir, folders, self.say, check=check, take_over=place.take_over)
+            self.newest = newest_on_drive(place.drive_dir, self.checkpoint_dir, folders, self.say, check=read_state, take_over=place.take_over)
         else:
-            self.newest = newest_usable(folders, self.say, check)
+            self.newest = newest_usable(folders, self.say, read_state)
 
     def archive(self) -> None:
         """`--resume never`: what an earlier run wrote moves aside; nothing is deleted."""
@@ -205,7 +204,7 @@ class Run:
             self.say(f"starting at step 0 of {total}")
             return model, state, {}
         folder = self.newest.folder
-        state = read_state(folder)
+        state = read_state(self.newest)
         check_unchanged(state.config, self.config)
         model = SmolLM2(self.config.model)
         load_weights(model, read_weights(folder, self.config.model), str(folder))

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import random
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
 from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 
-from .checkpoint import strict_json
+from .checkpoint import Manifest, strict_json
 from .config import RunConfig
 from .errors import CheckpointError, ConfigError
 
@@ -81,9 +80,12 @@ class TrainState:
         generator.setstate((version, tuple(internal), gauss))
 
 
-def read_state(folder: Path) -> TrainState:
-    """The state in a checkpoint folder; raises `CheckpointError` when it is not one."""
-    return TrainState.from_json(strict_json((folder / "state.json").read_bytes(), "state.json"))
+def read_state(manifest: Manifest) -> TrainState:
+    """The state in a verified checkpoint; raises `CheckpointError` when it is not one, or of another step."""
+    state = TrainState.from_json(strict_json((manifest.folder / "state.json").read_bytes(), "state.json"))
+    if state.step != manifest.step:
+        raise CheckpointError(f"state.json is of step {state.step}, the manifest of step {manifest.step}")
+    return state
 
 
 def check_unchanged(saved: dict[str, Any], config: RunConfig) -> None:

@@ -138,23 +138,23 @@ class Blackboard:
 def _instrument(board: Blackboard, drop_tokens: bool) -> None:
     """In the child: note phases on the blackboard, and drop tokens of every batch at random."""
 
-    def noted(owner, name: str, phase: int, after: int) -> None:
+    def noted(owner, name: str, phase: int) -> None:
         original = getattr(owner, name)
 
         def wrapper(*args, **kwargs):
+            before = board.read()[0]
             board.write(phase=phase)
-            try:
-                return original(*args, **kwargs)
-            finally:
-                board.write(phase=after)
+            result = original(*args, **kwargs)
+            board.write(phase=before if name != "finish" else phase)
+            return result
 
         setattr(owner, name, wrapper)
 
-    noted(saver, "commit", 2, 1)
-    noted(saver, "prune", 2, 1)
-    noted(chores.Chores, "_validate", 3, 1)
-    noted(chores.Chores, "_sample", 3, 1)
-    noted(chores.Chores, "finish", 4, 4)
+    noted(saver, "commit", 2)
+    noted(saver, "prune", 2)
+    noted(chores.Chores, "_validate", 3)
+    noted(chores.Chores, "_sample", 3)
+    noted(chores.Chores, "finish", 4)
     original_step, begun = training.TrainingModule.training_step, 0
 
     def step(self, batch, batch_idx):
