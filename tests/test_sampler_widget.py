@@ -64,6 +64,10 @@ def test_every_slider_writes_at_both_ends(panel, name):
 def test_all_filters_off_and_all_at_their_strictest(panel):
     panel.top_k.value, panel.top_p.value, panel.min_p.value = 0, 1.0, 0.0
     assert panel.options() == {"temperature": 0.8, "top_k": None, "top_p": None, "min_p": None}
+    panel.min_p.value = 1.0
+    assert panel.figure()[1].endswith("1 tokens can still be drawn."), "min-p 1 leaves only the best"
+    panel.min_p.value, panel.top_p.value = 0.0, 0.05
+    assert panel.options() == {"temperature": 0.8, "top_k": None, "top_p": 0.05, "min_p": None}
     panel.temperature.value = 0.0
     greedy = written(panel)
     panel.temperature.value, panel.top_k.value, panel.top_p.value, panel.min_p.value = 2.0, 1, 0.05, 1.0

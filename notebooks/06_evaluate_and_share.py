@@ -1,0 +1,402 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown] id="view-in-github"
+# <a href="https://colab.research.google.com/github/smollm2-from-scratch/smollm2-from-scratch/blob/main/notebooks/06_evaluate_and_share.ipynb" target="_parent"><img src="https://colab.research.google.com/assets/colab-badge.svg" alt="Open In Colab"/></a>
+
+# %% [markdown] id="title"
+# # 6 · Evaluate and share
+#
+# You will be able to
+# * measure a language model in bits per byte, and compare it with a compressor, with counting, and with other people's models;
+# * export it to the format everyone reads, and prove that nothing changed on the way;
+# * read a model card critically, publish your own, and choose what to do next.
+#
+# **Time** about 25 minutes to read, 1 minute to run, 2 to 3 more on a CPU without a run of yours · **hardware** any CPU ·
+# **network** only to score the official model and to publish; everything else runs offline.
+#
+# *Runtime → Run all* runs everything, and publishes nothing. Each `?` asks you to guess first: type a number in place of `None` and run that cell again.
+
+# %% cellView="form" id="setup" tags=["setup"]
+# @title Set-up (about 20 s on Colab) { display-mode: "form" }
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ADDRESS = os.environ.get("SMOLLM2_REPO") or "https://github.com/smollm2-from-scratch/smollm2-from-scratch"
+here = [Path(globals().get("__file__", "notebook")).resolve(), Path.cwd().resolve() / "notebook"]
+clone = Path.cwd().resolve() / "smollm2-from-scratch"
+folders = [*(parent for start in here for parent in start.parents), clone]
+REPO = next((folder for folder in folders if (folder / "smollm2" / "colab.py").is_file()), None)
+if REPO is None:  # a bare notebook, as the Colab badge opens it: fetch the project beside it
+    half = clone.with_name(f"{clone.name}.part{os.getpid()}")
+    fetched = subprocess.run(["git", "clone", "--quiet", "--depth", "1", ADDRESS, str(half)], capture_output=True, text=True)
+    if fetched.returncode:
+        raise RuntimeError(f"Could not fetch {ADDRESS}: {fetched.stderr.strip()}. Is the network there? Then run this cell again.")
+    REPO = half.rename(clone)
+if str(REPO) not in sys.path:
+    sys.path.insert(0, str(REPO))
+
+from smollm2 import colab
+
+colab.install_missing(REPO / "requirements.txt")
+report = colab.doctor()
+
+# %% id="imports" tags=["setup"]
+import gzip
+import json
+import math
+import textwrap
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from smollm2 import SmolLM2, data, lesson, plots, widgets
+from smollm2.data_plots import token_bytes, visible
+from smollm2.device import choose_device
+from smollm2.errors import UserError
+from smollm2.evaluate import compression_bits_per_byte, score_file
+from smollm2.export import export
+from smollm2.generate import prompt_ids
+from smollm2.inspect_model import token_probabilities
+from smollm2.ngram import NGram
+from smollm2.own_run import own_run
+from smollm2.pretrained import load_model_and_tokenizer, trained_length
+
+SMOKE = colab.is_smoke()
+TEXT = REPO / "input.txt"
+lesson.quiet()
+
+# %% cellView="form" id="find-run" tags=["parameters"]
+# @title Where to look for your run
+USE_DRIVE = False  # @param {type:"boolean"}
+place = colab.storage(use_drive=USE_DRIVE)
+places_on_drive = [place.drive_dir] if place.drive_dir else []
+
+# %% id="load-run" tags=["slow", "lesson"]
+checkpoint = own_run(TEXT, place.output_dir, places_on_drive, smoke=SMOKE)[-1].folder
+model, tokenizer = load_model_and_tokenizer(checkpoint, device=choose_device())
+train_bytes, held_out = ("".join(data.read_split(TEXT, split)).encode() for split in ("train", "val"))
+print(f"{sum(p.numel() for p in model.parameters()):,} parameters; {len(train_bytes):,} bytes to learn from, {len(held_out):,} held out")
+
+# %% [markdown] id="bits"
+# ## 1 · One number for every model
+#
+# The training loss is in nats *per token*, and a token is whatever the tokenizer says. A model with longer tokens has a higher loss and may still be better.
+# Bytes are the same for everybody. So: what would it cost to send this text to somebody who has the same model? A byte of probability p costs −log₂ p bits.
+
+# %% id="bits-numbers" tags=["lesson"]
+for p in (1.0, 0.5, 0.25, 1 / 256):
+    print(f"probability {p:.4f} costs {math.log2(1 / p):g} bits")
+total_nats, tokens, size = 3.0 * 100, 100, 400  # a made-up model: 100 tokens for 400 bytes, loss 3.0 nats a token
+bits_per_byte = total_nats / math.log(2) / size
+print(f"loss 3.0 nats a token, 4 bytes a token: {bits_per_byte:.3f} bits per byte")
+
+# %% id="predict-bits" tags=["predict"]
+guess = None
+lesson.predict(
+    "Another model cuts the same 400 bytes into 200 tokens and has a loss of 1.5 nats a token. How many bits per byte?",
+    guess, 1.5 * 200 / math.log(2) / size, within=0.01, unit="bits per byte",
+    why="Half the loss, twice the tokens: the very same model quality. Losses of different tokenizers cannot be compared, bits per byte can.",
+)  # fmt: skip
+
+# %% [markdown] id="compressors"
+# ## 2 · The neighbours: compressors
+#
+# A compressor is a language model too: what it can predict it need not store. `gzip` knows only repeated pieces of the last 32 KiB. English prose in
+# ASCII is 8 bits a byte uncompressed. Anything that claims to have learned language must beat these.
+
+# %% id="compressors-check" tags=["check"]
+packed = compression_bits_per_byte(TEXT, "val")
+for name, bits in packed.items():
+    print(f"{name:8} {bits:.3f} bits per byte")
+mine = 8 * len(gzip.compress(held_out, 9, mtime=0)) / len(held_out)
+lesson.check("gzip -9, by hand", mine - packed["gzip -9"], 1e-9)
+lesson.check("and it loses nothing", int(gzip.decompress(gzip.compress(held_out, 9)) != held_out))
+
+# %% [markdown] id="counting"
+# ## 3 · The honest rival: counting
+#
+# How often did *e* follow *th* in the training text? Divide by how often *th* occurred: a model. Its trouble are contexts it never saw. So it must blend
+# with shorter ones: Witten and Bell reserve for "something new" as much as new things happened so far. What must hold for every context, seen or not?
+
+
+# %% id="counting-code" tags=["lesson"]
+def chance(text, context, symbol):
+    """P(symbol | context), by counting in `text`; a context with few or no occurrences leans on the shorter one."""
+    shorter = chance(text, context[1:], symbol) if context else 1 / 256
+    k = len(context)
+    after = Counter(text[i + k] for i in range(len(text) - k) if text[i : i + k] == context)
+    if not after:
+        return shorter
+    return (after[symbol] + len(after) * shorter) / (after.total() + len(after))
+
+
+# %% id="counting-check" tags=["check"]
+small = train_bytes[:3000]
+ngram = NGram(small, order=4)  # the package's, counted once with numpy
+for context in (b"", b"th", b"the", b"qzx"):
+    by_hand = np.array([chance(small, context, symbol) for symbol in range(256)])
+    lesson.check(f"after {context.decode()!r} all 256 probabilities sum to 1", by_hand.sum() - 1, 1e-9, "who gets the share of the unseen?")
+    lesson.check("    and equal the package's", by_hand - ngram.probabilities(context), 1e-12)
+
+# %% id="predict-order" tags=["predict"]
+ngram = NGram(train_bytes, order=8)
+orders = {order: float(ngram.bits(held_out, order).mean()) for order in range(1, 9)}
+best_order = min(orders, key=orders.get)
+guess = None
+lesson.predict(
+    "Longer contexts know more but are seen more rarely. With which order (bytes of context + 1, from 1 to 8) does counting do best here?",
+    guess, best_order, within=0, why="Beyond it most contexts of the held-out text never occurred in training: all they add is noise.",
+)  # fmt: skip
+
+
+# %% id="counting-widget" tags=["widget", "figure"]
+def counted(order, context):
+    """Left: all orders on the held-out text. Right: what counting expects after `context`."""
+    fig, (left, right) = plots.figure(8.5, 3, columns=2)
+    left.plot(list(orders), list(orders.values()), color=plots.BLUE, marker="o")
+    left.plot(order, orders[order], "D", color=plots.RED, markersize=9)
+    left.set_ylim(0)
+    plots.label(left, f"order {order}: {orders[order]:.2f} bits per byte", "order (bytes of context + 1)", "bits per byte, held out")
+    chances = ngram.probabilities(context.encode(), order)
+    best = np.argsort(chances)[::-1][:8]
+    names = [visible(bytes([b])) for b in best]
+    right.barh(range(8), chances[best], color=plots.BLUE)
+    right.set_yticks(range(8), [f"'{name}'" for name in names], family="monospace", parse_math=False)
+    right.invert_yaxis()
+    plots.label(right, "the next byte", f"probability after '{visible(context.encode())[-12:]}'", "")
+    return fig, f"Order {order} needs {orders[order]:.2f} bits per byte; after '{context}' it expects '{names[0]}' with probability {chances[best[0]]:.2f}."
+
+
+_ = widgets.explore(counted, order=widgets.slider("order", 1, 8, best_order), context=widgets.text("context", "Once upon a t"))
+
+# %% [markdown] id="yours"
+# ## 4 · Your model
+#
+# Now yours, on the same bytes, every token scored once. Minutes of training against pure counting on the same text: who wins? A very small run may
+# well lose. That is worth knowing: a loss curve that falls proves only that something falls.
+
+# %% id="yours-check" tags=["check", "slow"]
+block = trained_length(checkpoint) or model.config.max_position_embeddings
+score = score_file(model, tokenizer, TEXT, "val", block_length=block)
+print(f"yours: {score.loss:.3f} nats a token, {score.bits_per_byte:.3f} bits per byte ({score.tokens:,} tokens, {score.bytes:,} bytes)")
+lesson.check("bits per byte follow from the loss", score.loss * score.tokens / math.log(2) / score.bytes - score.bits_per_byte, 1e-6)
+lesson.check("all held-out bytes are counted", score.bytes - len(held_out))
+
+# %% id="predict-yours" tags=["predict"]
+guess = None
+lesson.predict(
+    f"Counting needs {orders[best_order]:.2f} bits per byte. Give the ratio: yours divided by that.",
+    guess, score.bits_per_byte / orders[best_order], within=0.05,
+    why="Below 1 your model predicts better than counting. A network shares what it learned between contexts that counting keeps apart.",
+)  # fmt: skip
+
+# %% id="official" tags=["slow", "lesson"]
+official = None
+try:
+    other, other_tokenizer = load_model_and_tokenizer("HuggingFaceTB/SmolLM2-135M", device=model.device)
+    limit = None if model.device.type == "cuda" else 4096  # tokens: a CPU would need minutes for all
+    official = score_file(other, other_tokenizer, TEXT, "val", block_length=1024, max_tokens=limit).bits_per_byte
+    print(f"official SmolLM2-135M: {official:.3f} bits per byte" + (f", on the first {limit:,} tokens" if limit else ""))
+except UserError as reason:
+    print(f"{reason}.\nSo: the picture below goes without the official model.")
+
+# %% id="all-figure" tags=["figure"]
+rows = {"no model": 8.0, "single bytes (order 1)": orders[1], **packed, f"counting (order {best_order})": orders[best_order], "YOURS": score.bits_per_byte}
+rows |= {"SmolLM2-135M, official": official} if official else {}
+rows = dict(sorted(rows.items(), key=lambda row: -row[1]))
+fig, ax = plots.figure(7.5, 0.9 + 0.32 * len(rows))
+drawn = ax.barh(list(rows), list(rows.values()), color=[plots.ORANGE if name == "YOURS" else plots.BLUE for name in rows])
+ax.bar_label(drawn, fmt="%.2f", padding=3)
+ax.invert_yaxis()
+ax.set_xlim(0, 9)
+plots.label(ax, "The same held-out text, in bits per byte (less is better)", "bits per byte", "")
+plots.show(fig, alt="Bits per byte on the held-out text: " + ", ".join(f"{name} {value:.2f}" for name, value in rows.items()) + ".")
+
+# %% [markdown] id="where"
+# **Where** does each of the two win? Take one passage, give each token's bits to its bytes, and add up the difference as we read. The curve falls where
+# your model is better, rises where counting is.
+
+# %% id="where-figure" tags=["figure"]
+passage = held_out.decode()[:1500].rsplit(" ", 1)[0]
+start = prompt_ids(model, tokenizer, "")  # what stands before every text
+ids = [*start, *tokenizer.encode(passage)][: block + 1]  # no longer than the rows it was trained on
+bits = -token_probabilities(model, torch.tensor([ids], device=model.device))[0].log2().cpu().numpy()
+sizes = np.array([len(token_bytes(tokenizer, i)) for i in ids[1:]])  # the first id is the given start
+rival = ngram.bits(passage.encode()[: sizes.sum()], best_order)
+per_byte = np.repeat(bits / sizes, sizes)
+fig, ax = plots.figure(7.5, 3)
+ax.plot(np.cumsum(per_byte - rival), color=plots.BLUE, marker="")
+ax.axhline(0, color=plots.GREY, ls="--", marker="")
+plots.label(ax, "Your model against counting, byte by byte", "bytes read", "bits ahead (below 0: yours is better)")
+ahead = float((per_byte - rival).sum())
+plots.show(fig, alt=f"Running difference in bits between your model and counting over {len(rival)} bytes; it ends at {ahead:+.0f} bits, {'yours' if ahead < 0 else 'counting'} is ahead.")
+lesson.check("no byte was lost on the way to bytes", per_byte.sum() - bits.sum(), 1e-2)
+
+# %% [markdown] id="published"
+# ## 5 · Published figures, and how to read them
+#
+# The card of SmolLM2-135M (trained on 2 trillion tokens) lists zero-shot results, measured with `lighteval`. A bar alone says nothing: a
+# question with four answers is right by luck one time in four. What is left above luck?
+
+# %% id="published-table" tags=["lesson"]
+# task: (SmolLM2-135M, SmolLM-135M of the year before, luck), all in percent; from the model card, lighteval, zero-shot
+CARD = {
+    "HellaSwag": (42.1, 41.2, 25), "ARC (average)": (43.9, 42.4, 25), "PIQA": (68.4, 68.4, 50), "MMLU (cloze)": (31.5, 30.2, 25), "CommonsenseQA": (33.9, 32.7, 20),
+    "WinoGrande": (51.3, 51.3, 50), "OpenBookQA": (34.6, 34.0, 25), "TriviaQA": (4.1, 4.3, 0), "GSM8K": (1.4, 1.0, 0),
+}  # fmt: skip
+for task, (new, old, luck) in CARD.items():
+    print(f"{task:14} SmolLM2 {new:5.1f}   SmolLM {old:5.1f}   luck {luck:3}   above luck {new - luck:5.1f}")
+
+# %% id="predict-luck" tags=["predict"]
+guess = None
+new, _, luck = CARD["WinoGrande"]
+lesson.predict(
+    "WinoGrande: 51.3 % right. How many points of that are above flipping a coin?",
+    guess, new - luck, within=0.1, unit="points",
+    why="1,267 questions have a standard error of 1.4 points: 1.3 above luck is within the noise. This task does not separate models of this size.",
+)  # fmt: skip
+questions = 1267  # WinoGrande's validation set
+error = 100 * math.sqrt(0.5 * 0.5 / questions)
+lesson.check("WinoGrande's lead over luck, beyond one standard error", max(0.0, (new - luck) - error), 0.0)
+
+# %% id="published-figure" tags=["figure"]
+fig, ax = plots.figure(7.5, 3.4)
+at = np.arange(len(CARD))
+new, old, luck = np.array(list(CARD.values())).T
+ax.barh(at - 0.2, new, 0.38, color=plots.BLUE, label="SmolLM2-135M, 2 T tokens")
+ax.barh(at + 0.2, old, 0.38, color=plots.SKY, hatch="//", edgecolor="white", label="SmolLM-135M, 0.6 T tokens")
+ax.plot(luck, at, "|", color=plots.RED, markersize=20, markeredgewidth=3, label="luck")
+ax.set_yticks(at, list(CARD))
+ax.invert_yaxis()
+ax.set_xlim(0, 100)
+plots.label(ax, "Zero-shot, from the model card (lighteval)", "percent right", "", legend=True)
+plots.show(fig, alt="Nine benchmarks: HellaSwag 42.1 % (luck 25), PIQA 68.4 % (luck 50), WinoGrande 51.3 % (luck 50), GSM8K 1.4 %; three times the tokens add about one point.")
+
+# %% [markdown] id="judge"
+# For a run of minutes or a night these tasks are noise: a model trained on a million times less text sits at luck on all of them. **Judge your runs by
+# bits per byte on held-out text**; it moves from the first step on.
+#
+# ## 6 · Export, and prove it
+#
+# A checkpoint of this project already is a Hugging Face folder, plus what a resume needs. The export leaves that away, and adds a card, a receipt with
+# hashes, and settings that transformers 4, 5 and Ollama all read. Does the copy still say the same?
+
+# %% id="export" tags=["lesson"]
+out = export(checkpoint, Path(place.output_dir) / "export")
+for path in sorted(out.iterdir()):
+    print(f"{path.stat().st_size:>12,} bytes  {path.name}")
+
+# %% id="export-check" tags=["check"]
+copy = SmolLM2.from_pretrained(out)
+weights = dict(SmolLM2.from_pretrained(checkpoint).named_parameters())
+lesson.check("every weight is the same number", max(lesson.largest(p - weights[name]) for name, p in copy.named_parameters()))
+theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+words = torch.tensor([prompt_ids(copy, tokenizer, "Once upon a time there was")])
+with torch.inference_mode():
+    gap = (copy(words).softmax(-1) - theirs(words).logits.softmax(-1)).abs()
+    mine = copy.generate(words, 20)
+    other = theirs.generate(words, attention_mask=torch.ones_like(words), max_new_tokens=20, do_sample=False)
+lesson.check("transformers gives the same probabilities", gap, 1e-5, "RoPE theta: is it in config.json in both forms?")
+lesson.check("and writes the same 20 greedy tokens", mine[:, : other.shape[1]] - other)
+
+# %% id="tokenizer-check" tags=["check"]
+their_tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
+probe = held_out.decode()[:5000] + "\n\n1. First, 2,048 steps — déjà vu.\n"
+different = sum(a != b for a, b in zip(tokenizer.encode(probe), their_tokenizer(probe, add_special_tokens=False).input_ids, strict=True))
+lesson.check("transformers' tokenizer gives the same ids", different, 0, "AutoTokenizer of transformers 5 changes the digits; use the class named in the file")
+lesson.check("and text comes back unchanged", int(their_tokenizer.decode(their_tokenizer(probe, add_special_tokens=False).input_ids) != probe))
+folder = Path(place.output_dir) / "there-and-back"
+theirs.save_pretrained(folder)
+back = SmolLM2.from_pretrained(folder)
+lesson.check("there and back: saved by transformers, read by us", max(lesson.largest(p - weights[name]) for name, p in back.named_parameters()))
+
+# %% [markdown] id="card"
+# ## 7 · The card
+#
+# A model without a card is a file of numbers. The export wrote one from the run's own log: nothing in it is typed by hand, and what the log does not know
+# is left out. Read it as a stranger would: what was it trained on, for how long, how good is it, what must it not be used for?
+
+# %% id="card-show" tags=["lesson"]
+card = (out / "README.md").read_text(encoding="utf-8")
+lines = [line for line in card.split("\n## Use")[0].splitlines() if line.strip()]
+print("\n".join(textwrap.fill(line, 140) for line in lines[:22]))
+
+# %% id="card-check" tags=["check"]
+receipt = json.loads((out / "export.json").read_text(encoding="utf-8"))
+parameters = sum(p.numel() for p in copy.parameters())
+lesson.check("the card names the true number of parameters", int(f"{parameters:,} parameters" not in card))
+lesson.check("the receipt lists every file with its size", sum(abs((out / name).stat().st_size - entry["bytes"]) for name, entry in receipt["files"].items()))
+
+# %% [markdown] id="share"
+# ## 8 · Share it (only if you want to)
+#
+# To publish: make a token with *write* permission at huggingface.co/settings/tokens, put it into Colab's key panel (left edge) as `HF_TOKEN` and switch on *Notebook access*.
+# Then tick the box, write `your-name/your-model`, and run the cell. Before you do: is the training text yours to publish from? Does the card say what it is?
+
+# %% cellView="form" id="push" tags=["parameters"]
+# @title Publish on the Hugging Face Hub
+PUBLISH = False  # @param {type:"boolean"}
+REPOSITORY = "your-name/my-first-smollm2"  # @param {type:"string"}
+size = sum(path.stat().st_size for path in out.iterdir())
+if not PUBLISH:
+    print(f"Nothing is published. With the box ticked, {size / 1e6:.1f} MB would go to huggingface.co/{REPOSITORY}.")
+elif token := colab.secret("HF_TOKEN"):
+    from smollm2.hub import check_repo_id, push
+
+    check_repo_id(REPOSITORY, "REPOSITORY")
+    os.environ["HF_TOKEN"] = token  # where huggingface_hub looks for it; not printed, not saved
+    print(f"published: {push(out, REPOSITORY)}")
+
+# %% [markdown] id="next"
+# ## 9 · Where to go next
+#
+# * **More text, not more steps.** `--dataset HuggingFaceFW/fineweb-edu` streams as much as you like; 135M parameters are worth about 3 billion tokens and more.
+# * **A longer run.** `python colab_train.py --preset smollm2-135m` on any GPU; killed and started again, it continues. Notebook
+#   [4 · Train](04_train.ipynb) ([open in Colab](https://colab.research.google.com/github/smollm2-from-scratch/smollm2-from-scratch/blob/main/notebooks/04_train.ipynb)) is the same with a panel.
+# * **Start from the official weights.** `--set run.init_from=HuggingFaceTB/SmolLM2-135M` and your own text: fine-tuning.
+# * **On your own machine.** `python -m smollm2.export --gguf q8_0` for llama.cpp and Ollama.
+# * **Back to the beginning.** [1 · Build the model](01_build_the_model.ipynb)
+#   ([open in Colab](https://colab.research.google.com/github/smollm2-from-scratch/smollm2-from-scratch/blob/main/notebooks/01_build_the_model.ipynb)), and change something: the checks will tell you what you did.
+
+# %% [markdown] id="self-test"
+# ## What you can now explain
+#
+# * Why can two losses in nats a token not be compared, and bits per byte can?
+# * Why is counting with long contexts worse than with middle ones, although it knows more?
+# * Which of the nine published figures say something about a 135M model, and which are luck?
+#
+# <details><summary>Answers</summary>
+#
+# * A token is a different piece of text for each tokenizer; a byte is the same for all.
+# * Long contexts were seen once or never; the estimate after one sighting is mostly noise.
+# * HellaSwag, ARC, PIQA and CommonsenseQA lie well above luck. WinoGrande is luck, GSM8K and TriviaQA are near zero.
+# </details>
+
+# %% id="score" tags=["check"]
+lesson.score()
+
+# %% [markdown] id="exercises"
+# ## Exercises
+#
+# 1. Blend: give each byte the mean of both probabilities, your model's and counting's. Is the blend better than either? Why can it be?
+# 2. Score your model with `block_length=16` instead. What does it lose, and what does that say about the context it uses?
+# 3. Change one number in `out/model.safetensors` (load, add 1e-3 to one weight, save). Which check above notices first?
+#
+# <details><summary>Solutions</summary>
+#
+# 1. Per byte of `passage`: `-np.log2((2.0**-per_byte + 2.0**-rival) / 2)`. Often better: they are wrong in different places, and the mean of two
+#    distributions is never more than 1 bit worse than the better one.
+# 2. `score_file(model, tokenizer, TEXT, "val", block_length=16)`: each block starts without a past; the difference is what longer context is worth.
+# 3. *every weight is the same number* (exact). The probabilities may still agree within 1e-5: that is why there are both.
+# </details>
