@@ -79,8 +79,9 @@ tiny = SmolLM2Config(vocab_size=512, hidden_size=72, intermediate_size=192, num_
 for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
     print(f"{name:22} SmolLM2-135M {getattr(full, name):6,}   here {getattr(tiny, name):4}")
 
-# %% id="predict-head-dim" tags=["predict"]
-guess = None
+# %% cellView="form" id="predict-head-dim" tags=["predict"]
+# @title Your prediction { display-mode: "form" }
+guess = None  # @param {type:"raw"}
 lesson.predict(
     "SmolLM2-135M splits its hidden_size among its query heads. How many numbers does one head get?",
     guess, full.head_dim, within=0, why=f"{full.hidden_size} / {full.num_attention_heads} = {full.head_dim}: the head_dim.",
@@ -131,8 +132,9 @@ table = nn.Embedding(tiny.vocab_size, tiny.hidden_size)
 one_hot = F.one_hot(ids, tiny.vocab_size).float()  # (B, T, V), a single 1 in each row
 lesson.check("a look-up is a product with a one-hot vector", table(ids) - one_hot @ table.weight)
 
-# %% id="predict-tying" tags=["predict"]
-guess = None
+# %% cellView="form" id="predict-tying" tags=["predict"]
+# @title Your prediction { display-mode: "form" }
+guess = None  # @param {type:"raw"}
 share = full.vocab_size * full.hidden_size
 lesson.predict(
     "How many parameters does tying save in SmolLM2-135M (in millions)?",
@@ -206,8 +208,9 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
-# %% id="predict-rope" tags=["predict"]
-guess = None
+# %% cellView="form" id="predict-rope" tags=["predict"]
+# @title Your prediction { display-mode: "form" }
+guess = None  # @param {type:"raw"}
 turn = 2 * math.pi * full.rope_theta ** (1 - 2 / full.head_dim)  # tokens for one turn of the slowest pair
 lesson.predict(
     f"The fastest hand needs 2π = 6.3 tokens for a turn. How many tokens does the slowest need (rope_theta = {full.rope_theta:,.0f})?",
@@ -257,8 +260,10 @@ def rope_view(m, n):
         tip = rotate(vector, cos[at], sin[at])[[0, tiny.head_dim // 2]]
         left.annotate("", tip.tolist(), (0, 0), arrowprops={"arrowstyle": "-|>", "color": color, "lw": 2})
         left.plot([], [], color=color, marker="", label=f"{name} at {at}")
-    left.set(xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
-    plots.label(left, "the first pair", "first number", "second number", legend=True)
+    reach = 1.2 * max(vector[[0, tiny.head_dim // 2]].norm().item() for vector in (q, k))
+    left.set(xlim=(-reach, reach), ylim=(-1.6 * reach, reach), aspect="equal")
+    left.legend(loc="lower center", frameon=False)
+    plots.label(left, "the first pair", "first number", "second number")
     distance = torch.arange(-40, 41)
     curve = [scores[64 + d // 2 + d % 2, 64 - d // 2].item() for d in distance.tolist()]
     right.plot(distance, curve, color=plots.GREY, marker="")
@@ -277,8 +282,9 @@ widgets.explore(rope_view, m=widgets.slider("query position m", 0, 40, 12), n=wi
 # key/value heads: heads 0, 1, 2 share the first, 3, 4, 5 the second, 6, 7, 8 the third. While generating, keys and values of all earlier tokens
 # stay in memory; how much of that does sharing save?
 
-# %% id="predict-kv" tags=["predict"]
-guess = None
+# %% cellView="form" id="predict-kv" tags=["predict"]
+# @title Your prediction { display-mode: "form" }
+guess = None  # @param {type:"raw"}
 stored = 2 * full.num_key_value_heads * full.head_dim
 lesson.predict(
     "How many numbers must one layer of SmolLM2-135M remember for each token it has read?",
@@ -532,8 +538,12 @@ ax.set_xticks(range(len(right_steps)), right_steps)
 plots.label(ax, "Where does each one begin to differ?", "step of attention", "max|difference|", legend=True)
 plots.show(fig, alt="Difference from the correct attention at six steps: Ada's jumps at 'shared k', Bo's at 'scores', Cy's at the very first step 'q'.")
 
-# %% id="predict-bugs" tags=["predict"]
-guesses = {"Ada": None, "Bo": None, "Cy": None}  # each one of: "q", "shared k", "scores"
+# %% cellView="form" id="predict-bugs" tags=["predict"]
+# @title Your prediction { display-mode: "form" }
+ada = "?"  # @param ["?", "q", "shared k", "scores"]
+bo = "?"  # @param ["?", "q", "shared k", "scores"]
+cy = "?"  # @param ["?", "q", "shared k", "scores"]
+guesses = {"Ada": ada, "Bo": bo, "Cy": cy}
 for name in suspects:
     first = next(step for step in right_steps if (wrong[name][step] - right_steps[step]).abs().max() > 1e-6)
     lesson.predict(f"Where is {name}'s mistake: q, shared k or scores?", guesses[name], first, why=f"Before '{first}' all numbers agree.")

@@ -75,8 +75,9 @@ L, H, K = config.num_hidden_layers, config.num_attention_heads, config.num_key_v
 D = config.head_dim  # C / H
 print(f"V = {V:,} vocabulary   C = {C} hidden   M = {M:,} MLP features   L = {L} layers   H = {H} query heads   K = {K} key/value heads")
 
-# %% id="predict-mlp" tags=["predict"]
-guess = None
+# %% cellView="form" id="predict-mlp" tags=["predict"]
+# @title Your prediction { display-mode: "form" }
+guess = None  # @param {type:"raw"}
 share = group_totals(parameter_table(config))["MLP"] / parameter_count(config)
 lesson.predict(
     "What share of all parameters sits in the MLPs?", guess, 100 * share, unit="%",
@@ -167,8 +168,9 @@ missing = total - claimed
 print(f"missing {missing:,} = {missing / total:.1%} of the model = {L} x {missing / L:,.0f}")
 print(f"candidates in one layer: all of attention {attention:,}; one MLP matrix {C * M:,}; the norms {norms:,}")
 
-# %% id="predict-missing" tags=["predict"]
-guess = None
+# %% cellView="form" id="predict-missing" tags=["predict"]
+# @title Your prediction { display-mode: "form" }
+guess = None  # @param {type:"raw"}
 lesson.predict(
     "That account lists q, k, v, o, both norms, and an MLP of 'up' and 'down'. What did it forget (the matrix's name, as in the ledger)?",
     guess, "gate_proj",
@@ -233,8 +235,9 @@ lesson.check("one key/value head (multi-query)", count_with(num_key_value_heads=
 # While a model writes, it keeps keys and values of every earlier token, in every layer. Weights are paid once; this is paid per token and per
 # user. It is the real reason for sharing heads: 9 → 3 saves 9 % of the parameters, but two thirds of the cache.
 
-# %% id="predict-cache" tags=["predict"]
-guess = None
+# %% cellView="form" id="predict-cache" tags=["predict"]
+# @title Your prediction { display-mode: "form" }
+guess = None  # @param {type:"raw"}
 per_token = 2 * L * K * D * 2  # key and value, layers, heads, numbers a head, bytes of bf16
 lesson.predict(
     "How many bytes does one token of context cost in bf16 (2 bytes a number)?", guess, per_token, unit="bytes",
@@ -300,8 +303,9 @@ plots.show(fig, alt="Training GFLOP a token: 0.81 for the matrices at every leng
 # Four fp32 copies are held for every parameter: the weight, its gradient, and Adam's two averages. That part does not depend on the batch. The
 # rest are **activations**: numbers of the forward pass that the backward pass will need. Guess the fixed part first.
 
-# %% id="predict-memory" tags=["predict"]
-guess = None
+# %% cellView="form" id="predict-memory" tags=["predict"]
+# @title Your prediction { display-mode: "form" }
+guess = None  # @param {type:"raw"}
 fixed = 16 * total
 lesson.predict(
     "Weights, gradients and Adam's state of SmolLM2-135M in fp32: how many GB?", guess, fixed / 1e9, unit="GB",
@@ -355,8 +359,9 @@ lesson.check("activations: prediction against measurement (relative)", predicted
 # activations for each row of a micro-batch. (In half precision activations take half. The logits of 49,152 words would add 0.1 GiB a row, several times
 # over; this project's loss never holds them all at once, see `smollm2/loss.py`.)
 
-# %% id="predict-t4" tags=["predict"]
-guess = None
+# %% cellView="form" id="predict-t4" tags=["predict"]
+# @title Your prediction { display-mode: "form" }
+guess = None  # @param {type:"raw"}
 row_bytes = predicted * L * length
 fits = int((14.7 * GIB - fixed) / row_bytes)
 lesson.predict(
@@ -378,7 +383,7 @@ for x, preset in enumerate(presets):
     for number, (name, size) in enumerate(sizes.items()):
         ax.barh(x, size, left=start, color=plots.PALETTE[number], edgecolor="white", label=name if x == 0 else None)
         start += size
-    ax.text(start, x, f" {start:.1f} GiB", va="center")
+    ax.text(start, x, f" {start:.1f} GiB", va="center", fontsize=8.5)
     needed.append(f"{start:.1f}")
 ax.axvline(14.7, color=plots.BLACK, ls="--", label="T4", zorder=0)
 ax.set(yticks=range(3), yticklabels=presets, xlim=(0, 40), ylim=(2.6, -0.6))

@@ -69,13 +69,13 @@ def _shown(value) -> str:
 def predict(question: str, guess, answer, *, within: float = 0.1, unit: str = "", why: str = "") -> None:
     """Score a prediction: 1 point within `within` (relative) of the answer, 0.5 within a factor of two, else 0.
 
-    With `guess=None` it only asks; answer and explanation (`why`) stay closed. Words are compared as words.
+    With `guess=None` (or "?") it only asks; answer and explanation (`why`) stay closed. Words are compared as words.
     """
     unit = f" {unit}" if unit else ""
     print(textwrap.fill(f"? {question}", WIDTH, subsequent_indent="  "))
-    if guess is None:
+    if guess is None or guess == "?":
         _scores.setdefault(question, 0.0)
-        print("  No guess yet: put one in place of None and run this cell again. The answer is worked out below.")
+        print(f"  No guess yet: put one in place of {guess!r} and run this cell again. The answer is worked out below.")
         return
     reached = _points(guess, answer, within)
     _scores[question] = reached
