@@ -209,7 +209,7 @@ def _restore_logs(source: Path, manifest: Manifest, say: Say, sleep: Callable[[f
     except (OSError, CheckpointError) as error:
         say(f"the logs beside {source.name} could not be read ({error}); the logs on this machine begin at step {manifest.step}")
         return
-    known_lines = read_state(manifest.folder).log_lines
+    known_lines = read_state(manifest).log_lines
     folder = manifest.folder.parent.parent / "logs"
     folder.mkdir(exist_ok=True)
     for name, data in sorted(logs.items()):
