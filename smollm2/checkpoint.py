@@ -188,7 +188,7 @@ def parse_manifest(raw: bytes, folder: Path) -> Manifest:
         is_canonical = is_intact = False
     if not (is_canonical and is_intact):
         raise CheckpointError(f"{MANIFEST}: does not match its own sha256: edited or damaged")
-    if body.get("format") != FORMAT_VERSION:
+    if not _is_count(body.get("format")) or body["format"] != FORMAT_VERSION:
         raise CheckpointError(f"{MANIFEST}: format {body.get('format')!r:.20}, this version reads {FORMAT_VERSION}: update the project")
     return _checked_table(folder, body)
 

@@ -25,6 +25,7 @@ class NumericGuard:
         state = state or {}
         self.on_spike, self.has_scaler = on_spike, has_scaler
         self.in_a_row = state.get("in_a_row", 0)
+        self.overflows_in_a_row = state.get("overflows_in_a_row", 0)
         self.total = state.get("total", 0)
         self.recent = deque(state.get("recent", []), WINDOW)  # positions of the skips among the last batches
         self.losses = deque(state.get("losses", []), SPIKE_HISTORY)
@@ -33,6 +34,7 @@ class NumericGuard:
     def state(self) -> dict:
         return {
             "in_a_row": self.in_a_row,
+            "overflows_in_a_row": self.overflows_in_a_row,
             "total": self.total,
             "recent": list(self.recent),
             "losses": list(self.losses),
@@ -51,24 +53,25 @@ class NumericGuard:
             if reason and self.on_spike == "stop":
                 raise NumericStop(f"stopped on a spike: {reason}; the last checkpoint is untouched")
         if reason is None:
-            self.in_a_row = 0
+            self.in_a_row = self.overflows_in_a_row = 0
             if self.on_spike != "ignore":
                 self.losses.append(loss)
                 self.norms.append(norm)
             return None
-        self.in_a_row += 1
         self.total += 1
-        self._stop_if_hopeless(reason, position, overflow=self.has_scaler and math.isfinite(loss))
+        self._stop_if_hopeless(reason, position, overflow=self.has_scaler and math.isfinite(loss) and not math.isfinite(norm))
         return reason
 
     def _stop_if_hopeless(self, reason: str, position: int, overflow: bool) -> None:
         if overflow:  # a scaler that is searching for its scale; bounded by the floor and a count of its own
-            if self.in_a_row >= MAX_SCALER_SKIPS:
+            self.overflows_in_a_row += 1
+            if self.overflows_in_a_row >= MAX_SCALER_SKIPS:
                 raise NumericStop(
-                    f"fp16 gradients overflowed {self.in_a_row} times in a row ({reason}); use --set train.precision=bf16 "
+                    f"fp16 gradients overflowed {self.overflows_in_a_row} times in a row ({reason}); use --set train.precision=bf16 "
                     "(or fp32), or a lower learning rate; the last checkpoint is untouched"
                 )
             return
+        self.in_a_row += 1
         self.recent.append(position)
         recent = sum(position - at < WINDOW for at in self.recent)
         if self.in_a_row >= MAX_SKIPS_IN_A_ROW or recent > MAX_SKIPS_IN_WINDOW:

@@ -1,0 +1,304 @@
+"""Numbers that go wrong and memory that runs out: skipped or redone, bounded, and never on disk."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from smollm2 import data, training
+from smollm2.checkpoint import FINAL_NAMES, candidates, newest_usable
+from smollm2.errors import MemoryStop, NumericStop
+from smollm2.files import sha256_file
+from smollm2.guard import MAX_SCALER_SKIPS, NumericGuard
+from smollm2.logs import CHECKPOINTS, TRAINING, read_log
+from smollm2.progress import Reporter
+from smollm2.training import TrainingModule, train
+from tests.soak import compare, outcome, small_config, small_text
+
+FINAL = FINAL_NAMES[0]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    return small_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+def config(text: Path, folder: Path, **settings):
+    return small_config(text, folder, **({"max_steps": 40, "val_every": 40, "sample_every": 40, "save_every": 5, "keep_last": 20} | settings))
+
+
+def expect_finite_files(folder: Path) -> None:
+    checkpoints = candidates(folder / "checkpoints")
+    for path in checkpoints:
+        for file in path.glob("*.safetensors"):
+            assert all(torch.isfinite(t).all() for t in load_file(file).values() if t.is_floating_point()), file
+        assert "NaN" not in (path / "state.json").read_text() and "Infinity" not in (path / "state.json").read_text()
+    assert all(math.isfinite(float(event.get("train_loss", 0))) for event in read_log(folder / "logs" / TRAINING))
+
+
+def state_of(folder: Path, name: str = FINAL) -> dict:
+    return json.loads((folder / "checkpoints" / name / "state.json").read_text())
+
+
+def poison(monkeypatch, at: dict[int, str] | None, value: float = math.nan) -> None:
+    """Make loss or gradients non-finite at batch positions {position: "loss" or "gradient"}; None: gradients always."""
+    original = TrainingModule._gradients_of_window
+
+    def gradients(self, batch):
+        loss = original(self, batch)
+        what = "gradient" if at is None else at.get(self.state.position)
+        if what == "loss":
+            loss = loss * value
+        elif what == "gradient":
+            parameter = random.choice([p for p in self.model.parameters() if p.grad is not None])
+            parameter.grad.view(-1)[0] = value
+        return loss
+
+    monkeypatch.setattr(TrainingModule, "_gradients_of_window", gradients)
+
+
+# --- skipping ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_ten_poisoned_steps_are_skipped_and_the_rest_is_as_if_their_batches_had_not_been(text, tmp_path, monkeypatch, seed):
+    rng = random.Random(seed)
+    bad = {position: rng.choice(["loss", "gradient"]) for position in rng.sample(range(0, 50, 2), 10)}
+    with monkeypatch.context() as patch:
+        poison(patch, bad, rng.choice([math.nan, math.inf, -math.inf]))
+        assert train(config(text, tmp_path / "poisoned"), Reporter()).step == 40
+    expect_finite_files(tmp_path / "poisoned")
+    state = state_of(tmp_path / "poisoned")
+    skips = [event for event in read_log(tmp_path / "poisoned/logs" / CHECKPOINTS) if event.get("event") == "skipped"]
+    assert (state["step"], state["position"]) == (40, 40 + len(skips)) and state["guard"]["total"] == len(skips)
+    assert {int(event["position"]) for event in skips} == {position for position in bad if position < state["position"]}
+
+    with monkeypatch.context() as patch:  # the same run over a stream without those batches
+        good = [n for n in range(200) if n not in bad]
+        original = data.BatchStream.batch
+        patch.setattr(data.BatchStream, "batch", lambda self, n: original(self, good[n]))
+        train(config(text, tmp_path / "without"), Reporter())
+    for file in ("model.safetensors", "optim.safetensors"):
+        assert sha256_file(tmp_path / "poisoned/checkpoints" / FINAL / file) == sha256_file(tmp_path / "without/checkpoints" / FINAL / file)
+
+
+@pytest.mark.parametrize(("bad", "cause"), [([17, 18, 19], "3 in a row"), (list(range(1, 36, 3)), "11 of the last 1000")])
+def test_too_many_skips_end_the_run_with_exit_code_5_and_leave_the_last_checkpoint(text, tmp_path, monkeypatch, bad, cause):
+    with monkeypatch.context() as patch:
+        poison(patch, dict.fromkeys(bad, "gradient"))
+        with pytest.raises(NumericStop, match=f"updates skipped: {cause}.*the last checkpoint is untouched") as stop:
+            train(config(text, tmp_path / "output"), Reporter())
+    assert stop.value.exit_code == 5
+    expect_finite_files(tmp_path / "output")
+    assert newest_usable(candidates(tmp_path / "output/checkpoints")).step >= 10
+    assert train(config(text, tmp_path / "output"), Reporter()).step == 40
+
+
+def test_skips_are_replayed_exactly_after_a_stop(text, tmp_path, monkeypatch):
+    poison(monkeypatch, {3: "loss", 12: "gradient", 13: "loss", 31: "loss"})
+    train(config(text, tmp_path / "whole"), Reporter())
+    with monkeypatch.context() as patch:
+        original = TrainingModule.training_step
+
+        def step(self, batch, batch_idx):
+            if self.state.position == 23:
+                raise KeyError("an accident of another kind")
+            return original(self, batch, batch_idx)
+
+        patch.setattr(TrainingModule, "training_step", step)
+        with pytest.raises(KeyError, match="accident"):
+            train(config(text, tmp_path / "stopped"), Reporter())
+    train(config(text, tmp_path / "stopped"), Reporter())
+    compare(tmp_path / "stopped", outcome(tmp_path / "whole"))
+
+
+def test_weights_that_are_not_finite_reach_no_disk(text, tmp_path, monkeypatch):
+    class Poisoning(Reporter):
+        def step(self, step, *rest):
+            if step == 20:  # between the update and the save that is due
+                with torch.no_grad():
+                    module[0].model.model.norm.weight[3] = math.inf
+
+    module = []
+    original = TrainingModule.configure_optimizers
+    monkeypatch.setattr(TrainingModule, "configure_optimizers", lambda self: module.append(self) or original(self))
+    with pytest.raises(NumericStop, match=r"model.norm.weight holds numbers that are not finite|updates skipped") as stop:
+        train(config(text, tmp_path / "output"), Poisoning())
+    assert stop.value.exit_code == 5
+    expect_finite_files(tmp_path / "output")
+    assert newest_usable(candidates(tmp_path / "output/checkpoints")).step == 15
+
+
+# --- fp16 -------------------------------------------------------------------------------------------------------------
+
+
+def test_an_fp16_scale_that_overflows_comes_down_and_training_goes_on(text, tmp_path, monkeypatch):
+    original = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled, init_scale: original(device, enabled=enabled, init_scale=2.0**30))
+    assert train(config(text, tmp_path / "output", precision="fp16"), Reporter()).step == 40
+    state = state_of(tmp_path / "output")
+    skips = state["guard"]["total"]
+    assert 3 <= skips < MAX_SCALER_SKIPS and state["position"] == 40 + skips
+    assert state["scaler"]["scale"] == 2.0 ** (30 - skips) and state["guard"]["recent"] == [] and state["guard"]["overflows_in_a_row"] == 0
+    expect_finite_files(tmp_path / "output")
+
+
+def test_an_fp16_loop_of_overflows_ends_at_the_floor_of_the_scale_with_exit_code_5(text, tmp_path, monkeypatch):
+    scales = []
+
+    class Watching(Reporter):
+        def message(self, text):
+            if "skipped" in text:
+                scales.append(module[0].scaler.get_scale())
+
+    module = []
+    original = TrainingModule.configure_optimizers
+    monkeypatch.setattr(TrainingModule, "configure_optimizers", lambda self: module.append(self) or original(self))
+    poison(monkeypatch, None, math.inf)
+    with pytest.raises(NumericStop, match=r"overflowed 20 times in a row.*train.precision=bf16") as stop:
+        train(config(text, tmp_path / "output", precision="fp16"), Watching())
+    assert stop.value.exit_code == 5 and len(scales) == MAX_SCALER_SKIPS - 1
+    assert scales[0] == 2.0**16 and scales[-1] == 1.0 and min(scales) == 1.0
+
+
+def test_the_fp16_scale_is_resumed_exactly(text, tmp_path, monkeypatch):
+    poison(monkeypatch, {3: "gradient", 22: "gradient"}, math.inf)
+    train(config(text, tmp_path / "whole", precision="fp16"), Reporter())
+    assert state_of(tmp_path / "whole")["scaler"] == {"scale": 2.0**14, "_growth_tracker": 40 - 21}
+    train(config(text, tmp_path / "parts", precision="fp16", max_steps=20, continue_steps=20), Reporter())
+    for file in ("model.safetensors", "optim.safetensors"):
+        assert sha256_file(tmp_path / "parts/checkpoints" / FINAL_NAMES[1] / file) == sha256_file(tmp_path / "whole/checkpoints" / FINAL / file)
+    assert state_of(tmp_path / "parts", FINAL_NAMES[1])["scaler"] == state_of(tmp_path / "whole")["scaler"]
+
+
+def test_overflows_of_the_scaler_and_broken_losses_are_counted_apart():
+    guard = NumericGuard(has_scaler=True)
+    for position in range(MAX_SCALER_SKIPS - 1):
+        assert guard.verdict(2.0, math.inf, position)
+    assert guard.verdict(math.nan, 1.0, 30) and guard.verdict(math.nan, 1.0, 31)
+    with pytest.raises(NumericStop, match="3 in a row"):
+        guard.verdict(math.nan, 1.0, 32)
+
+
+# --- spikes -----------------------------------------------------------------------------------------------------------
+
+
+def warm_guard(on_spike: str, steps: int = 100, **options) -> NumericGuard:
+    guard, rng = NumericGuard(on_spike, **options), random.Random(0)
+    for position in range(steps):
+        assert guard.verdict(3 + rng.gauss(0, 0.1), 1 + rng.gauss(0, 0.05), position) is None
+    return guard
+
+
+def test_six_sigma_are_a_spike_five_are_not_and_history_must_be_long_enough():
+    assert "the loss 4 is above mean" in warm_guard("skip").verdict(4.0, 1.0, 100)
+    assert warm_guard("skip").verdict(3.4, 1.0, 100) is None
+    assert "the gradient norm 2 is above mean" in warm_guard("skip").verdict(3.0, 2.0, 100)
+    assert warm_guard("skip", steps=63).verdict(40.0, 1.0, 63) is None
+    assert warm_guard("ignore").verdict(40.0, 20.0, 100) is None
+    with pytest.raises(NumericStop, match="stopped on a spike"):
+        warm_guard("stop").verdict(4.0, 1.0, 100)
+
+
+def test_a_spike_does_not_enter_the_history_and_is_bounded_with_fp16_too():
+    guard = warm_guard("skip", has_scaler=True)
+    history = list(guard.losses)
+    assert guard.verdict(9.0, 1.0, 100) and guard.verdict(9.0, 1.0, 101) and list(guard.losses) == history
+    with pytest.raises(NumericStop, match="3 in a row"):
+        guard.verdict(9.0, 1.0, 102)
+
+
+def test_the_state_of_the_guard_survives_json():
+    guard = warm_guard("skip")
+    guard.verdict(math.inf, 1.0, 100)
+    again = NumericGuard("skip", state=json.loads(json.dumps(guard.state())))
+    assert again.state() == guard.state() and again.verdict(4.0, 1.0, 101) == guard.verdict(4.0, 1.0, 101)
+
+
+def test_a_spike_in_a_run_is_skipped(text, tmp_path, monkeypatch):
+    poison(monkeypatch, {80: "loss"}, value=100.0)
+    train(config(text, tmp_path / "output", max_steps=85, on_spike="skip", learning_rate=1e-4, save_every=40), Reporter())
+    state = state_of(tmp_path / "output")
+    assert state["guard"]["recent"] == [80] and state["position"] == 86 and len(state["guard"]["losses"]) == 85
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def no_memory(monkeypatch, at: set[int] | None) -> list[list[int]]:
+    """Fail at the micro-batches numbered `at` (from 0; None: always); returns the rows of the windows that were completed."""
+    from smollm2.model import SmolLM2
+
+    windows: list[list[int]] = []
+    original, accumulate, count = SmolLM2.loss, TrainingModule._accumulate, 0
+
+    def loss(self, *arguments, **options):
+        nonlocal count
+        if self.training:
+            count += 1
+            windows[-1].append(len(arguments[0]))
+            if at is None or count - 1 in at:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return original(self, *arguments, **options)
+
+    def window(self, batch):
+        windows.append([])
+        try:
+            return accumulate(self, batch)
+        except torch.OutOfMemoryError:
+            windows.pop()
+            raise
+
+    monkeypatch.setattr(SmolLM2, "loss", loss)
+    monkeypatch.setattr(TrainingModule, "_accumulate", window)
+    return windows
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_out_of_memory_in_any_micro_batch_halves_it_and_redoes_the_window(text, tmp_path, monkeypatch, seed):
+    settings = {"accumulation": 2, "max_steps": 12, "save_every": 3, "val_every": 12, "sample_every": 12}
+    at = random.Random(seed).randrange(24)
+    with monkeypatch.context() as patch:
+        windows = no_memory(patch, {at})
+        assert train(config(text, tmp_path / "output", **settings), Reporter()).step == 12
+    assert len(windows) == 12 and all(sum(rows) == 8 for rows in windows)
+    assert [max(rows) for rows in windows] == [4] * (at // 2) + [2] * (12 - at // 2)
+    halved = [event for event in read_log(tmp_path / "output/logs" / CHECKPOINTS) if event.get("event") == "micro_batch_halved"]
+    assert len(halved) == 1 and int(halved[0]["step"]) == at // 2 and state_of(tmp_path / "output")["micro_batch_size"] == 2
+
+    with monkeypatch.context() as patch:  # the same run with the micro-batch changed by hand before that window: the same bits
+        original = training.TrainingModule.training_step
+
+        def step(self, batch, batch_idx):
+            if self.state.step == at // 2:
+                self.state.micro_batch_size = 2
+            return original(self, batch, batch_idx)
+
+        patch.setattr(training.TrainingModule, "training_step", step)
+        train(config(text, tmp_path / "by-hand", **settings), Reporter())
+    compare(tmp_path / "output", outcome(tmp_path / "by-hand"))
+
+
+def test_out_of_memory_at_micro_batch_1_ends_the_run_with_exit_code_6(text, tmp_path, monkeypatch):
+    train(config(text, tmp_path / "output", max_steps=10), Reporter())
+    before = outcome(tmp_path / "output")
+    no_memory(monkeypatch, None)
+    with pytest.raises(MemoryStop, match=r"out of memory at micro-batch 1 .*2.00 GiB.*the last checkpoint is untouched") as stop:
+        train(config(text, tmp_path / "output", max_steps=20), Reporter())
+    assert stop.value.exit_code == 6 and outcome(tmp_path / "output") == before
+
+
+def test_out_of_memory_outside_the_micro_batches_has_the_same_exit_code(text, tmp_path, monkeypatch):
+    def no_room(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", no_room)
+    with pytest.raises(MemoryStop, match="outside the micro-batches") as stop:
+        train(config(text, tmp_path / "output"), Reporter())
+    assert stop.value.exit_code == 6
