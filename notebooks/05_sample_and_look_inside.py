@@ -208,8 +208,8 @@ lesson.check("a tiny temperature is greedy", int(complete(model, tokenizer, PROM
 # dark? The longer a model trained, the more it is the beginnings of words that surprise it: once a word has begun, its rest is easy.
 
 # %% id="surprise-view" tags=["figure"]
-held_out = "".join(data.read_split(REPO / "input.txt", "val"))
-passage = held_out[held_out.index("\n\n") :].strip()[:300].rsplit(" ", 1)[0]
+held_out = [text for text, _ in data.documents(data.read_split(REPO / "input.txt", "val"))]  # each a whole piece
+passage = held_out[1][:300].rsplit(" ", 1)[0]
 read = torch.tensor([prompt_ids(model, tokenizer, passage)], device=model.device)
 chances = token_probabilities(model, read)[0]
 markup, twin = token_view.coloured(tokenizer, read[0].tolist(), [None, *chances.tolist()])
@@ -380,11 +380,14 @@ plots.show(fig, alt=f"Best next token after each block for the last {len(columns
 
 
 # %% id="time-code" tags=["lesson", "slow"]
+sample = [i for text in held_out[1:9] for i in [*tokenizer.encode(text), config.eos_token_id or 0]]
+sample_bytes = sum(len((text + data.SEPARATOR).encode()) for text in held_out[1:9])
+
+
 def moment(step, model):
     """What the model of one step writes, believes and scores."""
     model = model.to(choose_device())
-    tokens = tokenizer.encode(held_out[:20000])
-    score = score_tokens(model, tokens, len(held_out[:20000].encode()), block_length=min(128, config.max_position_embeddings), max_tokens=2048)
+    score = score_tokens(model, sample, sample_bytes, block_length=min(128, config.max_position_embeddings))
     with torch.inference_mode():
         logits = model(ids)[0, -1].cpu()
     text = complete(model, tokenizer, PROMPT, 30, temperature=0.8, top_k=50, seed=7)

@@ -228,7 +228,7 @@ plots.show(fig, alt="Bits per byte on the held-out text: " + ", ".join(f"{name} 
 # your model is better, rises where counting is.
 
 # %% id="where-figure" tags=["figure"]
-passage = held_out.decode()[:1500].rsplit(" ", 1)[0]
+passage = [text for text, _ in data.documents([held_out.decode()])][1]  # the first whole piece of the held-out text
 start = prompt_ids(model, tokenizer, "")  # what stands before every text
 ids = [*start, *tokenizer.encode(passage)][: block + 1]  # no longer than the rows it was trained on
 bits = -token_probabilities(model, torch.tensor([ids], device=model.device))[0].log2().cpu().numpy()
