@@ -273,3 +273,23 @@ def secret(name: str) -> str | None:
     if not value:
         print(f"No {name}: {reason}. Everything that does not need it still runs.")
     return value or None
+
+
+def finish(flush_drive: bool = False, free_machine: bool = False) -> None:
+    """The end of a session, only as far as asked: write Drive's cache back, then hand the machine back to Google."""
+    if not (flush_drive or free_machine):
+        print("Nothing asked: Drive stays mounted and the machine stays yours.")
+        return
+    if not is_colab():
+        print("This is not Colab: there is no Drive to flush and no machine to hand back.")
+        return
+    if flush_drive:
+        try:
+            importlib.import_module("google.colab.drive").flush_and_unmount()
+        except Exception as error:  # see mount_drive: Colab's errors share no base class
+            print(f"Drive could not be flushed: {explain(error)}. The machine is kept, so that nothing is lost.")
+            return
+        print("Drive is flushed and unmounted: what was copied is on its way to Google or there.")
+    if free_machine:
+        print("Handing the machine back ...", flush=True)
+        importlib.import_module("google.colab.runtime").unassign()

@@ -1,0 +1,527 @@
+# ---
+# jupyter:
+#   accelerator: GPU
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown] id="view-in-github"
+# <a href="https://colab.research.google.com/github/smollm2-from-scratch/smollm2-from-scratch/blob/main/notebooks/04_train.ipynb" target="_parent"><img src="https://colab.research.google.com/assets/colab-badge.svg" alt="Open In Colab"/></a>
+
+# %% [markdown] id="title"
+# # 4 · Train, and lose nothing
+#
+# You will be able to
+#
+# * tell in a minute whether a training loop is sound: first loss, one batch learned by heart;
+# * say which number format your GPU should compute in, and why;
+# * kill a run with no warning, resume it, and get the *same bits* as a run that was never killed;
+# * train SmolLM2-135M in two phases with one live panel, stop it, go on, and find every checkpoint with its hash.
+#
+# About 20 minutes to read. The run itself: perhaps a quarter of an hour on Colab's free T4 (1,000 steps of the 135M model), about 3 minutes on a CPU
+# (the small `nano` model). Works offline, with or without Google Drive. **Runtime > Run all** is always safe: a second one continues.
+
+# %% cellView="form" id="setup" tags=["setup"]
+# @title Set-up (about 20 s on Colab) { display-mode: "form" }
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ADDRESS = os.environ.get("SMOLLM2_REPO") or "https://github.com/smollm2-from-scratch/smollm2-from-scratch"
+here = [Path(globals().get("__file__", "notebook")).resolve(), Path.cwd().resolve() / "notebook"]
+clone = Path.cwd().resolve() / "smollm2-from-scratch"
+folders = [*(parent for start in here for parent in start.parents), clone]
+REPO = next((folder for folder in folders if (folder / "smollm2" / "colab.py").is_file()), None)
+if REPO is None:  # a bare notebook, as the Colab badge opens it: fetch the project beside it
+    half = clone.with_name(f"{clone.name}.part{os.getpid()}")
+    fetched = subprocess.run(["git", "clone", "--quiet", "--depth", "1", ADDRESS, str(half)], capture_output=True, text=True)
+    if fetched.returncode:
+        raise RuntimeError(f"Could not fetch {ADDRESS}: {fetched.stderr.strip()}. Is the network there? Then run this cell again.")
+    REPO = half.rename(clone)
+if str(REPO) not in sys.path:
+    sys.path.insert(0, str(REPO))
+
+from smollm2 import colab
+
+colab.install_missing(REPO / "requirements.txt")
+report = colab.doctor()
+
+# %% id="imports"
+import hashlib
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # lets a GPU repeat its sums bit for bit; read when the GPU is first used
+import numpy as np
+import torch
+
+import smollm2
+from smollm2 import SmolLM2, Tokenizer, lesson, load_config, plots, widgets
+from smollm2.data import documents, read_split
+from smollm2.device import choose_device, choose_precision, choose_preset
+from smollm2.logs import CHECKPOINTS, TRAINING, read_log
+from smollm2.optim import Schedule, make_optimizer, set_learning_rate
+from smollm2.panel import LivePanel
+from smollm2.progress import Reporter
+from smollm2.steadfast import keep_training, kept
+
+SMOKE = colab.is_smoke()
+device = choose_device()
+lesson.quiet()
+
+# %% [markdown] id="knobs-text"
+# ## 1 · Six knobs
+#
+# Everything you may want to change. `0` steps means the preset's own number. `TEXT` is a path to a text file of yours; empty means `input.txt`. Which
+# model will `auto` choose on this machine?
+
+# %% cellView="form" id="knobs" tags=["parameters"]
+# @title Six knobs { display-mode: "form" }
+PRESET = "auto"  # @param ["auto", "nano", "smollm2-135m", "smollm2-360m"]
+STEPS = 0  # @param {type:"integer"}
+MORE_STEPS = 200  # @param {type:"integer"}
+TEXT = ""  # @param {type:"string"}
+PROMPT = "Once upon a time"  # @param {type:"string"}
+USE_DRIVE = True  # @param {type:"boolean"}
+
+# %% id="chosen"
+preset, why = choose_preset(PRESET)
+text = Path(TEXT) if TEXT else REPO / "input.txt"
+NANO = load_config("nano")
+print(f"preset: {preset} ({why})\ntext: {text.name}, {text.stat().st_size:,} bytes")
+
+# %% [markdown] id="storage-text"
+# ## 2 · Where the run is kept
+#
+# A free runtime can vanish at any second, with its disk. So training always writes to the local disk (fast), and copies every checkpoint to your Google Drive
+# if you allow it: each copied file is read back and compared. Colab asks for permission **now**, so that Run all can be left alone afterwards. Refused? The
+# run works all the same. What does the banner say about *your* run?
+
+# %% id="storage" tags=["setup"]
+place = colab.storage(use_drive=USE_DRIVE, output_dir=Path("output") / preset)
+drive_dir = place.drive_dir / preset if place.drive_dir else None
+
+# %% [markdown] id="overfit"
+# ## 3 · One batch, learned by heart
+#
+# Before hours of training, one minute of doubt. A sound model and loop can learn **one** small batch by heart: its loss must fall to zero. If not,
+# something is broken: targets, gradients, optimizer. We take the small sibling of the model (same code, seconds on any machine) and 4 rows of 64 tokens. Where
+# does the loss begin?
+
+# %% id="overfit-batch" tags=["lesson"]
+stories = [story for story, _ in islice(documents(read_split(REPO / "input.txt", "train")), 200)]
+tokenizer = Tokenizer.train(stories, 512)
+tokens = torch.tensor(tokenizer.encode(stories[0])[:260])
+rows = torch.stack([tokens[start : start + 65] for start in range(0, 256, 64)]).to(device)  # (4, 64 + 1)
+inputs, targets = rows[:, :-1], rows[:, 1:]
+shape = NANO.model.model_copy(update={"vocab_size": tokenizer.vocab_size})
+
+# %% id="overfit-first" tags=["check"]
+torch.manual_seed(NANO.train.seed)
+model = SmolLM2(shape).to(device)
+first = model.loss(inputs, targets)
+first.backward()
+gradients = torch.cat([p.grad.flatten() for p in model.parameters()]).abs().cpu()
+expected = math.log(shape.vocab_size) + shape.hidden_size * shape.initializer_range**2 / 2
+lesson.check("first loss = ln V + σ²/2 (notebook 3)", first.item() - expected, 0.3, likely="targets not shifted, or a wrong initialisation")
+
+# %% id="overfit-loop" tags=["lesson"]
+optimizer = make_optimizer(model, NANO.train)
+set_learning_rate(optimizer, NANO.train.learning_rate)
+losses = []
+for _ in range(60):
+    optimizer.zero_grad()
+    loss = model.loss(inputs, targets)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), NANO.train.gradient_clip_norm)
+    optimizer.step()
+    losses.append(loss.item())
+
+# %% id="overfit-predict" tags=["predict"]
+guess = None  # your answer: a number
+lesson.predict(
+    "60 updates on the same 256 tokens: after how many is the loss below 1 nat per token?",
+    guess,
+    answer=next(step for step, loss in enumerate(losses, start=1) if loss < 1),
+    within=0.25,
+    unit="updates",
+    why="AdamW moves every weight by about the learning rate, whatever its gradient: millions of weights outnumber 256 tokens soon.",
+)
+
+# %% id="overfit-check" tags=["check"]
+lesson.check("one batch is learned by heart: its loss is 0", losses[-1], 0.1, likely="a broken loop; do not start a long run")
+with torch.no_grad():
+    wrong = int((model(inputs).argmax(-1) != targets).sum())
+lesson.check(f"the most likely token is the right one, at all {targets.numel()} positions", wrong / targets.numel(), 0.02)
+
+# %% id="overfit-figure" tags=["figure"]
+fig, ax = plots.figure(7.5, 3)
+ax.semilogy(range(1, 61), losses, markevery=5)
+ax.axhline(math.log(shape.vocab_size), color=plots.GREY, linestyle="--", label=f"ln {shape.vocab_size}: knows nothing")
+plots.label(ax, "One batch, 60 times", "update", "loss (nats per token)", legend=True)
+plots.show(fig, alt=f"On one batch the loss falls from {losses[0]:.2f} to {losses[-1]:.3f} nats per token within 60 updates.")
+
+# %% [markdown] id="dtype"
+# ## 4 · Which number format, and why
+#
+# Half-size numbers are several times faster. **bf16** keeps the range of fp32 and gives up digits; **fp16** keeps more digits and gives up range. A T4 has
+# units for fp16 only (it *emulates* bf16, slowly, which is why `torch.cuda.is_bf16_supported()` says yes there). Here is the choice for this machine:
+
+# %% id="dtype-choice" tags=["lesson"]
+precision = choose_precision("auto", device)
+print(f"{precision.name}: {precision.reason}; loss scaling: {'yes' if precision.needs_scaler else 'not needed'}")
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    facts = torch.finfo(dtype)
+    print(f"{str(dtype)[6:]:>9}: largest {facts.max:.1e}, smallest normal {facts.tiny:.1e}, next after 1 is 1 + {facts.eps:.4g}")
+
+# %% id="dtype-predict" tags=["predict"]
+guess = None  # your answer: a number
+lesson.predict(
+    "A gradient of 0.00000001 (1e-8) is stored as fp16. Which number is it then?",
+    guess,
+    answer=torch.tensor(1e-8).half().item(),
+    why="The smallest fp16 number is 6e-8; below half of it everything becomes exactly 0, and the weight never learns.",
+)
+
+# %% [markdown] id="dtype-scale"
+# The cure is **loss scaling**: multiply the loss by 65,536 before the backward pass, and all gradients grow with it, into fp16's range. Divide in fp32 before
+# the update. Should one overflow to infinity, the update is skipped and the scale halved. And the weights themselves stay fp32, always.
+
+# %% id="dtype-check" tags=["check"]
+scale = 2.0**16
+small = torch.tensor([1e-8, 3e-8, 5e-7])
+lesson.check_fails("fp16 without scaling", lambda: lesson.check("planted", small.half().float() / small - 1, 0.01, likely="gradients vanish"))
+lesson.check("scaled by 65,536, the same gradients survive fp16", (small * scale).half().float() / scale / small - 1, 1e-3)
+lesson.check("the model's weights are fp32", sum(p.dtype != torch.float32 for p in model.parameters()))
+
+# %% id="dtype-figure" tags=["figure"]
+counts, edges = np.histogram(gradients[gradients > 0].log10(), bins=60, range=(-16, 2))
+fig, ax = plots.figure(8, 3)
+ax.fill_between(edges[:-1], 3 + counts / counts.max(), 3, step="post", color=plots.SKY)
+formats = [("fp32", torch.float32, plots.GREY), ("bf16", torch.bfloat16, plots.BLUE), ("fp16", torch.float16, plots.ORANGE)]
+for y, (_, dtype, colour) in enumerate(formats):
+    low, high = (math.log10(value) for value in (torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps, torch.finfo(dtype).max))
+    ax.barh(y, high - low, left=low, height=0.5, color=colour)
+ax.set_yticks([0, 1, 2, 3.4], [name for name, *_ in formats] + ["gradients\nhere"])
+ax.set_xlim(-20, 6)
+plots.label(ax, "What each format can hold", "size of a number (power of ten)", "")
+lost = (gradients[gradients > 0] < 3e-8).float().mean().item()
+plots.show(fig, alt=f"fp16 ends at 6e-8 on the left, bf16 and fp32 far beyond; {lost:.1%} of this model's first gradients lie below fp16's end.")
+
+# %% [markdown] id="schedule"
+# ## 5 · The learning rate, drawn before it is used
+#
+# **Warm-up, stable, decay**, as SmolLM2 was trained: a linear rise while Adam's averages settle, a long plateau, a linear fall to zero. The rate is a
+# *function of the step*, so a resumed run cannot get it wrong; and both phases of your run share one curve. Where is it half of its peak?
+
+# %% id="run-config" tags=["lesson"]
+TINY = {
+    "model.vocab_size": 512, "data.tokenizer_vocab_size": 512, "model.hidden_size": 96, "model.intermediate_size": 256, "model.num_hidden_layers": 3,
+    "data.sequence_length": 64, "train.batch_size": 8, "train.warmup_steps": 5,
+}  # fmt: skip
+steps, more = (30, 15) if SMOKE else (STEPS or load_config(preset).train.max_steps, MORE_STEPS)
+settings = {"data.input_file": str(text), "run.output_dir": str(place.output_dir), "run.drive_dir": drive_dir and str(drive_dir)}
+settings |= {"train.max_steps": steps, "train.continue_steps": more, "train.prompts": (PROMPT, "The", "Why does")}
+settings |= {"train.sample_every": max(1, (steps + more) // 8), "train.val_every": max(1, (steps + more) // 8), "train.val_max_tokens": 16384}
+config = load_config("nano", **settings | TINY) if SMOKE else load_config(preset, **settings)
+train = config.train
+schedule = Schedule(train.learning_rate, train.warmup_steps, train.decay_fraction, 0, steps + more)
+print(f"{steps} + {more} steps of {train.batch_size} x {config.data.sequence_length} tokens, peak learning rate {train.learning_rate}")
+
+# %% id="schedule-predict" tags=["predict"]
+guess = None  # your answer: a number
+lesson.predict(
+    f"{steps + more} steps, the last {train.decay_fraction:.0%} of them decay. At which step is the rate down to half its peak?",
+    guess,
+    answer=(schedule.decay_start + steps + more) / 2,
+    within=0.03,
+    unit="(step)",
+    why="Half-way between the begin of the decay and the end.",
+)
+
+# %% id="schedule-check" tags=["check"]
+lesson.check("the first update has 1/warm-up of the peak", schedule(0) - train.learning_rate / train.warmup_steps, 1e-12)
+lesson.check("the plateau is the peak", schedule(train.warmup_steps) - train.learning_rate, 1e-12)
+lesson.check("after the last update it is zero", schedule(steps + more), 1e-12)
+
+# %% id="schedule-widget" tags=["widget"]
+def draw_schedule(warmup, decay, phase):
+    rate = Schedule(train.learning_rate, warmup, decay / 100, 0, 1000)
+    rates = [rate(step) for step in range(1000)]
+    fig, ax = plots.figure(8, 2.8)
+    ax.plot(rates, marker="")
+    ax.axvline(phase, color=plots.ORANGE, linestyle="--", label="the second phase resumes here")
+    plots.label(ax, "Learning rate of 1,000 steps", "step", "learning rate", legend=True)
+    area = sum(rates) / (1000 * train.learning_rate)
+    return fig, f"The rate rises for {warmup} steps, stays, and falls over the last {decay} %; the mean is {area:.0%} of the peak."
+
+
+decay = round(100 * train.decay_fraction)
+widgets.explore(
+    draw_schedule,
+    warmup=widgets.slider("warm-up steps", 0, 500, train.warmup_steps, 5),
+    decay=widgets.slider("decay (%)", 0, 100, decay, 5),
+    phase=widgets.slider("phase one ends", 50, 950, 800, 50),
+)
+
+# %% [markdown] id="kill"
+# ## 6 · Kill it
+#
+# Many projects can resume. The question is whether the resumed run is **the same run**. Three acts with a tiny model, 30 steps: one run is left alone. A second one, in a
+# process of its own, gets `SIGKILL` after step 17: no goodbye, no last save, exactly what a lost runtime looks like. Then it is resumed here.
+
+# %% id="kill-smooth" tags=["lesson", "slow"]
+shutil.rmtree("output/drill", ignore_errors=True)
+Path("output/drill").mkdir(parents=True)
+Path("output/drill/text.txt").write_text("\n".join(stories), encoding="utf-8")
+
+
+def drill(name, **more):
+    """30 steps of a tiny model in output/drill/<name>, a checkpoint every 10; on a GPU with sums in a fixed order."""
+    often = {"train.max_steps": 30, "train.save_every": 10, "train.log_every": 1, "train.sample_tokens": 8, "train.deterministic": device.type == "cuda"}
+    return load_config("nano", **TINY, **often, **{"data.input_file": "output/drill/text.txt", "run.output_dir": f"output/drill/{name}"}, **more)
+
+
+def curve(name):
+    """{step: loss} as logged so far."""
+    path = Path("output/drill") / name / "logs" / TRAINING
+    return {int(e["step"]): float(e["train_loss"]) for e in read_log(path) if "train_loss" in e} if path.exists() else {}
+
+
+smooth = smollm2.train(drill("smooth"), reporter=Reporter())
+print(f"left alone: {smooth.step} steps, loss {smooth.losses[0][1]:.3f} -> {smooth.losses[-1][1]:.3f}")
+
+# %% id="kill-child" tags=["check", "slow"]
+Path("output/drill/killed.yaml").write_text(drill("killed").to_yaml(), encoding="utf-8")
+with open("output/drill/killed.txt", "w") as said:
+    command = [sys.executable, str(REPO / "colab_train.py"), "--config", "output/drill/killed.yaml"]
+    child = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
+    while child.poll() is None and max(curve("killed"), default=0) < 17:
+        time.sleep(0.01)
+    child.kill()
+    child.wait()
+before = curve("killed")
+likely = "the run ended by itself: " + Path("output/drill/killed.txt").read_text()[-300:]
+lesson.check("the process was killed by signal 9 in mid-run", child.returncode + signal.SIGKILL, likely=likely)
+print(f"its log ends at step {max(before)}; it has no final model: {not Path('output/drill/killed/checkpoints/final_model.ckpt').exists()}")
+
+# %% id="kill-predict" tags=["predict"]
+rows = kept([("here", "output/drill/killed/checkpoints")])
+guess = None  # your answer: a number
+lesson.predict(
+    f"It was killed after step {max(before)} and saved every 10 steps. At which step will it resume?",
+    guess,
+    answer=max(row["step"] for row in rows if row["state"] == "whole"),
+    within=0.01,
+    unit="(step)",
+    why="The newest checkpoint that verifies, byte for byte. A save that the kill tore apart has no manifest and does not count.",
+)
+
+# %% id="kill-resume" tags=["lesson"]
+class Lines(Reporter):
+    """Prints the messages of a run and nothing else."""
+
+    def message(self, text):
+        print(text)
+
+
+resumed = smollm2.train(drill("killed"), reporter=Lines())
+
+# %% id="kill-check" tags=["check"]
+def hashes(name):
+    """sha256 of weights, optimizer and state at the end of a drill."""
+    folder = Path("output/drill") / name / "checkpoints" / "final_model.ckpt"
+    files = ("model.safetensors", "optim.safetensors", "state.json")
+    return {file: hashlib.sha256((folder / file).read_bytes()).hexdigest() for file in files}
+
+
+after = curve("killed")
+lesson.check("all 30 logged losses are those of the run left alone", np.array(list(after.values())) - np.array(list(curve("smooth").values())))
+uninterrupted = dict(smooth.losses)
+lesson.check("in full precision too, from the resumed step on", max(abs(loss - uninterrupted[step]) for step, loss in resumed.losses))
+for file, digest in hashes("killed").items():
+    lesson.check(f"{file} {digest[:12]} is byte-identical", int(digest != hashes("smooth")[file]), likely="something is missing in the checkpoint")
+
+# %% id="kill-figure" tags=["figure"]
+fig, ax = plots.figure(8, 3.2)
+ax.plot(*zip(*curve("smooth").items(), strict=True), color=plots.GREY, linewidth=6, alpha=0.4, marker="", label="left alone")
+ax.plot(*zip(*before.items(), strict=True), color=plots.BLUE, label="until it was killed")
+ax.plot(*zip(*resumed.losses, strict=True), color=plots.RED, marker="x", linestyle="", markersize=6, label="resumed")
+ax.axvline(max(before), color=plots.BLACK, linestyle="--")
+plots.label(ax, "Killed and resumed: the same curve", "step", "loss (nats per token)", legend=True)
+begins = resumed.losses[0][0]
+plots.show(fig, alt=f"The run killed after step {max(before)} and resumed from step {begins - 1} lies exactly on the curve of the run left alone.")
+
+# %% [markdown] id="run"
+# ## 7 · The real run
+#
+# Two phases, as on the command line (`python colab_train.py --max_steps N --continue_steps M`): the first ends with `final_model.ckpt`, a **fresh trainer resumes from that
+# file** for the second. The panel below shows loss, rate, speed, memory, time left, the last safe step here and on Drive, and what the model makes of your prompt
+# as it learns. To stop: ■, once. Watch for the step at which the samples become words.
+
+# %% id="run-train" tags=["slow", "lesson"]
+panel = LivePanel(logs=place.output_dir / "logs")
+result = keep_training(config, lambda config: smollm2.train(config, reporter=panel))
+panel.refresh()  # the last copy to Drive lands after the last step
+
+# %% [markdown] id="run-after-text"
+# If you pressed ■, the run finished its step, saved, and this notebook simply goes on. What now?
+
+# %% id="run-after"
+if result.stopped_by:
+    print(f"Stopped at step {result.step} of {steps + more}; saved in {result.checkpoint}.")
+    print("To go on, run the cell above again: it continues from there. So does Run all, today or tomorrow.")
+else:
+    print(result.table())
+
+# %% id="run-check" tags=["check"]
+history = read_log(place.output_dir / "logs" / TRAINING)
+trained = [(int(e["step"]), float(e["train_loss"])) for e in history if "train_loss" in e]
+scored = [(int(e["step"]), float(e["val_loss"])) for e in history if "val_loss" in e]
+shape = config.model
+expected = math.log(shape.vocab_size) + shape.hidden_size * shape.initializer_range**2 / 2
+if trained[0][0] == 1:  # logs that were lost with a machine begin later
+    lesson.check("the first loss is ln V + σ²/2", trained[0][1] - expected, 0.5, likely="a wrong initialisation, or a tokenizer with fewer entries")
+events = [e for e in read_log(place.output_dir / "logs" / CHECKPOINTS) if e["event"] == "resumed" and e["name"] == "final_model.ckpt"]
+if events and not result.stopped_by:
+    lesson.check("phase two resumed from phase one's file, at its last step", int(events[-1]["step"]) - steps)
+
+# %% id="run-figure" tags=["figure"]
+fig, ax = plots.figure(8, 3.2)
+ax.plot(*zip(*trained, strict=True), marker="", label="training")
+ax.plot(*zip(*scored, strict=True), color=plots.ORANGE, marker="D", label="held out")
+ax.axvline(steps, color=plots.GREY, linestyle="--", label="second phase")
+plots.label(ax, f"Your run: {config.preset}", "step", "loss (nats per token)", legend=True)
+fell = f"from {trained[0][1]:.2f} to {trained[-1][1]:.2f} nats per token"
+plots.show(fig, alt=f"Training loss falls {fell} over {trained[-1][0]} steps; held-out loss ends at {scored[-1][1] if scored else math.nan:.2f}.")
+
+# %% [markdown] id="stop"
+# ## 8 · The stop button stops gracefully
+#
+# ■ sends the process an **interrupt**, the same signal as Ctrl-C. Training catches it: the step is finished, a checkpoint written, `train` returns. A second ■ stops at
+# once. Since nobody presses it during Run all, this cell presses it itself, after step 14, in a tiny run that copies to a folder which plays Google Drive.
+
+# %% id="stop-run" tags=["slow", "lesson"]
+class PressStop(Lines):
+    """Presses the stop button after step 14."""
+
+    def step(self, step, loss, learning_rate, tokens_per_second):
+        if step == 14:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+settings = {"run.drive_dir": "output/drill/pretend-drive"}
+stopped = smollm2.train(drill("stopped", **settings), reporter=PressStop())
+
+# %% id="stop-check" tags=["check"]
+lesson.check("train returned, and says which signal stopped it", stopped.stopped_by - signal.SIGINT)
+lesson.check("the step that was under way is saved", stopped.step - 14)
+rows = kept([("here", "output/drill/stopped/checkpoints"), ("pretend Drive", "output/drill/pretend-drive")])
+lesson.check("it is on this machine and on the pretended Drive, whole", 2 - sum(row["step"] == 14 and row["state"] == "whole" for row in rows))
+
+# %% [markdown] id="died"
+# ## 9 · "My runtime died"
+#
+# Open this notebook again, **Runtime > Run all**. That is all. The newest checkpoint, of this machine or of Drive, is found, every byte verified, and the run goes on.
+# (If the old runtime died less than five minutes ago, its claim on the folder is still fresh: the notebook waits for it.) The proof: the tiny run's whole folder is deleted, as if the
+# machine were gone. Only the pretended Drive is left.
+
+# %% id="died-run" tags=["slow", "lesson"]
+shutil.rmtree("output/drill/stopped")
+restored = smollm2.train(drill("stopped", **settings), reporter=Lines())
+
+# %% id="died-check" tags=["check"]
+lesson.check("it began where the lost machine had stopped", restored.losses[0][0] - 15)
+for file, digest in hashes("stopped").items():
+    lesson.check(f"stopped, lost, restored: {file} {digest[:12]} is byte-identical", int(digest != hashes("smooth")[file]))
+torch.use_deterministic_algorithms(False)  # the drills had asked for it
+
+# %% [markdown] id="kept"
+# ## 10 · What lies where
+#
+# A checkpoint is an ordinary Hugging Face folder that also holds the optimizer: weights and two averages (AdamW), four bytes each. How large is it, for your model?
+
+# %% id="kept-rows" tags=["lesson"]
+places = [("this machine", place.output_dir / "checkpoints")] + ([("Drive", drive_dir)] if drive_dir else [])
+rows = kept(places)
+size = max(row["bytes"] for row in rows if row["place"] == "this machine") / 1e6
+parameters = smollm2.config.parameter_count(config.model)
+
+# %% id="kept-predict" tags=["predict"]
+guess = None  # your answer: a number
+lesson.predict(
+    f"The model has {parameters:,} parameters. How many megabytes has one checkpoint?",
+    guess,
+    answer=size,
+    within=0.1,
+    unit="MB",
+    why="12 bytes per parameter. For SmolLM2-135M: 1.61 GB, so Drive gets the newest few only, and a free 15 GB Drive is not filled.",
+)
+
+# %% id="kept-check" tags=["check"]
+for row in rows[:12]:
+    print(f"{row['place']:<13}{row['name'][:44]:<46}{row['bytes'] / 1e6:>9.1f} MB  sha256 {row['sha256'][:12]}  {row['state']}")
+here = [row for row in rows if row["place"] == "this machine"]
+lesson.check("every checkpoint on this machine is whole", sum(row["state"] != "whole" for row in here))
+lesson.check("a checkpoint has 12 bytes per parameter (and a tokenizer)", max(0, size - 12e-6 * parameters) / size, 0.05)
+print(f"\ntalk to it: {result.table().splitlines()[-1].removeprefix('talk to it').strip()}")
+
+# %% [markdown] id="end"
+# **Free the GPU.** Colab counts the hours. When you are done, tick what you want and run this form: *flush* makes Drive write its cache back and unmounts it,
+# *free* hands the machine back. Both are off, so that Run all never does it for you.
+
+# %% cellView="form" id="end-form" tags=["parameters"]
+# @title Finish { display-mode: "form" }
+FLUSH_DRIVE = False  # @param {type:"boolean"}
+FREE_MACHINE = False  # @param {type:"boolean"}
+colab.finish(FLUSH_DRIVE, FREE_MACHINE)
+
+# %% [markdown] id="self-test"
+# ## What you can now explain
+#
+# <details><summary>The loss of one batch, repeated, stays at 6. Should you try a longer run?</summary>No. A sound loop learns one batch by heart. Look at
+# targets, gradients, optimizer.</details>
+#
+# <details><summary>Why fp16 and not bf16 on a T4, and what does it need?</summary>It has no bf16 units. fp16 lacks range, so the loss is scaled.</details>
+#
+# <details><summary>What must a checkpoint hold, beside the weights, for a bit-exact resume?</summary>Both averages of the optimizer, the step, the data position, random
+# states, the schedule's plan, the scaler's state.</details>
+#
+# <details><summary>Why is a checkpoint written under another name first and renamed?</summary>A kill in the middle leaves a folder that nobody mistakes for a whole
+# one; the manifest with all hashes comes last.</details>
+
+# %% id="score" tags=["check"]
+lesson.score()
+
+# %% [markdown] id="exercises"
+# ## Exercises
+#
+# 1. Damage the newest checkpoint of the drill: overwrite one byte of `output/drill/smooth/checkpoints/final_model.ckpt/optim.safetensors`. What does
+#    `smollm2.train(drill("smooth"), reporter=Lines())` say, and where does it go on?
+# 2. Resume without the optimizer's averages is a common bug. How would section 6 notice?
+# 3. Ask for 100 steps more: raise `MORE_STEPS` by 100 and run all. What happens to the learning rate?
+#
+# <details><summary>Solutions</summary>
+#
+# 1. "... is not usable: optim.safetensors: sha256 differs from the manifest: damaged; trying the one before". It takes the step's own folder if that is whole, else the one
+#    before, and trains the missing steps again, to the same bits.
+# 2. The first resumed loss would still agree (the weights are right), the second would not: `all 30 logged losses` fails at that step.
+# 3. A run that had ended had decayed to 0. A new cycle begins: a short warm-up, a plateau, a decay to 0 at the new end; a message says so.
+#
+# </details>
+
+# %% [markdown] id="next"
+# ## Next
+#
+# It writes. What does it think? [5 · Sample and look inside](05_sample_and_look_inside.ipynb)
+# ([open in Colab](https://colab.research.google.com/github/smollm2-from-scratch/smollm2-from-scratch/blob/main/notebooks/05_sample_and_look_inside.ipynb)) takes the checkpoints of this run.
