@@ -15,6 +15,7 @@ from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 from .checkpoint import Manifest, strict_json
 from .config import RunConfig
 from .errors import CheckpointError, ConfigError
+from .guard import NumericGuard
 
 # Settings that may change when a run is resumed: they do not change what an update computes from the same state.
 CHANGEABLE = {
@@ -64,6 +65,9 @@ class TrainState:
         for name, known in (("best", {"step", "bits_per_byte"}), ("epoch", set(expected["epoch"])), ("scaler", {"scale", "_growth_tracker"})):
             if (fields[name] or name == "epoch") and (not isinstance(fields[name], dict) or set(fields[name]) != known):
                 raise CheckpointError(f"state.json: {name} does not hold {', '.join(sorted(known))}")
+        kinds = {key: type(value) for key, value in NumericGuard().state().items()}
+        if not isinstance(fields["guard"], dict) or any(not isinstance(value, kinds.get(key, ())) for key, value in fields["guard"].items()):
+            raise CheckpointError(f"state.json: guard does not hold {', '.join(kinds)}")
         try:
             for name, kind in get_type_hints(cls, include_extras=True).items():
                 TypeAdapter(dict[str, kind]).validate_python({name: fields[name]}, strict=True)  # the values stay as they are

@@ -1,0 +1,155 @@
+"""Ctrl-C, SIGTERM, a second process, and the lock after kill -9: the command line as a person uses it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from smollm2.checkpoint import candidates, newest_usable
+from smollm2.errors import BusyError
+from smollm2.lock import OutputLock
+from smollm2.logs import CHECKPOINTS, read_log
+from smollm2.progress import Reporter
+from smollm2.signals import StopSignals
+from smollm2.training import train
+from tests.soak import Blackboard, compare, kill, outcome, reference, small_config, small_text, start, wait
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    return small_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(text, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return reference(small_config(text, folder / "output"), folder / "log", drop_tokens=False)
+
+
+def command(config, folder: Path) -> subprocess.Popen:
+    path = folder / f"{Path(config.run.output_dir).name}.yaml"
+    path.write_text(config.to_yaml())
+    arguments = [sys.executable, "-u", "colab_train.py", "--config", str(path)]
+    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
+    return subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def read_until(process: subprocess.Popen, word: str) -> None:
+    for line in process.stdout:
+        if word in line:
+            return
+    pytest.fail(f"the command ended with {process.wait()} before it said {word!r}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_saves_and_the_rerun_continues_exactly(text, undisturbed, tmp_path, number):
+    config, board = small_config(text, tmp_path / "output", save_every=1000), Blackboard()
+    for after in (7, 30):  # steps of this process
+        pid = start(config, board, tmp_path / "log", drop_tokens=False)
+        assert wait(pid, until=lambda after=after: board.read()[1] >= after) is None
+        os.kill(pid, number)
+        assert wait(pid) == 128 + number, (tmp_path / "log").read_text()
+        newest = newest_usable(candidates(tmp_path / "output/checkpoints"))
+        assert board.read()[2] <= newest.step <= board.read()[2] + 1, "the step that was under way is the one that is saved"
+    assert wait(start(config, board, tmp_path / "log", drop_tokens=False)) == 0
+    compare(tmp_path / "output", undisturbed.expected)
+
+
+def test_a_signal_before_the_first_step_or_during_validation_loses_nothing(text, undisturbed, tmp_path):
+    config, board = small_config(text, tmp_path / "output"), Blackboard()
+    for phase in (0, 3, 2):  # start-up, validation, saving
+        pid = start(config, board, tmp_path / "log", drop_tokens=False)
+        wait(pid, until=lambda phase=phase: board.read()[0] == phase and (tmp_path / "output/logs").exists())
+        os.kill(pid, signal.SIGTERM)
+        assert wait(pid) in (143, -signal.SIGTERM)  # the latter: before the run has begun there is nothing to save
+    assert wait(start(config, board, tmp_path / "log", drop_tokens=False)) == 0
+    compare(tmp_path / "output", undisturbed.expected)
+
+
+def test_the_command_line_says_what_it_does_and_exits_with_143_and_a_second_command_with_3(text, tmp_path):
+    config = small_config(text, tmp_path / "output", max_steps=100_000, save_every=10)
+    first = command(config, tmp_path)
+    read_until(first, "step 1/")
+    second = command(config, tmp_path)
+    said, _ = second.communicate(timeout=120)
+    assert second.returncode == 3 and f"is being written by another process (pid {first.pid} on " in said and "Traceback" not in said
+    first.send_signal(signal.SIGTERM)
+    said, _ = first.communicate(timeout=60)
+    assert first.returncode == 143 and "SIGTERM: finishing this step and saving ..." in said and "Traceback" not in said
+    assert read_log(tmp_path / "output/logs" / CHECKPOINTS)[-1]["event"] in ("saved", "removed")
+
+
+def test_ctrl_c_twice_stops_at_once_and_leaves_the_last_checkpoint(text, tmp_path):
+    process = command(small_config(text, tmp_path / "output", max_steps=100_000, val_every=20, sample_every=20, sample_tokens=40, prompts=["a"] * 500), tmp_path)
+    read_until(process, "step 20: held-out")  # a long round of samples begins
+    process.send_signal(signal.SIGINT)
+    read_until(process, "SIGINT: finishing this step")
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in said
+    assert newest_usable(candidates(tmp_path / "output/checkpoints")).step == 20
+
+
+def test_after_kill_9_the_lock_is_free_within_a_second(text, tmp_path):
+    config, board = small_config(text, tmp_path / "output", max_steps=10_000), Blackboard()
+    for _ in range(3):
+        pid = start(config, board, tmp_path / "log", drop_tokens=False)
+        wait(pid, until=lambda: board.read()[1] > 3)
+        with pytest.raises(BusyError, match=f"pid {pid} on "), OutputLock(tmp_path / "output"):
+            pass
+        kill(pid)
+        began = time.monotonic()
+        with OutputLock(tmp_path / "output"):
+            assert time.monotonic() - began < 1
+
+
+def test_of_many_processes_that_start_at_once_one_runs(text, tmp_path):
+    config, boards = small_config(text, tmp_path / "output", max_steps=10_000), [Blackboard() for _ in range(4)]
+    pids = [start(config, board, tmp_path / f"log-{i}", drop_tokens=False) for i, board in enumerate(boards)]
+    deadline = time.monotonic() + 60
+    codes: dict[int, int | None] = {}
+    while len(codes) < 3 and time.monotonic() < deadline:
+        codes |= {pid: code for pid in pids if pid not in codes and (code := wait(pid, 0.01)) is not None}
+    (winner,) = set(pids) - set(codes)
+    assert list(codes.values()) == [3, 3, 3]
+    assert wait(winner, 30, until=lambda: boards[pids.index(winner)].read()[1] > 2) is None
+    kill(winner)
+
+
+def test_in_a_notebook_a_stopped_run_returns_and_the_handlers_are_put_back(text, tmp_path):
+    class Stopping(Reporter):
+        def step(self, step, *rest):
+            if step == 4:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    result = train(small_config(text, tmp_path / "output"), Stopping())
+    assert (result.stopped_by, result.step, result.checkpoint.name) == (signal.SIGINT, 4, "step-00000004.ckpt")
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    assert train(small_config(text, tmp_path / "output", max_steps=10), Reporter()).step == 10
+
+
+def test_training_on_another_thread_works_without_signal_handlers(text, tmp_path):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(train(small_config(text, tmp_path / "output", max_steps=10), Reporter())))
+    thread.start()
+    thread.join(120)
+    assert results and results[0].step == 10 and outcome(tmp_path / "output")
+
+
+def test_a_signal_in_the_middle_of_a_print_is_not_an_error():
+    def reentrant(text):
+        raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stdout>'>")
+
+    with StopSignals(reentrant) as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received == signal.SIGTERM
