@@ -177,7 +177,7 @@ sure, unsure = (torch.linspace(0, -1, 60) * steep for steep in (40, 4))
 rules = {"top-k 20": (keep_top_k, 20), "top-p 0.9": (keep_top_p, 0.9), "min-p 0.1": (keep_min_p, 0.1)}
 for number, (shape, name, hatch) in enumerate(((sure, "a sure model", ""), (unsure, "an unsure model", "//"))):
     kept = [int(keep(shape.softmax(-1), value).sum()) for keep, value in rules.values()]
-    counts[name] = ", ".join(f"{rule} {number}" for rule, number in zip(rules, kept, strict=True))
+    counts[name] = ", ".join(f"{rule} keeps {n}" for rule, n in zip(rules, kept, strict=True))
     drawn = ax.bar([x + 0.4 * number for x in range(3)], kept, 0.38, color=plots.PALETTE[number], hatch=hatch, edgecolor="white", label=name)
     ax.bar_label(drawn)
 ax.set_xticks([0.2, 1.2, 2.2], list(rules))
@@ -434,8 +434,9 @@ try:
     other, other_tokenizer = load_model_and_tokenizer("HuggingFaceTB/SmolLM2-135M", device=model.device)
     other_name = "the official SmolLM2-135M (2 trillion tokens)"
 except UserError as reason:
-    print(f"{reason}.\nSo: beside your own model before its first step.")
-    other, other_tokenizer, other_name = (start or SmolLM2.from_pretrained(checkpoints[0].folder)).to(model.device), tokenizer, "your model at the start"
+    print(f"{reason}.\nSo: beside your own model, as early as there is one.")
+    other, other_tokenizer, other_name = start or SmolLM2.from_pretrained(checkpoints[0].folder), tokenizer, f"your model at step {moments[0]['step']}"
+    other = other.to(model.device)
 
 # %% id="official-beside" tags=["lesson"]
 settings = {"temperature": 0.8, "top_p": 0.9, "seed": 2}

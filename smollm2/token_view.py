@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Sequence
 
 import torch
@@ -17,11 +18,22 @@ SHADES = [(0.01, "#08519c", "#ffffff"), (0.1, "#4292c6", "#000000"), (0.5, "#9ec
 LEGEND = "dark: below 1 % · then below 10 %, below 50 %, palest: 50 % and more"
 
 
+def spelled(tokenizer: Tokenizer, token_id: int) -> bytes:
+    """The bytes of text that a token stands for, in a byte-level vocabulary or in SentencePiece's spelling."""
+    name = tokenizer.token(token_id)
+    if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", name):
+        return bytes.fromhex(byte[1])
+    try:
+        return token_bytes(tokenizer, token_id)
+    except KeyError:  # a character that no byte-level vocabulary uses: SentencePiece, whose blank is U+2581
+        return name.replace("\u2581", " ").encode()
+
+
 def piece(tokenizer: Tokenizer, token_id: int) -> str:
     """A token's text as one visible word: blanks as `·`, line breaks as `↵`, half a character as its bytes."""
     if tokenizer.token(token_id) is None:
         return f"[no entry {token_id}]"  # the network's vocabulary may be larger than the tokenizer's
-    return visible(token_bytes(tokenizer, token_id))
+    return visible(spelled(tokenizer, token_id))
 
 
 def percent(probability: float) -> str:

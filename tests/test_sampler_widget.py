@@ -195,6 +195,16 @@ def test_ids_outside_the_tokenizer_and_half_characters_can_be_shown(model_and_to
     assert token_view.piece(tokenizer, half) == "e6"
 
 
+def test_other_vocabularies_than_byte_level_can_be_shown():
+    class SentencePiece:
+        end_of_text_id = None
+
+        def token(self, token_id):
+            return ["\u2581king", "<0x0A>", "\u6771"][token_id]
+
+    assert [token_view.spelled(SentencePiece(), i) for i in range(3)] == [b" king", b"\n", "\u6771".encode()]
+
+
 def test_the_bars_show_the_distribution_that_is_drawn_from(model_and_tokenizer):
     _, tokenizer = model_and_tokenizer
     logits = torch.randn(tokenizer.vocab_size, generator=torch.Generator().manual_seed(0))
