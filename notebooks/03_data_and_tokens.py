@@ -93,10 +93,12 @@ sentence = "The printer made a slip, and in 1984 six singers sang unbelievably."
 ids = tokenizer.encode(sentence)
 print(f"a tokenizer of {tokenizer.vocab_size:,} entries; the sentence has {len(sentence.split())} words and {len(sentence)} letters")
 
-# %% id="token-predict" tags=["predict"]
+# %% cellView="form" id="token-predict" tags=["predict"]
+# @title Your prediction { display-mode: "form" }
+guess = None  # @param {type:"raw"}
 lesson.predict(
     "Into how many tokens does the sentence fall?",
-    guess=None,
+    guess,
     answer=len(ids),
     within=0.1,
     unit="tokens",
@@ -201,10 +203,12 @@ held_out_bytes = len(held_out.encode())
 bytes_per_token = {size: held_out_bytes / len(tokenizers[size].encode(held_out)) for size in SIZES}
 print(f"  257 entries: {bytes_per_token[257]:.2f} bytes per token\n4,096 entries: {bytes_per_token[4096]:.2f} bytes per token")
 
-# %% id="size-predict" tags=["predict"]
+# %% cellView="form" id="size-predict" tags=["predict"]
+# @title Your prediction { display-mode: "form" }
+guess = None  # @param {type:"raw"}
 lesson.predict(
     "How many bytes does a token hold, on average, with 8,192 entries (held-out text)?",
-    guess=None,
+    guess,
     answer=bytes_per_token[8192],
     within=0.03,
     unit="bytes per token",
@@ -295,10 +299,12 @@ computed = sum(B * max(group) for group in groups)  # each batch is as wide as i
 padding = 1 - sum(map(sum, groups)) / computed
 print(f"stories have {min(lengths)} to {max(lengths)} tokens, {np.mean(lengths):.0f} on average")
 
-# %% id="pack-predict" tags=["predict"]
+# %% cellView="form" id="pack-predict" tags=["predict"]
+# @title Your prediction { display-mode: "form" }
+guess = None  # @param {type:"raw"}
 lesson.predict(
     f"If every story had a row of its own, as wide as the longest of its {B} neighbours: what per cent of all positions would be padding?",
-    guess=None,
+    guess,
     answer=100 * padding,
     within=0.15,
     unit="%",
@@ -319,10 +325,12 @@ plots.show(fig, alt=f"{len(rows)} full rows of {T} tokens; {borders} of them bla
 # A model that has learned nothing should give every one of the V entries the same chance, 1/V. Its loss, $-\ln(1/V) = \ln V$, is known in advance, and a
 # start that is far off means a bug. SmolLM2 has V = 49,152. What is ln V?
 
-# %% id="first-predict" tags=["predict"]
+# %% cellView="form" id="first-predict" tags=["predict"]
+# @title Your prediction { display-mode: "form" }
+guess = None  # @param {type:"raw"}
 lesson.predict(
     "Which loss, in nats per token, has a uniform guess over SmolLM2's 49,152 entries?",
-    guess=None,
+    guess,
     answer=math.log(SmolLM2Config().vocab_size),
     within=0.01,
     unit="nats",
@@ -389,10 +397,12 @@ halves = [BatchStream(tokens.train.tokens, order, 0, rank, world_size=2).batch(3
 together = torch.stack(halves, dim=1).flatten(0, 1)  # row 0 of worker 0, row 0 of worker 1, row 1 of worker 0, ...
 lesson.check("two workers' halves are the one-worker batch", together - BatchStream(tokens.train.tokens, order, 0).batch(3))
 
-# %% id="order-predict" tags=["predict"]
+# %% cellView="form" id="order-predict" tags=["predict"]
+# @title Your prediction { display-mode: "form" }
+guess = None  # @param {type:"raw"}
 lesson.predict(
     f"After how many batches of {B} rows has the model seen all {len(tokens.train.tokens):,} training tokens once?",
-    guess=None,
+    guess,
     answer=order.rows_per_epoch / B,
     within=0.05,
     unit="batches",
@@ -446,10 +456,12 @@ packed = compression_bits_per_byte(TEXT, "val", NANO.data.held_out_fraction)
 nats, bits = unigrams[SIZES.index(2048)]
 lesson.check("the two measures convert into each other", bits - nats / math.log(2) / bytes_per_token[2048], 1e-9)
 
-# %% id="unigram-predict" tags=["predict"]
+# %% cellView="form" id="unigram-predict" tags=["predict"]
+# @title Your prediction { display-mode: "form" }
+guess = None  # @param {type:"raw"}
 lesson.predict(
     "gzip -9 is a language model of a kind. How many bits per byte does it need for the held-out text (8 = not compressed)?",
-    guess=None,
+    guess,
     answer=packed["gzip -9"],
     within=0.1,
     unit="bits per byte",

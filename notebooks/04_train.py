@@ -147,8 +147,9 @@ for _ in range(60):
     optimizer.step()
     losses.append(loss.item())
 
-# %% id="overfit-predict" tags=["predict"]
-guess = None  # your answer: a number
+# %% cellView="form" id="overfit-predict" tags=["predict"]
+# @title Your prediction { display-mode: "form" }
+guess = None  # @param {type:"raw"}
 lesson.predict(
     "60 updates on the same 256 tokens: after how many is the loss below 1 nat per token?",
     guess,
@@ -184,8 +185,9 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
     facts = torch.finfo(dtype)
     print(f"{str(dtype)[6:]:>9}: largest {facts.max:.1e}, smallest normal {facts.tiny:.1e}, next after 1 is 1 + {facts.eps:.4g}")
 
-# %% id="dtype-predict" tags=["predict"]
-guess = None  # your answer: a number
+# %% cellView="form" id="dtype-predict" tags=["predict"]
+# @title Your prediction { display-mode: "form" }
+guess = None  # @param {type:"raw"}
 lesson.predict(
     "A gradient of 0.00000001 (1e-8) is stored as fp16. Which number is it then?",
     guess,
@@ -207,7 +209,7 @@ lesson.check("the model's weights are fp32", sum(p.dtype != torch.float32 for p 
 # %% id="dtype-figure" tags=["figure"]
 counts, edges = np.histogram(gradients[gradients > 0].log10(), bins=60, range=(-16, 2))
 fig, ax = plots.figure(8, 3)
-ax.fill_between(edges[:-1], 3 + counts / counts.max(), 3, step="post", color=plots.SKY)
+ax.bar(edges[:-1], counts / counts.max(), width=edges[1] - edges[0], bottom=3, align="edge", color=plots.SKY)
 formats = [("fp32", torch.float32, plots.GREY), ("bf16", torch.bfloat16, plots.BLUE), ("fp16", torch.float16, plots.ORANGE)]
 for y, (_, dtype, colour) in enumerate(formats):
     low, high = (math.log10(value) for value in (torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps, torch.finfo(dtype).max))
@@ -238,8 +240,9 @@ train = config.train
 schedule = Schedule(train.learning_rate, train.warmup_steps, train.decay_fraction, 0, steps + more)
 print(f"{steps} + {more} steps of {train.batch_size} x {config.data.sequence_length} tokens, peak learning rate {train.learning_rate}")
 
-# %% id="schedule-predict" tags=["predict"]
-guess = None  # your answer: a number
+# %% cellView="form" id="schedule-predict" tags=["predict"]
+# @title Your prediction { display-mode: "form" }
+guess = None  # @param {type:"raw"}
 lesson.predict(
     f"{steps + more} steps, the last {train.decay_fraction:.0%} of them decay. At which step is the rate down to half its peak?",
     guess,
@@ -315,9 +318,10 @@ likely = "the run ended by itself: " + Path("output/drill/killed.txt").read_text
 lesson.check("the process was killed by signal 9 in mid-run", child.returncode + signal.SIGKILL, likely=likely)
 print(f"its log ends at step {max(before)}; it has no final model: {not Path('output/drill/killed/checkpoints/final_model.ckpt').exists()}")
 
-# %% id="kill-predict" tags=["predict"]
+# %% cellView="form" id="kill-predict" tags=["predict"]
+# @title Your prediction { display-mode: "form" }
+guess = None  # @param {type:"raw"}
 rows = kept([("here", "output/drill/killed/checkpoints")])
-guess = None  # your answer: a number
 lesson.predict(
     f"It was killed after step {max(before)} and saved every 10 steps. At which step will it resume?",
     guess,
@@ -357,7 +361,7 @@ fig, ax = plots.figure(8, 3.2)
 ax.plot(*zip(*curve("smooth").items(), strict=True), color=plots.GREY, linewidth=6, alpha=0.4, marker="", label="left alone")
 ax.plot(*zip(*before.items(), strict=True), color=plots.BLUE, label="until it was killed")
 ax.plot(*zip(*resumed.losses, strict=True), color=plots.RED, marker="x", linestyle="", markersize=6, label="resumed")
-ax.axvline(max(before), color=plots.BLACK, linestyle="--")
+ax.axvline(max(before), color=plots.BLACK, linestyle="--", label="SIGKILL")
 plots.label(ax, "Killed and resumed: the same curve", "step", "loss (nats per token)", legend=True)
 begins = resumed.losses[0][0]
 plots.show(fig, alt=f"The run killed after step {max(before)} and resumed from step {begins - 1} lies exactly on the curve of the run left alone.")
@@ -457,8 +461,9 @@ rows = kept(places)
 size = max(row["bytes"] for row in rows if row["place"] == "this machine") / 1e6
 parameters = smollm2.config.parameter_count(config.model)
 
-# %% id="kept-predict" tags=["predict"]
-guess = None  # your answer: a number
+# %% cellView="form" id="kept-predict" tags=["predict"]
+# @title Your prediction { display-mode: "form" }
+guess = None  # @param {type:"raw"}
 lesson.predict(
     f"The model has {parameters:,} parameters. How many megabytes has one checkpoint?",
     guess,

@@ -23,7 +23,7 @@ from .progress import Reporter, TerminalReporter, safe_words
 CHART = {"width": 680, "height": 170, "left": 46, "right": 12, "top": 12, "bottom": 24}
 MAX_POINTS = 340  # of the curve: one for every other pixel
 SHOWN_MESSAGES = 7
-SHOWN_SAMPLES = 6  # of each prompt
+SHOWN_SAMPLES = 5  # of each prompt: the first, and the last four
 SAMPLE_CHARACTERS = 220
 
 
@@ -65,7 +65,7 @@ class LivePanel(Reporter):
         self.seconds_between_updates = seconds_between_updates
         self.losses: list[tuple[int, float]] = []
         self.validations: list[tuple[int, float, float]] = []
-        self.samples: dict[str, deque] = {}
+        self.samples: dict[str, list[tuple[int, str]]] = {}
         self.messages: deque[str] = deque(maxlen=SHOWN_MESSAGES)
         self.current, self.total, self.local_step, self.drive_step = 0, 0, None, None
         self.learning_rate, self.tokens_per_second = 0.0, 0.0
@@ -108,7 +108,7 @@ class LivePanel(Reporter):
     def sample(self, step: int, prompt: str, text: str) -> None:
         if self._plain:
             return self._plain.sample(step, prompt, text)
-        self.samples.setdefault(prompt, deque(maxlen=SHOWN_SAMPLES)).append((step, text))
+        self.samples.setdefault(prompt, []).append((step, text))
 
     def saved(self, local_step: int, drive_step: int | None) -> None:
         self.local_step, self.drive_step = local_step, drive_step  # called by the thread that writes: shown later
@@ -188,17 +188,18 @@ class LivePanel(Reporter):
         notes = "".join(f"<div>{html.escape(text)}</div>" for text in list(self.messages))
         return (
             '<div style="background:#fff;color:#111;font:13px/1.45 system-ui,sans-serif;padding:10px 12px;max-width:720px;border:1px solid #ccc">'
-            f'{bar}<table style="border:0;border-collapse:collapse;background:#fff;color:#111;margin:0">{cells}</table>{self._chart()}{self._timeline()}'
+            f'{bar}<table style="border:0;border-collapse:collapse;background:#fff;color:#111;margin:0;font-size:13px">{cells}</table>{self._chart()}{self._timeline()}'
             f'<div style="color:#555;font-size:12px;margin-top:8px;overflow-wrap:anywhere">{notes}</div></div>'
         )
 
     def _timeline(self) -> str:
         parts = []
         for prompt, samples in self.samples.items():
+            shown = samples if len(samples) <= SHOWN_SAMPLES else [samples[0], *samples[1 - SHOWN_SAMPLES :]]
             rows = "".join(
                 f'<div style="display:flex"><div style="flex:0 0 64px;color:#555">step {step:,}</div>'
                 f"<div>{html.escape(' '.join(text.split())[:SAMPLE_CHARACTERS])}</div></div>"
-                for step, text in samples
+                for step, text in shown
             )
             parts.append(f'<div style="margin-top:8px"><b>{html.escape(prompt)} ...</b>{rows}</div>')
         return "".join(parts)
