@@ -159,7 +159,7 @@ lesson.check("MLP share is 59.2 %, attention 19.7 %", max(abs(totals["MLP"] / to
 # %% [markdown] id="wrong-sum"
 # ## 4 · A sum that is wrong, and what it tells
 #
-# A widely copied account of this very model adds up its parts and gets **107,972,928**. The missing fifth is then explained away as "other
+# A well-known account of this very model adds up its parts and gets **107,972,928**. The missing fifth is then explained away as "other
 # parameters". But a model has no other parameters. Divide what is missing by the number of layers before you guess.
 
 # %% id="wrong-sum-numbers" tags=["lesson"]
