@@ -45,9 +45,11 @@ class PeakMemory:
     def __init__(self, device: torch.device):
         self.device = device
         self.before = 0 if device.type == "cuda" else resident_bytes()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
 
     def read(self) -> int:
-        """Above what the process held at the start: interpreter and imported libraries are no part of it."""
+        """On a CPU above what the process held at construction: interpreter and libraries are no part of it."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return resident_bytes("VmHWM") - self.before
