@@ -247,15 +247,21 @@ class DriveMirror:
 
     def _find_twin(self, job: Manifest, there: list[Entry]) -> Entry | None:
         """The same checkpoint on Drive already, every byte of it: after a resume nothing need be copied."""
-        for index, entry in enumerate(there):
+        for entry in there:
             if entry.manifest and (entry.manifest.run_id, entry.step, entry.manifest.files) == (job.run_id, job.step, job.files):
-                try:
-                    for name, facts in job.files.items():
-                        self._read_back(entry.path / name, facts["bytes"], facts["sha256"])
+                if self._is_intact(entry):
                     return entry
-                except OSError as error:  # damaged or unreachable: it is copied again, and an unreachable Drive says so there
-                    there[index] = Entry(entry.path, None, str(error))
+                there[there.index(entry)] = Entry(entry.path, None, "damaged")
         return None
+
+    def _is_intact(self, entry: Entry) -> bool:
+        """Whether every byte reads back. A Drive that cannot be reached answers no here, and says so at the next write."""
+        try:
+            for name, facts in entry.manifest.files.items():
+                self._read_back(entry.path / name, facts["bytes"], facts["sha256"])
+        except OSError:
+            return False
+        return True
 
     def _make_room(self, there: list[Entry], run_id: str, best_step: int | None) -> None:
         """At most `KEEP` checkpoints of this run stay: the newest that Drive has uploaded, the newest, the best, then by age.
@@ -264,9 +270,11 @@ class DriveMirror:
         until a copy has overtaken it. Folders of other runs, and of people, are never touched.
         """
         for path in sorted(self._unfinished):
-            erase(path)
+            finished = [entry for entry in there if entry.path == path and entry.manifest and self._is_intact(entry)]
+            if not finished:  # else only Drive's answer was lost, and it may be the newest that Drive has
+                erase(path)
+                there = [entry for entry in there if entry.path != path]
             self._unfinished.discard(path)
-            there = [entry for entry in there if entry.path != path]
         ours = [entry for entry in there if entry.is_ours(run_id)]
         whole = [entry for entry in ours if entry.manifest]
         unproven = [entry for entry in ours if not entry.manifest and (not whole or entry.step > whole[0].step)]

@@ -27,7 +27,7 @@ MOUNTS_TABLE = Path("/proc/mounts")
 UPLOAD_ID = "user.drive.id"  # extended attribute; ids beginning with "local" are not yet on Google's side
 LOGS = "logs.json"  # table of contents of the log copies in a checkpoint folder
 MAX_LOGS_BYTES = 64 * 2**20
-_OUR_NAME = re.compile(r"(?:final_[a-z_]+-)?step-\d{8,}-(?P<run>[A-Za-z0-9]{1,16})-[0-9a-f]{8}(?: \(\d+\))?\.ckpt(?: \(\d+\))?")
+_OUR_NAME = re.compile(r"(?:final_[a-z_]+-)?step-\d{8,}-(?P<run>[A-Za-z0-9]{1,16})-[0-9a-f]{8}(?:\.ckpt| \(\d+\))+")  # " (1)" is Drive's doing
 
 
 class NotThere(OSError):

@@ -207,7 +207,7 @@ def _restore_logs(source: Path, manifest: Manifest, say: Say, sleep: Callable[[f
     try:
         logs = _patiently(lambda: read_logs(source, ALL_LOGS), sleep)
     except (OSError, CheckpointError) as error:
-        say(f"the logs beside {source.name} could not be read ({error}); the logs on this machine begin at step {manifest.step}")
+        say(f"the logs beside {source.name} could not be read ({explain(error) if isinstance(error, OSError) else error}); the logs on this machine begin at step {manifest.step}")
         return
     known_lines = read_state(manifest).log_lines
     folder = manifest.folder.parent.parent / "logs"
