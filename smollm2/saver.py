@@ -34,9 +34,16 @@ def tensor_file(tensors: dict[str, torch.Tensor]) -> Callable[[Path], None]:
     return write
 
 
-def snapshot(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Independent CPU copies: training may go on while they are written."""
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+def snapshot(tensors: dict[str, torch.Tensor], memory: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Independent CPU copies: training may go on while they are written. They take the place of earlier copies in
+    `memory` where these fit: pages that are touched for the first time take about as long again as the copy."""
+    copies = {}
+    for name, tensor in tensors.items():
+        room = memory.get(name)
+        if room is None or room.shape != tensor.shape or room.dtype != tensor.dtype:
+            room = torch.empty(tensor.shape, dtype=tensor.dtype)
+        copies[name] = room.copy_(tensor.detach())
+    return copies
 
 
 class Saver:
@@ -47,6 +54,7 @@ class Saver:
         self.on_saved, self.on_failed = on_saved, on_failed
         self.failures = 0
         self.blocked_seconds = 0.0
+        self._copies: dict[str, dict[str, torch.Tensor]] = {}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -54,7 +62,7 @@ class Saver:
         """Copy `tensors` ({file: {name: tensor}}) and start writing. Raises what the previous save ran into."""
         started = time.monotonic()
         self.wait()
-        copies = {file: snapshot(group) for file, group in tensors.items()}
+        self._copies = copies = {file: snapshot(group, self._copies.get(file, {})) for file, group in tensors.items()}
         files = dict(small_files) | {"state.json": dump_json(state)}
         files |= {file: tensor_file(group) for file, group in copies.items()}
         self._thread = threading.Thread(target=self._write, args=(name, step, files, facts, best_step), name="checkpoint", daemon=False)

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -279,7 +280,7 @@ def test_a_real_run_killed_at_any_call_of_a_save_ends_in_the_same_bits(text, tmp
 
         def commit(parent, name, *rest):
             if name == step_name(20):
-                os.kill(os.getpid(), signal.SIGSTOP)
+                signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)  # this thread, so that it is here that it stops
             return commit_(parent, name, *rest)
 
         def prune(*arguments):
