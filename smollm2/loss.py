@@ -36,7 +36,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             block = slice(start, min(start + step, rows))
             valid = targets[block] != IGNORE_INDEX
             index = targets[block].clamp_min(0).unsqueeze(1)  # (rows, 1); -100 is masked out below
-            log_p = torch.log_softmax(hidden_c[block] @ weight_c.T, dim=1, dtype=total.dtype)  # (rows, vocab)
+            logits = (hidden_c[block] @ weight_c.T).to(total.dtype)  # (rows, vocab)
+            log_p = torch.log_softmax(logits, dim=1, out=logits)  # in place: a second block would be the peak of the step
             nll = -log_p.gather(1, index).squeeze(1)
             total += torch.where(valid, nll, nll.new_zeros(())).sum()
             if wants_grad:

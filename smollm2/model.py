@@ -57,9 +57,10 @@ def fused_gqa(device: torch.device) -> bool:
     """Whether the fused attention kernels of this device take unequal head counts.
 
     Below compute capability 8.0 (T4) `enable_gqa` falls back to the unfused fp32 path, several times slower and with
-    the whole probability matrix in memory; there, and on a CPU, keys and values are expanded first.
+    the whole probability matrix in memory; there keys and values are expanded first. The CPU's kernel takes them as
+    they are (torch 2.9).
     """
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0))
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:

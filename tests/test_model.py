@@ -96,6 +96,17 @@ def test_rows_of_a_batch_do_not_see_each_other():
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
 
 
+def test_attention_with_unequal_head_counts_runs_in_the_fused_kernel():
+    """Anything else is several times slower and holds the whole probability matrix."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    q, k = torch.randn(1, 6, 32, 8), torch.randn(1, 2, 32, 8)
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION]):  # raises where this kernel cannot run
+        fused = network.attend(q, k, k)
+    with sdpa_kernel([SDPBackend.MATH]):
+        torch.testing.assert_close(fused, network.attend(q, k, k), atol=1e-6, rtol=1e-5)
+
+
 # --- planted mistakes: the checks above must turn red ------------------------------------------------------------------
 
 
