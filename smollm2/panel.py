@@ -159,7 +159,7 @@ class LivePanel(Reporter):
         done = self.current - self._first
         left = self.total - self.current
         loss = self.losses[-1][1] if self.losses else None
-        rows = {"step": f"{self.current:,} of {self.total:,}", "loss": "-" if loss is None else f"{loss:.3f} nats per token"}
+        rows = {"step": f"{self.current:,} of {self.total:,}" if self.total else "not training", "loss": "-" if loss is None else f"{loss:.3f} nats per token"}
         if self.validations:
             step, held_out, bits = self.validations[-1]
             rows["held out"] = f"{held_out:.3f} nats per token, {bits:.3f} bits per byte (step {step:,})"

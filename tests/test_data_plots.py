@@ -9,12 +9,12 @@ import pytest
 from smollm2 import data_plots, plots
 from smollm2.tokenizer import Tokenizer
 
-TEXTS = ["", "a", "price: $5 and $6", "日本語 🙂 Ωμέγα\n\ttab\0end", "x" * 500, "<|endoftext|>", "{\\frac a b} _ ^ %"]
+TEXTS = ["", "a", "price: $5 and $6", "one token: $_$", "日本語 🙂 Ωμέγα\n\ttab\0end", "x" * 500, "<|endoftext|>", "{\\frac a b} _ ^ %"]
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer.train(["the cat sat on the mat, the cat sat " * 20], 300)
+    return Tokenizer.train(["the cat sat on the mat, the cat sat $_$ " * 20], 300)
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -28,6 +28,12 @@ def test_every_text_can_be_drawn_without_a_warning(tokenizer, text):
 @pytest.mark.parametrize("text", TEXTS)
 def test_the_bytes_of_the_tokens_are_the_bytes_of_the_text(tokenizer, text):
     assert b"".join(data_plots.token_bytes(tokenizer, i) for i in tokenizer.encode(text)) == text.encode()
+
+
+def test_a_token_that_looks_like_a_formula_is_drawn_as_it_is(tokenizer):
+    ids = tokenizer.encode("on $_$")
+    assert "·$_$" in [data_plots.visible(data_plots.token_bytes(tokenizer, i)) for i in ids]
+    plots.png_bytes(data_plots.token_strip(tokenizer, ids, "title"))
 
 
 def test_labels_show_blanks_breaks_and_broken_characters():
