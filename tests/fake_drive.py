@@ -136,7 +136,7 @@ class FakeDrive:
                     self._rename_on_server(name, self.random.choice((f"{name} (1)", f"{name.removesuffix('.ckpt')} (1).ckpt")))
         self.tree = {str(self.root.parent): None} | dict(self.server)
         files = [path for path, content in self.tree.items() if content]
-        self.stale_until = {path: self.now + self.random.uniform(0, 9) for path in files if self.random.random() < self.stale_rate}
+        self.stale_until = {path: self.now + self.random.uniform(0, 0.05 if self.real_time else 9) for path in files if self.random.random() < self.stale_rate}
 
     def _rename_on_server(self, name: str, other: str) -> None:
         old, new = str(self.root / name), str(self.root / other)
@@ -245,7 +245,7 @@ class FakeDrive:
         table = tmp_path / "mounts"
 
         class Os:
-            def __getattr__(_, name):  # noqa: N805 - `self` is the Drive
+            def __getattr__(_, name):
                 if name not in ("mkdir", "listdir", "stat", "unlink", "rmdir", "getxattr", "statvfs"):
                     return getattr(os, name)
                 return lambda path, *rest: getattr(self if self._inside(path) else os, name)(path, *rest)
@@ -254,7 +254,7 @@ class FakeDrive:
             path = SimpleNamespace(isdir=lambda path: self.tree.get(str(path), b"") is None if self._inside(path) else os.path.isdir(path), abspath=os.path.abspath)
 
         monkeypatch.setattr(drive_folder, "os", Os())
-        monkeypatch.setattr(drive_folder, "open", lambda path, *rest, **more: self.open(path, *rest) if self._inside(path) else open(path, *rest, **more), raising=False)
+        monkeypatch.setattr(drive_folder, "open", lambda path, *rest, **more: self.open(path, *rest) if self._inside(path) else open(path, *rest, **more), raising=False)  # noqa: SIM115
         monkeypatch.setattr(drive_folder, "MOUNT_POINT", self.mount)
         monkeypatch.setattr(drive_folder, "MOUNTS_TABLE", table)
         self.set_mounted(True, table)

@@ -17,11 +17,10 @@ import pytest
 from fake_drive import FakeDrive, MachineDied
 
 from smollm2 import drive, drive_folder, drive_restore, lease
-from smollm2.checkpoint import FINAL_NAMES, candidates, commit, dump_json, read_manifest, step_name, verify
+from smollm2.checkpoint import FINAL_NAMES, candidates, commit, dump_json, step_name, verify
 from smollm2.config import load_config
 from smollm2.drive import DriveMirror, newest_on_drive
 from smollm2.errors import BusyError, ConfigError, NoUsableCheckpoint
-from smollm2.files import sha256_bytes
 from smollm2.progress import Reporter, TerminalReporter
 from smollm2.retention import prune
 from smollm2.state import TrainState
@@ -40,7 +39,7 @@ def files_of(step: int, best: int = 0) -> dict[str, bytes]:
     return files | {"state.json": dump_json(state), "tokenizer.json": b'{"a": 1}'}
 
 
-PYTHON_RNG = [3, list(range(1, 625)) + [624], None]
+PYTHON_RNG = [3, [*range(1, 625), 624], None]
 
 
 def save(output: Path, step: int, best: int = 0, name: str | None = None):
@@ -128,13 +127,13 @@ def test_a_lying_drive_never_stops_training_and_loses_nothing_confirmed(seed, tm
         except NoUsableCheckpoint:
             assert not whole, f"step {max(whole)} lay whole on Drive and was not found: {said[-3:]}"
             break  # only torn copies: said so, and did not start from zero
-        step = newest.step if newest else 0
-        assert step == max(whole, default=0), said[-5:]
+        start = newest.step if newest else 0
+        assert start == max(whole, default=0), said[-5:]
         if newest:
-            assert bytes_of(newest.folder) == files_of(step, step - step % 30)
+            assert bytes_of(newest.folder) == files_of(start, start - start % 30)
             logs = output / "logs" / "training_loss.txt"
             assert logs.exists() or "logs" in said[-1]  # their copy may be lost; then that is said
-            assert not logs.exists() or logs.read_text().count("\n") >= step // 10
+            assert not logs.exists() or logs.read_text().count("\n") >= start // 10
         mirror = mirror_of(fake, said)
         fake.fault_rate = 0.01
         fake.die_at = fake.ops + chance.randrange(20, 900)
@@ -142,7 +141,7 @@ def test_a_lying_drive_never_stops_training_and_loses_nothing_confirmed(seed, tm
         try:
             if newest:
                 mirror.submit(newest)
-            for step in range(step + 10, step + 300, 10):
+            for step in range(start + 10, start + 300, 10):
                 manifest = save(output, step, step - step % 30)
                 prune(output / "checkpoints", 2, step - step % 30, manifest)
                 mirror.submit(manifest)  # what training sees of Drive: this call, and it came back
@@ -440,7 +439,7 @@ def test_none_usable_is_an_error_never_a_start_from_zero(fake, tmp_path):
     local = save(tmp_path / "new", 30)
     (local.folder / "state.json").write_bytes(b"{}")
     said = []
-    with pytest.raises(NoUsableCheckpoint, match="2 checkpoint.*none usable"):
+    with pytest.raises(NoUsableCheckpoint, match=r"2 checkpoint.*none usable"):
         restore(fake, tmp_path / "new", said)
     assert len(said) == 2
 
@@ -472,7 +471,7 @@ def test_a_drive_that_needs_a_moment_is_given_one(fake, tmp_path):
 def test_an_unreachable_drive_stops_a_machine_that_has_nothing_and_no_other(fake, tmp_path):
     put(fake, "step-00000040-a.ckpt", 40)
     fake.bad_until, fake.bad_errno = float("inf"), errno.ENOTCONN
-    with pytest.raises(NoUsableCheckpoint, match="errno 107.*starting from zero could hide"):
+    with pytest.raises(NoUsableCheckpoint, match=r"errno 107.*starting from zero could hide"):
         restore(fake, tmp_path / "new", [])
     save(tmp_path / "has", 20)
     said = []
@@ -648,3 +647,172 @@ def test_both_numbers_are_said_when_they_change_and_not_more_often():
         "safe on this machine: step 20, copied to Drive: step 20",
         "safe on this machine: step 40, copied to Drive: step 40",
     ]
+
+
+# --- with real training
+
+TINY = [
+    *("vocab_size=300", "hidden_size=16", "intermediate_size=32", "num_hidden_layers=1", "num_attention_heads=2", "num_key_value_heads=1"),
+    *("max_position_embeddings=32", "sequence_length=16", "data.tokenizer_vocab_size=300", "batch_size=4", "warmup_steps=3", "val_max_tokens=200"),
+    *("train.val_every=10", "train.sample_every=10", "train.sample_tokens=4", "train.save_every=3", "train.log_every=1", "train.precision=fp32"),
+]
+
+
+def tiny_run(text: Path, output: Path, **flags):
+    return load_config("nano", None, TINY, **{"data.input_file": str(text), "run.output_dir": str(output), "train.max_steps": 30} | flags)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "input.txt"
+    path.write_text("".join(f"{n} green bottles hanging on the wall, and {n * 7 % 13} of them fall.\n" for n in range(300)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(text, tmp_path_factory) -> dict:
+    from smollm2.training import train
+
+    output = tmp_path_factory.mktemp("reference") / "output"
+    train(tiny_run(text, output), Reporter())
+    return outcome(output)
+
+
+def outcome(output: Path) -> dict:
+    """All bytes of the final checkpoint, and the loss log without its clock."""
+    lines = (output / "logs" / "training_loss.txt").read_text().splitlines()
+    return bytes_of(output / "checkpoints" / FINAL_NAMES[0]) | {"losses": [line.split(" ", 1)[1] for line in lines]}
+
+
+class Notes(Reporter):
+    def __init__(self):
+        self.lines, self.safe = [], []
+
+    def message(self, text):
+        self.lines.append(text)
+
+    def saved(self, local_step, drive_step):
+        self.safe.append((local_step, drive_step))
+
+
+def hurry(monkeypatch):
+    for module, name, value in (
+        (drive, "FIRST_RETRY_SECONDS", 0.01), (drive, "LAST_RETRY_SECONDS", 0.05), (drive, "READ_BACK_PAUSES", (0.01, 0.02)),
+        (drive_restore, "RETRY_PAUSES", (0.02, 0.05)), (drive, "CLOSE_SECONDS", 5.0), (drive, "CLOSE_SECONDS_IN_TROUBLE", 3.0),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, value)
+
+
+@pytest.mark.parametrize("seed", [pytest.param(seed, marks=pytest.mark.slow) if seed >= 2 else seed for seed in range(25)])
+def test_a_fresh_machine_with_only_the_drive_folder_ends_with_the_same_bits(seed, text, uninterrupted, tmp_path, monkeypatch):
+    from smollm2.training import train
+
+    hurry(monkeypatch)
+    options = {"stale_rate": 0.05, "duplicate_rate": 0.1, "upload_seconds": (0, 0.05), "real_time": True, "in_order": seed % 2 == 0}
+    fake = FakeDrive(tmp_path / "drive", seed, fault_rate=0.01, **options)
+    fake.install(monkeypatch, tmp_path)
+    death, server = 40 + 25 * seed % 500, {}  # what Google has when the machine dies at this operation
+    op = fake._op
+    fake._op = lambda: (server.update(fake.server) if fake.ops == death else None, op())
+    notes = Notes()
+    train(tiny_run(text, tmp_path / "first", **{"run.drive_dir": str(fake.root)}), notes)
+    assert outcome(tmp_path / "first") == uninterrupted, "Drive's troubles changed the training"
+    assert notes.safe[-1][0] == 30
+
+    fresh = FakeDrive(tmp_path / "drive", seed, **options)
+    fresh.install(monkeypatch, tmp_path)
+    fresh.server = dict(server)
+    fresh.next_machine()
+    fresh.tree = {path: content for path, content in fresh.tree.items() if "lease-" not in path}  # five minutes later
+    whole = whole_steps_on_server(fresh)
+    notes = Notes()
+    config = tiny_run(text, tmp_path / "second", **{"run.drive_dir": str(fresh.root)})
+    if not whole and any("step-" in path for path in fresh.tree):
+        with pytest.raises(NoUsableCheckpoint):
+            train(config, notes)
+        return
+    result = train(config, notes)
+    assert any(line.startswith("starting at step 0 of 30" if not whole else f"continuing from step-{max(whole):08d}") for line in notes.lines), notes.lines
+    ends = outcome(tmp_path / "second")
+    if any("logs beside" in line for line in notes.lines):  # the log copies did not reach the server: said; the rest is exact
+        ends |= {name: uninterrupted[name] for name in ("losses", "state.json")}  # the state counts log lines
+    assert ends == uninterrupted
+    assert result.drive_step == 30 and "copied to Drive: step 30" in result.table()
+
+
+def test_training_ends_well_when_drive_goes_away_for_good(text, uninterrupted, tmp_path, monkeypatch):
+    from smollm2.training import train
+
+    hurry(monkeypatch)
+    monkeypatch.setattr(drive, "CLOSE_SECONDS_IN_TROUBLE", 0.2)
+    fake = FakeDrive(tmp_path / "drive", real_time=True)
+    fake.install(monkeypatch, tmp_path)
+    notes, op = Notes(), fake._op
+
+    def unplug():
+        if fake.ops > 60:
+            fake.set_mounted(False)
+            fake._fail(errno.ENOTCONN)
+        op()
+
+    fake._op = unplug
+    result = train(tiny_run(text, tmp_path / "first", **{"run.drive_dir": str(fake.root)}), notes)
+    assert outcome(tmp_path / "first") == uninterrupted and result.step == 30 and result.drive_step < 30
+    assert sum("training goes on" in line for line in notes.lines) <= 2 and "NOT on Drive: step 30" in notes.lines[-1]
+    assert f"copied to Drive: {'step ' + str(result.drive_step) if result.drive_step else 'nothing yet'}" in result.table()
+
+
+def test_resume_never_does_not_continue_or_hide_what_is_on_drive(text, tmp_path):
+    from smollm2.training import train
+
+    drive_dir = tmp_path / "drive"
+    settings = {"run.drive_dir": str(drive_dir), "train.max_steps": 6}
+    train(tiny_run(text, tmp_path / "output", **settings), Reporter())
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    with pytest.raises(ConfigError, match=r"--resume never, but --drive_dir .* holds 3 checkpoint"):
+        train(tiny_run(text, tmp_path / "output", **settings, **{"run.resume": "never"}), Reporter())
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+    result = train(tiny_run(text, tmp_path / "output", **settings | {"run.resume": "never", "run.drive_dir": str(tmp_path / "other")}), Reporter())
+    assert result.drive_step == 6 and (tmp_path / "output" / "previous-1").is_dir()
+
+
+@pytest.mark.parametrize("where", ["checkpoints", ".", "checkpoints/deeper"])
+def test_the_runs_own_folder_is_no_second_place(where, text, tmp_path):
+    from smollm2.training import train
+
+    with pytest.raises(ConfigError, match="run's own folder"):
+        train(tiny_run(text, tmp_path / "output", **{"run.drive_dir": str(tmp_path / "output" / where)}), Reporter())
+    assert not (tmp_path / "output").exists()
+
+
+def test_an_output_folder_in_drives_place_is_refused_while_drive_is_not_mounted(text, tmp_path, monkeypatch):
+    from smollm2.training import train
+
+    monkeypatch.setattr(drive_folder, "MOUNT_POINT", tmp_path / "content" / "drive")
+    with pytest.raises(ConfigError, match="not mounted"):
+        train(tiny_run(text, tmp_path / "content" / "drive" / "MyDrive" / "output"), Reporter())
+    assert not (tmp_path / "content").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [7.5, 8.5, 9.5])
+def test_killed_processes_and_a_lost_machine_end_with_the_same_bits(seconds, text, uninterrupted, tmp_path):
+    """kill -9 of a real process, its whole output folder lost, and a rerun with nothing but the Drive folder."""
+    command = [sys.executable, "colab_train.py", "--preset", "nano", "--input_file", str(text), "--max_steps", "30", "--drive_dir", str(tmp_path / "drive")]
+    for setting in TINY:
+        command += ["--set", setting]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    first = subprocess.Popen([*command, "--output_dir", str(tmp_path / "first")], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "drive").glob("*/manifest.json")) and time.monotonic() < deadline and first.poll() is None:
+        time.sleep(0.02)
+    time.sleep(seconds % 1 / 4)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    copied = [entry.step for entry in drive_folder.entries(tmp_path / "drive") if entry.manifest]
+    if not copied:
+        pytest.skip("killed before the first manifest was whole")
+    second = subprocess.run([*command, "--output_dir", str(tmp_path / "second")], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert second.returncode == 0, second.stderr
+    assert "copied from Drive" in second.stdout or max(copied) == 30
+    assert outcome(tmp_path / "second") == uninterrupted
