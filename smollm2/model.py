@@ -48,7 +48,7 @@ def rope_tables(config: SmolLM2Config, device=None) -> tuple[torch.Tensor, torch
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate (B, heads, T, D) by tables (T, D/2): dimension i pairs with i + D/2, in fp32, back to x's dtype."""
+    """Rotate (..., D) by tables that broadcast to (..., D/2): dimension i pairs with i + D/2, in fp32, back to x's dtype."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
@@ -73,7 +73,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
     kv_heads = k.shape[1]
     if time == 1 and mask is None:
         # one query a head: the H/K queries of a group are rows of one product, nothing is expanded
-        grouped = q.view(batch, kv_heads, heads // kv_heads, dim)
+        grouped = q.reshape(batch, kv_heads, heads // kv_heads, dim)
         return F.scaled_dot_product_attention(grouped, k, v).reshape(batch, heads, 1, dim)
     if heads != kv_heads and not fused_gqa(q.device):
         k = k.repeat_interleave(heads // kv_heads, dim=1)
@@ -119,10 +119,13 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, cache: KVCache | None = None, mask: torch.Tensor | None = None) -> torch.Tensor:
         batch, time, _ = x.shape
-        q = self.q_proj(x).view(batch, time, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_proj(x).view(batch, time, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
-        v = self.v_proj(x).view(batch, time, -1, self.head_dim).transpose(1, 2)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        q = self.q_proj(x).view(batch, time, -1, self.head_dim)  # (B, T, H, D)
+        k = self.k_proj(x).view(batch, time, -1, self.head_dim)  # (B, T, K, D)
+        v = self.v_proj(x).view(batch, time, -1, self.head_dim)
+        # rotated before the transposition: attention gives y the memory layout of q, so that o_proj reads it without a copy
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # (T, 1, D/2)
+        q, k = apply_rope(q, cos, sin).transpose(1, 2), apply_rope(k, cos, sin).transpose(1, 2)  # (B, heads, T, D)
+        v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
         y = attend(q, k, v, mask)

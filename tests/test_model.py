@@ -136,7 +136,7 @@ def test_interleaved_rope_is_caught(monkeypatch):
 
 def test_rope_turned_backwards_is_caught(monkeypatch):
     correct = network.apply_rope
-    monkeypatch.setattr(network, "apply_rope", lambda x, cos, sin: correct(x, cos, -sin) if x.shape[1] == 2 else correct(x, cos, sin))
+    monkeypatch.setattr(network, "apply_rope", lambda x, cos, sin: correct(x, cos, -sin) if x.shape[2] == 2 else correct(x, cos, sin))
     assert largest_difference_from_transformers() > 1e-3
 
 
