@@ -22,6 +22,12 @@ def _rows_per_block(hidden: torch.Tensor, vocab_size: int) -> int:
     return max(64, BLOCK_BYTES.get(hidden.device.type, BLOCK_BYTES["cpu"]) // (4 * vocab_size))
 
 
+def matmul_dtype(x: torch.Tensor) -> torch.dtype:
+    """Dtype in which a matrix product with `x` runs here: that of autocast where it is on, else its own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, compute_dtype):
@@ -41,15 +47,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             nll = -log_p.gather(1, index).squeeze(1)
             total += torch.where(valid, nll, nll.new_zeros(())).sum()
             if wants_grad:
-                # d(sum)/d(logits) = softmax - one_hot, built in the same memory; ignored rows have none
+                # d(sum)/d(logits) = softmax - one_hot, built in the same memory
                 grad = log_p.exp_()
                 grad.scatter_add_(1, index, grad.new_full((1, 1), -1.0).expand_as(index))
-                grad.masked_fill_(~valid.unsqueeze(1), 0.0)
                 grad = grad.to(compute_dtype)
-                grad_hidden[block] = grad @ weight_c
-                grad_weight.addmm_(grad.T, hidden_c[block]) if grad.dtype == grad_weight.dtype else grad_weight.add_(
-                    grad.T @ hidden_c[block]
-                )
+                # ignored rows have no gradient: zeros in the two narrow factors spare a pass over the wide one
+                counted = valid.unsqueeze(1).to(compute_dtype)
+                grad_hidden[block] = (grad @ weight_c) * counted
+                inputs = hidden_c[block] * counted
+                grad_weight.addmm_(grad.T, inputs) if grad.dtype == grad_weight.dtype else grad_weight.add_(grad.T @ inputs)
         if wants_grad:
             ctx.save_for_backward(grad_hidden, grad_weight)
             ctx.dtypes = hidden.dtype, weight.dtype
@@ -75,8 +81,7 @@ def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: to
         A scalar in fp32 (fp64 for fp64 input); 0 when every target is ignored. Under autocast the products run in
         the autocast dtype, the log-sum-exp and all sums in fp32.
     """
-    device = hidden.device.type
-    compute_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    with torch.autocast(device, enabled=False):
+    compute_dtype = matmul_dtype(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
         total = _LinearCrossEntropy.apply(hidden, weight, targets, compute_dtype)
         return total / (targets != IGNORE_INDEX).sum().clamp_min(1)

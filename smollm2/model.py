@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .config import SmolLM2Config
-from .loss import linear_cross_entropy
+from .loss import linear_cross_entropy, matmul_dtype
 
 
 class RMSNorm(nn.Module):
@@ -31,7 +31,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        # cast here, once: each of the matrices that read the result would otherwise cast, and keep, a copy of its own
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps).to(matmul_dtype(x))
 
 
 def rope_tables(config: SmolLM2Config, device=None) -> tuple[torch.Tensor, torch.Tensor]:
