@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     from smollm2.config import load_config, preset_names, read_yaml
     from smollm2.errors import ConfigError, did_you_mean
 
-    in_file = args.config and read_yaml(args.config).get("preset")
+    in_file = None if args.config is None else read_yaml(args.config).get("preset")
     asked = args.preset if args.preset != "auto" else in_file or "auto"
     if asked != "auto" and asked not in preset_names():
         raise ConfigError(f"unknown preset {asked!r}{did_you_mean(str(asked), preset_names())} ({', '.join(preset_names())})")

@@ -17,10 +17,10 @@ from .serving import MAX_NEW_TOKENS, MAX_PROMPT_CHARACTERS, MAX_WAITING, Models,
 MIN_PASSWORD_CHARACTERS = 8
 REDRAW_SECONDS = 0.05
 CSS = """
-.gradio-container { max-width: 1100px !important; margin: 0 auto !important; }
+.gradio-container { width: 100%; max-width: 1100px !important; margin: 0 auto !important; }
 #page-title h1 { margin-bottom: 0.1em; }
 #text textarea { font-size: 1.05rem; line-height: 1.55; }
-#status textarea { color: var(--body-text-color-subdued); }
+#status textarea { color: var(--body-text-color); -webkit-text-fill-color: var(--body-text-color); opacity: 1; }
 """
 
 
@@ -62,15 +62,19 @@ def build_page(writer: Writer):
 
     # system fonts: the page loads nothing from strangers
     theme = gr.themes.Soft(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    with gr.Blocks(title="SmolLM2 from scratch", analytics_enabled=False) as page:
+    theme.set(  # dark enough to read white on, bright enough to read on dark
+        button_primary_background_fill="*primary_600", button_primary_background_fill_hover="*primary_700",
+        block_title_text_color="*primary_700", block_title_text_color_dark="*primary_100",
+    )  # fmt: skip
+    with gr.Blocks(title="SmolLM2 from scratch", analytics_enabled=False, fill_width=True) as page:
         gr.Markdown("# SmolLM2 from scratch\nType the beginning of a text; the model goes on.", elem_id="page-title")
         with gr.Row():
             with gr.Column(scale=3, min_width=320):
                 prompt = gr.Textbox("Once upon a time", label="Beginning", lines=3, max_lines=8, max_length=MAX_PROMPT_CHARACTERS, elem_id="prompt", autofocus=True)
                 with gr.Row():
-                    go = gr.Button("Write", variant="primary", elem_id="write", min_width=100)
-                    stop = gr.Button("Stop", elem_id="stop", min_width=100)
-                    clear = gr.Button("Clear", elem_id="clear", min_width=100)
+                    go = gr.Button("Write", variant="primary", elem_id="write", min_width=80)
+                    stop = gr.Button("Stop", elem_id="stop", min_width=80)
+                    clear = gr.Button("Clear", elem_id="clear", min_width=80)
                 text = gr.Textbox(label="Text", lines=12, max_lines=30, interactive=False, buttons=["copy"], elem_id="text")
                 status = gr.Textbox(show_label=False, container=False, interactive=False, lines=1, max_lines=3, elem_id="status", placeholder="ready")
             with gr.Column(scale=2, min_width=320):
@@ -87,8 +91,9 @@ def build_page(writer: Writer):
         shared = {"inputs": [checkpoint, prompt, new_tokens, temperature, top_p, top_k, min_p, seed], "outputs": [text, status, likely]}
         # preprocess=False: what a client sends comes as it is and is checked in one place, `parse`; Gradio's own checks log it
         writing = gr.on([go.click, prompt.submit], write, **shared, show_progress="minimal", show_progress_on=status, api_visibility="private", preprocess=False)
-        stop.click(lambda: "stopped", None, status, cancels=[writing], queue=False, api_visibility="private")
-        clear.click(lambda: ("", "", {}), None, [text, status, likely], cancels=[writing], queue=False, api_visibility="private")
+        # in the browser: they must answer while the queue is full
+        stop.click(None, None, status, js="() => ['stopped']", cancels=[writing], api_visibility="private")
+        clear.click(None, None, [text, status, likely], js="() => ['', '', {label: null, confidences: []}]", cancels=[writing], api_visibility="private")
     page.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
     return page, theme
 

@@ -287,6 +287,8 @@ def newest_usable(
 
 def check_safetensors_header(path: Path) -> None:
     """Bound the header before anything is allocated for it; raises `CheckpointError`."""
+    if not os.path.isfile(path):
+        raise CheckpointError(f"{path.name}: {kind_of(path)}, expected a safetensors file")
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

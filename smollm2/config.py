@@ -25,6 +25,15 @@ MAX_YAML_BYTES = 64 * 1024
 MAX_YAML_DEPTH = 20
 
 
+def _is_torn(text: str) -> bool:
+    """Whether a text from the command line held bytes that are not UTF-8 (Python keeps them as lone surrogates)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
@@ -32,6 +41,9 @@ class _Section(BaseModel):
     @classmethod
     def _no_boolean_as_number(cls, value: Any, info):
         """pydantic reads True as 1; in a configuration that is always a mistake."""
+        for text in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(text, str) and ("\0" in text or _is_torn(text)):
+                raise ValueError("holds a NUL character or bytes that are not UTF-8")
         annotation = str(cls.model_fields[info.field_name].annotation)
         if isinstance(value, bool) and "bool" not in annotation:
             raise ValueError(f"expected a {annotation.replace('class ', '')}, not the boolean {value}")
@@ -46,13 +58,13 @@ class SmolLM2Config(_Section):
     """
 
     vocab_size: int = Field(49152, ge=2, le=65536, description="entries of the tokenizer; must fit uint16")
-    hidden_size: int = Field(576, ge=2)
-    intermediate_size: int = Field(1536, ge=1)
-    num_hidden_layers: int = Field(30, ge=1)
-    num_attention_heads: int = Field(9, ge=1)
-    num_key_value_heads: int = Field(3, ge=1)
-    head_dim: int | None = Field(None, ge=2, description="default hidden_size / num_attention_heads")
-    max_position_embeddings: int = Field(2048, ge=1)
+    hidden_size: int = Field(576, ge=2, le=2**16)
+    intermediate_size: int = Field(1536, ge=1, le=2**20)
+    num_hidden_layers: int = Field(30, ge=1, le=1000)
+    num_attention_heads: int = Field(9, ge=1, le=1024)
+    num_key_value_heads: int = Field(3, ge=1, le=1024)
+    head_dim: int | None = Field(None, ge=2, le=2**12, description="default hidden_size / num_attention_heads")
+    max_position_embeddings: int = Field(2048, ge=1, le=2**20)
     rms_norm_eps: float = Field(1e-5, gt=0)
     rope_theta: float = Field(10000.0, gt=0)
     tie_word_embeddings: bool = True
@@ -148,9 +160,9 @@ class DataConfig(_Section):
 class TrainConfig(_Section):
     """How the weights are updated, and how often what is written."""
 
-    max_steps: int = Field(1000, ge=1, description="optimizer steps of the first phase")
-    continue_steps: int = Field(0, ge=0, description="steps of the second phase, resumed from the first's checkpoint")
-    batch_size: int = Field(16, ge=1, description="rows of one optimizer step, over all devices")
+    max_steps: int = Field(1000, ge=1, le=10**9, description="optimizer steps of the first phase")
+    continue_steps: int = Field(0, ge=0, le=10**9, description="steps of the second phase, resumed from the first's checkpoint")
+    batch_size: int = Field(16, ge=1, le=2**20, description="rows of one optimizer step, over all devices")
     micro_batch_size: int | None = Field(None, ge=1, description="rows of one forward pass; halved when memory runs out")
     learning_rate: float = Field(3e-3, gt=0)
     warmup_steps: int = Field(100, ge=0)
@@ -188,11 +200,11 @@ class PlaceConfig(_Section):
     """Where a run writes and on what it runs."""
 
     output_dir: str = Field("output", min_length=1)
-    drive_dir: str | None = Field(None, description="a second, remote tier for checkpoints (Google Drive)")
+    drive_dir: str | None = Field(None, min_length=1, description="a second, remote tier for checkpoints (Google Drive)")
     resume: Literal["auto", "never"] = "auto"
     take_over: bool = Field(False, description="write to drive_dir although another runtime did so in the last five minutes")
     allow_data_change: bool = False
-    init_from: str | None = Field(None, description="folder or Hub id whose weights the run starts from")
+    init_from: str | None = Field(None, min_length=1, description="folder or Hub id whose weights the run starts from")
     devices: int = Field(1, ge=1)
     num_nodes: int = Field(1, ge=1)
 
@@ -262,15 +274,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
             raise ConfigError(f"larger than {MAX_YAML_BYTES // 1024} KiB; a configuration is a few lines")
         value = yaml.load(raw.decode("utf-8-sig"), Loader=_StrictLoader)  # noqa: S506 - a SafeLoader subclass
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise ConfigError(f"--config {path}: {error}") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from None
+        raise ConfigError(f"--config {path}: not UTF-8 text (byte {error.start})") from None
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
+        raise ConfigError(f"--config {path}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())[:200]}") from None
+        raise ConfigError(f"--config {path}: not valid YAML: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(value, dict):
-        raise ConfigError(f"{path}: found {type(value).__name__}, expected sections such as 'model:' and 'train:'")
+        raise ConfigError(f"--config {path}: found {type(value).__name__}, expected sections such as 'model:' and 'train:'")
     return value
 
 
@@ -339,7 +351,7 @@ def load_config(
 ) -> RunConfig:
     """Preset + file + `key=value` overrides + dotted flags (`{"train.max_steps": 10}`; None means not given)."""
     fields: dict[str, Any] = {}
-    if config_file:
+    if config_file is not None:
         fields = read_yaml(config_file)
         preset = fields.get("preset", preset)
     if preset not in preset_names():

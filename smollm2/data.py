@@ -26,11 +26,15 @@ from .tokenizer import END_OF_TEXT, Tokenizer
 
 SEPARATOR = END_OF_TEXT + "\n"
 FORMAT = 1
+CONTROLS = bytes(n for n in range(1, 32) if n not in b"\t\n\v\f\r\x1b")  # NUL is told apart; escape begins terminal colours
+CONTROL_SAMPLE_BYTES = 64 * 1024
 MAX_UNBROKEN_CHARACTERS = 16 * 2**20
 MAGIC = {
     b"\x1f\x8b": "a gzip file",
     b"PK\x03\x04": "a zip file",
     b"%PDF": "a PDF",
+    b"\xff\xfe\0\0": "UTF-32 text",  # before UTF-16, whose mark it begins with
+    b"\0\0\xfe\xff": "UTF-32 text",
     b"\xff\xfe": "UTF-16 text",
     b"\xfe\xff": "UTF-16 text",
     b"\x89PNG": "a picture",
@@ -59,10 +63,13 @@ def read_text(path: str | Path) -> Iterator[str]:
     except OSError as error:
         raise DataError(f"--input_file {path}: {error.strerror}") from None
     with file:
-        head = file.read(8)
+        head = file.read(CONTROL_SAMPLE_BYTES)
         for magic, kind in MAGIC.items():
             if head.startswith(magic):
                 raise DataError(f"{path} looks like {kind}; expected plain UTF-8 text: unpack or convert it first")
+        controls = len(head) - len(head.translate(None, CONTROLS))
+        if controls > len(head) // 1000:
+            raise DataError(f"{path} looks binary: {controls} control characters in its first {len(head):,} bytes; expected plain UTF-8 text")
         file.seek(3 if head.startswith(codecs.BOM_UTF8) else 0)
         decoder = codecs.getincrementaldecoder("utf-8")()
         offset, held_cr = file.tell(), False
@@ -243,14 +250,18 @@ def source_identity(path: str | Path) -> dict:
     return {"sha256": digest.hexdigest(), "bytes": total}
 
 
+def identity_key(source: dict, tokenizer: Tokenizer, held_out_fraction: float) -> dict:
+    """All that the token files depend on; its `sha256_json` is the identity of the data."""
+    return {"format": FORMAT, "source": source, "tokenizer": tokenizer.sha256, "held_out_fraction": held_out_fraction}
+
+
 def prepare_tokens(path: str | Path, tokenizer: Tokenizer, cache_dir: str | Path, held_out_fraction: float, source: dict | None = None) -> TokenData:
     """Token files of a text, from the cache or newly written.
 
     The cache folder is named by the hash of text, tokenizer and split. It is built under a temporary name and renamed,
     so that one that exists is whole; sizes are checked against the sidecar all the same.
     """
-    source = source or source_identity(path)
-    key = {"format": FORMAT, "source": source, "tokenizer": tokenizer.sha256, "held_out_fraction": held_out_fraction}
+    key = identity_key(source or source_identity(path), tokenizer, held_out_fraction)
     identity = sha256_json(key)
     cache_dir = Path(cache_dir)
     folder = cache_dir / f"tokens-{identity[:16]}"

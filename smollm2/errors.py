@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 
@@ -89,18 +90,27 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str):
         if message.startswith("unrecognized arguments: "):
-            word = message.split(": ", 1)[1].split()[0]
+            word = (message.split(": ", 1)[1].split() or [""])[0]
             message = f"unknown argument {word!r}{did_you_mean(word.split('=')[0], self._option_string_actions)}"
+        message = message if len(message) <= 300 else f"{message[:280]} ... ({len(message):,} characters)"
         raise ConfigError(f"{message} (--help lists the flags)")
 
 
 def run_command(main: Callable[[], int | None]) -> None:
     """Run `main` as a program: user errors become one line on standard error and an exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal without UTF-8 shows \\xe9 instead of ending the program
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = main() or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = error.exit_code
+    except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError when this machine's memory ends
+        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error), re.IGNORECASE):
+            raise
+        print(f"error: out of memory ({' '.join(str(error).split())[:160]}); choose a smaller model, batch or sequence length", file=sys.stderr)
+        code = MemoryStop.exit_code
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         code = 130

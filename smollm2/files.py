@@ -71,5 +71,7 @@ def kind_of(path: str | Path) -> str:
         return "no such file or folder"
     except OSError as error:
         return error.strerror or str(error)
+    except ValueError:
+        return "a name that holds a NUL character"
     kinds = [(stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"), (stat.S_ISSOCK, "a socket")]
     return next((name for test, name in kinds if test(mode)), "a file")

@@ -5,6 +5,7 @@ The filters are applied in transformers' order: temperature, top-k, top-p, min-p
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import sys
 from collections.abc import Iterator
@@ -173,13 +174,20 @@ def complete(model: SmolLM2, tokenizer, prompt: str, max_new_tokens: int = 128, 
     return "".join(stream_text(model, tokenizer, prompt, max_new_tokens, **options))
 
 
+def seed_number(text: str) -> int:
+    """A seed from the command line: what torch's generators take and training accepts."""
+    if not 0 <= int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"{text[:40]} is not between 0 and 2^63 - 1")
+    return int(text)
+
+
 def add_sampling_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--max_new_tokens", type=int, default=200)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 = greedy (default 0.8)")
     parser.add_argument("--top_k", type=int, default=None)
     parser.add_argument("--top_p", type=float, default=None)
     parser.add_argument("--min_p", type=float, default=None)
-    parser.add_argument("--seed", type=int, default=None, help="same seed, same text")
+    parser.add_argument("--seed", type=seed_number, default=None, help="same seed, same text")
 
 
 def utf8(text: str, where: str) -> str:

@@ -44,6 +44,8 @@ def resolve(source: str | Path, revision: str | None = None) -> Path:
 
 def read_config(folder: Path) -> SmolLM2Config:
     path = folder / "config.json"
+    if not os.path.isfile(path):
+        raise CheckpointError(f"{path}: {kind_of(path)}, expected the config.json of a Llama model")
     if path.stat().st_size > 2**20:
         raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes is no config.json")
     fields = strict_json(path.read_bytes(), str(path))
@@ -58,7 +60,11 @@ def read_weights(folder: Path, config: SmolLM2Config) -> dict[str, torch.Tensor]
     if single.exists():
         tensors = load_tensors(single)
     elif index.exists():
-        shards = set(strict_json(index.read_bytes(), str(index)).get("weight_map", {}).values())
+        table = strict_json(index.read_bytes(), str(index))
+        names = table.get("weight_map") if isinstance(table, dict) else None
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise CheckpointError(f"{index}: expected a table 'weight_map' of tensor names and file names")
+        shards = set(names.values())
         if any("/" in name or ".." in name for name in shards):
             raise CheckpointError(f"{index}: a shard name leaves the folder")
         tensors = {name: tensor for shard in sorted(shards) for name, tensor in load_tensors(folder / shard).items()}
@@ -75,14 +81,19 @@ def read_weights(folder: Path, config: SmolLM2Config) -> dict[str, torch.Tensor]
     return {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
-def load_weights(model: SmolLM2, tensors: dict[str, torch.Tensor], where: str) -> None:
-    """Copy tensors into a model; raises `CheckpointError` that lists the first differences in names and shapes."""
+def check_shapes(model: SmolLM2, tensors: dict[str, torch.Tensor], where: str) -> None:
+    """Raises `CheckpointError` that lists the first differences in names and shapes."""
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
     found = {name: tuple(t.shape) for name, t in tensors.items()}
     if found != expected:
         names = sorted(set(expected.items()) ^ set(found.items()))[:5]
         lines = ", ".join(f"{n}: file {found.get(n, 'absent')}, model {expected.get(n, 'absent')}" for n in dict(names))
         raise CheckpointError(f"{where}: weights do not fit the configuration ({lines})")
+
+
+def load_weights(model: SmolLM2, tensors: dict[str, torch.Tensor], where: str) -> None:
+    """Copy tensors into a model; raises `CheckpointError` when they do not fit or are no finite numbers."""
+    check_shapes(model, tensors, where)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if not tensors[name].is_floating_point():
@@ -104,6 +115,7 @@ def load_model(source: str | Path, dtype: torch.dtype = torch.float32, device="c
         raise CheckpointError(str(error) if str(folder) in str(error) else f"{folder}: {error}") from None
     with torch.device("meta"):
         model = SmolLM2(config)
+    check_shapes(model, tensors, str(folder))  # before memory is taken for what the configuration claims
     model = model.to_empty(device="cpu")
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -117,7 +129,10 @@ def load_model_and_tokenizer(source: str | Path, dtype: torch.dtype = torch.floa
     from .tokenizer import Tokenizer
 
     folder = resolve(source)
-    return load_model(folder, dtype, device), Tokenizer.from_file(folder)
+    model, tokenizer = load_model(folder, dtype, device), Tokenizer.from_file(folder)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise CheckpointError(f"{folder}: its tokenizer has {tokenizer.vocab_size:,} entries, its model {model.config.vocab_size:,}: they do not belong together")
+    return model, tokenizer
 
 
 def trained_length(source: str | Path) -> int | None:

@@ -19,7 +19,7 @@ import torch
 from . import __version__
 from .checkpoint import FINAL_NAMES, Manifest, candidates, load_tensors, newest_usable, verify
 from .config import RunConfig, parameter_count
-from .data import TokenData, check_length, prepare_tokens, read_split, source_identity
+from .data import TokenData, check_length, identity_key, prepare_tokens, read_split, source_identity
 from .device import choose_device, choose_precision, device_name, fingerprint
 from .drive_folder import is_below_mount_point
 from .drive_restore import check_places
@@ -143,17 +143,18 @@ class Run:
             texts = lambda: (t for t, _ in zip(read_split(path, "train", config.data.held_out_fraction), range(BPE_TRAINING_PIECES), strict=False))  # noqa: E731
             self.tokenizer, reason = choose_tokenizer(config.data.tokenizer, config.model.vocab_size, config.data.tokenizer_vocab_size, texts)
         self.say(f"tokenizer: {reason}")
+        identity = sha256_json(identity_key(source, self.tokenizer, config.data.held_out_fraction))
+        if self.newest and self.newest.facts.get("data_sha256") != identity and not config.run.allow_data_change:
+            raise DataError(
+                f"{path} is not the text this run was trained on (its hash differs from the checkpoint's); "
+                "restore it, choose another --output_dir, or pass --set run.allow_data_change=true"
+            )
         self.data: TokenData = prepare_tokens(path, self.tokenizer, self.output_dir / "data", config.data.held_out_fraction, source)
         check_length(self.data, config.data.sequence_length, path)
         self.say(
             f"data: {path}, {source['bytes']:,} bytes; {len(self.data.train.tokens):,} tokens to train on, "
             f"{len(self.data.val.tokens):,} held out ({self.data.val.text_bytes:,} bytes)"
         )
-        if self.newest and self.newest.facts.get("data_sha256") != self.data.sha256 and not config.run.allow_data_change:
-            raise DataError(
-                f"{path} is not the text this run was trained on (its hash differs from the checkpoint's); "
-                "restore it, choose another --output_dir, or pass --set run.allow_data_change=true"
-            )
 
     # --- what to do
 
@@ -205,7 +206,6 @@ class Run:
             return model, state, {}
         folder = self.newest.folder
         state = read_state(self.newest)
-        check_unchanged(state.config, self.config)
         model = SmolLM2(self.config.model)
         load_weights(model, read_weights(folder, self.config.model), str(folder))
         tensors = load_tensors(folder / "optim.safetensors")
@@ -336,6 +336,18 @@ def _resolve_model(config: RunConfig) -> RunConfig:
     return config
 
 
+def _check_memory(config: RunConfig, device: torch.device) -> None:
+    """Raises `ConfigError` for a model that this machine cannot even hold."""
+    import psutil
+
+    count, total = parameter_count(config.model), psutil.virtual_memory().total
+    needed = count * (4 if device.type == "cuda" else 16)  # fp32 weights; on a CPU gradients and two moments too
+    if needed > total:
+        raise ConfigError(
+            f"model: {count:,} parameters need {needed / 2**30:,.0f} GiB of this machine's memory, which has {total / 2**30:,.0f} GiB; choose a smaller model"
+        )
+
+
 @contextlib.contextmanager
 def open_run(config: RunConfig, reporter: Reporter | None = None) -> Iterator[Run]:
     """Everything that `train` needs, opened in safe order; closes it (and waits for the last save) in the end."""
@@ -344,7 +356,7 @@ def open_run(config: RunConfig, reporter: Reporter | None = None) -> Iterator[Ru
         source_identity(config.data.input_file)  # a bad text is reported before anything is written
     if config.run.drive_dir or is_below_mount_point(run.output_dir):
         check_places(config.run.output_dir, config.run.drive_dir, config.run.resume)
-    existed = run.output_dir.exists()
+    made = [path for path in (run.output_dir, *run.output_dir.parents) if not os.path.exists(path)]
     try:
         run.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -353,6 +365,7 @@ def open_run(config: RunConfig, reporter: Reporter | None = None) -> Iterator[Ru
     with lock:
         try:
             run.config = config = _resolve_model(config)
+            _check_memory(config, run.device)
             if run.is_first_worker:
                 if config.run.resume == "never":
                     run.archive()
@@ -364,10 +377,12 @@ def open_run(config: RunConfig, reporter: Reporter | None = None) -> Iterator[Ru
             run.say(f"model: {config.preset}, {parameter_count(config.model):,} parameters, context {config.model.max_position_embeddings:,}, RoPE theta {config.model.rope_theta:,.0f}")
             run.say(f"device: {device_name(run.device)}; precision {run.precision.name}: {run.precision.reason}")
             run.find_checkpoint()
+            if run.newest:
+                check_unchanged(read_state(run.newest).config, config)
             run.prepare_data()
         except UserError:
-            if not existed and run.is_first_worker:
-                shutil.rmtree(run.output_dir, ignore_errors=True)  # nothing is left behind by a bad start
+            if run.is_first_worker:
+                _unmake(made)  # nothing is left behind by a bad start
             raise
         except OSError as error:
             raise OutputLost(f"cannot write to {run.output_dir}: {error.strerror}") from None
@@ -383,8 +398,12 @@ def open_run(config: RunConfig, reporter: Reporter | None = None) -> Iterator[Ru
             run.mirror = DriveMirror(config.run.drive_dir, run.say, run.on_copied)
             if run.newest:
                 run.mirror.submit(run.newest)
+        is_mistake = False
         try:
             yield run
+        except UserError as error:
+            is_mistake = error.exit_code == UserError.exit_code
+            raise
         finally:
             try:
                 run.saver.wait()
@@ -392,3 +411,14 @@ def open_run(config: RunConfig, reporter: Reporter | None = None) -> Iterator[Ru
                 if run.mirror:
                     run.mirror.close()
                 run.logs.close()
+                if is_mistake and run.newest is None and run.is_first_worker:
+                    _unmake(made)
+
+
+def _unmake(made: list[Path]) -> None:
+    """Remove the output folder again, and the folders above it that were made for it; `made` begins with the deepest."""
+    if made:
+        shutil.rmtree(made[0], ignore_errors=True)
+    for path in made[1:]:
+        with contextlib.suppress(OSError):
+            path.rmdir()

@@ -94,6 +94,12 @@ def picture(browser, name: str) -> None:
         browser.save_screenshot(str(Path(folder) / f"{name}.png"))
 
 
+def brightness(browser, css: str) -> int:
+    """Red + green + blue of an element's background, 0 to 765."""
+    color = browser.execute_script("return getComputedStyle(arguments[0]).backgroundColor", element(browser, css))
+    return sum(int(part) for part in color[color.index("(") + 1 : -1].split(",")[:3])
+
+
 def complaints(browser) -> list[str]:
     return [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE" and "favicon" not in entry["message"]]
 
@@ -113,6 +119,7 @@ def test_a_text_is_typed_written_piece_by_piece_and_scored(browser, address):
     assert value(browser, "text").startswith("The <b>king</b> said")  # plain text: no bold king
     assert len(lengths) > 3  # it grew before one's eyes
     assert element(browser, "#likely").text.count("%") >= 5
+    browser.execute_script("window.scrollTo(0, 0)")
     picture(browser, "desktop-light")
     assert not complaints(browser)
 
@@ -174,10 +181,8 @@ def test_it_fits_a_phone_by_day_and_by_night(browser, address, dark):
     assert element(browser, "#write").rect["height"] >= 36  # a thumb's width
     element(browser, "#write").click()
     wait_for(lambda: "tokens" in value(browser, "status") and "writing" not in value(browser, "status"), what="the text")
-    background = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
-    brightness = sum(int(part) for part in background[background.index("(") + 1 : -1].split(",")[:3])
-    assert (brightness < 200) == dark, background
     picture(browser, f"phone-{'dark' if dark else 'light'}")
+    assert (brightness(browser, "#text textarea") < 300) == dark
     browser.execute_script("document.querySelector('#settings button').click(); window.scrollTo(0, document.body.scrollHeight)")
     time.sleep(0.5)
     picture(browser, f"phone-{'dark' if dark else 'light'}-settings")
@@ -188,5 +193,9 @@ def test_the_desktop_page_has_a_dark_side(browser, address):
     element(browser, "#settings button").click()
     element(browser, "#write").click()
     wait_for(lambda: "tokens" in value(browser, "status") and "writing" not in value(browser, "status"), what="the text")
+    browser.execute_script("window.scrollTo(0, 0)")
     picture(browser, "desktop-dark")
+    assert brightness(browser, "#text textarea") < 300
+    left, right = element(browser, "#text").rect, element(browser, "#checkpoint").rect
+    assert left["x"] + left["width"] <= right["x"]  # two columns where there is room
     assert not complaints(browser)

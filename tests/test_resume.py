@@ -22,7 +22,19 @@ from smollm2.logs import CHECKPOINTS, EPOCHS, SAMPLES, TRAINING, TextLogs, read_
 from smollm2.progress import Reporter
 from smollm2.training import train
 from tests.soak import (
-    SABOTAGES, Blackboard, Soak, caught, compare, fresh_run, log_events, outcome, reference, small_config, small_text, start, wait,
+    SABOTAGES,
+    Blackboard,
+    Soak,
+    caught,
+    compare,
+    fresh_run,
+    log_events,
+    outcome,
+    reference,
+    small_config,
+    small_text,
+    start,
+    wait,
 )  # fmt: skip
 
 FINAL, CONTINUED = FINAL_NAMES
