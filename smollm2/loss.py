@@ -43,7 +43,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             valid = targets[block] != IGNORE_INDEX
             index = targets[block].clamp_min(0).unsqueeze(1)  # (rows, 1); -100 is masked out below
             logits = (hidden_c[block] @ weight_c.T).to(total.dtype)  # (rows, vocab)
-            log_p = torch.log_softmax(logits, dim=1, out=logits)  # in place: a second block would be the peak of the step
+            # in place on a CPU, where it was checked: a second block would be the peak of the step
+            log_p = torch.log_softmax(logits, dim=1, out=logits if logits.device.type == "cpu" else None)
             nll = -log_p.gather(1, index).squeeze(1)
             total += torch.where(valid, nll, nll.new_zeros(())).sum()
             if wants_grad:
