@@ -716,13 +716,13 @@ def test_an_output_folder_that_cannot_be_written_is_told(shop, tmp_path, refused
     "module, argv, code",
     [
         ("colab_train.py", ["--max_step", "5"], 2),
-        ("colab_train.py", ["--input_file", "missing.txt"], 2),
-        ("colab_train.py", ["--config", "SHOP/tiny.yaml", "--input_file", "SHOP/latin1.txt"], 2),
-        ("colab_train.py", ["--config", "SHOP/tiny.yaml", "--input_file", "SHOP/good.txt", "--output_dir", "SHOP/good.txt"], 7),
-        ("colab_train.py", ["--input_file", b"\xff.txt"], 2),
-        ("smollm2.generate", ["--checkpoint", "SHOP/pickle.bin", "--prompt", "x"], 2),
+        pytest.param("colab_train.py", ["--input_file", "missing.txt"], 2, marks=pytest.mark.slow),
+        pytest.param("colab_train.py", ["--config", "SHOP/tiny.yaml", "--input_file", "SHOP/latin1.txt"], 2, marks=pytest.mark.slow),
+        pytest.param("colab_train.py", ["--config", "SHOP/tiny.yaml", "--input_file", "SHOP/good.txt", "--output_dir", "SHOP/good.txt"], 7, marks=pytest.mark.slow),
+        pytest.param("colab_train.py", ["--input_file", b"\xff.txt"], 2, marks=pytest.mark.slow),
+        pytest.param("smollm2.generate", ["--checkpoint", "SHOP/pickle.bin", "--prompt", "x"], 2, marks=pytest.mark.slow),
         ("smollm2.generate", ["--checkpoint", "SHOP/broken/ours-weights", "--prompt", "x"], 2),
-        ("smollm2.evaluate", ["--checkpoint", "SHOP/broken/gpt2", "--input_file", "SHOP/good.txt"], 2),
+        pytest.param("smollm2.evaluate", ["--checkpoint", "SHOP/broken/gpt2", "--input_file", "SHOP/good.txt"], 2, marks=pytest.mark.slow),
     ],
 )
 def test_real_processes_say_one_line_too(module, argv, code, shop, tmp_path):
@@ -734,6 +734,7 @@ def test_real_processes_say_one_line_too(module, argv, code, shop, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_terminal_that_knows_only_ascii_is_no_reason_to_fail(shop, tmp_path):
     """LC_ALL=C and an ASCII output: the text is printed with escapes, the run ends well."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("LC_", "LANG"))}
