@@ -63,7 +63,7 @@ def build_page(writer: Writer):
     # system fonts: the page loads nothing from strangers
     theme = gr.themes.Soft(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     theme.set(  # dark enough to read white on, bright enough to read on dark
-        button_primary_background_fill="*primary_600", button_primary_background_fill_hover="*primary_700",
+        body_background_fill="*neutral_50", button_primary_background_fill="*primary_600", button_primary_background_fill_hover="*primary_700",
         block_title_text_color="*primary_700", block_title_text_color_dark="*primary_100",
     )  # fmt: skip
     with gr.Blocks(title="SmolLM2 from scratch", analytics_enabled=False, fill_width=True) as page:
@@ -89,6 +89,7 @@ def build_page(writer: Writer):
                     min_p = gr.Slider(0, 1, 0, step=0.05, label="Min-p", info="0: off")
                     seed = gr.Number(-1, precision=0, minimum=-1, maximum=2**31 - 1, label="Seed", info="same seed, same text; -1: a new one each time")
         shared = {"inputs": [checkpoint, prompt, new_tokens, temperature, top_p, top_k, min_p, seed], "outputs": [text, status, likely]}
+        page.inputs = len(shared["inputs"])
         # preprocess=False: what a client sends comes as it is and is checked in one place, `parse`; Gradio's own checks log it
         writing = gr.on([go.click, prompt.submit], write, **shared, show_progress="minimal", show_progress_on=status, api_visibility="private", preprocess=False)
         # in the browser: they must answer while the queue is full
@@ -124,7 +125,7 @@ def launch(checkpoint: str, port: int | None = None, share: bool = False, auth: 
             share=share, auth=credentials, server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, quiet=True, inbrowser=False,
             show_error=False, max_threads=8, max_file_size="1kb", state_session_capacity=256, enable_monitoring=False, run_history=False,
             ssr_mode=False, mcp_server=False, footer_links=[], theme=theme, css=CSS,
-            app_kwargs={"middleware": [Middleware(Gate)], "routes": api_routes(writer, credentials), "openapi_url": None},
+            app_kwargs={"middleware": [Middleware(Gate, inputs=page.inputs)], "routes": api_routes(writer, credentials), "openapi_url": None},
         )  # fmt: skip
     except OSError as error:
         raise UserError(f"--port {port}: {error}".splitlines()[0]) from None

@@ -35,8 +35,8 @@ class Gate:
     Upload, file and proxy routes, which Gradio always has, do not exist behind it.
     """
 
-    def __init__(self, app):
-        self.app = app
+    def __init__(self, app, inputs: int):
+        self.app, self.inputs = app, inputs  # `inputs`: values that the page's one request carries
 
     async def __call__(self, scope, receive, send):
         if scope["type"] == "lifespan":
@@ -55,8 +55,11 @@ class Gate:
             return await JSONResponse({"error": str(refused)}, refused.status, {"Connection": "close"})(scope, receive, send)
         if body is None:
             return None  # the client left
-        if call and scope["method"] == "POST" and not is_json_table(body):
-            return await JSONResponse({"error": "expected a JSON table"}, 422)(scope, receive, send)
+        if call and scope["method"] == "POST":
+            fields = json_table(body)
+            data = fields.get("data") if fields is not None else None
+            if fields is None or (call == "queue/join" and not (isinstance(data, list) and len(data) == self.inputs)):
+                return await JSONResponse({"error": "not what the page sends"}, 422)(scope, receive, send)
         was_read = False
 
         async def replay():
@@ -87,11 +90,11 @@ async def read_body(scope, receive) -> bytes | None:
             return bytes(body)
 
 
-def is_json_table(body: bytes) -> bool:
-    """Whether a body is a JSON table of finite numbers and whole characters: what Gradio's own parser takes for granted."""
+def json_table(body: bytes) -> dict | None:
+    """A JSON table of finite numbers and whole characters, which Gradio's own parser takes for granted; else None."""
     try:
         fields = json.loads(body)
         json.dumps(fields, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except (ValueError, RecursionError):  # half a character (UnicodeEncodeError) is a ValueError too
-        return False
-    return isinstance(fields, dict)
+        return None
+    return fields if isinstance(fields, dict) else None
