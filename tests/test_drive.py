@@ -352,11 +352,17 @@ def test_three_stay_and_the_best_is_among_them(fake, tmp_path):
 
 
 def test_a_checkpoint_that_drive_has_not_uploaded_is_no_reason_to_delete_an_uploaded_one(tmp_path, monkeypatch):
-    fake = FakeDrive(tmp_path / "drive", upload_seconds=(0, 0))
+    fake = FakeDrive(tmp_path / "drive", in_order=False)
     fake.install(monkeypatch, tmp_path)
     mirror = mirror_of(fake, [])
     copy(mirror, save(tmp_path, 10))
-    fake.upload_seconds = (1e6, 1e6)  # from now on uploads hang
+    enqueue = fake._enqueue
+
+    def hang(what, path, content=None):  # from now on uploads hang, while deletions go through
+        fake.upload_seconds = (1e6, 1e6) if content or "step-00000010" not in path else (0, 0)
+        enqueue(what, path, content)
+
+    fake._enqueue = hang
     for step in range(20, 90, 10):
         copy(mirror, save(tmp_path, step))
     assert mirror.copied.step == 80
