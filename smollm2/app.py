@@ -16,6 +16,7 @@ from .serving import MAX_NEW_TOKENS, MAX_PROMPT_CHARACTERS, MAX_WAITING, Models,
 
 MIN_PASSWORD_CHARACTERS = 8
 REDRAW_SECONDS = 0.05
+CLEAR = "() => new Promise(done => setTimeout(() => done(['', '', {label: null, confidences: []}]), 300))"
 CSS = """
 .gradio-container { width: 100%; max-width: 1100px !important; margin: 0 auto !important; }
 #page-title h1 { margin-bottom: 0.1em; }
@@ -92,9 +93,9 @@ def build_page(writer: Writer):
         page.inputs = len(shared["inputs"])
         # preprocess=False: what a client sends comes as it is and is checked in one place, `parse`; Gradio's own checks log it
         writing = gr.on([go.click, prompt.submit], write, **shared, show_progress="minimal", show_progress_on=status, api_visibility="private", preprocess=False)
-        # in the browser: they must answer while the queue is full
-        stop.click(None, None, status, js="() => ['stopped']", cancels=[writing], api_visibility="private")
-        clear.click(None, None, [text, status, likely], js="() => ['', '', {label: null, confidences: []}]", cancels=[writing], api_visibility="private")
+        # in the browser: they must answer while the queue is full; a moment later, or text still on its way would undo them
+        stop.click(None, None, status, js="() => new Promise(done => setTimeout(() => done(['stopped']), 300))", cancels=[writing], api_visibility="private")
+        clear.click(None, None, [text, status, likely], js=CLEAR, cancels=[writing], api_visibility="private")
     page.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
     return page, theme
 
