@@ -325,9 +325,14 @@ print(f"held for {parameter_count(nano):,} parameters: {held:,} bytes")
 lesson.check("16 bytes a parameter", held / parameter_count(nano) - 16, 1e-9)
 
 # %% [markdown] id="activations"
-# Activations need a closer look. Each block keeps, for each token, eleven vectors of C (what enters each of the two norms, before and after its gain; queries, expanded keys
-# and values; attention's output in two orders) and four of the MLP (gate, SiLU of gate, up, their product). PyTorch tells what it keeps if
-# we hook into it. To see one block alone: measure with two blocks, with one, and subtract. (Fused kernels on a GPU keep two or three vectors less.)
+# Activations need a closer look. Each block keeps, for each token:
+#
+# * eight vectors of C: three around each of the two norms (what enters it, the same normalized, and that times the gain), the queries, attention's output;
+# * keys and values, K/H of a vector each: grouped-query attention saves here too;
+# * four vectors of M: gate, SiLU of gate, up, and their product.
+#
+# PyTorch tells what it keeps if we hook into it. To see one block alone: measure with two blocks, with one, and subtract. (Fused kernels on a GPU keep
+# a few vectors less; a T4's attention wants keys and values expanded to all H heads, 2 - 2 K/H vectors more.)
 
 # %% id="saved-code" tags=["lesson"]
 def saved_bytes(depth, length=256):
@@ -347,9 +352,9 @@ def saved_bytes(depth, length=256):
 
 
 # %% id="saved-check" tags=["check"]
-predicted = 4 * (11 * C + 4 * M)  # bytes a token and block, fp32
+predicted = 4 * ((8 + 2 * K / H) * C + 4 * M)  # bytes a token and block, fp32
 measured = (saved_bytes(2) - saved_bytes(1)) / 256
-print(f"one block keeps {measured:,.0f} bytes a token; predicted {predicted:,}")
+print(f"one block keeps {measured:,.0f} bytes a token; predicted {predicted:,.0f}")
 lesson.check("activations: prediction against measurement (relative)", predicted / measured - 1, 0.05)
 
 # %% [markdown] id="t4"
@@ -377,7 +382,8 @@ for x, preset in enumerate(presets):
     shape = load_config(preset).model
     parts = {"weights": 4, "gradients": 4, "Adam": 8}
     sizes = {name: factor * parameter_count(shape) / GIB for name, factor in parts.items()}
-    per_layer = 4 * (11 * shape.hidden_size + 4 * shape.intermediate_size)
+    groups = shape.num_key_value_heads / shape.num_attention_heads
+    per_layer = 4 * ((8 + 2 * groups) * shape.hidden_size + 4 * shape.intermediate_size)
     sizes[f"activations, 4 rows of {length}"] = per_layer * shape.num_hidden_layers * length * 4 / GIB
     start = 0
     for number, (name, size) in enumerate(sizes.items()):

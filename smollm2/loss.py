@@ -25,7 +25,8 @@ def _rows_per_block(hidden: torch.Tensor, vocab_size: int) -> int:
 def matmul_dtype(x: torch.Tensor) -> torch.dtype:
     """Dtype in which a matrix product with `x` runs here: that of autocast where it is on, else its own."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # the meta device has none
+    return torch.get_autocast_dtype(device) if on else x.dtype
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

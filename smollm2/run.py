@@ -12,6 +12,7 @@ import random
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ import torch
 from . import __version__
 from .checkpoint import FINAL_NAMES, Manifest, candidates, load_tensors, newest_usable, verify
 from .config import RunConfig, parameter_count
-from .data import TokenData, check_length, identity_key, prepare_tokens, read_split, source_identity
+from .data import TokenData, check_length, documents, identity_key, prepare_tokens, read_split, source_identity
 from .device import choose_device, choose_precision, device_name, fingerprint
 from .drive_folder import is_below_mount_point
 from .drive_restore import check_places
@@ -140,7 +141,10 @@ class Run:
         elif config.run.init_from and config.data.tokenizer == "auto":
             self.tokenizer, reason = Tokenizer.from_file(resolve(config.run.init_from)), f"that of {config.run.init_from}"
         else:
-            texts = lambda: (t for t, _ in zip(read_split(path, "train", config.data.held_out_fraction), range(BPE_TRAINING_PIECES), strict=False))  # noqa: E731
+            def texts():
+                pieces = islice(read_split(path, "train", config.data.held_out_fraction), BPE_TRAINING_PIECES)
+                return (text for text, _ in documents(pieces))  # no entries for the letters of separator lines
+
             self.tokenizer, reason = choose_tokenizer(config.data.tokenizer, config.model.vocab_size, config.data.tokenizer_vocab_size, texts)
         self.say(f"tokenizer: {reason}")
         identity = sha256_json(identity_key(source, self.tokenizer, config.data.held_out_fraction))

@@ -84,6 +84,13 @@ def leaks_from_the_future() -> bool:
     return False
 
 
+def test_a_model_on_the_meta_device_can_be_counted_without_memory():
+    with torch.device("meta"):
+        logits = SmolLM2(SmolLM2Config())(torch.zeros(1, 8, dtype=torch.long))
+    assert logits.shape == (1, 8, 49152) and logits.device.type == "meta"
+
+
+
 def test_no_token_sees_the_future():
     assert not leaks_from_the_future()
 
