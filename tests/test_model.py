@@ -193,7 +193,7 @@ def test_the_excess_of_a_fresh_model_is_half_the_variance_of_its_logits():
 @pytest.mark.slow
 def test_a_fresh_135m_starts_half_a_nat_above_ln_vocabulary():
     torch.manual_seed(0)
-    assert excess_over_uniform(SmolLM2(SmolLM2Config()), seed=0) == pytest.approx(0.5, abs=0.1)
+    assert excess_over_uniform(SmolLM2(SmolLM2Config()), seed=0) == pytest.approx(0.5, abs=0.15)  # seeds: 0.39 to 0.53
 
 
 def test_initialisation_scales_the_residual_writers_once():
