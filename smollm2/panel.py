@@ -181,8 +181,8 @@ class LivePanel(Reporter):
         share = 100 * self.current / self.total if self.total else 0
         bar = f'<div style="background:#e6e6e6;height:6px;margin:4px 0 8px"><div style="background:{plots.BLUE};height:6px;width:{share:.1f}%"></div></div>'
         cells = "".join(
-            f'<tr><td style="text-align:left;color:#555;padding:1px 14px 1px 0">{name}</td>'
-            f'<td style="text-align:left;padding:1px 0;font-variant-numeric:tabular-nums">{html.escape(value)}</td></tr>'
+            f'<tr style="background:#fff;color:#111"><td style="text-align:left;color:#555;padding:1px 14px 1px 0">{name}</td>'  # Jupyter's dark theme
+            f'<td style="text-align:left;color:#111;padding:1px 0;font-variant-numeric:tabular-nums">{html.escape(value)}</td></tr>'  # stripes bare rows
             for name, value in self.facts().items()
         )
         notes = "".join(f"<div>{html.escape(text)}</div>" for text in list(self.messages))

@@ -88,6 +88,14 @@ def test_the_panel_says_what_a_person_wants_to_know(screen):
     assert len(screen.text.splitlines()) <= 25
 
 
+def test_no_theme_can_put_dark_stripes_behind_the_dark_numbers(screen):
+    panel = screen.panel()
+    train(screen, panel)
+    rows = re.findall(r'<tr(?: style="([^"]*)")?>', screen.html)
+    assert len(rows) >= 6 and all("background:#fff" in style for style in rows)  # Jupyter's dark theme stripes rows that name none
+    assert all("color:#" in style for style in re.findall(r'<td(?: style="([^"]*)")?>', screen.html))
+
+
 def test_samples_form_a_timeline_of_the_first_and_the_last_ones(screen):
     panel = screen.panel()
     for step in range(1, 10):
