@@ -18,6 +18,7 @@ from .plots import figure, label, png_bytes
 
 MAX_STATE_BYTES = 16 * 2**20
 PLOT = "training_loss.png"
+OFFICIAL = "HuggingFaceTB/SmolLM2-"  # all published under Apache-2.0
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -88,7 +89,7 @@ def figures(state: dict[str, Any], rows: list[dict[str, float]]) -> list[tuple[s
         ("tokens of a row", data.get("sequence_length")),
         ("peak learning rate", train.get("learning_rate")),
         ("seed", train.get("seed")),
-        ("started from", _shown_source((run.get("run") or {}).get("init_from"))),
+        ("started from", state.get("init_from")),
         ("last training loss (nats a token)", last(rows, "train_loss")),
         ("last held-out loss (nats a token)", last(rows, "val_loss")),
         ("last held-out bits per byte", last(rows, "val_bits_per_byte")),
@@ -103,15 +104,17 @@ def _shown(value: object) -> str:
     return f"{int(value):,}" if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
 
 
-def _shown_source(source: str | None) -> str | None:
-    """A Hub id as it is; of a local path only its last part: where it lay is nobody's business."""
-    return source if not source or (source.count("/") == 1 and not Path(source).exists()) else Path(source).name
-
-
-def base_model(source: str, state: dict[str, Any]) -> str | None:
-    """Hub id of the weights these were made from, where there is one."""
-    started = ((state.get("config") or {}).get("run") or {}).get("init_from") or (source if not Path(source).exists() else None)
-    return started if started and _shown_source(started) == started and started.count("/") == 1 else None
+def licence(state: dict[str, Any], base: str | None) -> tuple[str | None, str]:
+    """(the Hub's word for the licence, a sentence). No word where nothing in the folder says which licence holds."""
+    if base and base.startswith(OFFICIAL):
+        return "apache-2.0", f"Made from the weights of {base}, which are under the Apache licence 2.0."
+    if base:
+        return None, f"Made from the weights of {base}: their licence holds for these, too. Look it up there."
+    if state.get("init_from"):
+        return None, f"Made from weights called `{state['init_from']}`: their licence holds for these, too."
+    if "init_from" in state:
+        return "mit", _LICENCE
+    return None, "Nothing in this folder says where the weights come from: find out which licence holds before you publish them."
 
 
 def model_card(
@@ -127,7 +130,9 @@ def model_card(
 ) -> str:
     """`README.md` with the Hub's metadata header."""
     dataset = ((state.get("config") or {}).get("data") or {}).get("dataset")
-    head = ["license: apache-2.0" if base else "license: mit", "language: en", "library_name: transformers", "pipeline_tag: text-generation"]
+    word, sentence = licence(state, base)
+    head = [f"license: {word}"] if word else []
+    head += ["language: en", "library_name: transformers", "pipeline_tag: text-generation"]
     head += ["tags:", "- smollm2", "- llama"]
     head += [f"datasets:\n- {dataset}"] if dataset and dataset.count("/") == 1 and not Path(dataset).exists() else []
     head += [f"base_model: {base}"] if base else []
@@ -144,7 +149,7 @@ def model_card(
     parts += ["## Use", _USAGE]
     parts += [_GGUF_USAGE.format(file=gguf)] if gguf else []
     parts += ["`ollama create my-model -f Modelfile` imports this folder into Ollama.", "## Limits", _LIMITS]
-    parts += ["## Licence", "Weights derived from a model under Apache-2.0." if base else _LICENCE]
+    parts += ["## Licence", sentence]
     header, body = parts[: len(head) + 2], parts[len(head) + 2 :]
     return "\n".join(header) + "\n\n" + "\n\n".join(body) + "\n"
 

@@ -17,13 +17,13 @@ from pathlib import Path
 
 import torch
 
-from .card import PLOT, base_model, model_card, plot, read_log, read_state
+from .card import PLOT, model_card, plot, read_log, read_state
 from .checkpoint import dump_json, strict_json
 from .config import SmolLM2Config
 from .errors import ArgumentParser, CheckpointError, ConfigError, OutputLost, run_command
 from .files import fsync_folder, kind_of, sha256_file, write_durably
 from .gguf_file import GGUF_TYPES, write_gguf
-from .pretrained import chat_template, load_model, model_files, resolve, save_model, stored_tensors
+from .pretrained import chat_template, load_model, model_files, published_base, resolve, save_model, stored_tensors
 from .tokenizer import Tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -37,7 +37,7 @@ def exported_config(config: SmolLM2Config, state: dict) -> SmolLM2Config:
     """
     run = state.get("config") or {}
     trained = (run.get("data") or {}).get("sequence_length")
-    if not trained or (run.get("run") or {}).get("init_from") or trained >= config.max_position_embeddings:
+    if not trained or state.get("init_from") or trained >= config.max_position_embeddings:
         return config
     return config.model_copy(update={"max_position_embeddings": trained})
 
@@ -125,11 +125,12 @@ def export(checkpoint: str | Path, out: str | Path, dtype: str | None = None, gg
         small["Modelfile"] = modelfile(f"./{gguf_file}" if gguf else ".", config, tokenizer, bool(template)).encode()
         has_plot = plot(rows, temporary / PLOT)
         parameters = sum(p.numel() for p in model.parameters())
-        small["README.md"] = model_card(title, config, parameters, dtype, state, rows, has_plot, gguf_file, base_model(str(checkpoint), state)).encode()
+        base = published_base(checkpoint, folder)
+        small["README.md"] = model_card(title, config, parameters, dtype, state, rows, has_plot, gguf_file, base).encode()
         for name, data in small.items():
             write_durably(temporary / name, data)
         files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(temporary.iterdir())}
-        receipt = {"made_by": "smollm2.export", "step": state.get("step"), "dtype": dtype, "files": files}
+        receipt = {"made_by": "smollm2.export", "step": state.get("step"), "dtype": dtype, "base_model": base, "files": files}
         write_durably(temporary / RECEIPT, dump_json(receipt))
         fsync_folder(temporary)
         put_in_place(temporary, out.absolute())

@@ -78,9 +78,10 @@ def own_run(input_file: str | Path, output_dir: str | Path = "output", others: I
 
 def untrained(checkpoint: Manifest) -> SmolLM2 | None:
     """The model of step 0 of the run: what its seed drew before the first update. None where it began from other weights."""
-    train = (read_state(checkpoint.folder).get("config") or {}).get("train") or {}
-    settings = checkpoint.folder.resolve().parent.parent / "config.yaml"  # a checkpoint itself does not say where its run began
-    began_from = (read_yaml(settings).get("run") or {}).get("init_from") if settings.is_file() else None
+    state = read_state(checkpoint.folder)
+    train = (state.get("config") or {}).get("train") or {}
+    settings = checkpoint.folder.resolve().parent.parent / "config.yaml"  # early checkpoints do not say where their run began
+    began_from = state.get("init_from") or ((read_yaml(settings).get("run") or {}).get("init_from") if settings.is_file() else None)
     if began_from or "seed" not in train:
         return None
     torch.manual_seed(train["seed"])

@@ -143,6 +143,25 @@ def trained_length(source: str | Path) -> int | None:
     return strict_json(path.read_bytes(), str(path)).get("config", {}).get("data", {}).get("sequence_length")
 
 
+def origin_name(source: str | Path) -> str:
+    """What a record keeps of a source of weights: a Hub id as it is, of a folder its last part. Where it lay is nobody's business."""
+    return Path(source).resolve().name if os.path.exists(source) else str(source)
+
+
+def published_base(source: str | Path, folder: Path) -> str | None:
+    """Hub id of the published weights that `source` (resolved: `folder`) is or was made from; None where nothing says so."""
+    if not os.path.exists(source):
+        return str(source)
+    for name in ("state.json", "export.json"):
+        path = folder / name
+        if path.is_file() and path.stat().st_size <= 16 * 2**20:
+            fields = strict_json(path.read_bytes(), str(path))
+            base = fields.get("base_model") if isinstance(fields, dict) else None
+            if isinstance(base, str) and base.count("/") == 1:
+                return base
+    return None
+
+
 def model_files(config: SmolLM2Config, dtype: str = "float32") -> dict[str, bytes]:
     """`config.json` and `generation_config.json`."""
     generation = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}

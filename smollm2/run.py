@@ -31,11 +31,11 @@ from .lock import OutputLock
 from .logs import CHECKPOINTS, TextLogs, shell_word
 from .model import SmolLM2
 from .optim import Schedule, moments_by_name
-from .pretrained import load_weights, model_files, read_config, read_weights, resolve, stored_tensors
+from .pretrained import load_weights, model_files, origin_name, published_base, read_config, read_weights, resolve, stored_tensors
 from .progress import Reporter, TerminalReporter, safe_words
 from .retention import remove_leftovers
 from .saver import Saver
-from .state import TrainState, check_unchanged, fixed_settings, read_state, restore_rng, rng_tensors
+from .state import TrainState, check_origin, check_unchanged, fixed_settings, read_state, restore_rng, rng_tensors
 from .tokenizer import Tokenizer, choose_tokenizer
 from .workers import announce_open, is_first_worker, wait_until_open
 
@@ -198,14 +198,15 @@ class Run:
         if not self.is_first_worker:
             self.find_checkpoint()  # what the first worker has committed since
         if self.newest is None:
-            model = SmolLM2(self.config.model)
+            model, origin = SmolLM2(self.config.model), {}
             if self.config.run.init_from:
                 folder = resolve(self.config.run.init_from)
                 load_weights(model, read_weights(folder, self.config.model), str(folder))
                 self.say(f"weights: from {self.config.run.init_from}")
+                origin = {"init_from": origin_name(self.config.run.init_from), "base_model": published_base(self.config.run.init_from, folder)}
             if self.is_first_worker:
                 self.logs.rewind(0, [])  # lines of a run that was killed before its first checkpoint
-            state = TrainState(schedule_total=total, micro_batch_size=min(train.micro_batch_size or rows, rows))
+            state = TrainState(schedule_total=total, micro_batch_size=min(train.micro_batch_size or rows, rows), **origin)
             self.say(f"starting at step 0 of {total}")
             return model, state, {}
         folder = self.newest.folder
@@ -382,7 +383,9 @@ def open_run(config: RunConfig, reporter: Reporter | None = None) -> Iterator[Ru
             run.say(f"device: {device_name(run.device)}; precision {run.precision.name}: {run.precision.reason}")
             run.find_checkpoint()
             if run.newest:
-                check_unchanged(read_state(run.newest).config, config)
+                state = read_state(run.newest)
+                check_unchanged(state.config, config)
+                check_origin(state, config)
             run.prepare_data()
         except UserError:
             if run.is_first_worker:
@@ -394,7 +397,8 @@ def open_run(config: RunConfig, reporter: Reporter | None = None) -> Iterator[Ru
         if run.is_first_worker:
             replace_durably(run.output_dir / "config.yaml", config.to_yaml().encode())
             announce_open(run.output_dir)
-        run_id = run.newest.run_id if run.newest else sha256_json([fixed_settings(config), run.data.sha256])[:16]
+        began = [origin_name(config.run.init_from)] if config.run.init_from else []
+        run_id = run.newest.run_id if run.newest else sha256_json([fixed_settings(config), run.data.sha256, *began])[:16]
         run.saver = Saver(run.checkpoint_dir, run_id, config.train.keep_last, run.on_saved, run.on_save_failed)
         if config.run.drive_dir and run.is_first_worker:
             from .drive import DriveMirror

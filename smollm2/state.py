@@ -16,6 +16,7 @@ from .checkpoint import Manifest, strict_json
 from .config import RunConfig
 from .errors import CheckpointError, ConfigError
 from .guard import NumericGuard
+from .pretrained import origin_name
 
 # Settings that may change when a run is resumed: they do not change what an update computes from the same state.
 CHANGEABLE = {
@@ -50,6 +51,8 @@ class TrainState:
     log_lines: dict[str, int] = field(default_factory=dict)
     python_rng: list[Any] = field(default_factory=list)
     config: dict[str, dict[str, Any]] = field(default_factory=dict)
+    init_from: str | None = None  # Hub id or folder name whose weights the run began with; None: random ones
+    base_model: str | None = None  # Hub id of the published weights behind `init_from`, where that is known
 
     def to_json(self) -> dict[str, Any]:
         version, internal, gauss = random.getstate()
@@ -59,6 +62,8 @@ class TrainState:
     def from_json(cls, fields: Any) -> TrainState:
         """Raises `CheckpointError` for a missing, unknown or ill-typed field."""
         expected = asdict(cls())
+        if isinstance(fields, dict):  # checkpoints from before the origin was recorded do not have it
+            fields = dict.fromkeys(("init_from", "base_model")) | fields
         if not isinstance(fields, dict) or set(fields) != set(expected):
             differing = set(fields) ^ set(expected) if isinstance(fields, dict) else "not a table"
             raise CheckpointError(f"state.json: missing or unknown fields: {', '.join(sorted(differing)[:5])}")
@@ -105,6 +110,15 @@ def check_unchanged(saved: dict[str, Any], config: RunConfig) -> None:
         raise ConfigError(
             f"the run in this output directory was made with other settings ({'; '.join(changes)}): "
             "put them back, choose another --output_dir, or start anew with --resume never"
+        )
+
+
+def check_origin(state: TrainState, config: RunConfig) -> None:
+    """Raises `ConfigError` when other weights are asked for than those the run began with: a resume would not read them."""
+    if config.run.init_from and state.init_from and origin_name(config.run.init_from) != state.init_from:
+        raise ConfigError(
+            f"run.init_from={config.run.init_from}: the run in this output directory began with {state.init_from}; "
+            "leave it out, choose another --output_dir, or start anew with --resume never"
         )
 
 

@@ -32,7 +32,7 @@ def run_checkpoint(root: Path, template: str | None = None) -> Path:
     """A checkpoint as training commits it: state, manifest, and the run's log beside it."""
     model, tokenizer = tiny_model(), tiny_tokenizer()
     state = {
-        "step": 30, "best": {"step": 20, "bits_per_byte": 2.125},
+        "step": 30, "init_from": None, "base_model": None, "best": {"step": 20, "bits_per_byte": 2.125},
         "config": {"data": {"sequence_length": 128}, "train": {"learning_rate": 0.003, "batch_size": 16, "seed": 7}},
     }  # fmt: skip
     files = model_files(model.config) | tokenizer.files(512) | {"state.json": dump_json(state)}
