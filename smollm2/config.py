@@ -23,6 +23,7 @@ from .errors import CheckpointError, ConfigError, did_you_mean
 PRESET_DIR = Path(__file__).parent / "presets"
 MAX_YAML_BYTES = 64 * 1024
 MAX_YAML_DEPTH = 20
+MAX_ROPE_ENTRIES = 2**27  # cosines and sines of a million positions of heads of 128: half a GiB
 
 
 def _is_torn(text: str) -> bool:
@@ -84,6 +85,11 @@ class SmolLM2Config(_Section):
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd: RoPE rotates pairs, so it must be even")
+        if self.max_position_embeddings * self.head_dim > MAX_ROPE_ENTRIES:
+            raise ValueError(
+                f"max_position_embeddings {self.max_position_embeddings:,} x head_dim {self.head_dim:,}: RoPE tables of that size need "
+                f"{self.max_position_embeddings * self.head_dim * 4 / 2**30:.1f} GiB: make one of them smaller"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "

@@ -10,6 +10,7 @@ A line `<|endoftext|>` (with its newline) becomes the end-of-text token.
 from __future__ import annotations
 
 import codecs
+import hashlib
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from .errors import DataError
-from .files import CHUNK_BYTES, fsync_folder, kind_of, sha256_json, write_durably
+from .files import CHUNK_BYTES, fsync_folder, kind_of, sha256_file, sha256_json, write_durably
 from .tokenizer import END_OF_TEXT, Tokenizer
 
 SEPARATOR = END_OF_TEXT + "\n"
@@ -216,7 +217,7 @@ def _write_split(folder: Path, name: str, tokenizer: Tokenizer, texts: Iterable[
     """Tokenise a split into `<name>.bin`, streaming, with progress for long texts."""
     from tqdm import tqdm
 
-    count = done = 0
+    count, done, digest = 0, 0, hashlib.sha256()
 
     def counted():
         nonlocal done
@@ -229,17 +230,17 @@ def _write_split(folder: Path, name: str, tokenizer: Tokenizer, texts: Iterable[
     progress = tqdm(total=total_bytes, unit="B", unit_scale=True, desc=f"tokenising {name}", disable=hidden)
     with progress, (folder / f"{name}.bin").open("wb") as file:
         for array in encode_documents(tokenizer, counted(), None):
-            file.write(array.tobytes())
+            raw = array.tobytes()
+            file.write(raw)
+            digest.update(raw)
             count += len(array)
         file.flush()
         os.fsync(file.fileno())
-    return {"tokens": count, "bytes": done}
+    return {"tokens": count, "bytes": done, "sha256": digest.hexdigest()}
 
 
 def source_identity(path: str | Path) -> dict:
     """Hash and byte counts of an input text, from one reading of it; raises `DataError` for unusable text."""
-    import hashlib
-
     digest, total = hashlib.sha256(), 0
     for text in read_text(path):
         raw = text.encode()
@@ -259,14 +260,14 @@ def prepare_tokens(path: str | Path, tokenizer: Tokenizer, cache_dir: str | Path
     """Token files of a text, from the cache or newly written.
 
     The cache folder is named by the hash of text, tokenizer and split. It is built under a temporary name and renamed,
-    so that one that exists is whole; sizes are checked against the sidecar all the same.
+    so that one that exists is whole; every byte is checked against the sidecar's hashes all the same (about 1 GB/s).
     """
     key = identity_key(source or source_identity(path), tokenizer, held_out_fraction)
     identity = sha256_json(key)
     cache_dir = Path(cache_dir)
     folder = cache_dir / f"tokens-{identity[:16]}"
     if folder.exists() and (problem := _cache_problem(folder)):
-        print(f"data: {folder.name} is damaged ({problem}); tokenising again")
+        print(f"data: {folder.name} cannot be used ({problem}); tokenising again")
         shutil.rmtree(folder)
     if not folder.exists():
         cache_dir.mkdir(parents=True, exist_ok=True)
@@ -280,6 +281,7 @@ def prepare_tokens(path: str | Path, tokenizer: Tokenizer, cache_dir: str | Path
             for name, size in (("train", train_bytes), ("val", val_bytes)):
                 texts = read_split(path, name, held_out_fraction)
                 sidecar["splits"][name] = _write_split(temporary, name, tokenizer, texts, size)
+            sidecar["sha256_of_this"] = sha256_json(sidecar)
             write_durably(temporary / "tokens.json", (json.dumps(sidecar, indent=2) + "\n").encode())
             os.rename(temporary, folder)
             fsync_folder(cache_dir)
@@ -296,12 +298,17 @@ def prepare_tokens(path: str | Path, tokenizer: Tokenizer, cache_dir: str | Path
 
 def _cache_problem(folder: Path) -> str | None:
     try:
-        for name, facts in json.loads((folder / "tokens.json").read_text())["splits"].items():
-            size = (folder / f"{name}.bin").stat().st_size
-            if size != 2 * facts["tokens"]:
-                return f"{name}.bin has {size:,} bytes, expected {2 * facts['tokens']:,}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{type(error).__name__}: {error}"
+        sidecar = json.loads((folder / "tokens.json").read_text())
+        recorded = sidecar.pop("sha256_of_this", None)
+        if recorded is None:
+            return "an earlier version made it, without hashes"
+        if recorded != sha256_json(sidecar):
+            return "tokens.json is damaged: it does not match its own sha256"
+        for name, facts in sidecar["splits"].items():
+            if sha256_file(folder / f"{name}.bin") != facts["sha256"]:
+                return f"{name}.bin is damaged: its sha256 differs from the one in tokens.json"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"damaged: {type(error).__name__}: {error}"
     return None
 
 

@@ -2,7 +2,8 @@
 
 One event a line: `2026-11-23T19:00:00Z step=500 train_loss=3.1234 lr=0.0030`. Words with blanks are JSON strings.
 A resumed run neither repeats nor loses lines: `rewind` drops what lies behind the checkpoint it resumes from.
-A full disk does not stop training here: lines wait in memory until they can be written, and no checkpoint is saved before.
+A full disk does not stop training here: lines and TensorBoard's points wait in memory until they can be written, and no
+checkpoint is saved before.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import re
 import shlex
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from .files import remove_temporaries, replace_durably
@@ -47,23 +49,34 @@ def parse_line(line: str) -> dict[str, str]:
 
 
 class TextLogs:
-    """The five files of a run. `write` appends one whole line in one system call."""
+    """The five files of a run, and TensorBoard's. Each line or point is appended whole, in one system call."""
 
-    def __init__(self, folder: str | Path, tensorboard: bool = True):
+    def __init__(self, folder: str | Path, tensorboard: bool = True, say: Callable[[str], None] = lambda text: None):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_temporaries(self.folder)
         self._lock = threading.Lock()
         self._waiting: list[tuple[str, bytes]] = []  # (file, line) that a failing disk did not take yet
-        self._tensorboard, self._wants_tensorboard, self._purge_step = None, tensorboard, 0
+        self._say, self._has_said = say, False
+        self._wants_tensorboard, self._events_file, self._purge_step = tensorboard, None, 0
 
     def write(self, file: str, step: int, **fields: object) -> None:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         words = [stamp, f"step={step}"] + [f"{key}={format_value(value)}" for key, value in fields.items()]
+        self._append(file, (" ".join(words) + "\n").encode())
+
+    def _append(self, file: str, data: bytes) -> None:
         with self._lock:
-            self._waiting.append((file, (" ".join(words) + "\n").encode()))
-            with contextlib.suppress(OSError):  # tried again with the next line, and raised by `flush`
+            self._waiting.append((file, data))
+            try:
                 self._write_waiting()
+                self._has_said = False
+                return
+            except OSError as error:  # tried again with the next line, and raised by `flush`
+                is_news, self._has_said = not self._has_said, True
+                reason = error.strerror
+        if is_news:
+            self._say(f"logs: {reason} in {self.folder}; training goes on, the lines wait in memory until they can be written")
 
     def _write_waiting(self) -> None:
         while self._waiting:
@@ -84,15 +97,13 @@ class TextLogs:
         """Values for TensorBoard, grouped by the part of the name before the first underscore."""
         if not self._wants_tensorboard:
             return
-        try:
-            if self._tensorboard is None:
-                from torch.utils.tensorboard import SummaryWriter
+        from . import tensorboard_events
 
-                self._tensorboard = SummaryWriter(str(self.folder), purge_step=self._purge_step, flush_secs=30)
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name.replace("_", "/", 1), value, step)
-        except OSError:  # its own thread met a failing disk: the text logs hold the same values; a new file next time
-            self._tensorboard, self._purge_step = None, step
+        data = tensorboard_events.scalars(step, {name.replace("_", "/", 1): value for name, value in values.items()})
+        if self._events_file is None:
+            self._events_file = tensorboard_events.new_file_name()
+            data = tensorboard_events.opening(self._purge_step) + data
+        self._append(self._events_file, data)
 
     def line_counts(self) -> dict[str, int]:
         """Lines of each rewindable log: the log positions that a checkpoint's state records. Raises OSError when lines
@@ -107,7 +118,7 @@ class TextLogs:
     def rewind(self, step: int, pending: list[str], counts: dict[str, int] | None = None) -> None:
         """Drop lines behind `step`, torn lines, lines at `step` beyond the `counts` that were there when it was saved
         (batches skipped after it move no step), and those of events that are `pending` at `step` and will run again."""
-        self._purge_step = step + 1
+        self._events_file, self._purge_step = None, step + 1  # a new file hides the points behind `step`
         for file in REWOUND:
             path = self.folder / file
             if not path.exists():
@@ -131,10 +142,6 @@ class TextLogs:
     def close(self) -> None:
         with contextlib.suppress(OSError):  # whoever needs these lines has called `flush`
             self.flush()
-        if self._tensorboard is not None:
-            with contextlib.suppress(OSError):
-                self._tensorboard.close()
-            self._tensorboard = None
 
 
 def resources(device) -> dict[str, object]:

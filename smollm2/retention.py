@@ -1,4 +1,4 @@
-"""Which checkpoints stay, and what a kill left behind goes.
+"""Which checkpoints stay, whether the disk holds them, and what a kill left behind goes.
 
 Whatever is removed gets a temporary name first, in one rename: a kill in the middle leaves a leftover that the next
 start recognises, never half a checkpoint.
@@ -10,10 +10,11 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from .checkpoint import FINAL_NAMES, Manifest, candidates, read_manifest
-from .errors import CheckpointError
+from .errors import CheckpointError, OutputLost
 
 
 def remove_leftovers(checkpoint_dir: str | Path) -> None:
@@ -53,6 +54,32 @@ def prune(checkpoint_dir: str | Path, keep_last: int, best_step: int | None, new
         remove(path)
         removed.append(path.name)
     return removed
+
+
+def check_space(checkpoint_dir: str | Path, bytes_each: int, count: int, say: Callable[[str], None] = print) -> None:
+    """Before training: can the disk hold `count` checkpoints of `bytes_each` at the same time, those that lie there included?
+
+    A warning when it cannot; raises `OutputLost` when there is no room for even a good one and the next.
+    """
+    checkpoint_dir = Path(checkpoint_dir)
+    usage = shutil.disk_usage(checkpoint_dir)
+    if usage.total == 0:  # some network and FUSE mounts do not tell
+        return
+    here = [path.stat().st_size for folder in candidates(checkpoint_dir) for path in folder.iterdir()]
+    needed, free = count * bytes_each - sum(here), usage.free
+    figures = f"{_megabytes(free)} free for {checkpoint_dir}, and one checkpoint takes {_megabytes(bytes_each)}"
+    least = bytes_each if here else 2 * bytes_each
+    if free < least:
+        raise OutputLost(
+            f"{figures}: {'no room for the next one beside the last good one' if here else 'not even two fit, the last good one and the next'}; "
+            f"free {_megabytes(least - free)}, or choose another --output_dir or a smaller model"
+        )
+    if free < needed:
+        say(f"warning: {figures}: the {count} that a whole run keeps do not fit; free {_megabytes(needed - free)} or lower train.keep_last")
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count < 1e8 else f"{count / 1e6:,.0f} MB"
 
 
 def _is_readable(folder: Path) -> bool:

@@ -33,7 +33,7 @@ from .model import SmolLM2
 from .optim import Schedule, moments_by_name
 from .pretrained import load_weights, model_files, origin_name, published_base, read_config, read_weights, resolve, stored_tensors
 from .progress import Reporter, TerminalReporter, safe_words
-from .retention import remove_leftovers
+from .retention import check_space, remove_leftovers
 from .saver import Saver
 from .state import TrainState, check_origin, check_unchanged, fixed_settings, read_state, restore_rng, rng_tensors
 from .tokenizer import Tokenizer, choose_tokenizer
@@ -185,6 +185,15 @@ class Run:
         except (CheckpointError, OSError):
             return False
 
+    def check_space(self) -> None:
+        """Says, or raises `OutputLost`, when the checkpoints of what is left to train cannot fit; see `retention.check_space`."""
+        train = self.config.train
+        if self.newest and self.newest.step >= train.max_steps + train.continue_steps:
+            return  # finished: nothing more will be written
+        each = 12 * parameter_count(self.config.model) + len(self.tokenizer.raw)  # weights and two moments, in fp32
+        count = train.keep_last + 2 + bool(train.continue_steps)  # the best, the one being written, final_model.ckpt
+        check_space(self.checkpoint_dir, each, count, self.say)
+
     def has_checkpoint_at(self, step: int) -> bool:
         return self._saved_step == step
 
@@ -276,9 +285,10 @@ class Run:
         self.saver.submit(name, state.step, small, tensors, state.to_json(), facts, int(state.best["step"]) if state.best else None)
         self._saved_step = state.step
 
-    def on_saved(self, manifest: Manifest, seconds: float, removed: list[str]) -> None:
+    def on_saved(self, manifest: Manifest, seconds: float, blocked: float, removed: list[str]) -> None:
         self.newest = manifest
-        self.logs.write(CHECKPOINTS, manifest.step, event="saved", name=manifest.folder.name, bytes=manifest.bytes, seconds=round(seconds, 3))
+        facts = {"bytes": manifest.bytes, "seconds": round(seconds, 3), "blocked": round(blocked, 4)}  # blocked: training stood still
+        self.logs.write(CHECKPOINTS, manifest.step, event="saved", name=manifest.folder.name, **facts)
         for name in removed:
             self.logs.write(CHECKPOINTS, manifest.step, event="removed", name=name)
         if self.mirror:
@@ -342,14 +352,23 @@ def _resolve_model(config: RunConfig) -> RunConfig:
 
 
 def _check_memory(config: RunConfig, device: torch.device) -> None:
-    """Raises `ConfigError` for a model that this machine cannot even hold."""
+    """Raises `ConfigError` for a model or a batch that this machine cannot even hold. Both sums are lower bounds."""
     import psutil
 
-    count, total = parameter_count(config.model), psutil.virtual_memory().total
-    needed = count * (4 if device.type == "cuda" else 16)  # fp32 weights; on a CPU gradients and two moments too
+    model, train, total = config.model, config.train, psutil.virtual_memory().total
+    count, rows, on_cpu = parameter_count(model), train.batch_size, device.type != "cuda"
+    needed = count * (16 if on_cpu else 4)  # fp32 weights; on a CPU gradients and two moments too
     if needed > total:
         raise ConfigError(
             f"model: {count:,} parameters need {needed / 2**30:,.0f} GiB of this machine's memory, which has {total / 2**30:,.0f} GiB; choose a smaller model"
+        )
+    needed += rows * config.data.sequence_length * 10  # the token numbers of one step, as uint16 and as int64
+    if on_cpu:  # what every layer keeps of its input until the backward pass
+        needed += (train.micro_batch_size or rows) * config.data.sequence_length * model.hidden_size * model.num_hidden_layers * 4
+    if needed > total:
+        raise ConfigError(
+            f"train.batch_size: steps of {rows:,} x {config.data.sequence_length:,} tokens need {needed / 2**30:,.0f} GiB of this machine's memory, "
+            f"which has {total / 2**30:,.0f} GiB; choose a smaller train.micro_batch_size, train.batch_size or data.sequence_length"
         )
 
 
@@ -387,13 +406,15 @@ def open_run(config: RunConfig, reporter: Reporter | None = None) -> Iterator[Ru
                 check_unchanged(state.config, config)
                 check_origin(state, config)
             run.prepare_data()
+            if run.is_first_worker:
+                run.check_space()
         except UserError:
             if run.is_first_worker:
                 _unmake(made)  # nothing is left behind by a bad start
             raise
         except OSError as error:
             raise OutputLost(f"cannot write to {run.output_dir}: {error.strerror}") from None
-        run.logs = TextLogs(run.output_dir / "logs")
+        run.logs = TextLogs(run.output_dir / "logs", say=run.say)
         if run.is_first_worker:
             replace_durably(run.output_dir / "config.yaml", config.to_yaml().encode())
             announce_open(run.output_dir)

@@ -6,6 +6,7 @@ removes old checkpoints, or lets the call fail. `commit_child.py` has no torch i
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -23,6 +24,7 @@ import pytest
 from smollm2 import checkpoint, files, retention, saver
 from smollm2.checkpoint import Manifest, candidates, newest_usable, step_name, verify
 from smollm2.errors import OutputLost
+from smollm2.logs import TRAINING, read_log
 from smollm2.progress import Reporter
 from smollm2.retention import prune, remove_leftovers
 from smollm2.training import train
@@ -205,7 +207,6 @@ def test_a_last_save_that_fails_is_not_called_a_finished_run(text, tmp_path, mon
     compare(tmp_path / "output", undisturbed)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own writer complains as well
 def test_an_output_directory_that_vanishes_ends_the_run_with_exit_code_7(text, tmp_path):
     class Vanishing(Reporter):
         def step(self, step, *rest):
@@ -252,6 +253,79 @@ def test_on_a_disk_that_fills_up_the_last_good_checkpoint_loads(text, small_disk
     subprocess.run(["mount", "-o", "remount,size=8m", small_disk], check=True)
     assert train(short(text, output), Reporter()).step == 40
     compare(output, undisturbed)
+
+
+@needs_mount
+@pytest.mark.slow
+@pytest.mark.parametrize("recovers", [False, True])
+def test_a_disk_that_others_fill_during_a_real_run_is_told_in_plain_lines(text, small_disk, tmp_path, recovers):
+    """`colab_train.py` on a disk that another program fills while it trains, logs and draws curves: never a traceback.
+    It trains on when there is room again, and else ends with its own exit code; the last good checkpoint loads."""
+    subprocess.run(["mount", "-o", "remount,size=2m", small_disk], check=True)
+    config = small_config(text, small_disk / "output", max_steps=100_000, save_every=50, log_every=1, val_every=10**6, sample_every=10**6)
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    command = [sys.executable, "-u", "colab_train.py", "--config", str(tmp_path / "config.yaml")]
+    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if line.startswith("safe on this machine"):
+            with contextlib.suppress(OSError), open(small_disk / "others", "wb", buffering=0) as others:
+                while True:
+                    others.write(bytes(1000))
+        if recovers and "failed (No space left" in line:
+            os.truncate(small_disk / "others", 0)
+            time.sleep(2)  # a few saves
+            process.terminate()
+    output = "".join(said)
+    assert process.wait() == (143 if recovers else 7), output
+    assert "Traceback" not in output and "Exception" not in output
+    assert output.count("the lines wait in memory") == 1 or recovers
+    assert output.count("failed (No space left on device); training goes on") in ((1, 2) if recovers else (3,))
+    assert recovers or [line for line in said if line.startswith("error: ")] == said[-1:]
+    newest = newest_usable(candidates(small_disk / "output/checkpoints"))
+    assert newest.step >= 50
+    if recovers:  # nothing that was logged meanwhile is missing, in the text and in the curves
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(small_disk / "output/logs"), size_guidance={"scalars": 0})
+        events.Reload()
+        steps = list(range(1, newest.step + 1))
+        assert [e.step for e in events.Scalars("train/loss")] == steps
+        assert [int(e["step"]) for e in read_log(small_disk / "output/logs" / TRAINING)] == steps
+
+
+@needs_mount
+def test_a_disk_that_cannot_hold_the_checkpoints_is_told_before_training(text, small_disk, tmp_path):
+    """Of 0.2 MB each, 5 do not fit on a disk of 1 MiB: a warning with figures; with 0.75 MB taken not even two do: an error."""
+    train(small_config(text, small_disk / "one", max_steps=10, save_every=5), heard := Heard())  # ends before there are so many
+    (warning,) = (line for line in heard.messages if "warning" in line)
+    assert "one checkpoint takes 0.2 MB" in warning and "the 5 that a whole run keeps do not fit; free 0." in warning
+    assert heard.messages.index(warning) < heard.messages.index("starting at step 0 of 10")
+    shutil.rmtree(small_disk / "one")
+    (small_disk / "others").write_bytes(bytes(750_000))
+    with pytest.raises(OutputLost, match=r"MB free for .*, and one checkpoint takes 0\.2 MB: not even two fit.*; free 0\.\d MB, or") as stop:
+        train(short(text, small_disk / "one"), Reporter())
+    assert stop.value.exit_code == 7 and not (small_disk / "one").exists(), "nothing was written"
+
+
+@pytest.mark.parametrize(
+    ("free", "here", "told"),
+    [(9, 0, ""), (5, 0, ""), (4.9, 0, "the 5 that"), (2, 0, "the 5 that"), (1.9, 0, "not even two fit"), (3, 2, ""), (2.9, 2, "do not fit; free 0.1 MB or"), (1, 4, ""), (0.9, 4, "no room for the next one"), (0.9, 1, "no room for the next one")],
+)
+def test_the_room_that_a_run_needs(tmp_path, monkeypatch, free, here, told):
+    for step in range(here):
+        (tmp_path / step_name(step)).mkdir()
+        (tmp_path / step_name(step) / "model.safetensors").write_bytes(bytes(10**6))
+    (tmp_path / "step-00000009.ckpt.tmp-1").mkdir()
+    monkeypatch.setattr(retention.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**8, 0, int(free * 10**6)))
+    said = []
+    try:
+        retention.check_space(tmp_path, 10**6, 5, said.append)
+    except OutputLost as error:
+        said.append(str(error))
+    assert len(said) == bool(told) and told in "".join(said)
 
 
 @needs_mount

@@ -27,6 +27,7 @@ from smollm2.data import (
     split_bytes,
 )
 from smollm2.errors import DataError
+from smollm2.files import sha256_file
 from smollm2.tokenizer import END_OF_TEXT, Tokenizer
 
 TEXT = "The cat sat on the mat in 2024; didn't it?\n\n1. naïve 日本 😀\n   indented\tby  blanks \n" * 40
@@ -273,7 +274,7 @@ def test_the_sidecar_counts_what_is_there(text_file, tokenizer, tmp_path):
     sidecar = json.loads((made.folder / "tokens.json").read_text())
     assert sidecar["dtype"] == "uint16" and sidecar["source"]["bytes"] == len(TEXT.encode())
     for name, split in {"train": made.train, "val": made.val}.items():
-        assert sidecar["splits"][name] == {"tokens": len(split.tokens), "bytes": split.text_bytes}
+        assert sidecar["splits"][name] == {"tokens": len(split.tokens), "bytes": split.text_bytes, "sha256": sha256_file(made.folder / f"{name}.bin")}
         assert (made.folder / f"{name}.bin").stat().st_size == 2 * len(split.tokens)
     assert made.train.text_bytes + made.val.text_bytes == len(TEXT.encode())
     decoded = "".join(tokenizer.decode(split.tokens) for split in (made.train, made.val))
@@ -290,20 +291,37 @@ def test_the_cache_is_used_again_and_another_text_tokenizer_or_split_makes_anoth
     assert prepare_tokens(path, tokenizer, tmp_path / "c", 0.1).sha256 == first.sha256
 
 
-@pytest.mark.parametrize("damage", ["truncate", "remove", "sidecar"])
+@pytest.mark.parametrize("damage", ["flip", "flip val", "truncate", "remove", "sidecar", "sidecar number", "sidecar list", "without hashes"])
 def test_a_damaged_cache_is_noticed_and_rebuilt(text_file, tokenizer, tmp_path, capsys, damage):
+    """One flipped bit is enough, in the tokens or in the counts beside them; a cache of before there were hashes goes too."""
     path = text_file(TEXT)
     made = prepare_tokens(path, tokenizer, tmp_path / "c", 0.1)
-    expected = made.train.tokens.tolist()
-    target = made.folder / "train.bin"
-    if damage == "truncate":
+    expected = made.train.tokens.tolist(), made.val.tokens.tolist(), made.val.text_bytes
+    target, sidecar = made.folder / ("val.bin" if damage == "flip val" else "train.bin"), made.folder / "tokens.json"
+    facts = json.loads(sidecar.read_text())
+    if damage.startswith("flip"):
+        raw = bytearray(target.read_bytes())
+        raw[len(raw) // 2] ^= 1
+        target.write_bytes(raw)
+    elif damage == "truncate":
         target.write_bytes(target.read_bytes()[:-2])
     elif damage == "remove":
         target.unlink()
+    elif damage == "sidecar number":  # bits per byte would be wrong
+        facts["splits"]["val"]["bytes"] += 1
+        sidecar.write_text(json.dumps(facts))
+    elif damage == "without hashes":
+        del facts["sha256_of_this"], facts["splits"]["train"]["sha256"], facts["splits"]["val"]["sha256"]
+        sidecar.write_text(json.dumps(facts))
     else:
-        (made.folder / "tokens.json").write_text("{")
-    assert prepare_tokens(path, tokenizer, tmp_path / "c", 0.1).train.tokens.tolist() == expected
-    assert "damaged" in capsys.readouterr().out
+        sidecar.write_text("[]" if damage == "sidecar list" else "{")
+    capsys.readouterr()
+    again = prepare_tokens(path, tokenizer, tmp_path / "c", 0.1)
+    assert (again.train.tokens.tolist(), again.val.tokens.tolist(), again.val.text_bytes) == expected
+    (line,) = capsys.readouterr().out.splitlines()
+    assert ("an earlier version" if damage == "without hashes" else "damaged") in line and line.endswith("tokenising again")
+    prepare_tokens(path, tokenizer, tmp_path / "c", 0.1)
+    assert capsys.readouterr().out == "", "the new one is whole"
 
 
 def test_a_failure_leaves_nothing_behind(text_file, tokenizer, tmp_path, monkeypatch):
