@@ -20,7 +20,9 @@
 # **Time** about 40 minutes to read, 1 minute to run · **hardware** any CPU · **network** only for the official weights of section 8;
 # without it the same lesson runs on a small local model.
 #
-# *Runtime → Run all* runs everything. Each `?` asks you to guess first: type a number in place of `None` and run that cell again.
+# *Runtime → Run all* runs everything. Each `?` asks you to guess first: type a number in place of `None` and run that cell again. Each `✔`
+# is a check: two things that should be equal, their largest difference, and how much of it rounding may make (the tolerance). A check that fails
+# stops the notebook.
 
 # %% cellView="form" id="setup" tags=["setup"]
 # @title Set-up (about 20 s on Colab) { display-mode: "form" }
@@ -69,9 +71,9 @@ lesson.quiet()
 # %% [markdown] id="skeleton"
 # ## 1 · A skeleton that already runs
 #
-# A language model turns token ids into one score per word of its vocabulary, at every position. Between the two lie a stack of blocks and
-# a norm. We first build that chain with *placeholders* that do nothing, then replace them one by one. So there is a running whole from the
-# first minute. The sizes are those of SmolLM2, scaled down eight times; the ratio of 9 query heads to 3 key/value heads is kept.
+# A language model reads text as whole numbers, the *token ids*, and gives at every position one score for each entry of its vocabulary:
+# the *logits*. Between the two lie a stack of blocks and a norm. We first build that chain with *placeholders* that do nothing, then replace them
+# one by one, so there is a running whole from the first minute. Our widths are an eighth of SmolLM2's; 9 query heads and 3 key/value heads stay.
 
 # %% id="config" tags=["lesson"]
 full = SmolLM2Config()
@@ -83,7 +85,7 @@ for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layer
 # @title Your prediction { display-mode: "form" }
 guess = None  # @param {type:"raw"}
 lesson.predict(
-    "SmolLM2-135M splits its hidden_size among its query heads. How many numbers does one head get?",
+    "Each query head (section 5) works on an equal part of the hidden_size. How many numbers does one head of SmolLM2-135M get?",
     guess, full.head_dim, within=0, why=f"{full.hidden_size} / {full.num_attention_heads} = {full.head_dim}: the head_dim.",
 )  # fmt: skip
 
@@ -99,7 +101,7 @@ class Nothing(nn.Module):
         return x
 
 
-class Skeleton(nn.Module):
+class Skeleton(nn.Module):  # shapes: B rows, T tokens in each, C hidden_size, V vocab_size
     def __init__(self, config, block=Nothing, norm=Nothing):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -123,9 +125,9 @@ lesson.check("one score per vocabulary entry, at every position", torch.tensor(l
 # %% [markdown] id="tying"
 # ## 2 · Embedding, and the same matrix again at the end
 #
-# An embedding is a table: row *i* is the vector of token *i*. Looking up a row is the same as multiplying by a one-hot vector. The last line of
-# the skeleton multiplies by the *transposed* table: a token scores high when its row points where the hidden vector points. Using one matrix
-# for both ends is called **tying**. How much does it save?
+# An embedding is a table: row *i* is the vector of token *i*. Looking up a row is the same as multiplying by a one-hot vector (zeros, and
+# a single 1 at *i*). The last line of the skeleton multiplies by the *transposed* table: a token scores high when its row points where the hidden
+# vector points. Using one matrix for both ends is called **tying**. How much does it save?
 
 # %% id="embedding-check" tags=["check"]
 table = nn.Embedding(tiny.vocab_size, tiny.hidden_size)
@@ -152,7 +154,7 @@ lesson.predict(
 x = torch.tensor([3.0, 4.0, 0.0, 0.0, 0.0])
 mean_square = x.square().mean()
 rms = mean_square.sqrt()
-print("mean square", mean_square.item(), "· root", round(rms.item(), 4), "· divided", (x / rms).tolist())
+print("mean square", mean_square.item(), "· root", round(rms.item(), 4), "· divided", [round(value, 4) for value in (x / rms).tolist()])
 lesson.check("after dividing, the mean square is 1", (x / rms).square().mean() - 1, 1e-6)
 
 
@@ -189,9 +191,9 @@ plots.show(fig, alt="Root mean square of ten tokens: from 0.01 to 100 before RMS
 # %% [markdown] id="rope"
 # ## 4 · RoPE: position as a rotation
 #
-# Attention compares vectors; without help it cannot tell *dog bites man* from *man bites dog*. RoPE (rotary position embedding) splits a head's
-# vector into pairs of numbers and turns each pair, like a clock hand, by an angle that grows with the position. The first pair turns one radian a
-# token, the last one hardly moves. Why should turning be better than adding a position vector? Watch what the dot product does.
+# Attention (section 5) compares vectors of one head, 64 numbers; without help it cannot tell *dog bites man* from *man bites dog*. RoPE (rotary
+# position embedding) takes these numbers in pairs and turns each pair, like a clock hand, by an angle that grows with the position: the first pair by
+# one radian a token, the last hardly at all. Why should turning be better than adding a position vector? Watch what the dot product does.
 
 # %% id="rope-code" tags=["lesson"]
 def rope_angles(config):
@@ -213,21 +215,23 @@ def rotate(x, cos, sin):
 guess = None  # @param {type:"raw"}
 turn = 2 * math.pi * full.rope_theta ** (1 - 2 / full.head_dim)  # tokens for one turn of the slowest pair
 lesson.predict(
-    f"The fastest hand needs 2π = 6.3 tokens for a turn. How many tokens does the slowest need (rope_theta = {full.rope_theta:,.0f})?",
+    f"The fastest hand needs 2π = 6.3 tokens for a turn. How many does the slowest of the {full.head_dim // 2} need (rope_theta = {full.rope_theta:,.0f})?",
     guess, turn, unit="tokens", within=0.25,
     why=f"2π · θ^(62/64) = {turn:,.0f}, far longer than the context of {full.max_position_embeddings:,}: slow pairs say 'near or far', fast ones 'how far exactly'.",
 )  # fmt: skip
 
 # %% id="rope-figure" tags=["figure"]
 fig, axes = plots.figure(7.5, 2.9, columns=3)
-cos, sin = rope_angles(full)
+full_cos, full_sin = rope_angles(full)
 for ax, pair in zip(axes, (0, 6, 16), strict=True):
     for position in range(8):
-        tip = (cos[position, pair], sin[position, pair])
+        tip = (full_cos[position, pair], full_sin[position, pair])
         ax.plot([0, tip[0]], [0, tip[1]], color=plots.BLUE, alpha=0.25 + 0.09 * position, marker="")
-        ax.annotate(position, (1.15 * tip[0], 1.15 * tip[1]), ha="center", va="center", fontsize=8)
+        if pair < 16 or position == 3:  # the last hands lie on one another
+            ax.annotate(position if pair < 16 else "0-7", (1.2 * tip[0], 1.2 * tip[1]), ha="center", va="center", fontsize=8)
     ax.set(xlim=(-1.35, 1.35), ylim=(-1.35, 1.35), aspect="equal", xticks=[-1, 0, 1], yticks=[-1, 0, 1])
-    plots.label(ax, f"pair {pair}", "first number of the pair", "second number" if pair == 0 else "")
+    plots.label(ax, f"pair {pair}: {full_sin[1, pair].asin():.2f} rad", "first number of the pair", "" if pair else "second number")
+fig.suptitle("Each token turns a pair by its own angle; the number at a tip is the position", fontsize=10)
 plots.show(fig, alt="Clock hands at positions 0 to 7: pair 0 turns 1 radian a token, pair 6 about 0.18, pair 16 only 0.01 and seems to stand.")
 
 # %% id="rope-check" tags=["check"]
@@ -242,7 +246,7 @@ lesson.check("a rotation keeps lengths", mine.norm(dim=-1) - q.norm(dim=-1), 1e-
 # %% [markdown] id="rope-relative"
 # **The point of it.** Give every position the *same* query `q` and key `k`, rotate both, and take all dot products. The score of query position *m*
 # with key position *n* then depends on *m − n* alone: the table is constant along its diagonals. The model learns "three tokens back" once, for
-# the whole context.
+# the whole context. Then move *m* and *n* by the same amount: what turns on the left, and what stays on the right?
 
 # %% id="rope-relative-check" tags=["check"]
 q, k = torch.randn(2, tiny.head_dim)
@@ -269,7 +273,7 @@ def rope_view(m, n):
     right.plot(distance, curve, color=plots.GREY, marker="")
     right.plot(m - n, scores[m, n], "o", color=plots.RED, markersize=9, label=f"score {scores[m, n].item():.2f}")
     right.set_ylim(min(curve) - 0.5, max(curve) + 2.5)
-    plots.label(right, "all pairs", "m - n (tokens)", "dot product", legend=True)
+    plots.label(right, "all pairs: only the distance counts", "m - n (tokens)", "dot product", legend=True)
     return fig, f"Query at {m}, key at {n}: score {scores[m, n].item():.2f}, read off one curve over the distance m - n = {m - n}."
 
 
@@ -278,16 +282,16 @@ widgets.explore(rope_view, m=widgets.slider("query position m", 0, 40, 12), n=wi
 # %% [markdown] id="gqa"
 # ## 5 · Grouped-query attention: nine ask, three answer
 #
-# Each position asks a question (query) of all earlier positions (keys) and collects their content (values). SmolLM2 has 9 query heads but only 3
-# key/value heads: heads 0, 1, 2 share the first, 3, 4, 5 the second, 6, 7, 8 the third. While generating, keys and values of all earlier tokens
-# stay in memory; how much of that does sharing save?
+# Each position asks a question (*query*) of itself and all earlier ones, compares it with their *keys*, and collects their *values*. It asks nine at
+# once, each with its own 64 numbers: a *head*. SmolLM2 has 9 query heads but only 3 key/value heads: heads 0, 1, 2 share the first, 3, 4, 5 the
+# second, 6, 7, 8 the third. While generating, keys and values of all earlier tokens stay in memory; how much of that does sharing save?
 
 # %% cellView="form" id="predict-kv" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
 guess = None  # @param {type:"raw"}
 stored = 2 * full.num_key_value_heads * full.head_dim
 lesson.predict(
-    "How many numbers must one layer of SmolLM2-135M remember for each token it has read?",
+    "How many numbers, keys and values together, must one layer of SmolLM2-135M remember for each token it has read?",
     guess, stored, within=0,
     why=f"A key and a value of {full.head_dim} numbers in each of {full.num_key_value_heads} heads: {stored}. Nine heads would need {3 * stored:,}.",
 )  # fmt: skip
@@ -300,7 +304,7 @@ def share_heads(x, groups):
 
 
 def attention_steps(q, k, v, cos, sin, rotate=rotate, share=share_heads, scale=None):
-    """Every step from projected q (B, H, T, D) and k, v (B, K, T, D) to the output, by name."""
+    """Every step from projected q (B, H, T, D) and k, v (B, K, T, D) to the output, by name; the last three arguments are for section 9."""
     groups, time = q.shape[1] // k.shape[1], q.shape[2]
     step = {"q": rotate(q, cos, sin), "k": rotate(k, cos, sin)}
     step["shared k"] = share(step["k"], groups)
@@ -312,8 +316,8 @@ def attention_steps(q, k, v, cos, sin, rotate=rotate, share=share_heads, scale=N
 
 
 # %% [markdown] id="gqa-why"
-# Two details to notice. The scores are divided by √head_dim: a sum of 64 products of ordinary numbers has a spread of 8, and a softmax over such
-# numbers would pick one token and ignore the rest. And the future is set to −∞ *before* the softmax, so that it gets weight exactly 0.
+# Two details to notice. The scores are divided by √head_dim: a sum of 64 products of numbers of spread 1 has spread √64 = 8, and a softmax over
+# such numbers would pick one token and ignore the rest. And the future is set to −∞ *before* the softmax, so that it gets weight exactly 0.
 
 # %% id="attention-code" tags=["lesson"]
 class Attention(nn.Module):
@@ -375,8 +379,8 @@ plots.show(fig, alt="Left: query heads 0-2, 3-5 and 6-8 each join one key/value 
 # ## 6 · SwiGLU: a gate on every feature
 #
 # Attention moves information between positions; the MLP works on each position alone. `up` computes 1,536 features, `gate` decides how far each
-# is let through, `down` brings them back to 576. The gate's curve is SiLU, x · sigmoid(x): almost 0 for negative input, almost x for large. So
-# there are **three** matrices, not two. (Forget one and your count is 26,542,080 short; notebook 2 meets somebody who did.)
+# is let through, `down` brings them back to 576. The gate's curve is SiLU, x · sigmoid(x): almost 0 far below zero, almost x far above. So
+# there are **three** matrices, not two.
 
 # %% id="swiglu-code" tags=["lesson"]
 class MLP(nn.Module):
@@ -409,8 +413,8 @@ plots.show(fig, alt="SiLU against its input from -6 to 6: near zero on the left,
 # %% [markdown] id="whole"
 # ## 7 · The block, and the whole model
 #
-# A block reads the running vector, adds what attention found, then adds what the MLP made of it. Both read through a norm and *add*: the
-# straight line from input to output stays open, which is what makes 30 blocks trainable. Now the placeholders go.
+# A block takes each token's running vector (the *residual stream*), adds what attention found, then adds what the MLP made of it. Both read through
+# a norm and *add*: the straight line from input to output stays open, which is what makes 30 blocks trainable. Now the placeholders go.
 
 # %% id="block-code" tags=["lesson"]
 class Block(nn.Module):
@@ -443,19 +447,21 @@ lesson.check("the number that SmolLM2-135M has", total - 134_515_008)
 # %% [markdown] id="official"
 # ## 8 · The official weights in the model you wrote
 #
-# Names and shapes agree, so the published weights fit into your classes. If a single detail were different, the text would turn to
-# nonsense. Online this loads SmolLM2-135M (270 MB); offline it makes a small model with random weights and the same 9:3 heads. Either way the
-# reference is transformers, reading the same folder.
+# Names and shapes agree, so the published weights fit into your classes. Were a single detail different, the numbers would be too, and most
+# often the text nonsense. Online this loads SmolLM2-135M (270 MB), whose θ is 100,000: after pre-training it learned longer contexts. Offline it
+# makes a small model with random weights and the same 9:3 heads. Either way the reference is transformers, reading the same folder.
 
 # %% id="load" tags=["lesson", "slow"]
 try:
     folder = resolve("HuggingFaceTB/SmolLM2-135M")
-    prompt = Tokenizer.from_file(folder).encode("Gravity is the force that")
+    tokenizer = Tokenizer.from_file(folder)
+    prompt = tokenizer.encode("Gravity is the force that")
 except UserError as reason:
     print(f"{reason}.\nSo: a small local model, same lesson. Its prompt is made of bytes.")
-    folder = tempfile.mkdtemp()
+    folder, tokenizer = tempfile.mkdtemp(), None
     torch.manual_seed(2)
-    SmolLM2(tiny.model_copy(update={"num_hidden_layers": 8, "initializer_range": 0.3})).save_pretrained(folder)
+    wild = {"num_hidden_layers": 8, "initializer_range": 0.3}  # weights large enough for every layer to matter
+    SmolLM2(tiny.model_copy(update=wild)).save_pretrained(folder)
     prompt = list(b"Gravity is the force that")
 library = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 config = read_config(resolve(folder))
@@ -495,7 +501,7 @@ ax.semilogy([max(value, 1e-9) for value in gaps], color=plots.BLUE, marker="o", 
 ax.axhline(1e-4, color=plots.RED, ls="--", label="tolerance")
 ax.set_ylim(5e-10, 1e-3)
 plots.label(ax, "Layer by layer: rounding, nothing else", "layer (0 = embedding)", "max|difference|, relative", legend=True)
-plots.show(fig, alt=f"Relative difference after each layer: at most {max(gaps):.0e}, a thousand times below the tolerance of 1e-4 or better.")
+plots.show(fig, alt=f"Relative difference after each layer: at most {max(gaps):.0e}, against a tolerance of 1e-4.")
 
 # %% id="greedy-check" tags=["check"]
 mine = ids
@@ -503,15 +509,15 @@ with torch.no_grad():
     for _ in range(12):  # always take the likeliest next token
         mine = torch.cat((mine, model(mine)[:, -1:].argmax(-1)), dim=1)
     other = library.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
-print("your 12 tokens:", mine[0, len(prompt) :].tolist())
+print("your 12 tokens:", repr(tokenizer.decode(mine[0].tolist())) if tokenizer else mine[0, len(prompt) :].tolist())
 lesson.check("the 12 greedy tokens are transformers'", mine - other)
 
 # %% [markdown] id="bugs"
 # ## 9 · Bug hunt
 #
-# Three colleagues wrote attention too. Their code runs, has the right shapes, and even trains. It is wrong. Each made one classic mistake, in one of these
-# places: `q` (RoPE pairs neighbours instead of halves), `shared k` (heads repeated as 0 1 2 0 1 2 … instead of 0 0 0 1 1 1 …), `scores` (no
-# division by √head_dim). The chart shows at which step each begins to differ from yours. Who did what?
+# Three colleagues wrote attention too. Their code runs, has the right shapes, and even trains. It is wrong. Each made one of three classic
+# mistakes: in `q` (RoPE pairs neighbours instead of halves), in `shared k` (heads repeated as 0 1 2 0 1 2 … instead of 0 0 0 1 1 1 …), or in
+# `scores` (no division by √head_dim). The chart shows at which step each begins to differ from yours. Who did what?
 
 # %% id="bugs-code" tags=["lesson"]
 def pair_neighbours(x, cos, sin):
@@ -519,15 +525,13 @@ def pair_neighbours(x, cos, sin):
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
 
 
-suspects = {
-    "Ada": {"share": lambda x, groups: x.repeat(1, groups, 1, 1)},
-    "Bo": {"scale": 1.0},
-    "Cy": {"rotate": pair_neighbours},
-}
+mistakes = [{"share": lambda x, groups: x.repeat(1, groups, 1, 1)}, {"scale": 1.0}, {"rotate": pair_neighbours}]
+order = torch.randperm(3, generator=torch.Generator().manual_seed(9)).tolist()  # shuffled: these lines do not tell who did what
 attention = Attention(tiny)
-inputs = (*attention.project(torch.randn(2, 10, tiny.hidden_size)), cos[:10], sin[:10])
+inputs = (*attention.project(torch.randn(2, 10, tiny.hidden_size)), attention.cos[:10], attention.sin[:10])
 right_steps = attention_steps(*inputs)
-wrong = {name: attention_steps(*inputs, **mistake) for name, mistake in suspects.items()}
+wrong = {name: attention_steps(*inputs, **mistakes[which]) for name, which in zip(("Ada", "Bo", "Cy"), order, strict=True)}
+first = {name: next(s for s in right_steps if (steps[s] - right_steps[s]).abs().max() > 1e-6) for name, steps in wrong.items()}
 
 # %% id="bugs-figure" tags=["figure"]
 fig, ax = plots.figure(7.5, 2.8)
@@ -535,8 +539,9 @@ for number, (name, steps) in enumerate(wrong.items()):
     jumps = [max((steps[s] - right_steps[s]).abs().max().item(), 1e-8) for s in right_steps]
     ax.semilogy([x + 0.06 * (number - 1) for x in range(len(jumps))], jumps, color=plots.PALETTE[number], marker=plots.MARKERS[number], label=name)
 ax.set_xticks(range(len(right_steps)), right_steps)
-plots.label(ax, "Where does each one begin to differ?", "step of attention", "max|difference|", legend=True)
-plots.show(fig, alt="Difference from the correct attention at six steps: Ada's jumps at 'shared k', Bo's at 'scores', Cy's at the very first step 'q'.")
+plots.label(ax, "Where does each one begin to differ? (0 is drawn as 1e-8)", "step of attention", "max|difference|", legend=True)
+begins = ", ".join(f"{name}'s first differs at '{step}'" for name, step in first.items())
+plots.show(fig, alt=f"Difference from the correct attention at the steps {', '.join(right_steps)}: {begins}.")
 
 # %% cellView="form" id="predict-bugs" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
@@ -544,9 +549,8 @@ ada = "?"  # @param ["?", "q", "shared k", "scores"]
 bo = "?"  # @param ["?", "q", "shared k", "scores"]
 cy = "?"  # @param ["?", "q", "shared k", "scores"]
 guesses = {"Ada": ada, "Bo": bo, "Cy": cy}
-for name in suspects:
-    first = next(step for step in right_steps if (wrong[name][step] - right_steps[step]).abs().max() > 1e-6)
-    lesson.predict(f"Where is {name}'s mistake: q, shared k or scores?", guesses[name], first, why=f"Before '{first}' all numbers agree.")
+for name, step in first.items():
+    lesson.predict(f"Where is {name}'s mistake: q, shared k or scores?", guesses[name], step, why=f"Before '{step}' all numbers agree.")
 
 # %% id="bugs-check" tags=["check"]
 for name, steps in wrong.items():
@@ -565,7 +569,7 @@ lesson.check("and without a mistake the check passes", attention_steps(*inputs)[
 #
 # * Both vectors are turned by angles proportional to their positions; a dot product sees only the difference of the angles.
 # * Query heads 0, 1, 2 were trained to read key head 0. `repeat` gives them heads 0, 1, 2: three heads exist either way, only in another order.
-# * The past would no longer sum to 1, and the size of the loss would tell earlier positions about the future.
+# * The weights left to the past would no longer sum to 1, and how much is missing would tell each position about its future.
 # </details>
 
 # %% id="score" tags=["check"]
@@ -574,16 +578,20 @@ lesson.score()
 # %% [markdown] id="exercises"
 # ## Exercises
 #
-# 1. Give `Attention` a window: a position sees only the 4 before it. Which line changes, and which check tells you that you are right?
-# 2. Swap the two lines of `Block.forward` (MLP first). Which check fails, and at which layer does the chart jump?
-# 3. Set `rope_theta` of the loaded model to 10,000 and draw the chart again. Why does the difference grow with the layers?
+# 1. Give `Attention` a window: a position sees itself and only the 4 before it. Which line changes, and what shows that you are right?
+# 2. Let `Block.forward` add the MLP first, attention second. Which check fails, and at which layer does the chart of section 8 jump?
+# 3. Build the loaded model again with a tenth of its `rope_theta`. Where does the chart jump now, and which position never differs?
 #
 # <details><summary>Solutions</summary>
 #
-# 1. In `attention_steps`: `future = ones(time, time).triu(1) | ones(time, time).tril(-5)` (with `dtype=torch.bool`). Change an input at position 0 and check that outputs from
-#    position 5 on stay exactly equal.
-# 2. *your whole model equals the package's*; from layer 1 on, because the embedding (layer 0) is the same.
-# 3. `config = config.model_copy(update={"rope_theta": 10000.0})`, then build and load again. Each layer adds its own wrong angles to what it got.
+# 1. In `attention_steps`: `everything = torch.ones(time, time, dtype=torch.bool)`, then `future = everything.triu(1) | everything.tril(-5)`. Change
+#    position 0 and see that position 5 and all after it stay exactly equal: `x = torch.randn(1, 10, 72)`, `y = x.clone()`, `y[:, 0] += 1`,
+#    `lesson.check("a window of 5", (attention(x) - attention(y))[:, 5:])`. (The checks against the package now fail, as they should.)
+# 2. `x = x + self.mlp(self.post_attention_layernorm(x))`, then `return x + self.self_attn(self.input_layernorm(x))`; run the notebook from there on.
+#    *your whole model equals the package's* fails, and the chart jumps at layer 1: the embedding (layer 0) is still the same.
+# 3. `other = Skeleton(config.model_copy(update={"rope_theta": config.rope_theta / 10}), Block, RMSNorm)`, `other.load_state_dict(model.state_dict())`,
+#    `pairs = list(zip(hidden_states(other, ids), reference.hidden_states))`, `print([gap(a, b) for a, b in pairs])`: at layer 1, the first that turns
+#    anything. Position 0 agrees in every layer, `print(max(gap(a[:, 0], b[:, 0]) for a, b in pairs))`: it sees only itself.
 # </details>
 
 # %% [markdown] id="next"

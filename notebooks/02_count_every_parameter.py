@@ -19,7 +19,8 @@
 #
 # **Time** about 30 minutes to read, half a minute to run · **hardware** any CPU · **network** none.
 #
-# Each `?` asks you to guess first: type a number in place of `None` and run that cell again.
+# Each `?` asks you to guess first: type a number in place of `None` and run that cell again. Each `✔` is a check: the largest difference between
+# two things that should be equal, and how much is allowed.
 
 # %% cellView="form" id="setup" tags=["setup"]
 # @title Set-up (about 20 s on Colab) { display-mode: "form" }
@@ -62,6 +63,7 @@ from smollm2.parameters import group_totals
 config = SmolLM2Config()
 KINDS = {"embedding": plots.BLUE, "attention": plots.ORANGE, "MLP": plots.GREEN, "norms": plots.BLACK, "output head": plots.PINK}
 GIB = 2**30
+T4_GIB = 14.7  # what PyTorch can use of a T4's 16 GB
 
 # %% [markdown] id="guess"
 # ## 1 · Guess first
@@ -74,13 +76,14 @@ V, C, M = config.vocab_size, config.hidden_size, config.intermediate_size
 L, H, K = config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads
 D = config.head_dim  # C / H
 print(f"V = {V:,} vocabulary   C = {C} hidden   M = {M:,} MLP features   L = {L} layers   H = {H} query heads   K = {K} key/value heads")
+print(f"and D = C / H = {D} numbers a head")
 
 # %% cellView="form" id="predict-mlp" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
 guess = None  # @param {type:"raw"}
 share = group_totals(parameter_table(config))["MLP"] / parameter_count(config)
 lesson.predict(
-    "What share of all parameters sits in the MLPs?", guess, 100 * share, unit="%",
+    "What share of all parameters sits in the MLPs (in %)?", guess, 100 * share, unit="%",
     why="Three matrices of 576 x 1,536 in each layer outweigh everything else: attention shares heads, and the vocabulary is stored once.",
 )  # fmt: skip
 
@@ -101,34 +104,35 @@ print(f"embedding {embedding:,}\nattention {attention:,} + MLP {mlp:,} + norms {
 print(f"{embedding:,} + {L} x {block:,} + {C} = {total:,}")
 
 # %% id="by-hand-check" tags=["check"]
-lesson.check("your sum is the known total", total - 134_515_008)
+lesson.check("your sum is what the published weights hold", total - 134_515_008)
 lesson.check("and what the package computes", total - parameter_count(config))
 
 # %% [markdown] id="ledger-why"
-# A sum can be right by luck: two mistakes may cancel. So the package writes the ledger row by row, each with its formula, shape and number, and the next cells
-# hold every row against the tensor it speaks of. The model is made on the `meta` device: shapes without memory.
+# A sum can be right by luck: two mistakes may cancel. So the package writes the ledger row by row, each with its formula, shape and number, and the
+# next cells hold every row against the tensor it speaks of. The model is made on the `meta` device: shapes without memory.
 
 # %% id="rows" tags=["lesson"]
 rows = parameter_table(config)
 for row in [*rows[:10], rows[-1]]:
-    print(f"{row.name.replace('model.', ''):43} {row.formula:42} {' x '.join(f'{n:,}' for n in row.shape):>12} {row.count:>11,}")
+    name, shape = row.name.removeprefix("model.").removesuffix(".weight"), " x ".join(f"{n:,}" for n in row.shape)
+    print(f"{name:33} {row.formula:46} {shape:>12} {row.count:>11,}")
 print(f"{len(rows)} rows; the nine of layer 0 come {L} times. Sum {sum(row.count for row in rows):,}")
 
 # %% id="rows-check" tags=["check"]
 with torch.device("meta"):
     model = SmolLM2(config)
 tensors = dict(model.named_parameters())
-lesson.check("every tensor has one row and every row one tensor", len(set(tensors) ^ {row.name for row in rows}))
+lesson.check("tensors without a row, or rows without a tensor", len(set(tensors) ^ {row.name for row in rows}))
 wrong = [row.name for row in rows if tuple(tensors[row.name].shape) != row.shape or tensors[row.name].numel() != row.count]
 lesson.check("rows whose shape or number differs from the tensor's", len(wrong))
 lesson.check("the sum over tensors", sum(t.numel() for t in tensors.values()) - total)
-lesson.check("output matrix and embedding: tensors between them", float(model.lm_head.weight is not model.model.embed_tokens.weight))
+lesson.check("the output matrix is the embedding itself, not a copy", float(model.lm_head.weight is not model.model.embed_tokens.weight))
 
 # %% [markdown] id="map"
 # ## 3 · A map of the model
 #
-# Here every parameter has the same area. The column on the left is the vocabulary; each of the 30 thin rows is a block. What strikes you? The
-# keys and values, thanks to sharing, are slivers. The norms, without which nothing trains, are too thin to be seen: one block's are 1,152 numbers.
+# Here every parameter has the same area. The column on the left is the vocabulary; each of the 30 thin rows is a block. What strikes you? Keys and
+# values, thanks to sharing, are slivers, and the norms cannot be seen at all: 1,152 numbers a block.
 
 # %% id="map-figure" tags=["figure"]
 fig, ax = plots.figure(7.5, 4.2)
@@ -145,10 +149,13 @@ for layer in range(L):
             name = row.name.split(".")[-2].removesuffix("_proj")
             ax.text(left + width / 2, -0.4, name, ha="center", va="bottom", fontsize=9)
         left += width
+for name, middle in (("attention", split + attention / block * (1 - split) / 2), ("MLP", 1 - mlp / block * (1 - split) / 2)):
+    share = L * {"attention": attention, "MLP": mlp}[name] / total
+    ax.text(middle, L / 2, f"{name}\n{share:.1%}", ha="center", va="center", fontsize=9, bbox={"fc": "white", "ec": "none"})
 ax.set(xlim=(0, 1), ylim=(L, -2), yticks=[0.5, 9.5, 19.5, 29.5], yticklabels=[1, 10, 20, 30])
 ax.grid(False)
 plots.label(ax, "Equal area, equal number of parameters", "share of all parameters", "layer")
-plots.show(fig, alt="Map: embedding 21.0 %; 30 equal rows for the blocks, in each q, k, v, o (19.7 % in all) and gate, up, down (59.2 %).")
+plots.show(fig, alt="Map: embedding 21.0 %; 30 equal rows for the blocks, in each q, k, v, o (19.7 % over all blocks) and gate, up, down (59.2 %).")
 
 # %% id="shares-check" tags=["check"]
 totals = group_totals(rows)
@@ -170,11 +177,11 @@ print(f"candidates in one layer: all of attention {attention:,}; one MLP matrix 
 
 # %% cellView="form" id="predict-missing" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
-guess = None  # @param {type:"raw"}
+forgotten = "?"  # @param ["?", "embed_tokens", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 lesson.predict(
-    "That account lists q, k, v, o, both norms, and an MLP of 'up' and 'down'. What did it forget (the matrix's name, as in the ledger)?",
-    guess, "gate_proj",
-    why="SwiGLU has three matrices. By chance one of them is exactly as large as all of attention in a layer: the number alone cannot tell them apart, the list can.",
+    "That account lists the embedding, q, k, v, o, the norms, and an MLP of 'up' and 'down'. Which matrix did it forget (its name in the ledger)?",
+    forgotten, "gate_proj",
+    why="SwiGLU has three. By chance one is exactly as large as all of attention in a layer: the number cannot tell them apart, the list can.",
 )  # fmt: skip
 
 # %% id="wrong-sum-check" tags=["check"]
@@ -222,12 +229,15 @@ widgets.explore(
 
 # %% id="counterfactual-check" tags=["check"]
 def count_with(**changes):
+    """Parameters of SmolLM2-135M with these fields changed."""
     return sum(row.count for row in parameter_table(SmolLM2Config(**changes)))
 
 
 lesson.check("untied: one more vocabulary", count_with(tie_word_embeddings=False) - 162_826_560)
 lesson.check("nine key/value heads (multi-head)", count_with(num_key_value_heads=9) - 147_786_048)
 lesson.check("one key/value head (multi-query)", count_with(num_key_value_heads=1) - 130_091_328)
+deep = count_with(num_hidden_layers=60, hidden_size=432, intermediate_size=1152)
+lesson.check("60 layers want a width of 432 (relative)", deep / total - 1, 0.05)
 
 # %% [markdown] id="kv-cache"
 # ## 6 · The KV cache: what a conversation weighs
@@ -259,18 +269,18 @@ for number, (heads, name) in enumerate({9: "9 heads (multi-head)", 3: "3 heads (
 ax.axhline(total * 2 / 2**20, color=plots.BLACK, ls="--", label="all weights in bf16")
 ax.set_xticks(tokens[::2].tolist(), [f"{n:,}" for n in tokens[::2].tolist()])
 ax.set_yticks([1, 8, 64, 512, 4096], ["1", "8", "64", "512", "4,096"])
-plots.label(ax, "From 12,000 tokens on, the cache outweighs the model", "context (tokens)", "KV cache (MiB, bf16)", legend=True)
+plots.label(ax, "With 3 heads the cache outweighs the model from 11,700 tokens on", "context (tokens)", "KV cache (MiB, bf16)", legend=True)
 plots.show(fig, alt="KV cache in MiB against context: 180 MiB at 8,192 tokens with 3 heads, 540 with 9, 60 with 1; the weights, 257 MiB, are passed at 11,700.")
 
 # %% [markdown] id="flops"
 # ## 7 · FLOPs: how much arithmetic is a token?
 #
-# A matrix entry is used once for each token: one multiplication, one addition. Training does it three times: forward, for the gradient of the input, for the
-# gradient of the weight. So 6 operations a parameter and token, plus attention, which grows with the distance looked back. PyTorch can count what it
-# executes, even on `meta` tensors that hold no numbers. Do rule and count agree?
+# A FLOP is one addition or multiplication of floating-point numbers. A matrix entry costs two a token, one of each. Training does it three times:
+# forward, for the gradient of the input, for the gradient of the weight. So 6 FLOPs a parameter and token, plus attention, which grows with the
+# distance looked back. PyTorch can count what it executes, even on `meta` tensors that hold no numbers. Do rule and count agree?
 
 # %% id="flops-check" tags=["check"]
-length = 512
+length = load_config("smollm2-135m").data.sequence_length  # tokens in a row of this project's training
 with torch.device("meta"):
     ids = torch.zeros(1, length, dtype=torch.long)
 with FlopCounterMode(display=False) as counter:
@@ -279,12 +289,12 @@ counted = {str(op).split(".")[-1]: flops for op, flops in counter.get_flop_count
 matrices = length * flops_per_token(config, 0)  # looking back 0 tokens: the matrices alone
 attending = length * flops_per_token(config, length) - matrices
 print(f"matrices {matrices / 1e9:.1f} GFLOP, attention {attending / 1e9:.1f} GFLOP for one row of {length} tokens, forward and backward")
-lesson.check("6 operations a matrix parameter and token (relative)", counted["mm"] / matrices - 1, 1e-9)
-lesson.check("attention, counted with the masked half (relative)", counted["bmm"] / (2 * attending) - 1, 1e-9)
+lesson.check("6 FLOPs a matrix parameter and token (relative)", counted["mm"] / matrices - 1, 1e-9)
+lesson.check("attention: the count is twice the rule (relative)", counted["bmm"] / (2 * attending) - 1, 1e-9)
 
 # %% [markdown] id="flops-note"
-# The second check says something about kernels: computed plainly, attention multiplies the whole square and throws the future half away. Fused kernels skip
-# it. The rule counts useful work, so it takes half.
+# Why twice? Computed plainly, attention multiplies the whole square of scores and throws the future half away. Fused kernels skip that half. The rule
+# counts useful work alone.
 
 # %% id="flops-figure" tags=["figure"]
 fig, ax = plots.figure(7.5, 2.7)
@@ -300,8 +310,8 @@ plots.show(fig, alt="Training GFLOP a token: 0.81 for the matrices at every leng
 # %% [markdown] id="memory"
 # ## 8 · Training memory: predict, then measure
 #
-# Four fp32 copies are held for every parameter: the weight, its gradient, and Adam's two averages. That part does not depend on the batch. The
-# rest are **activations**: numbers of the forward pass that the backward pass will need. Guess the fixed part first.
+# Training holds four fp32 numbers for every parameter: the weight, its gradient, and Adam's two averages. That part does not depend on the batch.
+# The rest are **activations**: numbers of the forward pass that the backward pass will need. Guess the fixed part first.
 
 # %% cellView="form" id="predict-memory" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
@@ -309,7 +319,7 @@ guess = None  # @param {type:"raw"}
 fixed = 16 * total
 lesson.predict(
     "Weights, gradients and Adam's state of SmolLM2-135M in fp32: how many GB?", guess, fixed / 1e9, unit="GB",
-    why=f"4 copies x 4 bytes x {total:,} = {fixed / 1e9:.2f} GB. A checkpoint leaves the gradients out: {12 * total / 1e9:.2f} GB.",
+    why=f"4 numbers x 4 bytes x {total:,} = {fixed / 1e9:.2f} GB. A checkpoint leaves the gradients out: {12 * total / 1e9:.2f} GB.",
 )  # fmt: skip
 
 # %% id="fixed-check" tags=["check"]
@@ -328,11 +338,12 @@ lesson.check("16 bytes a parameter", held / parameter_count(nano) - 16, 1e-9)
 # Activations need a closer look. Each block keeps, for each token:
 #
 # * eight vectors of C: three around each of the two norms (what enters it, the same normalized, and that times the gain), the queries, attention's output;
-# * keys and values, K/H of a vector each: grouped-query attention saves here too;
-# * four vectors of M: gate, SiLU of gate, up, and their product.
+# * keys and values, K/H of such a vector each: grouped-query attention saves here too;
+# * four vectors of M: gate, SiLU of gate, up, and their product;
+# * 2 + H single numbers (one a norm, one a head), too few to count.
 #
-# PyTorch tells what it keeps if we hook into it. To see one block alone: measure with two blocks, with one, and subtract. (Fused kernels on a GPU keep
-# a few vectors less; a T4's attention wants keys and values expanded to all H heads, 2 - 2 K/H vectors more.)
+# PyTorch tells what it keeps if we hook into it. To see one block alone: measure with two blocks, with one, and subtract. (This is the CPU. A GPU's
+# fused norms keep one vector of C less each; a T4's attention wants keys and values expanded to all H heads, 2 - 2 K/H vectors more.)
 
 # %% id="saved-code" tags=["lesson"]
 def saved_bytes(depth, length=256):
@@ -355,23 +366,23 @@ def saved_bytes(depth, length=256):
 predicted = 4 * ((8 + 2 * K / H) * C + 4 * M)  # bytes a token and block, fp32
 measured = (saved_bytes(2) - saved_bytes(1)) / 256
 print(f"one block keeps {measured:,.0f} bytes a token; predicted {predicted:,.0f}")
-lesson.check("activations: prediction against measurement (relative)", predicted / measured - 1, 0.05)
+lesson.check("activations: prediction against measurement (relative)", predicted / measured - 1, 0.005)
 
 # %% [markdown] id="t4"
 # ## 9 · What fits on a T4?
 #
-# Colab's free GPU, the T4, has about 14.7 GiB to use. Everything so far adds up to a prediction: the fixed 16 bytes a parameter, plus
-# activations for each row of a micro-batch. (In half precision activations take half. The logits of 49,152 words would add 0.1 GiB a row, several times
-# over; this project's loss never holds them all at once, see `smollm2/loss.py`.)
+# Colab's free GPU, the T4, has about 14.7 GiB to use. Everything so far adds up to a prediction: the fixed 16 bytes a parameter, plus activations for
+# each row of a micro-batch, the rows that go through the model at once. (In half precision activations shrink to 0.6, not 0.5: what the norms keep
+# stays fp32. The logits of 49,152 entries would add 0.1 GiB a row, several times over; this project's loss never holds them all, see `smollm2/loss.py`.)
 
 # %% cellView="form" id="predict-t4" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
 guess = None  # @param {type:"raw"}
 row_bytes = predicted * L * length
-fits = int((14.7 * GIB - fixed) / row_bytes)
+fits = int((T4_GIB * GIB - fixed) / row_bytes)
 lesson.predict(
     f"How many rows of {length} tokens fit into one micro-batch of SmolLM2-135M on a T4, everything in fp32?", guess, fits, unit="rows", within=0.25,
-    why=f"A row keeps {row_bytes / GIB:.2f} GiB; (14.7 - {fixed / GIB:.1f}) / {row_bytes / GIB:.2f} gives {fits}. The preset takes 8, to be safe.",
+    why=f"A row keeps {row_bytes / GIB:.2f} GiB; ({T4_GIB} - {fixed / GIB:.1f}) / {row_bytes / GIB:.2f} gives {fits}. The preset takes 8, to be safe.",
 )  # fmt: skip
 
 # %% id="t4-figure" tags=["figure"]
@@ -391,10 +402,13 @@ for x, preset in enumerate(presets):
         start += size
     ax.text(start, x, f" {start:.1f} GiB", va="center", fontsize=8.5)
     needed.append(f"{start:.1f}")
-ax.axvline(14.7, color=plots.BLACK, ls="--", label="T4", zorder=0)
+ax.axvline(T4_GIB, color=plots.BLACK, ls="--", label=f"T4: {T4_GIB} GiB")
 ax.set(yticks=range(3), yticklabels=presets, xlim=(0, 40), ylim=(2.6, -0.6))
-plots.label(ax, "135M and 360M train on a T4, 1.7B does not", "GPU memory (GiB), all fp32", "", legend=True)
-plots.show(fig, alt=f"Training memory in fp32 with 4 rows of {length} tokens: {', '.join(needed)} GiB for 135M, 360M, 1.7B; a T4 has 14.7.")
+plots.label(ax, "135M and 360M train on a T4, 1.7B does not", "GPU memory (GiB), everything in fp32", "", legend=True)
+plots.show(fig, alt=f"Training memory in fp32 with 4 rows of {length} tokens: {', '.join(needed)} GiB for 135M, 360M, 1.7B; a T4 has {T4_GIB}.")
+
+# %% [markdown] id="how-long"
+# Memory decides whether a model trains at all; FLOPs decide how long. What would the real training, 2 trillion tokens, take on that one T4?
 
 # %% id="speed" tags=["lesson", "slow"]
 ids = torch.randint(nano.vocab_size, (4, 128))
@@ -402,8 +416,8 @@ start = time.perf_counter()
 small.loss(ids, ids).backward()
 seconds = time.perf_counter() - start
 speed = ids.numel() * flops_per_token(nano, ids.shape[1]) / seconds
-days = 2e12 * flops_per_token(config, 2048) / (65e12 * 0.3) / 86400
-print(f"this machine: {speed / 1e9:.0f} GFLOP/s on a small model. SmolLM2's 2 trillion tokens on one T4 (65 TFLOP/s, 30 % used): {days / 365:.1f} years")
+years = 2e12 * flops_per_token(config, config.max_position_embeddings) / (65e12 * 0.3) / (365 * 86400)  # 30 % of 65 TFLOP/s in fp16
+print(f"this machine: {speed / 1e9:.0f} GFLOP/s on a small model. SmolLM2-135M's 2 trillion tokens on one T4 (30 % of 65 TFLOP/s): {years:.1f} years")
 
 # %% [markdown] id="self-test"
 # ## What you can now explain
@@ -416,7 +430,7 @@ print(f"this machine: {speed / 1e9:.0f} GFLOP/s on a small model. SmolLM2's 2 tr
 #
 # * k and v are small matrices, used by every token; the cache holds *only* keys and values, so it shrinks by the full factor of three.
 # * Divide the gap by the number of layers and compare with the size of each matrix. Then check tensor by tensor.
-# * Activations and KV cache. The rest is 16 bytes a parameter, whatever the batch.
+# * Activations (while training) and KV cache (while generating). The rest is 16 bytes a parameter, whatever the batch.
 # </details>
 
 # %% id="score" tags=["check"]
@@ -431,9 +445,11 @@ lesson.score()
 #
 # <details><summary>Solutions</summary>
 #
-# 1. For example `count_with(num_hidden_layers=20)` is 99.1 M: `lesson.check("100M", count_with(num_hidden_layers=20) / 1e8 - 1, 0.01)`. Width stays 576, so head_dim stays 64.
-# 2. `group_totals(parameter_table(load_config("smollm2-360m").model))`: 13 % and 6 %. The vocabulary grows with the width, the blocks with its square.
-# 3. 2 x 24 x 32 x 64 x 2 = 196,608 bytes a token; 3.4 GB of weights are passed after 17,400 tokens.
+# 1. For example 20 layers, which leaves the width, and so head_dim, as they are: `lesson.check("100M", count_with(num_hidden_layers=20) / 1e8 - 1, 0.01)`.
+# 2. 13.0 % and 5.9 %: `totals = group_totals(parameter_table(load_config("smollm2-360m").model))`, then `print(totals["embedding"] / sum(totals.values()))`.
+#    The vocabulary grows with the width, the blocks with its square.
+# 3. `big = load_config("smollm2-1.7b").model`, `a_token = 2 * big.num_hidden_layers * big.num_key_value_heads * big.head_dim * 2`,
+#    `print(2 * parameter_count(big) / a_token)`: 196,608 bytes a token, so 3.4 GB of bf16 weights are passed after 17,400 tokens.
 # </details>
 
 # %% [markdown] id="next"

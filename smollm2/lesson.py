@@ -26,7 +26,9 @@ def largest(difference) -> float:
 def _figure(value: float) -> str:
     if math.isfinite(value) and value == int(value):
         return f"{int(value):,}"
-    return f"{value:.1e}".replace(".0e", "e") if abs(value) < 1e-2 or abs(value) >= 1e5 else f"{value:.4g}"
+    if 1e3 <= abs(value) < 1e6:
+        return f"{value:,.0f}"
+    return f"{value:.1e}".replace(".0e", "e") if abs(value) < 1e-2 or abs(value) >= 1e6 else f"{value:.4g}"
 
 
 def check(name: str, difference, tolerance: float = 0.0, likely: str = "") -> None:
@@ -75,9 +77,14 @@ def predict(question: str, guess, answer, *, within: float = 0.1, unit: str = ""
     print(textwrap.fill(f"? {question}", WIDTH, subsequent_indent="  "))
     if guess is None or guess == "?":
         _scores.setdefault(question, 0.0)
-        print(f"  No guess yet: put one in place of {guess!r} and run this cell again. The answer is worked out below.")
+        print(f"  No guess yet: put one in place of {guess!r} and run this cell again; answer and reason then appear here.")
         return
-    reached = _points(guess, answer, within)
+    try:
+        reached = _points(guess, answer, within)
+    except (TypeError, ValueError):
+        _scores.setdefault(question, 0.0)
+        print(f"  {guess!r} is no number: type digits alone, such as 42 or 1.5, and run this cell again.")
+        return
     _scores[question] = reached
     word = {1.0: "right", 0.5: "within a factor of two"}.get(reached, "not this time")
     print(f"  You said {_shown(guess)}{unit}; it is {_shown(answer)}{unit}: {word} ({reached:g} of 1 point).")

@@ -238,6 +238,18 @@ def test_an_open_prediction_gives_nothing_away_and_can_be_answered_later(capsys)
     assert lesson.points() == (1, 1)
 
 
+def test_a_guess_that_is_no_number_is_answered_in_words(capsys):
+    lesson.forget()
+    lesson.predict("how many?", "a lot", 4242, why="secret reason")
+    out = capsys.readouterr().out
+    assert "'a lot' is no number" in out and "4,242" not in out and "secret" not in out and lesson.points() == (0, 1)
+
+
+def test_large_answers_are_written_with_commas(capsys):
+    lesson.predict("how many tokens?", 47000, 47117.3)
+    assert "You said 47,000; it is 47,117: right" in capsys.readouterr().out
+
+
 # --- figures and widgets ------------------------------------------------------------------------------------------
 
 
