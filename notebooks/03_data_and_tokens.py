@@ -17,10 +17,10 @@
 # * see what a token is, and train the tokenizer that makes them, in a second;
 # * turn a text into rows of inputs and targets, and prove that nothing is lost or shifted wrongly;
 # * say what the very first loss of a language model must be, before computing it;
-# * name batch number 12,345 without looking at the 12,344 before it;
+# * name the rows of batch 12,345 without drawing those before it;
 # * compare models that use different tokenizers, in bits per byte.
 #
-# About 15 minutes to read, 1 minute to run. Any CPU, no GPU, no Drive. Works offline; online it also fetches SmolLM2's own tokenizer (2 MB).
+# About 20 minutes to read, 1 minute to run. Any CPU, no GPU, no Drive. Works offline; online it also fetches SmolLM2's own tokenizer (2 MB).
 
 # %% cellView="form" id="setup" tags=["setup"]
 # @title Set-up (about 20 s on Colab) { display-mode: "form" }
@@ -50,7 +50,8 @@ report = colab.doctor()
 
 # %% [markdown] id="imports-text"
 # The text is `input.txt`: short stories, one after the other, with a line `<|endoftext|>` between two of them. The last tenth is **held out**:
-# nothing that learns here, not even the tokenizer, ever sees it.
+# nothing that learns here, not even the tokenizer, ever sees it. **nano** is the project's small model, a SmolLM2 that a laptop can train; its settings
+# (vocabulary, row length, batch) are the numbers used below.
 
 # %% id="imports"
 import json
@@ -78,20 +79,20 @@ print(f"{len(stories):,} stories to learn from. The first begins: {stories[0][:6
 # %% id="split-check" tags=["check"]
 train_bytes, val_bytes = split_bytes(TEXT)
 lesson.check("the two splits together are the whole file", train_bytes + val_bytes - TEXT.stat().st_size, likely="a lost character at the cut")
-lesson.check("the held-out share is a tenth", val_bytes / (train_bytes + val_bytes) - 0.1, 1e-5)
+lesson.check("the held-out share is a tenth", val_bytes / (train_bytes + val_bytes) - NANO.data.held_out_fraction, 1e-5)
 
 # %% [markdown] id="token"
 # ## 1 · A token you can see
 #
 # The network multiplies numbers; it cannot read. One number per *letter* makes rows long, one per *word* leaves no number for a word it never met.
 # A **token** is the compromise: frequent letter sequences get a number of their own, rare words are spelt in pieces. Which sequences are frequent is
-# learned from the text. Into how many tokens will this sentence fall?
+# learned from the text. Into how many tokens will the sentence in the next cell fall?
 
 # %% id="token-train" tags=["lesson"]
 tokenizer = Tokenizer.train(stories, NANO.data.tokenizer_vocab_size)
 sentence = "The printer made a slip, and in 1984 six singers sang unbelievably."
 ids = tokenizer.encode(sentence)
-print(f"a tokenizer of {tokenizer.vocab_size:,} entries; the sentence has {len(sentence.split())} words and {len(sentence)} letters")
+print(f"a tokenizer of {tokenizer.vocab_size:,} entries; the sentence has {len(sentence.split())} words and {len(sentence)} characters")
 
 # %% cellView="form" id="token-predict" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
@@ -102,27 +103,27 @@ lesson.predict(
     answer=len(ids),
     within=0.1,
     unit="tokens",
-    why="Common words are one token with the blank before them; digits stand alone; 'unbelievably' is rare and falls apart.",
+    why="Common words are one token, together with the blank before them; every digit stands alone; 'unbelievably' is rare and falls apart.",
 )
 
 # %% id="token-figure" tags=["figure"]
 fig = data_plots.token_strip(tokenizer, ids, f"{len(ids)} tokens: text (· is a blank) and id")
-plots.show(fig, alt=f"The sentence cut into {len(ids)} boxes, each with its text and its number; blanks belong to the word that follows.")
+plots.show(fig, alt=f"The sentence cut into {len(ids)} boxes, each with its text and its number; a blank belongs to the word after it.")
 
 # %% [markdown] id="token-back-text"
-# Nothing may be lost on the way. The tokenizer is **byte-level**: all 256 bytes are entries, so every text in any script can be written, if need be
-# byte by byte. What does that cost for a language it has never seen?
+# Nothing may be lost on the way. The tokenizer is **byte-level**: all 256 bytes are entries, so any text in any script can be written, if need be
+# byte by byte. What does that cost for a script it has never seen?
 
 # %% id="token-back" tags=["check"]
 texts = [sentence, "  two  blanks\n\n\ttab", "naïve café", "Ωμέγα", "日本語", "🙂🙃", "1 + 1 = 2"]
 wrong = [text for text in texts if tokenizer.decode(tokenizer.encode(text)) != text]
 for text in texts[2:6]:
     print(f"{len(text.encode()):>3} bytes -> {len(tokenizer.encode(text)):>2} tokens  {text}")
-lesson.check("decode(encode(text)) is the text, 7 texts in 5 scripts", len(wrong), likely="a byte without an entry")
+lesson.check(f"decode(encode(text)) is the text, for {len(texts)} texts from English to emoji", len(wrong), likely="a byte without an entry")
 
 # %% [markdown] id="token-widget-text"
 # **Try it.** Type a text, and choose how many entries the vocabulary has. With 257 entries there is one for each byte and one for
-# `<|endoftext|>`: no merges at all. Where do word endings first become tokens of their own?
+# `<|endoftext|>`: pure spelling. The endings `ing`, `ers` and `ly` are tokens from 512 entries on. From which size on is `six` a single token?
 
 # %% id="token-widget" tags=["widget"]
 SIZES = [257, 512, 1024, 2048, 4096, 8192]
@@ -131,17 +132,19 @@ tokenizers = {size: Tokenizer.train(stories, size) for size in SIZES}
 
 def show_tokens(text, entries):
     ids = tokenizers[entries].encode(text)
-    fig = data_plots.token_strip(tokenizers[entries], ids[:150], f"{entries:,} entries: {len(text.encode())} bytes are {len(ids)} tokens")
+    title = f"{entries:,} entries: {len(text.encode())} bytes are {len(ids)} tokens" + (" (the first 150)" if len(ids) > 150 else "")
+    fig = data_plots.token_strip(tokenizers[entries], ids[:150], title)
     return fig, f"With {entries:,} entries, {len(text.encode())} bytes of text become {len(ids)} tokens, drawn as boxes with text and id."
 
 
-live = widgets.explore(show_tokens, text=widgets.text("text", sentence), entries=widgets.choice("entries", SIZES, 512))
+widgets.explore(show_tokens, text=widgets.text("text", sentence), entries=widgets.choice("entries", SIZES, 512))
 
 # %% [markdown] id="bpe"
 # ## 2 · Train a tokenizer yourself
 #
-# **Byte-pair encoding** needs two steps, repeated: find the pair of neighbours that occurs most often, and make it one new entry. Take four words with
-# their counts. `l o` and `o w` both occur eight times: which is merged first, and what does the second merge see?
+# **Byte-pair encoding** (BPE) needs two steps, repeated: find the pair of neighbours that occurs most often, and make it one new entry; this is a **merge**.
+# Of equally frequent pairs, the one with the oldest entries wins; letters are numbered by the alphabet. Take *low* (5 times), *lower* (2), *slow* (1) and
+# *newest* (4). `l o` and `o w` both occur eight times: which is merged first, and what does the second merge see?
 
 # %% id="bpe-code" tags=["lesson"]
 def best_pair(words, number):
@@ -172,11 +175,12 @@ for _ in range(4):
     print(f"merge {pair[0]!r} + {pair[1]!r}:", "  ".join(" ".join(word) for word in words))
 
 # %% [markdown] id="bpe-real-text"
-# The same ten lines on real text. First it is cut into words, because a merge may not cross a blank; the blank is written `Ġ`. The package calls the
-# `tokenizers` library, written in Rust. Do both learn the same merges, in the same order?
+# The same two functions on real text. It is first cut into words, digits and signs, for no merge may cross from one into the next. A blank stays with the
+# word after it and is written `Ġ`: here every byte needs a sign that can be seen. The package lets the `tokenizers` library do this, in Rust. Do both
+# learn the same merges, in the same order?
 
 # %% id="bpe-real" tags=["check"]
-sample = "".join(stories[:150])
+sample = "".join(stories[:150])  # enough for 40 merges
 digits = pre_tokenizers.Digits(individual_digits=True)
 cut = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
 words = {tuple(word): times for word, times in Counter(w for w, _ in cut.pre_tokenize_str(sample)).items()}
@@ -195,13 +199,15 @@ lesson.check("40 merges learned here equal the library's, in order", differing, 
 # %% [markdown] id="size"
 # ## 3 · How many entries?
 #
-# More entries, fewer tokens: the same text costs fewer steps of the network. But every entry needs a row in the embedding, and rare entries are seen
-# too seldom to be learned. From 257 to 512 entries the text shrinks to half. What do the last 4,096 entries bring?
+# More entries, fewer tokens: the network reads the same text in fewer positions. But every entry needs a row in the embedding, and a rare entry is seen
+# too seldom to be learned. The step from 257 to 512 entries halves the number of tokens. What does the step from 4,096 to 8,192 bring?
 
 # %% id="size-code" tags=["lesson"]
 held_out_bytes = len(held_out.encode())
 bytes_per_token = {size: held_out_bytes / len(tokenizers[size].encode(held_out)) for size in SIZES}
-print(f"  257 entries: {bytes_per_token[257]:.2f} bytes per token\n4,096 entries: {bytes_per_token[4096]:.2f} bytes per token")
+for size in (257, 512, 4096):
+    print(f"{size:>5,} entries: {bytes_per_token[size]:.2f} bytes per token")
+print("(with 257 a little above 1, because <|endoftext|>, 13 bytes, is one token)")
 
 # %% cellView="form" id="size-predict" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
@@ -212,22 +218,22 @@ lesson.predict(
     answer=bytes_per_token[8192],
     within=0.03,
     unit="bytes per token",
-    why="Twice the entries, a few hundredths more: what is added now are rare words. The curve bends long before 49,152 on a text of 1 MB.",
+    why=f"Twice the entries, {bytes_per_token[8192] / bytes_per_token[4096] - 1:.0%} more bytes: what is added now are rare words. Only a far larger text fills 49,152 entries.",
 )
 
 # %% id="size-figure" tags=["figure"]
 fig, (left, right) = plots.figure(9, 3.2, columns=2)
 names = [f"{size:,}" for size in SIZES]
 left.plot(names, list(bytes_per_token.values()))
-plots.label(left, "What an entry brings ...", "entries of the vocabulary", "bytes per token (held out)")
+plots.label(left, f"What more entries bring, up to {bytes_per_token[8192]:.2f} ...", "entries of the vocabulary", "bytes per token (held out)")
 width = SmolLM2Config().hidden_size
 right.plot(names, [size * width / 1e6 for size in SIZES], color=plots.ORANGE, marker="s")
-plots.label(right, f"... and costs, at width {width}", "entries of the vocabulary", "embedding (million parameters)")
-plots.show(fig, alt=f"Bytes per token rise from 1 at 257 entries to {bytes_per_token[8192]:.2f} at 8,192 and flatten; the embedding doubles each time.")
+plots.label(right, f"... and cost, at SmolLM2's width {width}", "entries of the vocabulary", "embedding (million parameters)")
+plots.show(fig, alt=f"Bytes per token rise from {bytes_per_token[257]:.2f} at 257 entries to {bytes_per_token[8192]:.2f} at 8,192, ever more slowly; the embedding doubles each time.")
 
 # %% [markdown] id="real"
-# SmolLM2 uses 49,152 entries, learned from its own trillions of tokens: more than a text of this size could teach. Online, here is how it cuts the same
-# sentence. Offline this cell says so, and nothing below needs it.
+# SmolLM2 uses 49,152 entries, learned from a far larger text than ours: prose, code and mathematics. Online, the next cell shows how it cuts the same
+# sentence. Offline it says so, and nothing below needs it.
 
 # %% id="real-code" tags=["lesson"]
 try:
@@ -241,7 +247,7 @@ except colab.UserError as error:
 # ## 4 · Tokens on disk
 #
 # Tokenising during training would waste time and make the order of batches hard to repeat. So it is done once: all ids go, one after the other, into a
-# flat file of 16-bit numbers, mapped into memory instead of read. How large is it, compared with the text?
+# flat file of 16-bit numbers. Training maps that file into memory, so that only the rows it asks for are read. How large is it, compared with the text?
 
 # %% id="disk-code" tags=["lesson"]
 tokens = prepare_tokens(TEXT, tokenizer, "output/lesson-3", NANO.data.held_out_fraction)
@@ -254,19 +260,20 @@ size = (tokens.folder / "train.bin").stat().st_size
 lesson.check("two bytes per token, no header", size - 2 * len(tokens.train.tokens))
 back = tokenizer.decode(tokens.val.tokens).replace(END_OF_TEXT, END_OF_TEXT + "\n")
 lesson.check("the held-out tokens decode to the held-out text, byte for byte", int(back != held_out), likely="a document border lost or doubled")
-lesson.check("the largest id fits 16 bits", max(0, int(tokens.train.tokens.max()) - (2**16 - 1)))
+largest = max(tokenizer.vocab_size, SmolLM2Config().vocab_size) - 1
+lesson.check("the largest id fits 16 bits, here and in SmolLM2", max(0, largest - (2**16 - 1)), likely="a vocabulary for more than 16 bits")
 
 # %% id="disk-speed" tags=["lesson"]
 start = time.perf_counter()
 tokenizer.encode_batch(stories)
 speed = train_bytes / (time.perf_counter() - start)
-print(f"tokenised {speed / 1e6:.1f} MB a second on this machine; a web crawl of 1 TB would take it {1e12 / speed / 86400:.0f} days")
+print(f"tokenised {speed / 1e6:.1f} MB a second; this machine would need {1e12 / speed / 86400:.0f} days for 1 TB of web text")
 
 # %% [markdown] id="rows"
 # ## 5 · Rows, packed and shifted
 #
 # Every row is a window of T + 1 tokens. The first T are the **inputs**, the last T the **targets**: at each position the model must say the next token. So
-# one row of 128 tokens holds 128 exercises. Tiny numbers first: what is the target of the first position?
+# one row with T = 128 holds 128 exercises. Tiny numbers first: what is the target of the first position?
 
 # %% id="rows-tiny" tags=["lesson"]
 row = np.arange(10, 17)  # seven token ids: T = 6
@@ -275,7 +282,8 @@ print("inputs ", inputs)
 print("targets", targets)
 
 # %% [markdown] id="rows-real-text"
-# Now real rows. A shift by zero is the classic mistake: the model would copy its input, reach a loss near 0 and write nonsense. The check below fails on it.
+# Now real rows. A shift by zero is the classic mistake: the model would copy its input, reach a loss near 0 and write nonsense. The second check would
+# notice; to prove it, the last line plants that mistake.
 
 # %% id="rows-check" tags=["check"]
 T, B = NANO.data.sequence_length, NANO.train.batch_size
@@ -285,11 +293,11 @@ inputs, targets = batch[:, :-1], batch[:, 1:]
 flat = np.stack([tokens.train.tokens[s : s + T + 1] for s in order.starts(0)]).astype(np.int64)
 lesson.check(f"{B} rows of {T} + 1 tokens are windows of the flat file", batch.numpy() - flat)
 lesson.check("targets are the inputs, one token later", inputs[:, 1:] - targets[:, :-1], likely="shifted by zero or by two")
-lesson.check_fails("a shift by zero", lambda: lesson.check("planted", inputs[:, 1:] - inputs[:, :-1], likely="targets are not shifted"))
+lesson.check_fails("a shift by zero", lambda: lesson.check("targets = inputs", inputs[:, 1:] - inputs[:, :-1], likely="targets are not shifted"))
 
 # %% [markdown] id="pack"
-# Stories differ in length, rows do not. **Padding** would give each story rows of its own and fill up with a token that teaches nothing. **Packing** lets
-# stories follow each other, with `<|endoftext|>` between. (Attention may look across the border; that token is the only sign of something new, and
+# Stories differ in length, rows do not. **Padding** would give each story a row of its own and fill it up with a token that teaches nothing. **Packing** lets
+# the stories follow each other, with `<|endoftext|>` between them. (Attention may look across the border; that token is the only sign of something new, and
 # the model learns to heed it.) How much would padding waste here?
 
 # %% id="pack-code" tags=["lesson"]
@@ -303,27 +311,28 @@ print(f"stories have {min(lengths)} to {max(lengths)} tokens, {np.mean(lengths):
 # @title Your prediction { display-mode: "form" }
 guess = None  # @param {type:"raw"}
 lesson.predict(
-    f"If every story had a row of its own, as wide as the longest of its {B} neighbours: what per cent of all positions would be padding?",
+    f"{B} stories make a batch, a row each, all rows as wide as the longest story. What per cent of all positions is padding?",
     guess,
     answer=100 * padding,
     within=0.15,
     unit="%",
-    why="The longest of 16 sets the width for all of them. With packing the waste is zero; the price is that a row may begin in mid-story.",
+    why=f"The longest of {B} sets the width for all of them. With packing the waste is zero; the price is that a row may begin in mid-story.",
 )
 
 # %% id="pack-figure" tags=["figure"]
 number_of_story = np.cumsum(tokens.train.tokens == tokenizer.end_of_text_id)
 number_of_story = np.where(tokens.train.tokens == tokenizer.end_of_text_id, -1, number_of_story)
 rows = [number_of_story[s : s + T].tolist() for s in order.starts(0)[:8]]
-fig = data_plots.packed_rows(rows, "Half of batch 0: colours are stories, black is <|endoftext|>")
+fig = data_plots.packed_rows(rows, f"8 packed rows of batch 0; black: <|endoftext|>, then another story. Padding: 0 % instead of {padding:.0%}")
 borders = sum(row.count(-1) for row in rows)
-plots.show(fig, alt=f"{len(rows)} full rows of {T} tokens; {borders} of them black borders between stories, no padding anywhere.")
+plots.show(fig, alt=f"{len(rows)} full rows of {T} tokens with {borders} black borders between stories and no padding; it would waste {padding:.0%}.")
 
 # %% [markdown] id="first"
 # ## 6 · The first loss, before the first step
 #
-# A model that has learned nothing should give every one of the V entries the same chance, 1/V. Its loss, $-\ln(1/V) = \ln V$, is known in advance, and a
-# start that is far off means a bug. SmolLM2 has V = 49,152. What is ln V?
+# The loss of a token is −ln p, where p is the chance that the model gave it; its unit, for the natural logarithm, is the **nat**. A model that has learned
+# nothing should give each of the V entries the same chance, 1/V. Its loss, $-\ln(1/V) = \ln V$, is known in advance; a start far from it means a bug.
+# SmolLM2 has V = 49,152. What is ln V?
 
 # %% cellView="form" id="first-predict" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
@@ -334,7 +343,7 @@ lesson.predict(
     answer=math.log(SmolLM2Config().vocab_size),
     within=0.01,
     unit="nats",
-    why="ln 49,152 = 10.80. In bits: log2 49,152 = 15.6, the length of an id.",
+    why="ln 49,152 = 10.80. In bits: log2 49,152 = 15.6, which is why an id fits into 16.",
 )
 
 # %% id="first-loss" tags=["lesson"]
@@ -345,9 +354,9 @@ with torch.no_grad():
 print(f"untrained nano model, V = {NANO.model.vocab_size:,}: ln V = {math.log(NANO.model.vocab_size):.3f}, measured {loss:.3f}")
 
 # %% [markdown] id="first-why"
-# Close, yet too high, every time. A fresh network is not quite uniform: its logits are small random numbers with variance σ². Averaging
-# $\ln \sum e^{z}$ over a normal z adds **σ²/2**. The last norm makes each hidden vector as long as √width, the tied embedding has standard deviation
-# *init*, so σ = init · √width. Does this finer prediction hold for other vocabularies, on random tokens?
+# Close, yet too high, and so for every seed. A fresh network is not quite uniform: its logits z are small random numbers with variance σ², and for normal
+# numbers $\ln \sum e^{z}$ is larger than ln V by **σ²/2**. How large is σ? The last norm makes each hidden vector as long as √width; the embedding, which is also
+# the output, is drawn with the standard deviation *init* (1/24 here); so σ = init · √width. Does this finer prediction hold for other vocabularies?
 
 # %% id="first-sizes" tags=["lesson"]
 def first_loss(config, rows=16, time=64):
@@ -361,31 +370,36 @@ def first_loss(config, rows=16, time=64):
 
 entries = [1024, 4096, 16384, 49152]
 results = [first_loss(NANO.model.model_copy(update={"vocab_size": size})) for size in entries]
-smol = first_loss(SmolLM2Config(num_hidden_layers=1))  # one of its 30 layers: the same sigma
+smol = first_loss(SmolLM2Config(num_hidden_layers=1))  # SmolLM2-135M with 1 of its 30 layers: the same σ
 
 # %% id="first-check" tags=["check"]
 lesson.check("first loss = ln V + σ²/2 for four vocabularies", np.array([m - p for m, p in results]), 0.08, likely="wrong initialisation or shift")
 lesson.check("the same at SmolLM2's width and vocabulary", smol[0] - smol[1], 0.08)
-print(f"SmolLM2's training therefore starts near {smol[1]:.1f}, not at 10.8: its σ is 1")
+print(f"ln {entries[-1]:,} = {math.log(entries[-1]):.1f}, yet SmolLM2's training starts near {smol[1]:.1f}: its σ is 1/24 · √576 = 1")
 
 # %% id="first-figure" tags=["figure"]
 fig, ax = plots.figure(7.5, 3.4)
+small, large = NANO.model.hidden_size, SmolLM2Config().hidden_size
 ax.semilogx(entries, np.log(entries), color=plots.GREY, marker="", linestyle="--", label="ln V (uniform guess)")
-ax.semilogx(entries, [p for _, p in results], color=plots.BLUE, marker="", label="ln V + σ²/2, width 192")
-ax.semilogx(entries, [m for m, _ in results], color=plots.ORANGE, marker="o", linestyle="", label="measured, width 192")
-ax.semilogx(49152, smol[0], color=plots.RED, marker="D", linestyle="", label="measured, width 576")
+ax.semilogx(entries, [p for _, p in results], color=plots.BLUE, marker="", label=f"ln V + σ²/2, width {small}")
+ax.semilogx(entries, [m for m, _ in results], color=plots.ORANGE, marker="o", linestyle="", label=f"measured, width {small}")
+ax.semilogx(entries[-1], smol[1], color=plots.BLACK, marker="_", markersize=14, linestyle="", label=f"ln V + σ²/2, width {large}")
+ax.semilogx(entries[-1], smol[0], color=plots.RED, marker="D", linestyle="", label=f"measured, width {large}")
+ax.set_xticks(entries, [f"{size:,}" for size in entries], minor=False)
+ax.minorticks_off()
 plots.label(ax, "The first loss is known before the first step", "entries of the vocabulary V", "loss (nats per token)", legend=True)
-plots.show(fig, alt=f"Measured first losses lie on ln V + sigma squared / 2; at V = 49,152: {results[-1][0]:.2f} at width 192, {smol[0]:.2f} at 576.")
+plots.show(fig, alt=f"First losses lie on ln V + sigma squared / 2; at V = {entries[-1]:,}: {results[-1][0]:.2f} at width {small}, {smol[0]:.2f} at {large}.")
 
 # %% [markdown] id="order"
 # ## 7 · The order of batches is a function
 #
-# Most training loops shuffle with a stateful loader: to know batch 12,345 you must draw the 12,344 before it, and after a crash you hope. Here the
-# rows of batch *n* are a **pure function of (seed, n)**. A run that died at step 5,000 asks for batch 5,000 and goes on.
+# Most training loops shuffle with a stateful loader: to know batch 12,345 you must draw all those before it, and after a crash you hope. Here the rows of
+# batch *n* (counted from 0) are a **pure function of (seed, n)**. A run that died after 5,000 steps asks for batch 5,000 and goes on. An **epoch** is one
+# walk through the whole text; each has an order of its own.
 
 # %% id="order-code" tags=["lesson"]
 again = BatchOrder(len(tokens.train.tokens), T, B, seed=NANO.train.seed)
-print("batch 12,345, asked directly:", again.starts(12345)[:5], "...")
+print("the rows of batch 12,345 begin at tokens", *again.starts(12345)[:5], "...")
 print(f"one epoch has {order.rows_per_epoch:,} rows of {T} tokens; a batch has {B}")
 
 # %% id="order-check" tags=["check"]
@@ -406,7 +420,7 @@ lesson.predict(
     answer=order.rows_per_epoch / B,
     within=0.05,
     unit="batches",
-    why=f"{B} x {T} = {B * T:,} tokens a batch. The preset's {NANO.train.max_steps:,} steps are {order.epoch_of(NANO.train.max_steps):.1f} epochs.",
+    why=f"{B} x {T} = {B * T:,} tokens a batch. The {NANO.train.max_steps:,} steps of the nano preset are {order.epoch_of(NANO.train.max_steps):.1f} epochs.",
 )
 
 # %% id="order-figure" tags=["figure"]
@@ -416,15 +430,17 @@ for first, colour, marker, name in ((0, plots.BLUE, ".", "epoch 1"), (per_epoch,
     points = [(n, s / 1000) for n in range(first, first + per_epoch) for s in order.starts(n)]
     ax.plot(*zip(*points, strict=True), linestyle="", marker=marker, markersize=3, color=colour, label=name)
 ax.axvline(per_epoch, color=plots.GREY)
-plots.label(ax, "Where the rows of each batch begin", "batch number n", "position in the text (1,000 tokens)")
+plots.label(ax, f"Where the rows of each batch begin: epoch 2 starts at batch {per_epoch}", "batch number n", "position in the text (1,000 tokens)")
 ax.legend(loc="upper left", bbox_to_anchor=(1, 1), markerscale=3, frameon=False)
 plots.show(fig, alt=f"Row starts of {2 * per_epoch} batches scatter evenly over the whole text; epoch 2 has another order than epoch 1.")
 
 # %% [markdown] id="bpb"
 # ## 8 · Bits per byte
 #
-# Loss is counted per *token*, and tokens differ: a vocabulary with longer tokens makes fewer, harder guesses. So losses of two tokenizers cannot be
-# compared. Bits per **byte** can: $\text{bits per byte} = \dfrac{\text{nats of all tokens}}{\ln 2 \cdot \text{bytes of text}}$. Compute it by hand for the untrained model.
+# Loss is counted per *token*, and tokens differ: longer tokens mean fewer, harder guesses. So the losses of two tokenizers cannot be compared. Bits per
+# **byte** can: all nats of a text, divided by ln 2 (that makes bits), divided by its bytes. A byte has 8 bits; how many does the untrained model need?
+#
+# $$\text{bits per byte} = \frac{\text{nats of all tokens}}{\ln 2 \cdot \text{bytes of the text}}$$
 
 # %% id="bpb-check" tags=["check"]
 part = tokens.val.tokens[:1024].astype(np.int64)
@@ -435,17 +451,17 @@ with torch.no_grad():
     nats = F.cross_entropy(model(before).flatten(0, 1), torch.tensor(part), reduction="sum").item()
 by_hand = nats / (math.log(2) * part_bytes)
 lesson.check("bits per byte by hand equal the package's", by_hand - score.bits_per_byte, 1e-4, likely="log2 and ln mixed up")
-print(f"untrained: {score.loss:.2f} nats per token = {score.bits_per_byte:.2f} bits per byte")
+print(f"untrained: {score.loss:.2f} nats per token = {score.bits_per_byte:.2f} bits per byte; not 8, for the tokenizer has learned already")
 
 # %% [markdown] id="unigram"
-# Now the simplest model there is: it knows how often each token occurs, and nothing else. Six tokenizers, six losses. Watch the two measures disagree
-# about which one is best.
+# Now the simplest model there is, the **unigram**: it knows how often each token occurs, and nothing else. Six tokenizers, six losses. Nats per token and
+# bits per byte disagree about which one is best: how?
 
 # %% id="unigram-code" tags=["check"]
 def unigram(tokenizer):
-    """(nats per token, bits per byte) on the held-out text of token frequencies learned from the stories (add-one)."""
+    """(nats per token, bits per byte) on the held-out text of token frequencies learned from 400 stories."""
     seen = np.concatenate(tokenizer.encode_batch(stories[:400]))
-    counts = np.bincount(seen, minlength=tokenizer.vocab_size) + 1
+    counts = np.bincount(seen, minlength=tokenizer.vocab_size) + 1  # + 1: a token that was never seen is not impossible
     guessed = np.array(tokenizer.encode(held_out))
     nats = -np.log(counts / counts.sum())[guessed].sum()
     return nats / len(guessed), nats / (math.log(2) * held_out_bytes)
@@ -453,45 +469,47 @@ def unigram(tokenizer):
 
 unigrams = [unigram(tokenizers[size]) for size in SIZES]
 packed = compression_bits_per_byte(TEXT, "val", NANO.data.held_out_fraction)
-nats, bits = unigrams[SIZES.index(2048)]
-lesson.check("the two measures convert into each other", bits - nats / math.log(2) / bytes_per_token[2048], 1e-9)
+size = NANO.data.tokenizer_vocab_size
+nats, bits = unigrams[SIZES.index(size)]
+lesson.check("bits per byte = nats per token / ln 2 / bytes per token", bits - nats / math.log(2) / bytes_per_token[size], 1e-9)
+print(f"{size:,} entries: {nats:.2f} nats per token, {bits:.2f} bits per byte")
 
 # %% cellView="form" id="unigram-predict" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
 guess = None  # @param {type:"raw"}
 lesson.predict(
-    "gzip -9 is a language model of a kind. How many bits per byte does it need for the held-out text (8 = not compressed)?",
+    "A packer like gzip also predicts text, in its way. How many bits per byte does gzip -9 need for the held-out text (8: not packed)?",
     guess,
     answer=packed["gzip -9"],
     within=0.1,
     unit="bits per byte",
-    why="Well below half: English is predictable. The nano model of the next notebook gets below it within minutes, on text it never saw.",
+    why="Well below half: English is predictable. The nano model of the next notebook needs about 1.8 after a few minutes, on text it never saw.",
 )
 
 # %% id="unigram-figure" tags=["figure"]
 fig, (left, right) = plots.figure(9, 3.4, columns=2)
 left.plot(names, [nats for nats, _ in unigrams])
-plots.label(left, "Per token: more entries look worse", "entries of the vocabulary", "loss (nats per token)")
+plots.label(left, "Per token, more entries look worse", "entries of the vocabulary", "loss (nats per token)")
 right.plot(names, [bits for _, bits in unigrams], label="token frequencies")
 for (name, bits), style in zip(packed.items(), ("--", ":"), strict=True):
     right.axhline(bits, color=plots.GREY, linestyle=style, label=f"{name}: {bits:.2f}")
-plots.label(right, "Per byte: they are better", "entries of the vocabulary", "bits per byte", legend=True)
+plots.label(right, "Per byte, they are better", "entries of the vocabulary", "bits per byte", legend=True)
 alt = f"From 257 to 8,192 entries nats per token rise to {unigrams[-1][0]:.1f} while bits per byte fall to {unigrams[-1][1]:.2f}; gzip: {packed['gzip -9']:.2f}."
 plots.show(fig, alt=alt)
 
 # %% [markdown] id="self-test"
 # ## What you can now explain
 #
-# <details><summary>Why does "unbelievably" become several tokens and "the" one?</summary>Merges are learned from frequency: " the" was one of the
-# first pairs of pairs, the rare word never earned an entry of its own.</details>
+# <details><summary>Why does "unbelievably" become several tokens and "the" one?</summary>Merges are learned from frequency: " the" is one
+# of the first, " t" + "he"; the rare word never earned an entry of its own.</details>
 #
 # <details><summary>Why must the tokenizer not see the held-out text?</summary>Its entries are learned. Entries fitted to the held-out words would shorten
 # exactly the text on which you measure.</details>
 #
 # <details><summary>The loss is 0.01 after 50 steps. What is the first suspicion?</summary>Targets that are not shifted: the model copies its input.</details>
 #
-# <details><summary>Your first loss is 14 with V = 49,152. Is that fine?</summary>No: ln V + σ²/2 is 11.3. The initialisation is too wide, or logits are scaled
-# twice.</details>
+# <details><summary>Your first loss is 14 with V = 49,152. Is that fine?</summary>No: ln V + σ²/2 is 11.3. The logits are too wide: look at the
+# initialisation, or for a factor that is applied twice.</details>
 #
 # <details><summary>Model A: 3.2 nats per token. Model B, another tokenizer: 3.6. Which is better?</summary>Unknown. Ask for bits per byte.</details>
 
@@ -501,17 +519,18 @@ lesson.score()
 # %% [markdown] id="exercises"
 # ## Exercises
 #
-# 1. Rewrite `best_pair` so that of equally frequent pairs the *last* one wins. After how many merges does the list differ from the library's?
+# 1. Rewrite `best_pair` so that of equally frequent pairs the *last* one wins, and run section 2 again. How many of the 40 merges differ from the library's? How
+#    many with `stories[:10]` in place of `stories[:150]`?
 # 2. Give `BatchOrder` another seed. How many rows does batch 0 share with the old one? What did you expect?
 # 3. A model has 1.9 bits per byte on a text of 3.1 bytes per token. What is its loss in nats per token?
 #
 # <details><summary>Solutions</summary>
 #
-# 1. Change the key to `(-counts[pair], -number[pair[0]], -number[pair[1]])`, run section 2 again: with only 150 stories some pairs tie early, and once one
-#    merge is swapped, all entries after it carry other numbers. The check names the count of differing merges.
+# 1. The key becomes `(-counts[pair], -number[pair[0]], -number[pair[1]])`. With 150 stories none of the 40 differs: frequent pairs hardly ever tie. With 10
+#    stories counts are small, some tie, and the check fails: about ten merges stand at another place. So a rule that rarely matters still has to be the same.
 # 2. `set(BatchOrder(len(tokens.train.tokens), T, B, 1).starts(0)) & set(order.starts(0))` is almost always empty: two draws of 16 rows from
-#    about 3,000, and another offset besides.
-# 3. 1.9 · ln 2 · 3.1 = 4.08 nats per token.
+#    about 2,600, and the cut into rows begins at another token besides.
+# 3. 1.9 bits · ln 2 · 3.1 bytes = 4.08 nats per token.
 #
 # </details>
 
