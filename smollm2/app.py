@@ -65,7 +65,9 @@ def build_page(writer: Writer):
     theme = gr.themes.Soft(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     theme.set(  # dark enough to read white on, bright enough to read on dark
         body_background_fill="*neutral_50", button_primary_background_fill="*primary_600", button_primary_background_fill_hover="*primary_700",
-        block_title_text_color="*primary_700", block_title_text_color_dark="*primary_100",
+        button_primary_background_fill_dark="*primary_600", button_primary_background_fill_hover_dark="*primary_700",
+        block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300", body_text_color_subdued="*neutral_600",
+        block_title_text_color="*primary_700", block_title_text_color_dark="white",
     )  # fmt: skip
     with gr.Blocks(title="SmolLM2 from scratch", analytics_enabled=False, fill_width=True) as page:
         gr.Markdown("# SmolLM2 from scratch\nType the beginning of a text; the model goes on.", elem_id="page-title")
