@@ -21,8 +21,8 @@
 # without it the same lesson runs on a small local model.
 #
 # *Runtime → Run all* runs everything. Each `?` asks you to guess first: type a number in place of `None` and run that cell again. Each `✔`
-# is a check: two things that should be equal, their largest difference, and how much of it rounding may make (the tolerance). A check that fails
-# stops the notebook.
+# is a check: the largest difference between two things that should be equal, and how much of it rounding may cause (the tolerance). A check that
+# fails stops the notebook.
 
 # %% cellView="form" id="setup" tags=["setup"]
 # @title Set-up (about 20 s on Colab) { display-mode: "form" }
@@ -447,8 +447,8 @@ lesson.check("the number that SmolLM2-135M has", total - 134_515_008)
 # %% [markdown] id="official"
 # ## 8 · The official weights in the model you wrote
 #
-# Names and shapes agree, so the published weights fit into your classes. Were a single detail different, the numbers would be too, and most
-# often the text nonsense. Online this loads SmolLM2-135M (270 MB), whose θ is 100,000: after pre-training it learned longer contexts. Offline it
+# Names and shapes agree, so the published weights fit into your classes. Were a single detail different, so would be the numbers, and the text most
+# often nonsense. Online this loads SmolLM2-135M (270 MB), whose `rope_theta` is 100,000: after pre-training it learned longer contexts. Offline it
 # makes a small model with random weights and the same 9:3 heads. Either way the reference is transformers, reading the same folder.
 
 # %% id="load" tags=["lesson", "slow"]
@@ -584,14 +584,34 @@ lesson.score()
 #
 # <details><summary>Solutions</summary>
 #
-# 1. In `attention_steps`: `everything = torch.ones(time, time, dtype=torch.bool)`, then `future = everything.triu(1) | everything.tril(-5)`. Change
-#    position 0 and see that position 5 and all after it stay exactly equal: `x = torch.randn(1, 10, 72)`, `y = x.clone()`, `y[:, 0] += 1`,
-#    `lesson.check("a window of 5", (attention(x) - attention(y))[:, 5:])`. (The checks against the package now fail, as they should.)
-# 2. `x = x + self.mlp(self.post_attention_layernorm(x))`, then `return x + self.self_attn(self.input_layernorm(x))`; run the notebook from there on.
-#    *your whole model equals the package's* fails, and the chart jumps at layer 1: the embedding (layer 0) is still the same.
-# 3. `other = Skeleton(config.model_copy(update={"rope_theta": config.rope_theta / 10}), Block, RMSNorm)`, `other.load_state_dict(model.state_dict())`,
-#    `pairs = list(zip(hidden_states(other, ids), reference.hidden_states))`, `print([gap(a, b) for a, b in pairs])`: at layer 1, the first that turns
-#    anything. Position 0 agrees in every layer, `print(max(gap(a[:, 0], b[:, 0]) for a, b in pairs))`: it sees only itself.
+# 1. The line of `future` in `attention_steps`. Change position 0: position 5 and all after it stay exactly equal. (The checks against the package now
+#    fail, as they should.)
+#    ```python
+#    # in attention_steps
+#    future = torch.ones(time, time, dtype=torch.bool)
+#    future = future.triu(1) | future.tril(-5)
+#    ```
+#    ```python
+#    # in a cell below the bug hunt
+#    x = torch.randn(1, 10, tiny.hidden_size)
+#    y = x.clone()
+#    y[:, 0] += 1
+#    lesson.check("a window of 5", (attention(x) - attention(y))[:, 5:])
+#    ```
+# 2. *your whole model equals the package's* fails, and the chart jumps at layer 1: the embedding (layer 0) is still the same.
+#    ```python
+#    # in Block.forward
+#    x = x + self.mlp(self.post_attention_layernorm(x))
+#    return x + self.self_attn(self.input_layernorm(x))
+#    ```
+# 3. At layer 1, the first that turns anything. Position 0 agrees in every layer: it sees only itself.
+#    ```python
+#    other = Skeleton(config.model_copy(update={"rope_theta": config.rope_theta / 10}), Block, RMSNorm)
+#    other.load_state_dict(model.state_dict())
+#    pairs = list(zip(hidden_states(other, ids), reference.hidden_states))
+#    print("every layer", [f"{gap(a, b):.0e}" for a, b in pairs])
+#    print("position 0 ", [f"{gap(a[:, 0], b[:, 0]):.0e}" for a, b in pairs])
+#    ```
 # </details>
 
 # %% [markdown] id="next"

@@ -113,9 +113,12 @@ lesson.check("and what the package computes", total - parameter_count(config))
 
 # %% id="rows" tags=["lesson"]
 rows = parameter_table(config)
+letters = {"vocab_size": "V", "hidden_size": "C", "intermediate_size": "M", "num_attention_heads": "H", "num_key_value_heads": "K", "head_dim": "D"}
 for row in [*rows[:10], rows[-1]]:
-    name, shape = row.name.removeprefix("model.").removesuffix(".weight"), " x ".join(f"{n:,}" for n in row.shape)
-    print(f"{name:33} {row.formula:46} {shape:>12} {row.count:>11,}")
+    name, formula = row.name.removeprefix("model.").removesuffix(".weight"), row.formula
+    for word, letter in letters.items():
+        formula = formula.replace(word, letter)
+    print(f"{name:33} {formula:11} {' x '.join(f'{n:,}' for n in row.shape):>12} {row.count:>11,}")
 print(f"{len(rows)} rows; the nine of layer 0 come {L} times. Sum {sum(row.count for row in rows):,}")
 
 # %% id="rows-check" tags=["check"]
@@ -343,7 +346,7 @@ lesson.check("16 bytes a parameter", held / parameter_count(nano) - 16, 1e-9)
 # * 2 + H single numbers (one a norm, one a head), too few to count.
 #
 # PyTorch tells what it keeps if we hook into it. To see one block alone: measure with two blocks, with one, and subtract. (This is the CPU. A GPU's
-# fused norms keep one vector of C less each; a T4's attention wants keys and values expanded to all H heads, 2 - 2 K/H vectors more.)
+# fused norms keep one vector of C less each; a T4's attention wants keys and values expanded to all H heads, 2 - 2 K/H vectors more. The two nearly cancel.)
 
 # %% id="saved-code" tags=["lesson"]
 def saved_bytes(depth, length=256):
@@ -445,11 +448,22 @@ lesson.score()
 #
 # <details><summary>Solutions</summary>
 #
-# 1. For example 20 layers, which leaves the width, and so head_dim, as they are: `lesson.check("100M", count_with(num_hidden_layers=20) / 1e8 - 1, 0.01)`.
-# 2. 13.0 % and 5.9 %: `totals = group_totals(parameter_table(load_config("smollm2-360m").model))`, then `print(totals["embedding"] / sum(totals.values()))`.
-#    The vocabulary grows with the width, the blocks with its square.
-# 3. `big = load_config("smollm2-1.7b").model`, `a_token = 2 * big.num_hidden_layers * big.num_key_value_heads * big.head_dim * 2`,
-#    `print(2 * parameter_count(big) / a_token)`: 196,608 bytes a token, so 3.4 GB of bf16 weights are passed after 17,400 tokens.
+# 1. For example 20 layers, which leaves the width, and so head_dim, as they are.
+#    ```python
+#    lesson.check("100M", count_with(num_hidden_layers=20) / 1e8 - 1, 0.01)
+#    ```
+# 2. 13.0 % and 5.9 %. The vocabulary grows with the width, the blocks with its square.
+#    ```python
+#    for preset in ("smollm2-360m", "smollm2-1.7b"):
+#        totals = group_totals(parameter_table(load_config(preset).model))
+#        print(preset, f"{totals['embedding'] / sum(totals.values()):.1%}")
+#    ```
+# 3. A token costs 196,608 bytes, so the 3.4 GB of bf16 weights are passed after 17,400 tokens.
+#    ```python
+#    big = load_config("smollm2-1.7b").model
+#    a_token = 2 * big.num_hidden_layers * big.num_key_value_heads * big.head_dim * 2
+#    print(f"{a_token:,} bytes a token, {2 * parameter_count(big) / a_token:,.0f} tokens")
+#    ```
 # </details>
 
 # %% [markdown] id="next"

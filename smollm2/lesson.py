@@ -6,7 +6,7 @@ import math
 import textwrap
 from collections.abc import Callable
 
-WIDTH = 110
+WIDTH = 84  # characters of a line that a notebook beside an open side bar still shows unbroken
 _scores: dict[str, float] = {}  # question -> points, so that running a cell again replaces its score
 
 
@@ -77,7 +77,7 @@ def predict(question: str, guess, answer, *, within: float = 0.1, unit: str = ""
     print(textwrap.fill(f"? {question}", WIDTH, subsequent_indent="  "))
     if guess is None or guess == "?":
         _scores.setdefault(question, 0.0)
-        print(f"  No guess yet: put one in place of {guess!r} and run this cell again; answer and reason then appear here.")
+        print(f"  No guess yet: put one in place of {guess!r} and run this cell again to see the answer.")
         return
     try:
         reached = _points(guess, answer, within)
