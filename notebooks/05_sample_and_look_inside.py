@@ -18,7 +18,7 @@
 # * prove that a KV cache changes no token, and draw what it saves;
 # * see where a head looks, what the model would say after each block, and how your own run learned to write.
 #
-# **Time** about 35 minutes to read; to run, 1 minute with a run of yours, 2 to 3 more on a CPU without one · **hardware** T4 or any CPU ·
+# **Time** about 35 minutes to read; to run, 1 minute with a run of yours, 1 to 2 more on a CPU without one · **hardware** T4 or any CPU ·
 # **network** only for the official model of section 8; offline the comparison is with your own untrained model.
 #
 # *Runtime → Run all* runs everything. Each `?` asks you to guess first: type a number in place of `None` and run that cell again.
@@ -62,6 +62,7 @@ from smollm2.errors import UserError
 from smollm2.evaluate import score_tokens
 from smollm2.generate import complete, next_token_probabilities, prompt_ids, stream
 from smollm2.inspect_model import logit_lens, look_inside, token_probabilities
+from smollm2.logs import SAMPLES, read_log
 from smollm2.model import KVCache
 from smollm2.own_run import own_run, untrained
 from smollm2.pretrained import load_model_and_tokenizer
@@ -74,7 +75,7 @@ lesson.quiet()
 # ## 1 · Your run
 #
 # This notebook looks at a model that *you* trained: the newest run in the folder `output`, as notebook 4 leaves it. Tick the box to look on your
-# Google Drive too (Colab asks for permission). Where there is no run, a small one is trained now: 300 steps, about two minutes on a CPU, seconds on a GPU.
+# Google Drive too (Colab asks for permission). Where there is no run, a small one is trained now: 300 steps, one to two minutes on a CPU, seconds on a GPU.
 
 # %% cellView="form" id="find-run" tags=["parameters"]
 # @title Where to look for your run
@@ -92,16 +93,18 @@ print(f"{config.num_hidden_layers} layers, {config.num_attention_heads} heads, v
 # ## 2 · From scores to a choice
 #
 # A model does not write. It gives each token of its vocabulary a score (a **logit**), and something else must choose. Softmax makes
-# probabilities of the scores; dividing them by a **temperature** first makes the choice bolder or safer. Take five tokens: what does T = 0.5 do to the best?
+# probabilities of the scores: e to the power of each, divided by their sum. Dividing the scores by a **temperature** T first makes the choice bolder
+# (T above 1) or safer (T below 1). Take five tokens: what does T = 0.5 do to the best?
 
 # %% id="temperature-numbers" tags=["lesson"]
 five = torch.tensor([2.0, 1.0, 0.5, 0.0, -2.0])
 for temperature in (0.5, 1.0, 2.0):
     chances = (five / temperature).softmax(-1)
-    print(f"T = {temperature}: ", "  ".join(f"{100 * p:5.1f} %" for p in chances))
+    print(f"T = {temperature}: ", "".join(f"{token_view.percent(p):>9}" for p in chances.tolist()))
 
-# %% id="predict-temperature" tags=["predict"]
-guess = None
+# %% cellView="form" id="predict-temperature" tags=["predict"]
+# @title Your prediction { display-mode: "form" }
+guess = None  # @param {type:"raw"}
 lesson.predict(
     "At T = 1 the best of these five is e^1 = 2.7 times as likely as the second. How many times at T = 0.5?",
     guess, float(torch.tensor(2.0).exp()), within=0.05,
@@ -113,18 +116,20 @@ ids = torch.tensor([prompt_ids(model, tokenizer, PROMPT)], device=model.device)
 with torch.inference_mode():
     logits = model(ids)[0, -1]  # (V,) scores of the token after the prompt
 fig, ax = plots.figure(7.5, 3)
+best = []
 for temperature, color, marker in ((0.5, plots.BLUE, "o"), (1.0, plots.BLACK, "s"), (2.0, plots.ORANGE, "^")):
-    ordered = next_token_probabilities(logits, temperature).sort(descending=True).values[:200]
-    ax.loglog(range(1, len(ordered) + 1), ordered.cpu(), color=color, marker=marker, markevery=0.1, label=f"T = {temperature:g}")
-plots.label(ax, f"After '{PROMPT}': a few likely tokens and a long tail", "rank of the token", "probability", legend=True)
-plots.show(fig, alt=f"Probability against rank for three temperatures; the best token has {ordered[0]:.2g} at T = 2 and more at lower T, where the tail is thinner.")
+    ordered = next_token_probabilities(logits, temperature).sort(descending=True).values[:200].cpu()
+    ax.loglog(range(1, len(ordered) + 1), ordered, color=color, marker=marker, markevery=0.1, label=f"T = {temperature:g}")
+    best.append(f"{token_view.percent(ordered[0].item())} at T = {temperature:g}")
+plots.label(ax, f"After '{PROMPT}': a few likely tokens and a long tail", "rank of the token (1 = likeliest)", "probability", legend=True)
+plots.show(fig, alt=f"Probability against rank for three temperatures. The likeliest token has {', '.join(best)}; the lower T, the thinner the tail.")
 
 # %% [markdown] id="filters"
 # ## 3 · Cut the tail: top-k, top-p, min-p
 #
-# Each unlikely token is rare, but there are thousands, and one bad choice spoils the rest of the text. So we cut. **top-k** keeps the k best.
-# **top-p** keeps the smallest set that reaches probability p: few where the model is sure, many where it is not. **min-p** keeps what is
-# at least that fraction as likely as the best.
+# Each unlikely token is rare, but there are thousands, and one bad choice spoils the rest of the text. So we cut, and share the probability of what is
+# cut among the rest. **top-k** keeps the k likeliest tokens. **top-p** goes down from the likeliest until their sum reaches p. **min-p** keeps each token
+# with at least min-p times the probability of the likeliest. Which of them keeps fewer tokens where the model is sure?
 
 
 # %% id="filters-code" tags=["lesson"]
@@ -144,8 +149,9 @@ def keep_min_p(p, fraction):
     return p >= fraction * p.max()
 
 
-# %% id="predict-top-p" tags=["predict"]
-guess = None
+# %% cellView="form" id="predict-top-p" tags=["predict"]
+# @title Your prediction { display-mode: "form" }
+guess = None  # @param {type:"raw"}
 fifths = torch.tensor([0.50, 0.25, 0.15, 0.07, 0.03])
 lesson.predict(
     "Probabilities 50, 25, 15, 7, 3 %. How many tokens does top-p = 0.8 keep?",
@@ -155,25 +161,23 @@ lesson.predict(
 
 
 # %% id="filters-check" tags=["check"]
-def worst(keep, setting, warper):
-    """Largest difference of our filter from the package's and from transformers', over 50 random distributions."""
-    (value,), largest = setting.values(), 0.0
+def differences(name, keep, value, warper):
+    """What our filter, the package's and transformers' make of 50 random distributions: ours minus theirs."""
     for row in 3 * torch.randn(50, 1000, generator=torch.Generator().manual_seed(1)):
         mine = row.masked_fill(~keep(row.softmax(-1), value), -torch.inf).softmax(-1)
-        library = warper(None, row[None])[0].softmax(-1)
-        largest = max(largest, (mine - next_token_probabilities(row, **setting)).abs().max().item(), (mine - library).abs().max().item())
-    return largest
+        yield mine - next_token_probabilities(row, **{name: value})
+        yield mine - warper(value)(None, row[None])[0].softmax(-1)
 
 
+filters = ("top_k", keep_top_k, 20, TopKLogitsWarper), ("top_p", keep_top_p, 0.8, TopPLogitsWarper), ("min_p", keep_min_p, 0.1, MinPLogitsWarper)
 likely = "is the token that crosses the limit kept, and the rest made to sum to 1 again?"
-lesson.check("top-k equals package and transformers", worst(keep_top_k, {"top_k": 20}, TopKLogitsWarper(20)), 1e-6, likely)
-lesson.check("top-p equals package and transformers", worst(keep_top_p, {"top_p": 0.8}, TopPLogitsWarper(0.8)), 1e-6, likely)
-lesson.check("min-p equals package and transformers", worst(keep_min_p, {"min_p": 0.1}, MinPLogitsWarper(0.1)), 1e-6, likely)
+for name, *rest in filters:
+    lesson.check(f"{name} equals the package's and transformers'", torch.stack(list(differences(name, *rest))), 1e-6, likely)
 
 # %% id="filters-figure" tags=["figure"]
 fig, ax = plots.figure(7.5, 3)
 counts = {}
-sure, unsure = (torch.linspace(0, -1, 60) * steep for steep in (40, 4))
+sure, unsure = (torch.linspace(0, -1, 60) * steep for steep in (40, 4))  # 60 scores that fall in a straight line, steep or flat
 rules = {"top-k 20": (keep_top_k, 20), "top-p 0.9": (keep_top_p, 0.9), "min-p 0.1": (keep_min_p, 0.1)}
 for number, (shape, name, hatch) in enumerate(((sure, "a sure model", ""), (unsure, "an unsure model", "//"))):
     kept = [int(keep(shape.softmax(-1), value).sum()) for keep, value in rules.values()]
@@ -181,15 +185,15 @@ for number, (shape, name, hatch) in enumerate(((sure, "a sure model", ""), (unsu
     drawn = ax.bar([x + 0.4 * number for x in range(3)], kept, 0.38, color=plots.PALETTE[number], hatch=hatch, edgecolor="white", label=name)
     ax.bar_label(drawn)
 ax.set_xticks([0.2, 1.2, 2.2], list(rules))
-plots.label(ax, "Only top-k ignores how sure the model is", "", "tokens kept, of 60", legend=True)
+plots.label(ax, "Only top-k ignores how sure the model is", "", "tokens kept of 60", legend=True)
 plots.show(fig, alt="Tokens kept of 60. " + "; ".join(f"{name}: {kept}" for name, kept in counts.items()) + ".")
 
 # %% [markdown] id="sampler"
 # ## 4 · Play
 #
-# Every setting moves the bars at once; **Write** streams text, **Go on** continues it. Grey is what the model believes, blue what is drawn
-# from. Darker background: the model itself found that token less likely. Try: temperature 0 (greedy), then 1.5, then 1.5 with min-p 0.1.
-# What is the price of each? To stop early, press the notebook's interrupt button (■): the text stays. Below the panel: what it shows untouched.
+# **Write** streams text, **Go on** continues it; every setting moves the bars at once. Grey bars are what the model believes, blue ones what the next token
+# is drawn from. The darker a word, the less likely the model itself found it. Try temperature 0 (greedy: always the likeliest), then 1.5, then 1.5 with
+# min-p 0.1. What is the price of each? To stop early, press the notebook's interrupt button (■): the text stays. Below the panel: what it shows untouched.
 
 # %% id="sampler-widget" tags=["widget", "figure"]
 panel = widgets.sampler(model, tokenizer, prompt=PROMPT, new_tokens=40)
@@ -199,13 +203,14 @@ options = {"temperature": 0.8, "top_p": 0.9}
 texts = [complete(model, tokenizer, PROMPT, 30, seed=seed, **options) for seed in (3, 3, 4)]
 print(f"seed 3: {texts[0]!r}\nseed 4: {texts[2]!r}")
 lesson.check("the same seed writes the same text", int(texts[0] != texts[1]))
-lesson.check("a tiny temperature is greedy", int(complete(model, tokenizer, PROMPT, 30, temperature=1e-9, seed=5) != complete(model, tokenizer, PROMPT, 30, temperature=0.0)))
+nearly, greedy = (complete(model, tokenizer, PROMPT, 30, temperature=t, seed=5) for t in (1e-9, 0.0))
+lesson.check("a tiny temperature is greedy", int(nearly != greedy))
 
 # %% [markdown] id="surprise"
 # ## 5 · What surprises the model
 #
-# The same probabilities read a text instead of writing one. Below is a piece of the held-out text, which the model never saw. Where is it
-# dark? The longer a model trained, the more it is the beginnings of words that surprise it: once a word has begun, its rest is easy.
+# The same probabilities can read a text instead of writing one. Below is a piece of the **held-out** text, the end of `input.txt` that no training saw;
+# each token has the colour of the probability it got. Where is it darker: where a word begins, or where it goes on?
 
 # %% id="surprise-view" tags=["figure"]
 held_out = [text for text, _ in data.documents(data.read_split(REPO / "input.txt", "val"))]  # each a whole piece
@@ -213,29 +218,34 @@ passage = held_out[1][:300].rsplit(" ", 1)[0]
 read = torch.tensor([prompt_ids(model, tokenizer, passage)], device=model.device)
 chances = token_probabilities(model, read)[0]
 markup, twin = token_view.coloured(tokenizer, read[0].tolist(), [None, *chances.tolist()])
-plots.show_html(markup, twin)
-print(token_view.LEGEND)
+plots.show_html(markup + token_view.legend(), f"{twin}\n{token_view.LEGEND}")
 
 # %% id="surprise-check" tags=["check"]
 with torch.inference_mode():
     loss = model.loss(read[:, :-1], read[:, 1:])  # what training minimises
 lesson.check("the mean of -log(probability) is the training loss", -chances.log().mean() - loss, 1e-4)
-hardest = chances.argsort()[:3].tolist()
-print("hardest:", ", ".join(f"'{token_view.piece(tokenizer, read[0, i + 1].item())}' {token_view.percent(chances[i].item())}" for i in hardest))
+pieces = [token_view.piece(tokenizer, i) for i in read[0].tolist()]
+begins = [i for i, piece in enumerate(pieces[1:]) if piece[0] == "·" and piece[-1].isalpha()]
+goes_on = [i for i, piece in enumerate(pieces[1:]) if piece[0].isalpha() and pieces[i][-1].isalpha()]  # pieces[i] stands before pieces[1:][i]
+for name, where in (("begins", begins), ("goes on with", goes_on)):
+    print(f"a token that {name} a word costs {-chances[where].log2().mean():.1f} bits on average ({len(where)} tokens)")
+print("hardest:", ", ".join(f"'{pieces[i + 1]}' (1 in {1 / chances[i]:,.0f})" for i in chances.argsort()[:3].tolist()))
 
 # %% [markdown] id="cache"
 # ## 6 · The KV cache: read everything once
 #
-# To choose token 101 the model needs keys and values of tokens 1 to 100. It computed them for token 100 already. Keep them, and each step reads **one**
-# new token instead of all of them. But is the answer still the same?
+# To choose token 101, attention compares the query of token 100 with the keys of tokens 1 to 100, and mixes their values. All but the last of these keys and
+# values were computed before, to choose token 100, and nothing changes them. Keep them, and each step reads **one** new token instead of all. But is
+# the answer still the same?
 
-# %% id="predict-cache" tags=["predict"]
-guess = None
+# %% cellView="form" id="predict-cache" tags=["predict"]
+# @title Your prediction { display-mode: "form" }
+guess = None  # @param {type:"raw"}
 tokens_read = sum(range(10, 110))
 lesson.predict(
     "10 tokens of prompt, 100 to write, no cache: how many tokens does the network read in all?",
     guess, tokens_read, within=0.1, unit="tokens",
-    why=f"10 + 11 + ... + 109 = {tokens_read:,}. With a cache: 10 for the prompt and 99 more, 109. The work grows with the square, or with the length.",
+    why=f"10 + 11 + ... + 109 = {tokens_read:,}; with a cache 10 for the prompt and 99 more: 109. Without it the work grows with the square of the length.",
 )  # fmt: skip
 
 # %% id="cache-check" tags=["check"]
@@ -272,15 +282,16 @@ fig, ax = plots.figure(7.5, 3)
 ax.plot(lengths, times[False], color=plots.ORANGE, marker="s", label="no cache: read everything again")
 ax.plot(lengths, times[True], color=plots.BLUE, marker="o", label="KV cache: read one token")
 ax.set_ylim(0)
-plots.label(ax, "Time of one more token", "tokens already there", "milliseconds", legend=True)
 ratio = times[False][-1] / times[True][-1]
+plots.label(ax, f"One more token behind {lengths[-1]}: {ratio:.0f} times as fast with the cache", "tokens already there", "milliseconds", legend=True)
 plots.show(fig, alt=f"Time of one more token against the length: behind {lengths[-1]} tokens {times[True][-1]:.1f} ms with the cache, {ratio:.1f} times that without.")
 
 # %% [markdown] id="attention"
 # ## 7 · Look inside
 #
-# Attention is the one place where positions talk. The fused kernel never shows its probabilities, so `smollm2.inspect_model` computes them
-# again beside it, from the same weights. First question: is what we look at really what the model does?
+# Attention is the one place where positions talk. The fast kernel (PyTorch's `scaled_dot_product_attention`) never shows its probabilities, so
+# `smollm2.inspect_model` computes them again beside it, from the same weights. First: is what we look at really what the model does? Then move the
+# sliders: each row is a token, and shows how its attention is spread over the tokens before it. Which head reads the token just before?
 
 # %% id="attention-check" tags=["check"]
 look = "The king opened the door, and the king"
@@ -301,28 +312,31 @@ lesson.check("attention equals transformers', all layers and heads", torch.stack
 def one_head(layer, head):
     weights = inside.attention[layer][0, head].cpu()
     fig, ax = plots.figure(6.5, 4.6)
-    picture = ax.imshow(weights, cmap="Blues", vmin=0, vmax=weights[1:].max().item(), aspect="auto")  # the first row is always 1
+    picture = ax.imshow(weights, cmap="Blues", vmin=0, vmax=weights[1:].max().item(), aspect="auto")  # the first has itself alone to read
     fig.colorbar(picture, ax=ax, label="share of attention")
     ticks = range(len(names))
     ax.set_xticks(ticks, names, rotation=90, fontsize=8, parse_math=False)
     ax.set_yticks(ticks, names, fontsize=8, parse_math=False)
     ax.grid(False)
-    plots.label(ax, f"layer {layer}, head {head}: each row reads the columns", "it reads", "this token")
+    plots.label(ax, f"layer {layer}, head {head}: each row reads the columns", "... reads this one", "this token ...")
     target = weights[-1].argmax().item()
-    return fig, f"Attention of layer {layer}, head {head}: the last token '{names[-1]}' looks most at '{names[target]}' (position {target}, {token_view.percent(weights[-1, target].item())})."
+    seen_most = f"'{names[target]}' (position {target}, {token_view.percent(weights[-1, target].item())})"
+    return fig, f"Attention of layer {layer}, head {head}: the last token '{names[-1]}' looks most at {seen_most}."
 
 
 layers, heads = config.num_hidden_layers, config.num_attention_heads
 _ = widgets.explore(one_head, layer=widgets.slider("layer", 0, layers - 1, layers // 2), head=widgets.slider("head", 0, heads - 1, 0))
 
 # %% [markdown] id="habits"
-# Looking at heads one by one is fun and proves nothing. Measure instead: how much of its attention does each head spend on itself, on the token
-# just before, and on the very first? The first gets a lot in many models although it says little: a head with nothing to do must look *somewhere*, since its row sums to 1.
+# Looking at heads one by one is fun and proves nothing. Measure instead: how much of its attention does each head spend on the token itself, on the one
+# just before, and on the very first? In many models the first gets most although it says nothing: a head with nothing to do must look *somewhere*, since
+# its row sums to 1. This is called an **attention sink**. Does yours have one?
 
 # %% id="habits-figure" tags=["figure"]
 stacked = torch.stack(inside.attention)[:, 0, :, 2:].cpu()  # (L, H, T - 2, T): rows with a token before the one before
 at = torch.arange(2, len(names))
 habits = {name: stacked[:, :, at - 2, key].mean(-1) for name, key in (("itself", at), ("the one before", at - 1), ("the first", 0 * at))}
+even = (1 / (at + 1)).mean()  # a head that spreads its attention evenly
 fig, axes = plots.figure(8.5, 1.4 + 0.2 * min(layers, 30), columns=3, sharey=True)
 for ax, (name, share) in zip(axes, habits.items(), strict=True):
     picture = ax.imshow(share, cmap="Blues", vmin=0, vmax=max(float(x.max()) for x in habits.values()), aspect="auto")
@@ -331,26 +345,29 @@ for ax, (name, share) in zip(axes, habits.items(), strict=True):
     plots.label(ax, f"on {name}", "head", "layer" if name == "itself" else "")
 fig.colorbar(picture, ax=axes, label="mean share")
 most = {name: divmod(int(share.argmax()), heads) for name, share in habits.items()}
-plots.show(fig, alt="Mean attention of each head, by layer, on " + "; ".join(f"{name}: most {habits[name].max():.0%} in layer {a}, head {b}" for name, (a, b) in most.items()) + ".")
+found = "; ".join(f"{name}: most {habits[name].max():.0%} in layer {a}, head {b}" for name, (a, b) in most.items())
+plots.show(fig, alt=f"Mean attention of each head, by layer, on {found}. Spread evenly it would be {even:.0%} on each.")
+print(f"{found}\n(spread evenly over all tokens so far it would be {even:.0%} on each)")
 
 # %% [markdown] id="lens"
-# **The logit lens.** All blocks write into the same running vector, so the last step (norm, output matrix) can be applied after *any* block:
-# what would the model say if it stopped there? Each column is a position, each row a block; the word is the best guess so far, the colour how sure it is.
+# **The logit lens.** Every block adds to the same running vector, so the model's last step (norm, output matrix) can be applied after *any* block: what would
+# it say if it stopped there? First a check and your guess. In the figure each column is a position, each row a block; the word is the best guess so far,
+# the colour how sure it is. Row 0, the embedding alone, mostly repeats the token just read: the output matrix *is* the embedding (notebook 1).
 
 # %% id="lens-check" tags=["check"]
 lens = logit_lens(model, inside.hidden)[:, 0].cpu()  # (L + 1, T, V)
 lesson.check("after the last block the lens shows the model's own answer", lens[-1] - inside.logits[0].float().softmax(-1).cpu(), 1e-6)
-final = lens[-1].argmax(-1)  # (T,) what the model says in the end
-agreement = (lens.argmax(-1) == final).float().mean(-1)  # (L + 1,)
-print("share of final answers already there, by block:", [round(x, 2) for x in agreement.tolist()])
 
-# %% id="predict-lens" tags=["predict"]
-guess = None
-first = int((agreement >= 0.5).nonzero()[0])
+# %% cellView="form" id="predict-lens" tags=["predict"]
+# @title Your prediction { display-mode: "form" }
+guess = None  # @param {type:"raw"}
+guesses = logit_lens(model, look_inside(model, read).hidden)[:, 0].argmax(-1)  # (L + 1, T) the best after each block, in section 5's passage
+agreement = (guesses == guesses[-1]).float().mean(-1).tolist()  # with what the model says in the end
+first = next(block for block, share in enumerate(agreement) if share >= 0.5)
 lesson.predict(
-    f"There are {layers} blocks. After how many are at least half of the final answers already the best guess?",
+    f"Your model has {layers} blocks. After how many of them is, for at least half of the passage's tokens, the final answer already the best guess?",
     guess, first, within=0, unit="blocks",
-    why="0 would be the embedding alone. Late blocks mostly sharpen: they raise the probability of what is there already.",
+    why=f"After {first}, {agreement[first]:.0%} are there; one block before the end {agreement[-2]:.0%}. The rest is decided in the last block.",
 )  # fmt: skip
 
 # %% id="lens-figure" tags=["figure"]
@@ -370,17 +387,19 @@ ax.set_xticks(range(len(columns)), [names[i] for i in columns], parse_math=False
 ax.set_yticks(range(len(shown)), shown)
 ax.grid(False)
 plots.label(ax, "What it would say next, if it stopped after this block", "having read up to", "block (0 = embedding)")
-told = token_view.piece(tokenizer, int(best[-1, -1]))
-plots.show(fig, alt=f"Best next token after each block for the last {len(columns)} positions; at the end, after '{names[-1]}', the model says '{told}' with {token_view.percent(sureness[-1, -1].item())}.")
+told = f"'{token_view.piece(tokenizer, int(best[-1, -1]))}' with {token_view.percent(sureness[-1, -1].item())}"
+plots.show(fig, alt=f"Best next token after each block for the last {len(columns)} positions; at the end, after '{names[-1]}', the model says {told}.")
+print("final answers already there, in the passage of section 5:", ", ".join(f"block {block} {agreement[block]:.0%}" for block in shown))
 
 # %% [markdown] id="time"
 # ## 8 · Your run through time, and the official model
 #
-# Every checkpoint is a whole model. Give each the same prompt and the same seed, and slide through your own run. What comes first: spelling, words, or sense?
+# Every checkpoint is a whole model. Give each the same prompt and the same seed, and slide through your own run. A run keeps its newest checkpoints only,
+# but its log also holds what the earlier ones wrote. What comes first: spelling, words, or sense?
 
 
 # %% id="time-code" tags=["lesson", "slow"]
-sample = [i for text in held_out[1:9] for i in [*tokenizer.encode(text), config.eos_token_id or 0]]
+sample = [i for text in held_out[1:9] for i in [*tokenizer.encode(text), config.eos_token_id or 0]]  # eight held-out pieces
 sample_bytes = sum(len((text + data.SEPARATOR).encode()) for text in held_out[1:9])
 
 
@@ -397,15 +416,23 @@ def moment(step, model):
 start = untrained(checkpoints[0])
 moments = [moment(0, start)] if start else []
 moments += [moment(c.step, SmolLM2.from_pretrained(c.folder)) for c in checkpoints]
-for m in moments[:: max(1, len(moments) // 6)]:
-    print(f"step {m['step']:5}  {m['bits']:.2f} bits per byte  {' '.join(m['text'].split())[:80]}")
+
+# %% id="time-texts" tags=["lesson"]
+last = checkpoints[-1].folder
+log = next((logs / SAMPLES for logs in (last.parent.parent / "logs", last) if (logs / SAMPLES).is_file()), None)  # on Drive it lies beside the weights
+rows = {m["step"]: (f"{m['bits']:.2f} bits per byte", m["text"]) for m in moments}
+for row in read_log(log) if log else []:
+    if int(row["step"]) < checkpoints[0].step:
+        rows.setdefault(int(row["step"]), ("from the log", row["prompt"] + row["text"]))  # of each step the first prompt
+for step in sorted(rows)[-20:]:
+    print(f"step {step:6}  {rows[step][0]:18}  {' '.join(rows[step][1].split())[:80]}")
 
 # %% id="time-check" tags=["check"]
 lesson.check("the last moment is the model above", moments[-1]["logits"] - logits.cpu(), 1e-4)
 if start:
-    gained = moments[0]["bits"] - moments[-1]["bits"]
-    print(f"from step 0 on, your run gained {gained:.2f} bits per byte")
-    lesson.check("your run learned: what is missing to a gain above 0", max(0.0, -gained), 1e-9)
+    saved = moments[0]["bits"] - moments[-1]["bits"]
+    print(f"from step 0 to the end your run saved {saved:.2f} bits per byte")
+    lesson.check("your run learned: bits per byte lost instead of saved", max(0.0, -saved), 1e-9)
 
 
 # %% id="time-widget" tags=["widget", "figure"]
@@ -435,27 +462,26 @@ try:
     other_name = "the official SmolLM2-135M (2 trillion tokens)"
 except UserError as reason:
     print(f"{reason}.\nSo: beside your own model, as early as there is one.")
-    other, other_tokenizer, other_name = start or SmolLM2.from_pretrained(checkpoints[0].folder), tokenizer, f"your model at step {moments[0]['step']}"
-    other = other.to(model.device)
+    other = (start or SmolLM2.from_pretrained(checkpoints[0].folder)).to(model.device)
+    other_tokenizer, other_name = tokenizer, f"your model at step {moments[0]['step']}"
 
 # %% id="official-beside" tags=["lesson"]
 settings = {"temperature": 0.8, "top_p": 0.9, "seed": 2}
 pairs = {"yours": (model, tokenizer), other_name: (other, other_tokenizer)}
-for prompt in (PROMPT, "The capital of France is"):
+for prompt in (PROMPT, "The capital of France is"):  # printed before the bar |, what the model wrote behind it
     for name, (each, its_tokenizer) in pairs.items():
         text = complete(each, its_tokenizer, prompt, 30, **settings)
         print(f"{name}: {prompt}{' '.join(('|' + text).split())[:110]}\n")
 
 # %% id="official-figure" tags=["figure"]
 fig, ax = plots.figure(7.5, 2)
-sizes = {name: len(passage.encode()) for name in pairs}
 costs = {}
 for name, (each, its_tokenizer) in pairs.items():
     row = torch.tensor([prompt_ids(each, its_tokenizer, passage)], device=each.device)
-    costs[name] = float(-token_probabilities(each, row).log2().sum()) / sizes[name]
+    costs[name] = float(-token_probabilities(each, row).log2().sum()) / len(passage.encode())
 ax.bar_label(ax.barh(list(costs), list(costs.values()), color=[plots.BLUE, plots.ORANGE]), fmt="%.2f", padding=3)
 ax.set_xlim(0, 1.15 * max(costs.values()))
-plots.label(ax, "The passage of section 5, in bits per byte (less is better)", "bits per byte", "")
+plots.label(ax, f"The {len(passage.encode())} bytes of section 5 (less is better)", "bits per byte", "")
 plots.show(fig, alt="Bits per byte for one held-out passage: " + ", ".join(f"{name} {value:.2f}" for name, value in costs.items()) + ".")
 
 # %% [markdown] id="self-test"
@@ -478,16 +504,21 @@ lesson.score()
 # %% [markdown] id="exercises"
 # ## Exercises
 #
-# 1. Write `keep_typical(p, n)`: the n tokens whose −log p is nearest to the entropy. Which likely token can it remove?
+# 1. Write `keep_typical(p, n)`: the n tokens whose −log p lies nearest to the entropy (the mean of −log p). When does it remove the likeliest token?
 # 2. Batch the prompts: call `model.generate` with two copies of `ids` and temperature 1. Why do the rows differ although the seed is the same?
-# 3. Switch off one head: set its 64 (here `head_dim`) columns of `o_proj.weight` to zero in a copy of the model, and score the passage again. Which head costs most?
+# 3. Switch off one head: in a copy of the model set its `head_dim` columns of `o_proj.weight` to zero, and score the passage again. Which head costs most?
+# 4. Train a small run with early checkpoints (one to two minutes on a CPU) and slide through it as in section 8. At which step do words appear?
 #
 # <details><summary>Solutions</summary>
 #
-# 1. `(-p.log() - entropy).abs().argsort()[:n]` with `entropy = -(p * p.log()).sum()`. Where the model is very sure, the best token itself may be *too* likely; it goes first.
+# 1. `(-p.log() - entropy).abs().argsort()[:n]` with `entropy = -(p * p.log()).sum()`. It removes the likeliest where much of the probability lies elsewhere:
+#    of 0.4 and five times 0.12 (entropy 1.64; −log p 0.92 and 2.12), n = 5 keeps the five. A sure model, 0.9 and a hundred times 0.001, keeps its best.
 # 2. `model.generate(ids.repeat(2, 1), 20, temperature=1.0, seed=1)`: one generator serves both rows, one after the other, so they get different random numbers.
-# 3. `copy.deepcopy(model)`, then `layer.self_attn.o_proj.weight.data[:, h * D : (h + 1) * D] = 0` for each head in turn. Often a head of the first
-#    layer costs most, and several cost almost nothing.
+# 3. `import copy`; for each head in turn `other = copy.deepcopy(model)`, then
+#    `other.model.layers[layer].self_attn.o_proj.weight.data[:, head * D : (head + 1) * D] = 0` with `D = config.head_dim`, and
+#    `-token_probabilities(other, read).log2().sum()`. Often a head of the first layer costs most, and several cost almost nothing.
+# 4. In section 1 replace the first line by `checkpoints = own_run(REPO / "input.txt", "early")`, then run that cell and section 8 again (`model`, `tokenizer`
+#    and `ids` belong together: the cell of the first figure makes `ids` and `logits`). The checkpoints are those of steps 50 to 300.
 # </details>
 
 # %% [markdown] id="next"

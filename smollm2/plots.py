@@ -84,6 +84,16 @@ def show_html(markup: str, text: str) -> None:
         print(text)
 
 
+def show_markdown(text: str) -> None:
+    """Markdown, rendered in a notebook and as it is elsewhere."""
+    if in_notebook():
+        from IPython.display import display
+
+        display({"text/markdown": text, "text/plain": text}, raw=True)
+    else:
+        print(text)
+
+
 def show(fig: Figure, alt: str) -> None:
     """Show a figure. `alt` says in words what it shows, with the number that matters; a plain script prints it."""
     if len(alt) < 20:

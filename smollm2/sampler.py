@@ -17,7 +17,7 @@ from . import plots, widgets
 from .errors import UserError
 from .generate import prompt_ids, stream
 from .model import SmolLM2
-from .token_view import LEGEND, bars, coloured
+from .token_view import LEGEND, bars, coloured, legend
 from .tokenizer import StreamDecoder, Tokenizer
 
 REDRAW_SECONDS = 0.1  # between two updates of the text while it streams
@@ -142,6 +142,6 @@ def show(model: SmolLM2, tokenizer: Tokenizer, **settings) -> Sampler:
         from IPython.display import display
 
         display(panel.box)
-    plots.show_html(panel.page.value, f"[text] {panel.twin}")
+    plots.show_html(panel.page.value + legend(), f"[text] {panel.twin}")
     plots.show(*panel.figure())
     return panel

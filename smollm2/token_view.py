@@ -16,6 +16,7 @@ from .tokenizer import Tokenizer
 # (probability below which it holds, background): dark = the model was surprised. Text stays readable on each.
 SHADES = [(0.01, "#08519c", "#ffffff"), (0.1, "#4292c6", "#000000"), (0.5, "#9ecae1", "#000000"), (1.01, "#e8f1fa", "#000000")]
 LEGEND = "dark: below 1 % · then below 10 %, below 50 %, palest: 50 % and more"
+EDGE = "border-right:1px solid #ffffff"  # neighbours of one shade stay two tokens
 
 
 def spelled(tokenizer: Tokenizer, token_id: int) -> bytes:
@@ -54,10 +55,17 @@ def coloured(tokenizer: Tokenizer, ids: Sequence[int], probabilities: Sequence[f
             words.append(shown)
             continue
         _, back, front = next(shade for shade in SHADES if probability < shade[0])
-        spans.append(f'<span style="background:{back};color:{front}" title="{percent(probability)}">{written}</span>')
+        spans.append(f'<span style="background:{back};color:{front};{EDGE}" title="{percent(probability)}">{written}</span>')
         words.append(f"{shown}({percent(probability)})")
     style = "background:#ffffff;color:#000000;padding:8px;white-space:pre-wrap;line-height:1.7;overflow-wrap:anywhere"
     return f'<div style="{style}">{"".join(spans)}</div>', " ".join(words)
+
+
+def legend() -> str:
+    """The shades of `coloured` as one line of HTML: the probability that the model gave a token."""
+    names = [f"below {100 * limit:.0f} %" for limit, *_ in SHADES[:-1]] + [f"{100 * SHADES[-2][0]:.0f} % and more"]
+    spans = [f'<span style="background:{back};color:{front};padding:1px 6px">{name}</span>' for name, (_, back, front) in zip(names, SHADES, strict=True)]
+    return f'<div style="background:#ffffff;color:#000000;padding:0 8px 8px">probability of the token: {" ".join(spans)}</div>'
 
 
 def bars(tokenizer: Tokenizer, logits: torch.Tensor, options: dict, title: str, top: int = 10) -> tuple[plots.Figure, str]:
