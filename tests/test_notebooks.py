@@ -39,6 +39,15 @@ FORBIDDEN = {
     r"except Exception:\s*(pass|\.\.\.)|except:": "swallows errors",
 }
 
+DRILLS = {  # what the fake Drive does (tests/fakecolab), and what notebook 04 must then say
+    "refused": "KEPT ON THIS MACHINE ONLY.*Google did not get permission",
+    "timeout": "KEPT ON THIS MACHINE ONLY.*Drive did not answer in time",
+    "enterprise": "KEPT ON THIS MACHINE ONLY.*this kind of runtime cannot mount Drive",
+    "errno107:20": "KEPT ON DRIVE.*NOT on Drive: step 45 is only on this machine.*no longer connected .errno 107",
+    "vanish:20": "KEPT ON DRIVE.*NOT on Drive: step 45 is only on this machine.*a mount that went away",
+    "quota:300000": "KEPT ON DRIVE.*NOT on Drive: step 45 is only on this machine.*your Drive is full",
+}
+
 
 @pytest.fixture(scope="session")
 def repository(tmp_path_factory):
@@ -219,7 +228,14 @@ def prepare(tmp_path, repository, **options):
     return runner.environment(repository, home, **options)
 
 
+def printed(notebook):
+    """All that a reader sees: streams, plain text, and the HTML beside it (the training panel's notes are only there)."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return "\n".join(runner.text_of(output) + "\n" + output.get("data", {}).get("text/html", "") for output in outputs)
+
+
 @pytest.mark.slow
+@pytest.mark.notebooks
 @pytest.mark.parametrize("stem", STEMS)
 def test_notebook_runs_in_an_empty_folder_without_network(stem, tmp_path, repository):
     notebook = runner.run_notebook(stem, tmp_path / "empty", prepare(tmp_path, repository))
@@ -227,13 +243,7 @@ def test_notebook_runs_in_an_empty_folder_without_network(stem, tmp_path, reposi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stem", STEMS)
-def test_notebook_runs_on_a_colab_with_drive(stem, tmp_path, repository):
-    notebook = runner.run_notebook(stem, tmp_path / "empty", prepare(tmp_path, repository, colab=True))
-    assert runner.faults(notebook) == []
-
-
-@pytest.mark.slow
+@pytest.mark.notebooks
 @pytest.mark.parametrize("stem", STEMS)
 def test_source_runs_as_a_plain_script(stem, tmp_path, repository):
     result = runner.run_script(stem, tmp_path / "empty", prepare(tmp_path, repository))
@@ -243,10 +253,21 @@ def test_source_runs_as_a_plain_script(stem, tmp_path, repository):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("drill", ["refused", "timeout", "enterprise", "errno107:20", "vanish:20", "quota:300000"])
+@pytest.mark.colab
+@pytest.mark.parametrize("stem", STEMS)
+def test_notebook_runs_on_a_colab_with_drive(stem, tmp_path, repository):
+    notebook = runner.run_notebook(stem, tmp_path / "empty", prepare(tmp_path, repository, colab=True))
+    assert runner.faults(notebook) == []
+    assert "Colab  yes" in printed(notebook)
+    assert ("KEPT ON DRIVE" in printed(notebook)) == stem.startswith("04"), "notebook 04 asks for Drive; no other does"
+    assert stem[:2] != "04" or "copied to Drive: step 45" in printed(notebook)
+
+
+@pytest.mark.slow
+@pytest.mark.colab
+@pytest.mark.parametrize("drill", DRILLS)
 def test_training_notebook_survives_what_drive_does(drill, tmp_path, repository):
-    stem = next((stem for stem in STEMS if stem.startswith("04")), None)
-    if stem is None:
-        pytest.skip("the training notebook is not there")
+    stem = next(stem for stem in STEMS if stem.startswith("04"))
     notebook = runner.run_notebook(stem, tmp_path / "empty", prepare(tmp_path, repository, colab=True, drive=drill))
     assert runner.faults(notebook) == []
+    assert re.search(DRILLS[drill], printed(notebook), re.S), "the drill did not happen, or nobody was told"
