@@ -180,9 +180,9 @@ class LivePanel(Reporter):
     def html(self) -> str:
         share = 100 * self.current / self.total if self.total else 0
         bar = f'<div style="background:#e6e6e6;height:6px;margin:4px 0 8px"><div style="background:{plots.BLUE};height:6px;width:{share:.1f}%"></div></div>'
-        cells = "".join(
-            f'<tr style="background:#fff;color:#111"><td style="text-align:left;color:#555;padding:1px 14px 1px 0">{name}</td>'  # Jupyter's dark theme
-            f'<td style="text-align:left;color:#111;padding:1px 0;font-variant-numeric:tabular-nums">{html.escape(value)}</td></tr>'  # stripes bare rows
+        cells = "".join(  # every row names its colours: Jupyter's dark theme puts dark stripes behind those that do not
+            f'<tr style="background:#fff;color:#111"><td style="text-align:left;color:#555;padding:1px 14px 1px 0">{name}</td>'
+            f'<td style="text-align:left;color:#111;padding:1px 0;font-variant-numeric:tabular-nums">{html.escape(value)}</td></tr>'
             for name, value in self.facts().items()
         )
         notes = "".join(f"<div>{html.escape(text)}</div>" for text in list(self.messages))
@@ -197,7 +197,7 @@ class LivePanel(Reporter):
         for prompt, samples in self.samples.items():
             shown = samples if len(samples) <= SHOWN_SAMPLES else [samples[0], *samples[1 - SHOWN_SAMPLES :]]
             rows = "".join(
-                f'<div style="display:flex"><div style="flex:0 0 64px;color:#555">step {step:,}</div>'
+                f'<div style="display:flex"><div style="flex:0 0 84px;white-space:nowrap;color:#555">step {step:,}</div>'
                 f"<div>{html.escape(' '.join(text.split())[:SAMPLE_CHARACTERS])}</div></div>"
                 for step, text in shown
             )
