@@ -111,10 +111,13 @@ lesson.predict(
     why="Scores differ by 1, divided by 0.5 they differ by 2, and e^2 = 7.4. As T goes to 0 the best takes all: greedy.",
 )  # fmt: skip
 
-# %% id="temperature-figure" tags=["figure"]
+# %% id="logits" tags=["lesson"]
 ids = torch.tensor([prompt_ids(model, tokenizer, PROMPT)], device=model.device)
 with torch.inference_mode():
     logits = model(ids)[0, -1]  # (V,) scores of the token after the prompt
+print(f"after '{PROMPT}': {len(logits):,} scores from {logits.min():.1f} to {logits.max():.1f}")
+
+# %% id="temperature-figure" tags=["figure"]
 fig, ax = plots.figure(7.5, 3)
 best = []
 for temperature, color, marker in ((0.5, plots.BLUE, "o"), (1.0, plots.BLACK, "s"), (2.0, plots.ORANGE, "^")):
@@ -160,7 +163,7 @@ lesson.predict(
 )  # fmt: skip
 
 
-# %% id="filters-check" tags=["check"]
+# %% id="filters-beside" tags=["lesson"]
 def differences(name, keep, value, warper):
     """What our filter, the package's and transformers' make of 50 random distributions: ours minus theirs."""
     for row in 3 * torch.randn(50, 1000, generator=torch.Generator().manual_seed(1)):
@@ -169,6 +172,7 @@ def differences(name, keep, value, warper):
         yield mine - warper(value)(None, row[None])[0].softmax(-1)
 
 
+# %% id="filters-check" tags=["check"]
 filters = ("top_k", keep_top_k, 20, TopKLogitsWarper), ("top_p", keep_top_p, 0.8, TopPLogitsWarper), ("min_p", keep_min_p, 0.1, MinPLogitsWarper)
 likely = "is the token that crosses the limit kept, and the rest made to sum to 1 again?"
 for name, *rest in filters:
@@ -224,6 +228,8 @@ plots.show_html(markup + token_view.legend(), f"{twin}\n{token_view.LEGEND}")
 with torch.inference_mode():
     loss = model.loss(read[:, :-1], read[:, 1:])  # what training minimises
 lesson.check("the mean of -log(probability) is the training loss", -chances.log().mean() - loss, 1e-4)
+
+# %% id="surprise-words" tags=["lesson"]
 pieces = [token_view.piece(tokenizer, i) for i in read[0].tolist()]
 begins = [i for i, piece in enumerate(pieces[1:]) if piece[0] == "·" and piece[-1].isalpha()]
 goes_on = [i for i, piece in enumerate(pieces[1:]) if piece[0].isalpha() and pieces[i][-1].isalpha()]  # pieces[i] stands before pieces[1:][i]
@@ -274,10 +280,13 @@ def milliseconds(length, use_cache, repeats=5):
     return 1000 * best
 
 
-# %% id="cache-figure" tags=["figure", "slow"]
+# %% id="cache-times" tags=["lesson", "slow"]
 lengths = [n for n in (16, 32, 64, 128, 256, 512, 1024) if n <= config.max_position_embeddings]
 milliseconds(16, True)  # warm up
 times = {use: [milliseconds(n, use) for n in lengths] for use in (True, False)}
+print("tokens there / ms with cache / ms without:", ", ".join(f"{n} / {a:.1f} / {b:.1f}" for n, a, b in zip(lengths, times[True], times[False], strict=True)))
+
+# %% id="cache-figure" tags=["figure"]
 fig, ax = plots.figure(7.5, 3)
 ax.plot(lengths, times[False], color=plots.ORANGE, marker="s", label="no cache: read everything again")
 ax.plot(lengths, times[True], color=plots.BLUE, marker="o", label="KV cache: read one token")
@@ -302,6 +311,8 @@ print(f"{len(names)} tokens; attention of a layer: {tuple(inside.attention[0].sh
 with torch.inference_mode():
     lesson.check("the logits are the model's own", inside.logits - model(seen))
 lesson.check("each row of each head sums to 1", torch.stack(inside.attention).sum(-1) - 1, 1e-5)
+
+# %% id="attention-beside" tags=["check"]
 library = AutoModelForCausalLM.from_pretrained(checkpoints[-1].folder, dtype=torch.float32, attn_implementation="eager").to(model.device).eval()
 with torch.inference_mode():
     theirs = library(seen, output_attentions=True).attentions
@@ -332,11 +343,16 @@ _ = widgets.explore(one_head, layer=widgets.slider("layer", 0, layers - 1, layer
 # just before, and on the very first? In many models the first gets most although it says nothing: a head with nothing to do must look *somewhere*, since
 # its row sums to 1. This is called an **attention sink**. Does yours have one?
 
-# %% id="habits-figure" tags=["figure"]
+# %% id="habits-shares" tags=["lesson"]
 stacked = torch.stack(inside.attention)[:, 0, :, 2:].cpu()  # (L, H, T - 2, T): rows with a token before the one before
 at = torch.arange(2, len(names))
 habits = {name: stacked[:, :, at - 2, key].mean(-1) for name, key in (("itself", at), ("the one before", at - 1), ("the first", 0 * at))}
-even = (1 / (at + 1)).mean()  # a head that spreads its attention evenly
+even = (1 / (at + 1)).mean()  # a head that spreads its attention evenly over all tokens so far
+most = {name: divmod(int(share.argmax()), heads) for name, share in habits.items()}
+found = "; ".join(f"on {name}: most {habits[name].max():.0%}, in layer {a}, head {b}" for name, (a, b) in most.items())
+print(f"{found}\n(spread evenly it would be {even:.0%} on each)")
+
+# %% id="habits-figure" tags=["figure"]
 fig, axes = plots.figure(8.5, 1.4 + 0.2 * min(layers, 30), columns=3, sharey=True)
 for ax, (name, share) in zip(axes, habits.items(), strict=True):
     picture = ax.imshow(share, cmap="Blues", vmin=0, vmax=max(float(x.max()) for x in habits.values()), aspect="auto")
@@ -344,10 +360,7 @@ for ax, (name, share) in zip(axes, habits.items(), strict=True):
     ax.set_xticks(range(0, heads, 1 if heads < 12 else 4))
     plots.label(ax, f"on {name}", "head", "layer" if name == "itself" else "")
 fig.colorbar(picture, ax=axes, label="mean share")
-most = {name: divmod(int(share.argmax()), heads) for name, share in habits.items()}
-found = "; ".join(f"{name}: most {habits[name].max():.0%} in layer {a}, head {b}" for name, (a, b) in most.items())
-plots.show(fig, alt=f"Mean attention of each head, by layer, on {found}. Spread evenly it would be {even:.0%} on each.")
-print(f"{found}\n(spread evenly over all tokens so far it would be {even:.0%} on each)")
+plots.show(fig, alt=f"Mean attention of each head, by layer, {found}. Spread evenly it would be {even:.0%} on each.")
 
 # %% [markdown] id="lens"
 # **The logit lens.** Every block adds to the same running vector, so the model's last step (norm, output matrix) can be applied after *any* block: what would
@@ -370,12 +383,15 @@ lesson.predict(
     why=f"After {first}, {agreement[first]:.0%} are there; one block before the end {agreement[-2]:.0%}. The rest is decided in the last block.",
 )  # fmt: skip
 
-# %% id="lens-figure" tags=["figure"]
+# %% id="lens-words" tags=["lesson"]
 shown = list(range(0, layers + 1, max(1, -(-layers // 8))))  # at most nine rows
 shown += [layers] if shown[-1] != layers else []
 columns = range(max(0, len(names) - 9), len(names))
-fig, ax = plots.figure(9, 1.2 + 0.34 * len(shown))
 sureness, best = lens[shown][:, columns].max(-1)
+print("final answers already there, in the passage of section 5:", ", ".join(f"block {block} {agreement[block]:.0%}" for block in shown))
+
+# %% id="lens-figure" tags=["figure"]
+fig, ax = plots.figure(9, 1.2 + 0.34 * len(shown))
 picture = ax.imshow(sureness, cmap="Blues", vmin=0, aspect="auto")
 for row in range(len(shown)):
     for column in range(len(columns)):
@@ -389,7 +405,6 @@ ax.grid(False)
 plots.label(ax, "What it would say next, if it stopped after this block", "having read up to", "block (0 = embedding)")
 told = f"'{token_view.piece(tokenizer, int(best[-1, -1]))}' with {token_view.percent(sureness[-1, -1].item())}"
 plots.show(fig, alt=f"Best next token after each block for the last {len(columns)} positions; at the end, after '{names[-1]}', the model says {told}.")
-print("final answers already there, in the passage of section 5:", ", ".join(f"block {block} {agreement[block]:.0%}" for block in shown))
 
 # %% [markdown] id="time"
 # ## 8 · Your run through time, and the official model
@@ -413,6 +428,7 @@ def moment(step, model):
     return {"step": step, "bits": score.bits_per_byte, "logits": logits, "text": PROMPT + text}
 
 
+# %% id="time-moments" tags=["lesson", "slow"]
 start = untrained(checkpoints[0])
 moments = [moment(0, start)] if start else []
 moments += [moment(c.step, SmolLM2.from_pretrained(c.folder)) for c in checkpoints]

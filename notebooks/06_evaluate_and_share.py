@@ -225,11 +225,13 @@ try:
 except UserError as reason:
     print(f"{reason}.\nSo: the picture below goes without the official model.")
 
-# %% id="all-figure" tags=["figure"]
+# %% id="all-rows" tags=["lesson"]
 rows = {"no model": 8.0, "counting (order 1)": orders[1], **packed, f"counting (order {best_order})": orders[best_order], "YOURS": score.bits_per_byte}
 if official:
     rows["SmolLM2-135M, official" + (" (beginning)" if limit else "")] = official
 rows = dict(sorted(rows.items(), key=lambda row: -row[1]))
+
+# %% id="all-figure" tags=["figure"]
 fig, ax = plots.figure(7.5, 0.9 + 0.32 * len(rows))
 drawn = ax.barh(list(rows), list(rows.values()), color=[plots.ORANGE if name == "YOURS" else plots.BLUE for name in rows])
 ax.bar_label(drawn, fmt="%.2f", padding=3)
@@ -242,7 +244,7 @@ plots.show(fig, alt="Bits per byte on the held-out text: " + ", ".join(f"{name} 
 # **Where** does each of the two win? Take one passage, share each token's bits out evenly among its bytes, and add up yours minus counting's as we read. The
 # curve falls where your model is better and rises where counting is.
 
-# %% id="where-figure" tags=["figure"]
+# %% id="where-bits" tags=["check"]
 passage = [text for text, _ in data.documents([held_out.decode()])][1]  # the first whole piece of the held-out text
 start = prompt_ids(model, tokenizer, "")  # what stands before every text
 ids = [*start, *tokenizer.encode(passage)][: block + 1]  # no longer than the rows it was trained on
@@ -250,6 +252,9 @@ bits = -token_probabilities(model, torch.tensor([ids], device=model.device))[0].
 sizes = np.array([len(spelled(tokenizer, i)) for i in ids[1:]])  # the first id is the given start
 rival = ngram.bits(passage.encode()[: sizes.sum()], best_order)
 per_byte = np.repeat(bits / sizes, sizes)[: len(rival)]  # some tokenizers put a blank before the text
+lesson.check("no byte was lost on the way to bytes", len(per_byte) - len(rival))
+
+# %% id="where-figure" tags=["figure"]
 fig, ax = plots.figure(7.5, 3)
 ax.plot(np.cumsum(per_byte - rival), color=plots.BLUE, marker="")
 ax.axhline(0, color=plots.GREY, ls="--", marker="")
@@ -257,7 +262,6 @@ plots.label(ax, "Your model against counting, byte by byte", "bytes read", "bits
 ahead = float((per_byte - rival).sum())
 winner = "yours" if ahead < 0 else "counting"
 plots.show(fig, alt=f"Running difference in bits, your model minus counting, over {len(rival)} bytes; it ends at {ahead:+.0f} bits, {winner} is ahead.")
-lesson.check("no byte was lost on the way to bytes", len(per_byte) - len(rival))
 
 # %% [markdown] id="published"
 # ## 5 · Published figures, and how to read them
@@ -337,6 +341,8 @@ ids = tokenizer.encode(probe)
 likely = "AutoTokenizer of transformers 5 cuts digits in another way; use the class named in tokenizer_config.json"
 lesson.check("transformers' tokenizer gives the same ids", int(their_tokenizer(probe, add_special_tokens=False).input_ids != ids), 0, likely)
 lesson.check("and the same text back", int(their_tokenizer.decode(ids) != tokenizer.decode(ids)))
+
+# %% id="back-check" tags=["check"]
 folder = Path(place.output_dir) / "there-and-back"
 theirs.save_pretrained(folder)
 back = SmolLM2.from_pretrained(folder)
