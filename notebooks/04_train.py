@@ -402,6 +402,8 @@ if result.stopped_by:
     print("To go on, run the training cell again: it continues from there. So does Run all, today or tomorrow.")
 else:
     print(result.table())
+    if not result.losses:
+        print("\nNothing was left to train: this run has had all its steps. For more, raise MORE_STEPS (section 1) and run all.")
 
 # %% id="run-check" tags=["check"]
 history = read_log(place.output_dir / "logs" / TRAINING)

@@ -155,17 +155,19 @@ class LivePanel(Reporter):
             self._showing = False
 
     def facts(self) -> dict[str, str]:
-        """The numbers of the panel, in words."""
+        """The numbers of the panel, in words; those of training only when there is something to train."""
         done = self.current - self._first
         left = self.total - self.current
-        loss = self.losses[-1][1] if self.losses else None
-        rows = {"step": f"{self.current:,} of {self.total:,}" if self.total else "not training", "loss": "-" if loss is None else f"{loss:.3f} nats per token"}
+        rows = {"step": f"{self.current:,} of {self.total:,}" if self.total else "not training"}
+        if self.total:
+            rows["loss"] = f"{self.losses[-1][1]:.3f} nats per token" if self.losses else "-"
         if self.validations:
             step, held_out, bits = self.validations[-1]
             rows["held out"] = f"{held_out:.3f} nats per token, {bits:.3f} bits per byte (step {step:,})"
-        rows |= {"learning rate": f"{self.learning_rate:.2e}", "speed": f"{self.tokens_per_second:,.0f} tokens per second"}
+        if self.total:
+            rows |= {"learning rate": f"{self.learning_rate:.2e}", "speed": f"{self.tokens_per_second:,.0f} tokens per second"}
+            rows["time left"] = clock_time((self.clock() - self._began) / done * left) if done and left else "-"
         rows["memory"] = memory_in_use()
-        rows["time left"] = clock_time((self.clock() - self._began) / done * left) if done and left else "-"
         safe = "nothing yet" if self.local_step is None else safe_words(self.local_step, self.drive_step).removeprefix("safe ")
         return rows | {"safe": safe}
 

@@ -96,6 +96,15 @@ def test_no_theme_can_put_dark_stripes_behind_the_dark_numbers(screen):
     assert all("color:#" in style for style in re.findall(r'<td(?: style="([^"]*)")?>', screen.html))
 
 
+def test_a_run_that_is_finished_shows_no_empty_numbers(screen):
+    panel = screen.panel()
+    panel.message("finished: the run is at step 45")
+    panel.saved(45, 45)
+    panel.refresh()
+    assert screen.text.splitlines()[0] == "step: not training" and "copied to Drive: step 45" in screen.text
+    assert not re.search(r"loss|rate|tokens per second|time left", screen.text) and "finished: the run is at step 45" in screen.html
+
+
 def test_samples_form_a_timeline_of_the_first_and_the_last_ones(screen):
     panel = screen.panel()
     for step in range(1, 10):
