@@ -278,7 +278,7 @@ def secret(name: str) -> str | None:
 def finish(flush_drive: bool = False, free_machine: bool = False) -> None:
     """The end of a session, only as far as asked: write Drive's cache back, then hand the machine back to Google."""
     if not (flush_drive or free_machine):
-        print("Nothing asked: Drive stays mounted and the machine stays yours.")
+        print("Nothing asked: everything stays as it is.")
         return
     if not is_colab():
         print("This is not Colab: there is no Drive to flush and no machine to hand back.")
