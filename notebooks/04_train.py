@@ -423,8 +423,8 @@ ax.plot(*zip(*trained, strict=True), marker="", label="training")
 ax.plot(*zip(*scored, strict=True), color=plots.ORANGE, marker="D", label="held out")
 ax.axvline(steps, color=plots.GREY, linestyle="--", label="second phase begins")
 plots.label(ax, f"Your run: {config.preset}", "step", "loss (nats per token)", legend=True)
-fell = f"from {trained[0][1]:.2f} to {trained[-1][1]:.2f} nats per token"
-plots.show(fig, alt=f"Training loss falls {fell} over {trained[-1][0]} steps; held-out loss ends at {scored[-1][1] if scored else math.nan:.2f}.")
+ends = [f"{name} {points[-1][1]:.2f} at step {points[-1][0]}" for name, points in (("training", trained), ("held out", scored)) if points]
+plots.show(fig, alt=f"Loss in nats per token: {trained[0][1]:.2f} at step {trained[0][0]}; in the end {', '.join(ends)}.")
 
 # %% [markdown] id="stop"
 # ## 8 · The stop button stops gracefully

@@ -168,8 +168,11 @@ class LivePanel(Reporter):
             rows |= {"learning rate": f"{self.learning_rate:.2e}", "speed": f"{self.tokens_per_second:,.0f} tokens per second"}
             rows["time left"] = clock_time((self.clock() - self._began) / done * left) if done and left else "-"
         rows["memory"] = memory_in_use()
-        safe = "nothing yet" if self.local_step is None else safe_words(self.local_step, self.drive_step).removeprefix("safe ")
-        return rows | {"safe": safe}
+        if self.local_step is not None:
+            rows["safe"] = safe_words(self.local_step, self.drive_step).removeprefix("safe ")
+        elif self.total:
+            rows["safe"] = "nothing yet"
+        return rows
 
     def text(self) -> str:
         """The panel in a few plain lines: what a screen reader or a text-only viewer gets."""
