@@ -205,7 +205,7 @@ panel = widgets.sampler(model, tokenizer, prompt=PROMPT, new_tokens=40)
 # %% id="sampler-check" tags=["check"]
 options = {"temperature": 0.8, "top_p": 0.9}
 texts = [complete(model, tokenizer, PROMPT, 30, seed=seed, **options) for seed in (3, 3, 4)]
-print(f"seed 3: {texts[0]!r}\nseed 4: {texts[2]!r}")
+print(f"seed 3: {texts[0][:80]!r}\nseed 4: {texts[2][:80]!r}")
 lesson.check("the same seed writes the same text", int(texts[0] != texts[1]))
 nearly, greedy = (complete(model, tokenizer, PROMPT, 30, temperature=t, seed=5) for t in (1e-9, 0.0))
 lesson.check("a tiny temperature is greedy", int(nearly != greedy))
@@ -284,7 +284,8 @@ def milliseconds(length, use_cache, repeats=5):
 lengths = [n for n in (16, 32, 64, 128, 256, 512, 1024) if n <= config.max_position_embeddings]
 milliseconds(16, True)  # warm up
 times = {use: [milliseconds(n, use) for n in lengths] for use in (True, False)}
-print("tokens there / ms with cache / ms without:", ", ".join(f"{n} / {a:.1f} / {b:.1f}" for n, a, b in zip(lengths, times[True], times[False], strict=True)))
+for n, quick, slow in zip(lengths, times[True], times[False], strict=True):
+    print(f"behind {n:4} tokens: {quick:6.1f} ms with the cache, {slow:6.1f} ms without")
 
 # %% id="cache-figure" tags=["figure"]
 fig, ax = plots.figure(7.5, 3)
@@ -349,8 +350,8 @@ at = torch.arange(2, len(names))
 habits = {name: stacked[:, :, at - 2, key].mean(-1) for name, key in (("itself", at), ("the one before", at - 1), ("the first", 0 * at))}
 even = (1 / (at + 1)).mean()  # a head that spreads its attention evenly over all tokens so far
 most = {name: divmod(int(share.argmax()), heads) for name, share in habits.items()}
-found = "; ".join(f"on {name}: most {habits[name].max():.0%}, in layer {a}, head {b}" for name, (a, b) in most.items())
-print(f"{found}\n(spread evenly it would be {even:.0%} on each)")
+found = [f"on {name} most in layer {layer}, head {head}: {habits[name].max():.0%}" for name, (layer, head) in most.items()]
+print("\n".join(found), f"\n(spread evenly it would be {even:.0%} on each)")
 
 # %% id="habits-figure" tags=["figure"]
 fig, axes = plots.figure(8.5, 1.4 + 0.2 * min(layers, 30), columns=3, sharey=True)
@@ -360,7 +361,7 @@ for ax, (name, share) in zip(axes, habits.items(), strict=True):
     ax.set_xticks(range(0, heads, 1 if heads < 12 else 4))
     plots.label(ax, f"on {name}", "head", "layer" if name == "itself" else "")
 fig.colorbar(picture, ax=axes, label="mean share")
-plots.show(fig, alt=f"Mean attention of each head, by layer, {found}. Spread evenly it would be {even:.0%} on each.")
+plots.show(fig, alt=f"Mean attention of each head, by layer: {'; '.join(found)}. Spread evenly it would be {even:.0%} on each.")
 
 # %% [markdown] id="lens"
 # **The logit lens.** Every block adds to the same running vector, so the model's last step (norm, output matrix) can be applied after *any* block: what would
@@ -388,17 +389,18 @@ shown = list(range(0, layers + 1, max(1, -(-layers // 8))))  # at most nine rows
 shown += [layers] if shown[-1] != layers else []
 columns = range(max(0, len(names) - 9), len(names))
 sureness, best = lens[shown][:, columns].max(-1)
-print("final answers already there, in the passage of section 5:", ", ".join(f"block {block} {agreement[block]:.0%}" for block in shown))
+scale = sureness[1:].max().item()  # row 0 repeats the token and is nearly sure of it
+print("share of the passage's final answers already there:\n  " + ", ".join(f"block {block} {agreement[block]:.0%}" for block in shown))
 
 # %% id="lens-figure" tags=["figure"]
 fig, ax = plots.figure(9, 1.2 + 0.34 * len(shown))
-picture = ax.imshow(sureness, cmap="Blues", vmin=0, aspect="auto")
+picture = ax.imshow(sureness, cmap="Blues", vmin=0, vmax=scale, aspect="auto")
 for row in range(len(shown)):
     for column in range(len(columns)):
         word = token_view.piece(tokenizer, int(best[row, column]))[:9]
-        color = "white" if sureness[row, column] > 0.55 * sureness.max() else "black"
+        color = "white" if sureness[row, column] > 0.55 * scale else "black"
         ax.text(column, row, word, ha="center", va="center", fontsize=8, color=color, parse_math=False)
-fig.colorbar(picture, ax=ax, label="its probability")
+fig.colorbar(picture, ax=ax, label="its probability", extend="max")
 ax.set_xticks(range(len(columns)), [names[i] for i in columns], parse_math=False)
 ax.set_yticks(range(len(shown)), shown)
 ax.grid(False)
@@ -441,7 +443,7 @@ for row in read_log(log) if log else []:
     if int(row["step"]) < checkpoints[0].step:
         rows.setdefault(int(row["step"]), ("from the log", row["prompt"] + row["text"]))  # of each step the first prompt
 for step in sorted(rows)[-20:]:
-    print(f"step {step:6}  {rows[step][0]:18}  {' '.join(rows[step][1].split())[:80]}")
+    print(f"step {step:6}  {rows[step][0]:18}  {' '.join(rows[step][1].split())[:68]}")
 
 # %% id="time-check" tags=["check"]
 lesson.check("the last moment is the model above", moments[-1]["logits"] - logits.cpu(), 1e-4)
@@ -487,7 +489,7 @@ pairs = {"yours": (model, tokenizer), other_name: (other, other_tokenizer)}
 for prompt in (PROMPT, "The capital of France is"):  # printed before the bar |, what the model wrote behind it
     for name, (each, its_tokenizer) in pairs.items():
         text = complete(each, its_tokenizer, prompt, 30, **settings)
-        print(f"{name}: {prompt}{' '.join(('|' + text).split())[:110]}\n")
+        print(f"{name}: {prompt}{' '.join(('|' + text).split())[:90]}\n")
 
 # %% id="official-figure" tags=["figure"]
 fig, ax = plots.figure(7.5, 2)
@@ -533,8 +535,8 @@ lesson.score()
 # 3. `import copy`; for each head in turn `other = copy.deepcopy(model)`, then
 #    `other.model.layers[layer].self_attn.o_proj.weight.data[:, head * D : (head + 1) * D] = 0` with `D = config.head_dim`, and
 #    `-token_probabilities(other, read).log2().sum()`. Often a head of the first layer costs most, and several cost almost nothing.
-# 4. In section 1 replace the first line by `checkpoints = own_run(REPO / "input.txt", "early")`, then run that cell and section 8 again (`model`, `tokenizer`
-#    and `ids` belong together: the cell of the first figure makes `ids` and `logits`). The checkpoints are those of steps 50 to 300.
+# 4. In section 1 put `checkpoints = own_run(REPO / "input.txt", "early")` in place of the first line. Run that cell, the one in section 2 that makes `ids`, and
+#    section 8 again. Its checkpoints are those of steps 50 to 300, beside step 0.
 # </details>
 
 # %% [markdown] id="next"
