@@ -356,7 +356,7 @@ def _check_memory(config: RunConfig, device: torch.device) -> None:
     import psutil
 
     model, train, total = config.model, config.train, psutil.virtual_memory().total
-    count, rows, on_cpu = parameter_count(model), train.batch_size, device.type != "cuda"
+    count, rows, on_cpu = parameter_count(model), train.batch_size // config.run.num_nodes, device.type != "cuda"
     needed = count * (16 if on_cpu else 4)  # fp32 weights; on a CPU gradients and two moments too
     if needed > total:
         raise ConfigError(

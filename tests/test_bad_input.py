@@ -36,8 +36,6 @@ from smollm2.config import load_config
 from smollm2.errors import run_command
 from smollm2.progress import Reporter
 
-pytestmark = pytest.mark.slow  # minutes: hundreds of command lines
-
 ROOT = Path(__file__).parents[1]
 PROGRAMS = {"train": colab_train.main, "generate": generate.main, "evaluate": evaluate.main}
 CONFIG = """\
@@ -184,7 +182,7 @@ def make_checkpoints(shop: Path) -> None:
         "gpt2": config(model_type="gpt2"), "gelu": config(hidden_act="gelu"), "bias": config(attention_bias=True), "rope": config(rope_scaling={"rope_type": "yarn", "factor": 4.0}),
         "rope-text": config(rope_scaling="linear"), "rope-list": config(rope_parameters=[1]), "hidden-text": config(hidden_size="many"), "hidden-zero": config(hidden_size=0), "hidden-negative": config(hidden_size=-16),
         "hidden-float": config(hidden_size=16.5), "hidden-null": config(hidden_size=None), "heads": config(num_attention_heads=3, head_dim=None), "layers-huge": config(num_hidden_layers=10**9),
-        "hidden-huge": config(hidden_size=10**12, head_dim=None), "context-huge": config(max_position_embeddings=10**12), "vocab-huge": config(vocab_size=10**9), "theta-infinite": put("config.json", b'{"rope_theta": 1e999}'),
+        "hidden-huge": config(hidden_size=10**12, head_dim=None), "context-huge": config(max_position_embeddings=10**12), "vocab-huge": config(vocab_size=10**9), "tables-huge": config(max_position_embeddings=2**20, head_dim=2**12), "theta-infinite": put("config.json", b'{"rope_theta": 1e999}'),
         "other-width": config(hidden_size=32, head_dim=None), "other-depth": config(num_hidden_layers=2), "other-vocabulary": config(vocab_size=301), "untied": config(tie_word_embeddings=False),
         "no-weights": lambda f: (f / "model.safetensors").unlink(), "weights-empty": put("model.safetensors", b""), "weights-8": put("model.safetensors", raw[:8]), "weights-cut": put("model.safetensors", raw[: len(raw) // 2]),
         "weights-last": put("model.safetensors", raw[:-1]), "weights-more": put("model.safetensors", raw + b"x"), "weights-header": put("model.safetensors", (2**60).to_bytes(8, "little") + raw[8:]),
@@ -220,6 +218,23 @@ def forge(folder: Path, **changes) -> None:
     body = json.loads((folder / "manifest.json").read_text()) | changes
     body.pop("sha256_of_this")
     (folder / "manifest.json").write_bytes(dump_json(body | {"sha256_of_this": sha256_json(body)}))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def modest_memory():
+    """What a mistake asks for is refused before it is taken: the whole file needs less than half a GiB more than the process had."""
+    status, peak = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+    def kilobytes(field: str) -> int:
+        return int(next(line for line in status.read_text().splitlines() if line.startswith(field)).split()[1])
+
+    if not peak.exists():
+        yield
+        return
+    before = kilobytes("VmRSS:")
+    peak.write_text("5")  # forget the highest value so far
+    yield
+    assert kilobytes("VmHWM:") - before < 2**19
 
 
 @pytest.fixture
@@ -448,6 +463,8 @@ BAD_CONFIGS = {
     "model: {hidden_size: 1000000000000}": ("hidden_size",),
     "model: {max_position_embeddings: 1000000000000}": ("max_position_embeddings",),
     "model: {hidden_size: 65536, num_attention_heads: 64, num_key_value_heads: 64, num_hidden_layers: 1000}": ("memory", "smaller model"),
+    "model: {head_dim: 4096, max_position_embeddings: 1048576}": ("RoPE tables", "GiB", "smaller"),
+    "train: {batch_size: 1048576}": ("batch_size", "memory", "choose a smaller train.micro_batch_size"),
     "model: {rope_theta: 0}": ("rope_theta",),
     "model: {tie_word_embeddings: maybe}": ("tie_word_embeddings",),
     "run: {resume: sometimes}": ("resume",),
@@ -712,17 +729,18 @@ def test_an_output_folder_that_cannot_be_written_is_told(shop, tmp_path, refused
 # --- real processes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "module, argv, code",
     [
         ("colab_train.py", ["--max_step", "5"], 2),
-        pytest.param("colab_train.py", ["--input_file", "missing.txt"], 2, marks=pytest.mark.slow),
-        pytest.param("colab_train.py", ["--config", "SHOP/tiny.yaml", "--input_file", "SHOP/latin1.txt"], 2, marks=pytest.mark.slow),
-        pytest.param("colab_train.py", ["--config", "SHOP/tiny.yaml", "--input_file", "SHOP/good.txt", "--output_dir", "SHOP/good.txt"], 7, marks=pytest.mark.slow),
-        pytest.param("colab_train.py", ["--input_file", b"\xff.txt"], 2, marks=pytest.mark.slow),
-        pytest.param("smollm2.generate", ["--checkpoint", "SHOP/pickle.bin", "--prompt", "x"], 2, marks=pytest.mark.slow),
+        ("colab_train.py", ["--input_file", "missing.txt"], 2),
+        ("colab_train.py", ["--config", "SHOP/tiny.yaml", "--input_file", "SHOP/latin1.txt"], 2),
+        ("colab_train.py", ["--config", "SHOP/tiny.yaml", "--input_file", "SHOP/good.txt", "--output_dir", "SHOP/good.txt"], 7),
+        ("colab_train.py", ["--input_file", b"\xff.txt"], 2),
+        ("smollm2.generate", ["--checkpoint", "SHOP/pickle.bin", "--prompt", "x"], 2),
         ("smollm2.generate", ["--checkpoint", "SHOP/broken/ours-weights", "--prompt", "x"], 2),
-        pytest.param("smollm2.evaluate", ["--checkpoint", "SHOP/broken/gpt2", "--input_file", "SHOP/good.txt"], 2, marks=pytest.mark.slow),
+        ("smollm2.evaluate", ["--checkpoint", "SHOP/broken/gpt2", "--input_file", "SHOP/good.txt"], 2),
     ],
 )
 def test_real_processes_say_one_line_too(module, argv, code, shop, tmp_path):
