@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import random
 from dataclasses import asdict, dataclass, field
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import torch
-from pydantic import NonNegativeInt, TypeAdapter, ValidationError
+from pydantic import NonNegativeInt, StringConstraints, TypeAdapter, ValidationError
 
 from .checkpoint import Manifest, strict_json
 from .config import RunConfig
@@ -52,7 +52,7 @@ class TrainState:
     python_rng: list[Any] = field(default_factory=list)
     config: dict[str, dict[str, Any]] = field(default_factory=dict)
     init_from: str | None = None  # Hub id or folder name whose weights the run began with; None: random ones
-    base_model: str | None = None  # Hub id of the published weights behind `init_from`, where that is known
+    base_model: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_./-]{1,200}$")] | None = None  # Hub id of the published weights behind `init_from`, where that is known
 
     def to_json(self) -> dict[str, Any]:
         version, internal, gauss = random.getstate()

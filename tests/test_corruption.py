@@ -249,7 +249,11 @@ def forged_state(rng, bad, good):
         value = "val"
     if key in ("position", "schedule_start", "schedule_total", "micro_batch_size") and isinstance(value, int) and value is not True and value >= 0:
         value = -value
-    if rng.random() < 0.3:
+    if key == "init_from" and isinstance(value, str):  # the name of any folder
+        value = [value]
+    if key == "base_model" and isinstance(value, str):  # it goes into the head of a model card
+        value = f"a/b\nlicence: {value}"
+    if rng.random() < 0.3 and key not in ("init_from", "base_model"):  # without these two it is a state of an earlier version
         del state[key]
     else:
         state[key] = value
