@@ -352,7 +352,8 @@ lesson.check("there and back: saved by transformers, read by us", max(lesson.lar
 # ## 7 · The card
 #
 # A model without a card is a file of numbers. The export wrote one from the run's own log: nothing in it is typed by hand, and what the log does not know
-# is left out. Read it as a stranger would: what was it trained on, for how long, how good is it, what must it not be used for?
+# is left out. Read it as a stranger would: what was it trained on, for how long, how good is it, what must it not be used for? Which of these answers is
+# missing, so that you must write it before you publish?
 
 # %% id="card-show" tags=["lesson"]
 card = (out / "README.md").read_text(encoding="utf-8")
