@@ -56,8 +56,9 @@ import torch.nn.functional as F
 from matplotlib.patches import Rectangle
 from torch.utils.flop_counter import FlopCounterMode
 
-from smollm2 import KVCache, SmolLM2, SmolLM2Config, lesson, load_config, parameter_table, plots, widgets
+from smollm2 import KVCache, SmolLM2, SmolLM2Config, load_config, parameter_table, plots, widgets
 from smollm2.config import flops_per_token, parameter_count
+from smollm2.notebook import lesson
 from smollm2.parameters import group_totals
 
 config = SmolLM2Config()

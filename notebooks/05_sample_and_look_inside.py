@@ -56,15 +56,16 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from smollm2 import SmolLM2, data, lesson, plots, token_view, widgets
+from smollm2 import SmolLM2, data, plots, widgets
 from smollm2.device import choose_device
 from smollm2.errors import UserError
 from smollm2.evaluate import score_tokens
 from smollm2.generate import complete, next_token_probabilities, prompt_ids, stream
-from smollm2.inspect_model import logit_lens, look_inside, token_probabilities
 from smollm2.logs import SAMPLES, read_log
 from smollm2.model import KVCache
-from smollm2.own_run import own_run, untrained
+from smollm2.notebook import lesson, token_view
+from smollm2.notebook.inspect_model import logit_lens, look_inside, token_probabilities
+from smollm2.notebook.own_run import own_run, untrained
 from smollm2.pretrained import load_model_and_tokenizer
 
 SMOKE = colab.is_smoke()
@@ -300,7 +301,7 @@ plots.show(fig, alt=f"Time of one more token against the length: behind {lengths
 # ## 7 · Look inside
 #
 # Attention is the one place where positions talk. The fast kernel (PyTorch's `scaled_dot_product_attention`) never shows its probabilities, so
-# `smollm2.inspect_model` computes them again beside it, from the same weights. First: is what we look at really what the model does? Then move the
+# `smollm2.notebook.inspect_model` computes them again beside it, from the same weights. First: is what we look at really what the model does? Then move the
 # sliders: each row is a token, and shows how its attention is spread over the tokens before it. Which head reads the token just before?
 
 # %% id="attention-check" tags=["check"]

@@ -59,19 +59,20 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from smollm2 import SmolLM2, data, lesson, plots, widgets
-from smollm2.data_plots import visible
+from smollm2 import SmolLM2, data, plots, widgets
 from smollm2.device import choose_device
 from smollm2.errors import UserError
 from smollm2.evaluate import compression_bits_per_byte, score_file
 from smollm2.export import export
 from smollm2.files import sha256_file
 from smollm2.generate import prompt_ids
-from smollm2.inspect_model import token_probabilities
-from smollm2.ngram import NGram
-from smollm2.own_run import own_run
+from smollm2.notebook import lesson
+from smollm2.notebook.data_plots import visible
+from smollm2.notebook.inspect_model import token_probabilities
+from smollm2.notebook.ngram import NGram
+from smollm2.notebook.own_run import own_run
+from smollm2.notebook.token_view import spelled
 from smollm2.pretrained import load_model_and_tokenizer, trained_length
-from smollm2.token_view import spelled
 
 SMOKE = colab.is_smoke()
 TEXT = REPO / "input.txt"

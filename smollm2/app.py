@@ -2,7 +2,7 @@
 
 Completion as it is written, its settings, what could come next, and a choice among the run's checkpoints. It answers to
 this machine only, unless `--share` opens a public tunnel, and that needs `--auth USER:PASSWORD`. All text in and out is
-plain text. The limits are in `serving.py`; a script can use `POST /api/complete` (README).
+plain text. The limits are in `web/serving.py`; a script can use `POST /api/complete` (README).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import os
 import time
 
 from .errors import ArgumentParser, ConfigError, UserError, run_command
-from .gate import Gate, Refused
-from .serving import MAX_NEW_TOKENS, MAX_PROMPT_CHARACTERS, MAX_WAITING, Models, Writer, api_routes, parse
+from .web.gate import Gate, Refused
+from .web.serving import MAX_NEW_TOKENS, MAX_PROMPT_CHARACTERS, MAX_WAITING, Models, Writer, api_routes, parse
 
 MIN_PASSWORD_CHARACTERS = 8
 REDRAW_SECONDS = 0.05

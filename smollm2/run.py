@@ -22,20 +22,20 @@ from .checkpoint import FINAL_NAMES, Manifest, candidates, load_tensors, newest_
 from .config import RunConfig, parameter_count
 from .data import TokenData, check_length, documents, identity_key, prepare_tokens, read_split, source_identity
 from .device import choose_device, choose_precision, device_name, fingerprint
-from .drive_folder import is_below_mount_point
-from .drive_restore import check_places
 from .errors import CheckpointError, ConfigError, DataError, OutputLost, UserError
 from .evaluate import compression_bits_per_byte, score_tokens
 from .files import remove_temporaries, replace_durably, sha256_json
-from .lock import OutputLock
 from .logs import CHECKPOINTS, TextLogs, shell_word
 from .model import SmolLM2
 from .optim import Schedule, moments_by_name
 from .pretrained import load_weights, model_files, origin_name, published_base, read_config, read_weights, resolve, stored_tensors
 from .progress import Reporter, TerminalReporter, safe_words
-from .retention import check_space, remove_leftovers
-from .saver import Saver
 from .state import TrainState, check_origin, check_unchanged, fixed_settings, read_state, restore_rng, rng_tensors
+from .storage.drive_folder import is_below_mount_point
+from .storage.drive_restore import check_places
+from .storage.lock import OutputLock
+from .storage.retention import check_space, remove_leftovers
+from .storage.saver import Saver
 from .tokenizer import Tokenizer, choose_tokenizer
 from .workers import announce_open, is_first_worker, wait_until_open
 
@@ -106,7 +106,7 @@ class Run:
         """Newest verified checkpoint of this machine, or of Drive when that one is newer."""
         place, folders = self.config.run, candidates(self.checkpoint_dir)
         if place.drive_dir and self.is_first_worker:
-            from .drive import newest_on_drive
+            from .storage.drive import newest_on_drive
 
             self.newest = newest_on_drive(place.drive_dir, self.checkpoint_dir, folders, self.say, check=read_state, take_over=place.take_over)
         else:
@@ -422,7 +422,7 @@ def open_run(config: RunConfig, reporter: Reporter | None = None) -> Iterator[Ru
         run_id = run.newest.run_id if run.newest else sha256_json([fixed_settings(config), run.data.sha256, *began])[:16]
         run.saver = Saver(run.checkpoint_dir, run_id, config.train.keep_last, run.on_saved, run.on_save_failed)
         if config.run.drive_dir and run.is_first_worker:
-            from .drive import DriveMirror
+            from .storage.drive import DriveMirror
 
             run.mirror = DriveMirror(config.run.drive_dir, run.say, run.on_copied)
             if run.newest:

@@ -67,7 +67,7 @@ def explore(render: Render, **controls) -> None:
 
 
 def sampler(model, tokenizer, **settings):
-    """The live sampling panel of `smollm2.sampler`, and under it what its default settings write."""
-    from .sampler import show
+    """The live sampling panel of `smollm2.notebook.sampler`, and under it what its default settings write."""
+    from .notebook.sampler import show
 
     return show(model, tokenizer, **settings)

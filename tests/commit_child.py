@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from smollm2.checkpoint import FINAL_NAMES, Manifest, commit, step_name
-from smollm2.retention import prune, remove_leftovers
+from smollm2.storage.retention import prune, remove_leftovers
 
 FINAL = FINAL_NAMES[0]
 NEW_STEP = 40

@@ -1,6 +1,6 @@
 """A Google Drive that lies as the real one does, for the tests of the Drive tier.
 
-It stands in for `os` and `open` inside `smollm2.drive_folder`, the one module that touches the remote folder. There are
+It stands in for `os` and `open` inside `smollm2.storage.drive_folder`, the one module that touches the remote folder. There are
 two views: what the mounted folder shows (the virtual machine's cache) and what the server has. Writes reach the server
 later, in order or not, and never when the machine dies first. On top of that come bursts of errno 107 and 5, files that
 read as 0 bytes for a while, folders that turn up as "name (1)", renames taken back, a quota, and a trash that counts.
@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from smollm2 import drive_folder
+from smollm2.storage import drive_folder
 
 
 class MachineDied(BaseException):
@@ -241,7 +241,7 @@ class FakeDrive:
     # --- putting it in place
 
     def install(self, monkeypatch, tmp_path: Path) -> None:
-        """Make `smollm2.drive_folder` see this Drive under its mount point, and the real disk everywhere else."""
+        """Make `smollm2.storage.drive_folder` see this Drive under its mount point, and the real disk everywhere else."""
         table = tmp_path / "mounts"
 
         class Os:

@@ -36,13 +36,14 @@ from pathlib import Path
 
 import torch
 
-from smollm2 import chores, run, saver, training
+from smollm2 import chores, run, training
 from smollm2.checkpoint import FINAL_NAMES, candidates, verify
 from smollm2.config import DataConfig, PlaceConfig, RunConfig, SmolLM2Config, TrainConfig
 from smollm2.errors import CheckpointError
 from smollm2.files import sha256_file
 from smollm2.logs import EPOCHS, SAMPLES, TRAINING, parse_line
 from smollm2.progress import Reporter
+from smollm2.storage import saver
 
 PHASES = ("start-up", "training", "saving", "validation", "exit")
 STEPS = 120

@@ -19,12 +19,13 @@ from tiny_models import tiny_model, tiny_tokenizer
 from smollm2.checkpoint import commit, step_name
 from smollm2.errors import ConfigError
 from smollm2.pretrained import model_files
-from smollm2.saver import tensor_file
+from smollm2.storage.saver import tensor_file
 
 gradio = pytest.importorskip("gradio", reason="pip install gradio")
 httpx = pytest.importorskip("httpx", reason="pip install httpx")
 
-from smollm2 import app, gate, serving  # noqa: E402 - they need gradio
+from smollm2 import app  # noqa: E402 - they need gradio
+from smollm2.web import gate, serving  # noqa: E402 - they need gradio
 
 
 def run_with_two_checkpoints(root: Path, **changes) -> Path:

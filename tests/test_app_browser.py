@@ -54,8 +54,8 @@ def checkpoint(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def address(checkpoint, pace):
     pytest.importorskip("gradio", reason="pip install gradio")
-    from smollm2 import serving
     from smollm2.app import launch
+    from smollm2.web import serving
 
     stream = serving.stream
 

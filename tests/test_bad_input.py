@@ -708,7 +708,7 @@ def test_a_pickled_lightning_checkpoint_in_the_run_is_not_taken_for_ours(shop, r
 
 
 def test_two_processes_never_write_one_folder(shop, run_here, refused):
-    holder = subprocess.Popen([sys.executable, "-c", f"from smollm2.lock import OutputLock; l = OutputLock({str(run_here)!r}); l.__enter__(); print(1, flush=True); input()"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    holder = subprocess.Popen([sys.executable, "-c", f"from smollm2.storage.lock import OutputLock; l = OutputLock({str(run_here)!r}); l.__enter__(); print(1, flush=True); input()"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         holder.stdout.readline()
         resume(refused, shop, run_here, words=("another process", f"pid {holder.pid}"), code=3)

@@ -12,8 +12,9 @@ import ipywidgets
 import pytest
 import torch
 
-from smollm2 import colab, lesson, plots, widgets
+from smollm2 import colab, plots, widgets
 from smollm2.errors import UserError
+from smollm2.notebook import lesson
 
 ROOT = Path(__file__).resolve().parents[1]
 FAKE = ROOT / "tests" / "fakecolab"

@@ -21,12 +21,13 @@ from pathlib import Path
 
 import pytest
 
-from smollm2 import checkpoint, files, retention, saver
+from smollm2 import checkpoint, files
 from smollm2.checkpoint import Manifest, candidates, newest_usable, step_name, verify
 from smollm2.errors import OutputLost
 from smollm2.logs import TRAINING, read_log
 from smollm2.progress import Reporter
-from smollm2.retention import prune, remove_leftovers
+from smollm2.storage import retention, saver
+from smollm2.storage.retention import prune, remove_leftovers
 from smollm2.training import train
 from tests.commit_child import FINAL, NEW_STEP, SCENARIOS, save
 from tests.soak import Blackboard, compare, outcome, reference, small_config, small_text, start, wait

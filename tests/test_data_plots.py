@@ -6,7 +6,8 @@ import warnings
 
 import pytest
 
-from smollm2 import data_plots, plots
+from smollm2 import plots
+from smollm2.notebook import data_plots
 from smollm2.tokenizer import Tokenizer
 
 TEXTS = ["", "a", "price: $5 and $6", "one token: $_$", "日本語 🙂 Ωμέγα\n\ttab\0end", "x" * 500, "<|endoftext|>", "{\\frac a b} _ ^ %"]

@@ -28,10 +28,10 @@ from smollm2 import SmolLM2, evaluate, export, generate
 from smollm2.checkpoint import FINAL_NAMES, commit, load_tensors
 from smollm2.config import load_config
 from smollm2.conversation import render_chat
-from smollm2.drive import newest_on_drive
 from smollm2.errors import CheckpointError, UserError, run_command
-from smollm2.own_run import own_checkpoints
+from smollm2.notebook.own_run import own_checkpoints
 from smollm2.progress import Reporter
+from smollm2.storage.drive import newest_on_drive
 from smollm2.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -266,7 +266,7 @@ def restore(good: Path, target: Path, work: Path) -> None:
 
 
 def serve(good: Path, target: Path, work: Path) -> None:
-    from smollm2.serving import Models
+    from smollm2.web.serving import Models
 
     python(lambda: Models(target).get())
 
@@ -311,7 +311,7 @@ def attack(good, tmp_path, monkeypatch) -> Callable[[str, str, str], None]:
     canary = tmp_path / "canary"
     monkeypatch.setenv("CANARY", str(canary))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("smollm2.drive_restore.RETRY_PAUSES", (0.0,))
+    monkeypatch.setattr("smollm2.storage.drive_restore.RETRY_PAUSES", (0.0,))
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch.load was called"))
     everything = payloads(str(canary))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import random_ids, tiny_model, transformers_twin
 
-from smollm2.inspect_model import logit_lens, look_inside, token_probabilities
+from smollm2.notebook.inspect_model import logit_lens, look_inside, token_probabilities
 
 
 @pytest.fixture(scope="module")

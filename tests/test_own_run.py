@@ -10,9 +10,9 @@ import torch
 from tiny_models import tiny_model, tiny_tokenizer
 
 from smollm2.checkpoint import commit
-from smollm2.own_run import own_checkpoints, own_run, small_run, untrained
+from smollm2.notebook.own_run import own_checkpoints, own_run, small_run, untrained
 from smollm2.pretrained import load_model, model_files
-from smollm2.saver import tensor_file
+from smollm2.storage.saver import tensor_file
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -8,10 +8,10 @@ from itertools import pairwise
 
 import pytest
 
-from smollm2 import panel as panel_module
 from smollm2 import plots
 from smollm2.logs import SAMPLES, TRAINING, TextLogs
-from smollm2.panel import LivePanel, clock_time, thinned
+from smollm2.notebook import panel as panel_module
+from smollm2.notebook.panel import LivePanel, clock_time, thinned
 
 
 class Screen:

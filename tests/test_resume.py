@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from smollm2 import saver
 from smollm2.checkpoint import FINAL_NAMES, step_name, verify
 from smollm2.errors import BusyError, ConfigError, DataError
 from smollm2.files import sha256_file
-from smollm2.lock import OutputLock
 from smollm2.logs import CHECKPOINTS, EPOCHS, SAMPLES, TRAINING, TextLogs, read_log
 from smollm2.progress import Reporter
+from smollm2.storage import saver
+from smollm2.storage.lock import OutputLock
 from smollm2.training import train
 from tests.soak import (
     SABOTAGES,

@@ -7,10 +7,11 @@ import pytest
 import torch
 from tiny_models import tiny_model, tiny_tokenizer
 
-from smollm2 import sampler as sampler_module
-from smollm2 import token_view, widgets
+from smollm2 import widgets
 from smollm2.generate import complete, next_token_probabilities
-from smollm2.sampler import Sampler
+from smollm2.notebook import sampler as sampler_module
+from smollm2.notebook import token_view
+from smollm2.notebook.sampler import Sampler
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,10 @@ import pytest
 
 from smollm2.checkpoint import candidates, newest_usable
 from smollm2.errors import BusyError
-from smollm2.lock import OutputLock
 from smollm2.logs import CHECKPOINTS, read_log
 from smollm2.progress import Reporter
 from smollm2.signals import StopSignals
+from smollm2.storage.lock import OutputLock
 from smollm2.training import train
 from tests.soak import Blackboard, compare, kill, outcome, reference, small_config, small_text, start, wait
 

@@ -11,7 +11,7 @@ from smollm2 import colab
 from smollm2.checkpoint import commit
 from smollm2.config import load_config
 from smollm2.errors import BusyError, ConfigError, NoUsableCheckpoint
-from smollm2.steadfast import drive_problem, keep_training, kept
+from smollm2.notebook.steadfast import drive_problem, keep_training, kept
 
 
 def with_drive(folder):

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TRAIN = """
 import smollm2
 from smollm2.config import load_config
-from smollm2.panel import LivePanel
+from smollm2.notebook.panel import LivePanel
 
 tiny = {"model.vocab_size": 300, "data.tokenizer_vocab_size": 300, "model.hidden_size": 48, "model.intermediate_size": 96, "model.num_hidden_layers": 2,
         "data.sequence_length": 32, "train.batch_size": 4, "train.val_max_tokens": 512, "train.sample_tokens": 4, "data.input_file": "text.txt"}

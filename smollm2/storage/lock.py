@@ -14,7 +14,7 @@ import socket
 import time
 from pathlib import Path
 
-from .errors import BusyError, OutputLost
+from ..errors import BusyError, OutputLost
 
 _held: set[str] = set()  # lockf does not exclude a process from itself
 

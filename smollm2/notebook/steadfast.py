@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from .checkpoint import candidates, read_manifest, verify
-from .config import RunConfig
-from .drive_folder import check_place
-from .errors import BusyError, CheckpointError, UserError
-from .lease import LIVE_SECONDS
+from ..checkpoint import candidates, read_manifest, verify
+from ..config import RunConfig
+from ..errors import BusyError, CheckpointError, UserError
+from ..storage.drive_folder import check_place
+from ..storage.lease import LIVE_SECONDS
 
 PAUSE_SECONDS = 15.0
 

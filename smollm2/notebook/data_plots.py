@@ -6,8 +6,8 @@ from functools import cache
 
 from matplotlib.patches import Rectangle
 
-from . import plots
-from .tokenizer import Tokenizer
+from .. import plots
+from ..tokenizer import Tokenizer
 
 TINTS = ["#cfe6f5", "#fde7c2", "#cdebdf", "#f8d5c2", "#ead9e6"]  # pale: black text stays readable on each
 CHARACTERS_PER_LINE = 72

@@ -16,9 +16,9 @@ import time
 from collections import deque
 from pathlib import Path
 
-from . import plots
-from .logs import SAMPLES, TRAINING, read_log
-from .progress import Reporter, TerminalReporter, safe_words
+from .. import plots
+from ..logs import SAMPLES, TRAINING, read_log
+from ..progress import Reporter, TerminalReporter, safe_words
 
 CHART = {"width": 680, "height": 170, "left": 46, "right": 12, "top": 12, "bottom": 24}
 MAX_POINTS = 340  # of the curve: one for every other pixel

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import Manifest, commit, dump_json
-from .errors import NumericStop, OutputLost, UserError
+from ..checkpoint import Manifest, commit, dump_json
+from ..errors import NumericStop, OutputLost, UserError
 from .retention import prune
 
 MAX_FAILED_SAVES = 3

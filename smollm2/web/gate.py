@@ -10,7 +10,7 @@ import json
 
 from starlette.responses import JSONResponse
 
-from .errors import UserError
+from ..errors import UserError
 
 MAX_BODY_BYTES = 64 * 1024
 BODY_SECONDS = 10.0  # a body that drips in more slowly is refused

@@ -18,9 +18,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoint import FINAL_NAMES, MANIFEST, MAX_MANIFEST_BYTES, Manifest, dump_json, parse_manifest, step_name, strict_json
-from .errors import CheckpointError
-from .files import CHUNK_BYTES, sha256_bytes
+from ..checkpoint import FINAL_NAMES, MANIFEST, MAX_MANIFEST_BYTES, Manifest, dump_json, parse_manifest, step_name, strict_json
+from ..errors import CheckpointError
+from ..files import CHUNK_BYTES, sha256_bytes
 
 MOUNT_POINT = Path("/content/drive")  # where Colab mounts Google Drive
 MOUNTS_TABLE = Path("/proc/mounts")

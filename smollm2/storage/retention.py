@@ -13,8 +13,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from .checkpoint import FINAL_NAMES, Manifest, candidates, read_manifest
-from .errors import CheckpointError, OutputLost
+from ..checkpoint import FINAL_NAMES, Manifest, candidates, read_manifest
+from ..errors import CheckpointError, OutputLost
 
 
 def remove_leftovers(checkpoint_dir: str | Path) -> None:

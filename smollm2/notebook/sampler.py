@@ -13,12 +13,12 @@ import time
 import ipywidgets
 import torch
 
-from . import plots, widgets
-from .errors import UserError
-from .generate import prompt_ids, stream
-from .model import SmolLM2
+from .. import plots, widgets
+from ..errors import UserError
+from ..generate import prompt_ids, stream
+from ..model import SmolLM2
+from ..tokenizer import StreamDecoder, Tokenizer
 from .token_view import LEGEND, bars, coloured, legend
-from .tokenizer import StreamDecoder, Tokenizer
 
 REDRAW_SECONDS = 0.1  # between two updates of the text while it streams
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from .card import read_state
-from .checkpoint import MANIFEST, Manifest, verify
-from .config import RunConfig, load_config, read_yaml
-from .errors import CheckpointError
-from .model import SmolLM2
-from .pretrained import MODEL_FILES, read_config
-from .progress import Reporter
+from ..card import read_state
+from ..checkpoint import MANIFEST, Manifest, verify
+from ..config import RunConfig, load_config, read_yaml
+from ..errors import CheckpointError
+from ..model import SmolLM2
+from ..pretrained import MODEL_FILES, read_config
+from ..progress import Reporter
 
 SMALL = "small"  # the run made here: a folder of its own, so that it never stands in the way of notebook 04's
 PLACES = ("*.ckpt", "*/*.ckpt", "*/checkpoints/*.ckpt")
@@ -67,7 +67,7 @@ def own_run(input_file: str | Path, output_dir: str | Path = "output", others: I
     folders = [output_dir, *others]
     checkpoints = own_checkpoints(folders)
     if not checkpoints:
-        from .training import train
+        from ..training import train
 
         train(small_run(input_file, output_dir, smoke), FewLines())
         checkpoints = own_checkpoints(folders)

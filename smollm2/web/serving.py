@@ -26,14 +26,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from .checkpoint import candidates
-from .device import choose_device, inference_dtype
-from .errors import CheckpointError, UserError
+from ..checkpoint import candidates
+from ..device import choose_device, inference_dtype
+from ..errors import CheckpointError, UserError
+from ..generate import prompt_ids, stream
+from ..notebook.token_view import piece
+from ..pretrained import load_model_and_tokenizer, resolve
+from ..tokenizer import StreamDecoder
 from .gate import Refused
-from .generate import prompt_ids, stream
-from .pretrained import load_model_and_tokenizer, resolve
-from .token_view import piece
-from .tokenizer import StreamDecoder
 
 MAX_PROMPT_CHARACTERS = 8000
 MAX_NEW_TOKENS = 512

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .model import Attention, SmolLM2, apply_rope
+from ..model import Attention, SmolLM2, apply_rope
 
 
 @dataclass(frozen=True)

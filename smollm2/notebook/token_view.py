@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import torch
 
-from . import plots
+from .. import plots
+from ..generate import next_token_probabilities
+from ..tokenizer import Tokenizer
 from .data_plots import token_bytes, visible
-from .generate import next_token_probabilities
-from .tokenizer import Tokenizer
 
 # (probability below which it holds, background): dark = the model was surprised. Text stays readable on each.
 SHADES = [(0.01, "#08519c", "#ffffff"), (0.1, "#4292c6", "#000000"), (0.5, "#9ecae1", "#000000"), (1.01, "#e8f1fa", "#000000")]
