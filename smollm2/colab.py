@@ -170,7 +170,7 @@ class Storage:
 def explain(error: BaseException) -> str:
     """A Drive failure in plain words, with what to do."""
     text = str(error)
-    if isinstance(error, NotImplementedError):
+    if isinstance(error, NotImplementedError):  # what Colab's own `drive.mount` raises on Colab Enterprise
         return "this kind of runtime cannot mount Drive (Colab Enterprise, or no Colab screen behind it)"
     if "must not already contain files" in text:
         return f"a plain folder lies at {MOUNT_POINT}, made before Drive was mounted; rename it, then run this cell again"
@@ -220,6 +220,7 @@ def mount_drive(name: str = DRIVE_FOLDER, sleep=time.sleep) -> Path:
                 drive.mount(str(MOUNT_POINT))
             return _drive_folder(name)
         except Exception as error:  # Colab's own errors share no base class; every one of them means "no Drive now"
+            # no Drive on Colab Enterprise (its `mount` raises this), or a folder in the way: another try changes neither
             hopeless = isinstance(error, NotImplementedError) or "must not already contain files" in str(error)
             if pause is None or hopeless:
                 raise

@@ -11,7 +11,7 @@ import contextlib
 import io
 import marshal
 import os
-import pickle
+import pickle  # to write the payloads, and to show that each of them would run
 import shutil
 import struct
 import subprocess
@@ -119,7 +119,7 @@ def detonate(data: bytes) -> None:
 
     for load in (
         lambda: pickle.loads(data),  # noqa: S301 - the point of it
-        lambda: torch.load(io.BytesIO(data), weights_only=False),
+        lambda: torch.load(io.BytesIO(data), weights_only=False),  # the careless program: the payload must be live
         lambda: numpy.load(io.BytesIO(data), allow_pickle=True),
     ):
         with contextlib.suppress(Exception):
@@ -397,7 +397,7 @@ FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: path.name)
 def test_the_source_has_no_way_to_run_a_file(path):
-    """No pickle import, no torch.load, no weights_only=False, no trust_remote_code, no yaml.load without a safe loader, no eval."""
+    """None of what `find_problems` looks for: unpickling, remote code, an unsafe YAML loader, eval, a shell."""
     problems = find_problems(path.read_text(encoding="utf-8"))
     assert not problems, problems
 
@@ -428,7 +428,7 @@ def find_problems(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "line",
+    "line",  # text to be found, never run
     ["import pickle", "from pickle import loads", "import joblib as j", "torch.load(p)", "load(p, weights_only=False)", "AutoModel.from_pretrained(p, trust_remote_code=flag)", "yaml.load(t)", "np.load(p, allow_pickle=True)", "eval(t)", "subprocess.run(t, shell=True)"],
 )
 def test_the_search_finds_what_it_looks_for(line):

@@ -54,6 +54,7 @@ def mount(mountpoint, force_remount=False, timeout_ms=120000, readonly=False):
     global _hooked
     drill, _, amount = os.environ.get("FAKECOLAB_DRIVE", "ok").partition(":")
     if drill == "enterprise":
+        # the real `mount` raises exactly this on Colab Enterprise
         raise NotImplementedError("google.colab.drive is unsupported in this environment.")
     if drill == "refused":
         raise _message.MessageError("Error: credential propagation was unsuccessful")
