@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import UserError
+from .storage.drive_errors import MOUNT_POINT, explain
 
-MOUNT_POINT = Path("/content/drive")
 DRIVE_NAMES = ("MyDrive", "My Drive")  # Colab shows both; older mounts only the second
 DRIVE_FOLDER = "smollm2"
 MODULES = {"pyyaml": "yaml", "nvidia-ml-py": "pynvml"}  # where a package's module has another name
@@ -165,29 +165,6 @@ class Storage:
     def folder(self) -> Path:
         """The place that outlives the others."""
         return self.drive_dir or self.output_dir
-
-
-def explain(error: BaseException) -> str:
-    """A Drive failure in plain words, with what to do."""
-    text = str(error)
-    if isinstance(error, NotImplementedError):  # what Colab's own `drive.mount` raises on Colab Enterprise
-        return "this kind of runtime cannot mount Drive (Colab Enterprise, or no Colab screen behind it)"
-    if "must not already contain files" in text:
-        return f"a plain folder lies at {MOUNT_POINT}, made before Drive was mounted; rename it, then run this cell again"
-    if "credential propagation" in text or "consent" in text.lower():
-        return "Google did not get permission: allow pop-ups, choose the account of this Colab tab and tick every box, then run this cell again"
-    if isinstance(error, TimeoutError) or "timeout" in text.lower() or "timed out" in text.lower():
-        return "Drive did not answer in time (a root folder with thousands of files does that); try again later"
-    words = {
-        errno.ENOTCONN: "Drive is mounted but no longer connected (errno 107); Runtime > Restart session, then mount again",
-        errno.EDQUOT: "your Drive is full; empty its trash",
-        errno.ENOSPC: "your Drive, or this machine's disk behind it, is full; empty its trash",
-        errno.EROFS: "Drive is mounted read-only",
-        errno.ENOENT: "the Drive folder vanished",
-    }
-    if isinstance(error, OSError) and error.errno in words:
-        return words[error.errno]
-    return f"{type(error).__name__}: {' '.join(text.split())[:160] or 'no reason given'}"
 
 
 def _prove_writable(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which device, which precision, and why: one decision, one line that explains it."""
+"""Which device, which precision, and why: one decision, one line that explains it; and what this machine cannot hold."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .config import RunConfig, parameter_count
 from .errors import ConfigError
 
 
@@ -92,3 +93,24 @@ def choose_preset(requested: str) -> tuple[str, str]:
     if torch.cuda.is_available():
         return "smollm2-135m", f"a GPU is here: {torch.cuda.get_device_name()}"
     return "nano", f"no GPU here ({os.cpu_count()} CPU cores): a small model that trains in minutes"
+
+
+def check_memory(config: RunConfig, device: torch.device) -> None:
+    """Raises `ConfigError` for a model or a batch that this machine cannot even hold. Both sums are lower bounds."""
+    import psutil
+
+    model, train, total = config.model, config.train, psutil.virtual_memory().total
+    count, rows, on_cpu = parameter_count(model), train.batch_size // config.run.num_nodes, device.type != "cuda"
+    needed = count * (16 if on_cpu else 4)  # fp32 weights; on a CPU gradients and two moments too
+    if needed > total:
+        raise ConfigError(
+            f"model: {count:,} parameters need {needed / 2**30:,.0f} GiB of this machine's memory, which has {total / 2**30:,.0f} GiB; choose a smaller model"
+        )
+    needed += rows * config.data.sequence_length * 10  # the token numbers of one step, as uint16 and as int64
+    if on_cpu:  # what every layer keeps of its input until the backward pass
+        needed += (train.micro_batch_size or rows) * config.data.sequence_length * model.hidden_size * model.num_hidden_layers * 4
+    if needed > total:
+        raise ConfigError(
+            f"train.batch_size: steps of {rows:,} x {config.data.sequence_length:,} tokens need {needed / 2**30:,.0f} GiB of this machine's memory, "
+            f"which has {total / 2**30:,.0f} GiB; choose a smaller train.micro_batch_size, train.batch_size or data.sequence_length"
+        )

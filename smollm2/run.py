@@ -21,7 +21,7 @@ from . import __version__
 from .checkpoint import FINAL_NAMES, Manifest, candidates, load_tensors, newest_usable, verify
 from .config import RunConfig, parameter_count
 from .data import TokenData, check_length, documents, identity_key, prepare_tokens, read_split, source_identity
-from .device import choose_device, choose_precision, device_name, fingerprint
+from .device import check_memory, choose_device, choose_precision, device_name, fingerprint
 from .errors import CheckpointError, ConfigError, DataError, OutputLost, UserError
 from .evaluate import compression_bits_per_byte, score_tokens
 from .files import remove_temporaries, replace_durably, sha256_json
@@ -351,27 +351,6 @@ def _resolve_model(config: RunConfig) -> RunConfig:
     return config
 
 
-def _check_memory(config: RunConfig, device: torch.device) -> None:
-    """Raises `ConfigError` for a model or a batch that this machine cannot even hold. Both sums are lower bounds."""
-    import psutil
-
-    model, train, total = config.model, config.train, psutil.virtual_memory().total
-    count, rows, on_cpu = parameter_count(model), train.batch_size // config.run.num_nodes, device.type != "cuda"
-    needed = count * (16 if on_cpu else 4)  # fp32 weights; on a CPU gradients and two moments too
-    if needed > total:
-        raise ConfigError(
-            f"model: {count:,} parameters need {needed / 2**30:,.0f} GiB of this machine's memory, which has {total / 2**30:,.0f} GiB; choose a smaller model"
-        )
-    needed += rows * config.data.sequence_length * 10  # the token numbers of one step, as uint16 and as int64
-    if on_cpu:  # what every layer keeps of its input until the backward pass
-        needed += (train.micro_batch_size or rows) * config.data.sequence_length * model.hidden_size * model.num_hidden_layers * 4
-    if needed > total:
-        raise ConfigError(
-            f"train.batch_size: steps of {rows:,} x {config.data.sequence_length:,} tokens need {needed / 2**30:,.0f} GiB of this machine's memory, "
-            f"which has {total / 2**30:,.0f} GiB; choose a smaller train.micro_batch_size, train.batch_size or data.sequence_length"
-        )
-
-
 @contextlib.contextmanager
 def open_run(config: RunConfig, reporter: Reporter | None = None) -> Iterator[Run]:
     """Everything that `train` needs, opened in safe order; closes it (and waits for the last save) in the end."""
@@ -389,7 +368,7 @@ def open_run(config: RunConfig, reporter: Reporter | None = None) -> Iterator[Ru
     with lock:
         try:
             run.config = config = _resolve_model(config)
-            _check_memory(config, run.device)
+            check_memory(config, run.device)
             if run.is_first_worker:
                 if config.run.resume == "never":
                     run.archive()

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..checkpoint import MANIFEST, Manifest
-from ..colab import explain
 from ..errors import CheckpointError
 from ..files import CHUNK_BYTES, sha256_bytes
 from ..logs import ALL_LOGS
 from . import drive_folder
+from .drive_errors import explain
 from .drive_folder import Entry, NotThere, check_read_back, entries, erase, write_once
 from .drive_restore import newest_on_drive
 from .lease import HEARTBEAT_SECONDS, Lease, describe, live_leases

@@ -21,8 +21,8 @@ from pathlib import Path
 from ..checkpoint import FINAL_NAMES, MANIFEST, MAX_MANIFEST_BYTES, Manifest, dump_json, parse_manifest, step_name, strict_json
 from ..errors import CheckpointError
 from ..files import CHUNK_BYTES, sha256_bytes
+from .drive_errors import MOUNT_POINT
 
-MOUNT_POINT = Path("/content/drive")  # where Colab mounts Google Drive
 MOUNTS_TABLE = Path("/proc/mounts")
 UPLOAD_ID = "user.drive.id"  # extended attribute; ids beginning with "local" are not yet on Google's side
 LOGS = "logs.json"  # table of contents of the log copies in a checkpoint folder

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..checkpoint import FINAL_NAMES, Manifest, claimed_step, commit, read_manifest, resume_point, step_name
-from ..colab import explain
 from ..errors import BusyError, CheckpointError, ConfigError, NoUsableCheckpoint
 from ..files import replace_durably
 from ..logs import ALL_LOGS, REWOUND
 from ..state import read_state
+from .drive_errors import explain
 from .drive_folder import MOUNT_POINT, Entry, NotThere, check_place, chunks_of, entries, is_below_mount_point, is_drive_mounted, read_logs
 from .lease import LIVE_SECONDS, describe, live_leases
 
