@@ -908,7 +908,13 @@ def test_mistakes_are_told_at_once():
     if len(SECONDS) < 200:
         pytest.skip("needs the other tests of this file")
     assert statistics.median(SECONDS) < 0.5, statistics.median(SECONDS)
-    assert sum(ACCEPTED) >= 25, "mutations that are always refused would prove little"
+
+
+def test_some_mutations_stay_valid():
+    """Mutations that are always refused would prove little."""
+    if not ACCEPTED:
+        pytest.skip("needs the mutation tests of this file")
+    assert sum(ACCEPTED) / len(ACCEPTED) >= 2.5, ACCEPTED
 
 
 def test_there_are_enough_cases():
