@@ -66,9 +66,10 @@ import torch.nn.functional as F
 from tokenizers import pre_tokenizers
 
 from smollm2 import SmolLM2, SmolLM2Config, Tokenizer, load_config, plots, widgets
-from smollm2.data import BatchOrder, BatchStream, documents, prepare_tokens, read_split, split_bytes
+from smollm2.data import BatchOrder, BatchStream, prepare_tokens
 from smollm2.evaluate import compression_bits_per_byte, score_tokens
 from smollm2.notebook import data_plots, lesson
+from smollm2.text import documents, read_split, split_bytes
 from smollm2.tokenizer import END_OF_TEXT, SMOLLM2_TOKENIZER, load_tokenizer
 
 TEXT = REPO / "input.txt"

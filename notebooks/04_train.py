@@ -67,7 +67,6 @@ import torch
 
 import smollm2
 from smollm2 import SmolLM2, Tokenizer, load_config, plots, widgets
-from smollm2.data import documents, read_split, split_bytes
 from smollm2.device import choose_device, choose_precision, choose_preset
 from smollm2.logs import CHECKPOINTS, TRAINING, read_log
 from smollm2.notebook import lesson
@@ -75,6 +74,7 @@ from smollm2.notebook.panel import LivePanel
 from smollm2.notebook.steadfast import keep_training, kept
 from smollm2.optim import Schedule, make_optimizer, set_learning_rate
 from smollm2.progress import Reporter
+from smollm2.text import documents, read_split, split_bytes
 
 SMOKE = colab.is_smoke()
 device = choose_device()

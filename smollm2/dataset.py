@@ -10,9 +10,9 @@ import os
 import re
 from pathlib import Path
 
-from .data import SEPARATOR
 from .errors import DataError
 from .files import fsync_folder
+from .text import SEPARATOR
 
 BYTES_PER_TOKEN = 4.5  # of English under the SmolLM2 tokenizer, rounded up
 

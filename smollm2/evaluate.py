@@ -16,9 +16,10 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
-from .data import encode_documents, read_split
+from .data import encode_documents
 from .errors import ArgumentParser, DataError, run_command
 from .model import SmolLM2
+from .text import read_split
 
 
 @dataclass(frozen=True)

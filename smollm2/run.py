@@ -20,7 +20,7 @@ import torch
 from . import __version__
 from .checkpoint import FINAL_NAMES, Manifest, candidates, load_tensors, newest_usable, verify
 from .config import RunConfig, parameter_count
-from .data import TokenData, check_length, documents, identity_key, prepare_tokens, read_split, source_identity
+from .data import TokenData, check_length, identity_key, prepare_tokens
 from .device import check_memory, choose_device, choose_precision, device_name, fingerprint
 from .errors import CheckpointError, ConfigError, DataError, OutputLost, UserError
 from .evaluate import compression_bits_per_byte, score_tokens
@@ -36,6 +36,7 @@ from .storage.drive_restore import check_places
 from .storage.lock import OutputLock
 from .storage.retention import check_space, remove_leftovers
 from .storage.saver import Saver
+from .text import documents, read_split, source_identity
 from .tokenizer import Tokenizer, choose_tokenizer
 from .workers import announce_open, is_first_worker, wait_until_open
 

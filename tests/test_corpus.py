@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from smollm2.data import SEPARATOR
+from smollm2.text import SEPARATOR
 
 CORPUS = Path(__file__).parents[1] / "input.txt"
 

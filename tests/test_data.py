@@ -15,19 +15,11 @@ import numpy as np
 import pytest
 
 import smollm2.data as data
-from smollm2.data import (
-    BatchOrder,
-    BatchStream,
-    check_length,
-    documents,
-    encode_documents,
-    prepare_tokens,
-    read_split,
-    read_text,
-    split_bytes,
-)
+import smollm2.text as text_module
+from smollm2.data import BatchOrder, BatchStream, check_length, encode_documents, prepare_tokens
 from smollm2.errors import DataError
 from smollm2.files import sha256_file
+from smollm2.text import documents, read_split, read_text, split_bytes
 from smollm2.tokenizer import END_OF_TEXT, Tokenizer
 
 TEXT = "The cat sat on the mat in 2024; didn't it?\n\n1. naïve 日本 😀\n   indented\tby  blanks \n" * 40
@@ -48,6 +40,12 @@ def text_file(tmp_path):
     return write
 
 
+def set_chunk(patch: pytest.MonkeyPatch, chunk: int) -> None:
+    """Read and tokenise in pieces of about `chunk` bytes."""
+    for module in (text_module, data):
+        patch.setattr(module, "CHUNK_BYTES", chunk)
+
+
 def awkward_texts(count: int) -> list[str]:
     draw = random.Random(21)
     parts = ["a", "word", " ", "  ", "\n", "\n\n", "\t", "1", "23", "é", "漢字", "😀", ".", "'s", "\u00a0", "\u3000", "\x1c", "\r\n", f"\n{END_OF_TEXT}\n"]
@@ -60,13 +58,13 @@ def awkward_texts(count: int) -> list[str]:
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 64, 10**6])
 def test_reading_in_pieces_changes_nothing(monkeypatch, text_file, chunk):
-    monkeypatch.setattr(data, "CHUNK_BYTES", chunk)
+    set_chunk(monkeypatch, chunk)
     assert "".join(read_text(text_file(TEXT))) == TEXT
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5, 10**6])
 def test_crlf_cr_and_a_byte_order_mark_make_no_difference(monkeypatch, text_file, chunk):
-    monkeypatch.setattr(data, "CHUNK_BYTES", chunk)
+    set_chunk(monkeypatch, chunk)
     lines = "one\ntwo\n\nthree é\n"
     for variant in (lines, lines.replace("\n", "\r\n"), lines.replace("\n", "\r"), "\ufeff" + lines.replace("\n", "\r\n")):
         assert "".join(read_text(text_file(variant))) == lines
@@ -75,7 +73,7 @@ def test_crlf_cr_and_a_byte_order_mark_make_no_difference(monkeypatch, text_file
 
 
 def test_memory_does_not_grow_with_the_file(monkeypatch, text_file):
-    monkeypatch.setattr(data, "CHUNK_BYTES", 1000)
+    set_chunk(monkeypatch, 1000)
     path = text_file(TEXT * 20)
     assert max(len(piece) for piece in read_text(path)) <= 1001
 
@@ -103,7 +101,7 @@ def refusal(path) -> str:
     ids=repr,
 )
 def test_text_that_is_not_utf8_is_refused_with_its_byte_offset(monkeypatch, text_file, chunk, content, offset, byte):
-    monkeypatch.setattr(data, "CHUNK_BYTES", chunk)
+    set_chunk(monkeypatch, chunk)
     assert f"not UTF-8 at byte offset {offset:,} (byte 0x{byte})" in refusal(text_file(content))
 
 
@@ -166,7 +164,7 @@ def test_documents_do_not_depend_on_how_the_text_arrives(monkeypatch, chunk):
     for text in [TEXT, *awkward_texts(60)]:
         whole = list(documents(one_piece(text)))  # CHUNK_BYTES is far away: cut at separators only
         with monkeypatch.context() as patch:
-            patch.setattr(data, "CHUNK_BYTES", chunk)
+            set_chunk(patch, chunk)
             pieces = list(documents(text[i : i + chunk] for i in range(0, len(text), chunk)))
         joined, rest = [], ""
         for piece, ends in pieces:
@@ -182,7 +180,7 @@ def test_streamed_tokens_equal_those_of_the_whole_text(monkeypatch, tokenizer, c
     for text in [TEXT, *awkward_texts(60)]:
         whole = tokens_of(tokenizer, one_piece(text))
         with monkeypatch.context() as patch:
-            patch.setattr(data, "CHUNK_BYTES", chunk)
+            set_chunk(patch, chunk)
             assert tokens_of(tokenizer, (text[i : i + chunk] for i in range(0, len(text), chunk))) == whole
 
 
@@ -191,20 +189,20 @@ def test_streamed_tokens_of_the_real_tokenizer_equal_those_of_the_whole_text(mon
     real = Tokenizer.from_file(test_data / "tokenizer")
     text = TEXT + "".join(awkward_texts(60)) + (test_data / "tinyshakespeare/input.txt").read_text()[:20000]
     text = text.replace(END_OF_TEXT, "")
-    monkeypatch.setattr(data, "CHUNK_BYTES", chunk)
+    set_chunk(monkeypatch, chunk)
     assert tokens_of(real, (text[i : i + chunk] for i in range(0, len(text), chunk))) == real.encode(text)
 
 
 def test_a_cut_at_any_place_would_change_tokens(monkeypatch, tokenizer):
     """Cutting where the pieces happen to end must turn the comparison above red."""
-    monkeypatch.setattr(data, "CHUNK_BYTES", 33)
-    monkeypatch.setattr(data, "_cut", len)
+    set_chunk(monkeypatch, 33)
+    monkeypatch.setattr(text_module, "_cut", len)
     assert tokens_of(tokenizer, (TEXT[i : i + 33] for i in range(0, len(TEXT), 33))) != tokenizer.encode(TEXT)
 
 
 def test_text_without_a_single_blank_is_cut_all_the_same(monkeypatch, tokenizer):
-    monkeypatch.setattr(data, "CHUNK_BYTES", 10)
-    monkeypatch.setattr(data, "MAX_UNBROKEN_CHARACTERS", 200)
+    set_chunk(monkeypatch, 10)
+    monkeypatch.setattr(text_module, "MAX_UNBROKEN_CHARACTERS", 200)
     pieces = list(documents("x" * 10 for _ in range(100)))
     assert len(pieces) > 2 and "".join(text for text, _ in pieces) == "x" * 1000
 
@@ -212,8 +210,8 @@ def test_text_without_a_single_blank_is_cut_all_the_same(monkeypatch, tokenizer)
 def test_a_separator_counts_only_as_a_whole_line(monkeypatch):
     text = f"x{END_OF_TEXT}\ny\n{END_OF_TEXT}\nz"
     assert list(documents([text])) == [(f"x{END_OF_TEXT}\ny\n", True), ("z", False)]
-    monkeypatch.setattr(data, "_cut", lambda part: 1 if part.startswith("x") else 0)
-    monkeypatch.setattr(data, "CHUNK_BYTES", 1)  # the second piece begins with a separator, but not at a line's start
+    monkeypatch.setattr(text_module, "_cut", lambda part: 1 if part.startswith("x") else 0)
+    set_chunk(monkeypatch, 1)  # the second piece begins with a separator, but not at a line's start
     assert list(documents([text[:16], text[16:]])) == [("x", False), (f"{END_OF_TEXT}\ny\n", True), ("z", False)]
 
 
@@ -245,7 +243,7 @@ def test_tiny_shakespeare_gives_the_reference_counts(test_data, tmp_path):
 @pytest.mark.parametrize("chunk", [1, 7, 50, 10**6])
 @pytest.mark.parametrize("fraction", [0.1, 0.3337, 0.9])
 def test_the_splits_join_to_the_text_and_cut_no_character(monkeypatch, text_file, chunk, fraction):
-    monkeypatch.setattr(data, "CHUNK_BYTES", chunk)
+    set_chunk(monkeypatch, chunk)
     for text in ("日本語" * 50, TEXT[:500], "ab", "😀", "x" * 10):
         path = text_file(text)
         train, val = ("".join(read_split(path, split, fraction)) for split in ("train", "val"))
