@@ -34,8 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     print("SmolLM2 from scratch: loading PyTorch ...", flush=True)
 
-    from smollm2.config import load_config, preset_names, read_yaml
     from smollm2.errors import ConfigError, did_you_mean
+    from smollm2.settings import load_config, preset_names, read_yaml
 
     in_file = None if args.config is None else read_yaml(args.config).get("preset")
     asked = args.preset if args.preset != "auto" else in_file or "auto"

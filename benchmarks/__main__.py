@@ -8,9 +8,11 @@ from dataclasses import replace
 
 import torch
 
-from smollm2.config import SmolLM2Config, flops_per_token, load_config, parameter_count
+from smollm2.config import SmolLM2Config
 from smollm2.device import choose_device, device_name
 from smollm2.errors import ArgumentParser, ConfigError, run_command
+from smollm2.parameters import flops_per_token, parameter_count
+from smollm2.settings import load_config
 
 from .contenders import DTYPES, OURS, Job, build, contender_names, decode, synchronize, train_step
 from .measure import PeakMemory, alternating, in_fresh_process, roofs, seconds_of, spread

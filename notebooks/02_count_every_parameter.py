@@ -57,9 +57,8 @@ from matplotlib.patches import Rectangle
 from torch.utils.flop_counter import FlopCounterMode
 
 from smollm2 import KVCache, SmolLM2, SmolLM2Config, load_config, parameter_table, plots, widgets
-from smollm2.config import flops_per_token, parameter_count
 from smollm2.notebook import lesson
-from smollm2.parameters import group_totals
+from smollm2.parameters import flops_per_token, group_totals, parameter_count
 
 config = SmolLM2Config()
 KINDS = {"embedding": plots.BLUE, "attention": plots.ORANGE, "MLP": plots.GREEN, "norms": plots.BLACK, "output head": plots.PINK}

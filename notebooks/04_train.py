@@ -73,6 +73,7 @@ from smollm2.notebook import lesson
 from smollm2.notebook.panel import LivePanel
 from smollm2.notebook.steadfast import keep_training, kept
 from smollm2.optim import Schedule, make_optimizer, set_learning_rate
+from smollm2.parameters import parameter_count
 from smollm2.progress import Reporter
 from smollm2.text import documents, read_split, split_bytes
 
@@ -479,7 +480,7 @@ torch.use_deterministic_algorithms(False)  # the drills had asked for it
 places = [("this machine", place.output_dir / "checkpoints")] + ([("Drive", drive_dir)] if drive_dir else [])
 rows = kept(places)
 size = max(row["bytes"] for row in rows if row["place"] == "this machine") / 1e6
-parameters = smollm2.config.parameter_count(config.model)
+parameters = parameter_count(config.model)
 
 # %% cellView="form" id="kept-predict" tags=["predict"]
 # @title Your prediction { display-mode: "form" }

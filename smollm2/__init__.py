@@ -14,7 +14,7 @@ _EXPORTS = {
     "KVCache": "model",
     "SmolLM2Config": "config",
     "RunConfig": "config",
-    "load_config": "config",
+    "load_config": "settings",
     "parameter_table": "parameters",
     "Tokenizer": "tokenizer",
     "train": "training",

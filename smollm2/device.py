@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .config import RunConfig, parameter_count
+from .config import RunConfig
 from .errors import ConfigError
+from .parameters import parameter_count
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,9 @@
-"""Every parameter accounted for: formula, number and tensor, row by row."""
+"""Every parameter accounted for: formula, number and tensor, row by row; and what training costs. No torch needed."""
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
-
-import torch
 
 from .config import SmolLM2Config
 
@@ -54,7 +53,7 @@ def parameter_table(model_or_config) -> list[Row]:
     for name, dims in _rows(config):
         shape = tuple(size for _, size in dims)
         formula = " x ".join(f"({text})" if " " in text and len(dims) > 1 else text for text, _ in dims)
-        rows.append(Row(name, shape, torch.Size(shape).numel(), formula))
+        rows.append(Row(name, shape, math.prod(shape), formula))
     if hasattr(model_or_config, "named_parameters"):
         tensors = {name: tuple(p.shape) for name, p in model_or_config.named_parameters()}
         table = {row.name: row.shape for row in rows}
@@ -65,18 +64,26 @@ def parameter_table(model_or_config) -> list[Row]:
 
 def group_totals(rows: list[Row]) -> dict[str, int]:
     """Counts by kind: embedding, attention, MLP, norms, output head."""
+    kinds = {"embed_tokens": "embedding", "self_attn": "attention", ".mlp.": "MLP", "lm_head": "output head"}
     totals: dict[str, int] = {}
     for row in rows:
-        kind = (
-            "embedding"
-            if "embed_tokens" in row.name
-            else "attention"
-            if "self_attn" in row.name
-            else "MLP"
-            if ".mlp." in row.name
-            else "output head"
-            if row.name.startswith("lm_head")
-            else "norms"
-        )
+        kind = next((kind for part, kind in kinds.items() if part in row.name), "norms")
         totals[kind] = totals.get(kind, 0) + row.count
     return totals
+
+
+def parameter_count(config: SmolLM2Config) -> int:
+    """Number of parameters, by formula; `parameter_table` proves it tensor by tensor."""
+    d, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
+    heads = config.num_attention_heads * config.head_dim
+    layer = 2 * d * heads + 2 * d * kv + 3 * d * config.intermediate_size + 2 * d
+    return config.vocab_size * d * (1 if config.tie_word_embeddings else 2) + config.num_hidden_layers * layer + d
+
+
+def flops_per_token(config: SmolLM2Config, time: int) -> float:
+    """Training FLOPs of one token: 6 per matrix parameter plus causal attention (performance notes in docs/log.md)."""
+    matrices = parameter_count(config) - config.hidden_size * (2 * config.num_hidden_layers + 1)
+    if not config.tie_word_embeddings:
+        matrices -= config.vocab_size * config.hidden_size  # the input embedding is a look-up
+    attention = 6 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * time
+    return math.fsum((6.0 * matrices, float(attention)))

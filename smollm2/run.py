@@ -19,7 +19,7 @@ import torch
 
 from . import __version__
 from .checkpoint import FINAL_NAMES, Manifest, candidates, load_tensors, newest_usable, verify
-from .config import RunConfig, parameter_count
+from .config import RunConfig
 from .data import TokenData, check_length, identity_key, prepare_tokens
 from .device import check_memory, choose_device, choose_precision, device_name, fingerprint
 from .errors import CheckpointError, ConfigError, DataError, OutputLost, UserError
@@ -28,6 +28,7 @@ from .files import remove_temporaries, replace_durably, sha256_json
 from .logs import CHECKPOINTS, TextLogs, shell_word
 from .model import SmolLM2
 from .optim import Schedule, moments_by_name
+from .parameters import parameter_count
 from .pretrained import load_weights, model_files, origin_name, published_base, read_config, read_weights, resolve, stored_tensors
 from .progress import Reporter, TerminalReporter, safe_words
 from .state import TrainState, check_origin, check_unchanged, fixed_settings, read_state, restore_rng, rng_tensors

@@ -32,9 +32,9 @@ from safetensors.torch import load_file, save_file
 import colab_train
 from smollm2 import evaluate, generate
 from smollm2.checkpoint import FINAL_NAMES
-from smollm2.config import load_config
 from smollm2.errors import run_command
 from smollm2.progress import Reporter
+from smollm2.settings import load_config
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = {"train": colab_train.main, "generate": generate.main, "evaluate": evaluate.main}
@@ -883,7 +883,7 @@ def call_or_accept(argv: list[str]) -> Outcome:
 
 
 def is_small(config, folder: Path) -> bool:
-    from smollm2.config import parameter_count
+    from smollm2.parameters import parameter_count
 
     inside = Path(config.run.output_dir) == Path("output")
     cheap = config.train.max_steps <= 4 and not config.train.continue_steps and config.train.sample_tokens < 50 and not config.train.compile

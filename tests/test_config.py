@@ -8,8 +8,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from smollm2.config import MAX_YAML_BYTES, RunConfig, SmolLM2Config, load_config, parse_override, preset_names, read_yaml
+from smollm2.config import RunConfig, SmolLM2Config
 from smollm2.errors import CheckpointError, ConfigError
+from smollm2.settings import MAX_YAML_BYTES, load_config, parse_override, preset_names, read_yaml
 
 
 @pytest.fixture

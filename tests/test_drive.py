@@ -17,9 +17,9 @@ import pytest
 from fake_drive import FakeDrive, MachineDied
 
 from smollm2.checkpoint import FINAL_NAMES, candidates, commit, dump_json, step_name, verify
-from smollm2.config import load_config
 from smollm2.errors import BusyError, ConfigError, NoUsableCheckpoint
 from smollm2.progress import Reporter, TerminalReporter
+from smollm2.settings import load_config
 from smollm2.state import TrainState
 from smollm2.storage import drive, drive_folder, drive_restore, lease
 from smollm2.storage.drive import DriveMirror, newest_on_drive

@@ -26,11 +26,11 @@ import torch
 import colab_train
 from smollm2 import SmolLM2, evaluate, export, generate
 from smollm2.checkpoint import FINAL_NAMES, commit, load_tensors
-from smollm2.config import load_config
 from smollm2.conversation import render_chat
 from smollm2.errors import CheckpointError, UserError, run_command
 from smollm2.notebook.own_run import own_checkpoints
 from smollm2.progress import Reporter
+from smollm2.settings import load_config
 from smollm2.storage.drive import newest_on_drive
 from smollm2.tokenizer import Tokenizer
 

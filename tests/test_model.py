@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from conftest import random_ids, tiny_config, tiny_model, transformers_twin
 
 import smollm2.model as network
-from smollm2.config import SmolLM2Config, load_config
+from smollm2.config import SmolLM2Config
 from smollm2.model import KVCache, SmolLM2
+from smollm2.settings import load_config
 
 SHAPES = [
     {"num_attention_heads": 6, "num_key_value_heads": 2},

@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import tiny_config, tiny_model
 
-from smollm2.config import SmolLM2Config, load_config, parameter_count
+from smollm2.config import SmolLM2Config
 from smollm2.model import SmolLM2
-from smollm2.parameters import group_totals, parameter_table
+from smollm2.parameters import group_totals, parameter_count, parameter_table
+from smollm2.settings import load_config
 
 
 def meta_model(config: SmolLM2Config) -> SmolLM2:

@@ -9,9 +9,9 @@ import pytest
 
 from smollm2 import colab
 from smollm2.checkpoint import commit
-from smollm2.config import load_config
 from smollm2.errors import BusyError, ConfigError, NoUsableCheckpoint
 from smollm2.notebook.steadfast import drive_problem, keep_training, kept
+from smollm2.settings import load_config
 
 
 def with_drive(folder):

@@ -18,7 +18,7 @@ pytest.importorskip("jupyter_client", reason="notebook tests need the dev extra"
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = """
 import smollm2
-from smollm2.config import load_config
+from smollm2.settings import load_config
 from smollm2.notebook.panel import LivePanel
 
 tiny = {"model.vocab_size": 300, "data.tokenizer_vocab_size": 300, "model.hidden_size": 48, "model.intermediate_size": 96, "model.num_hidden_layers": 2,

@@ -9,11 +9,12 @@ import torch
 
 from ..card import read_state
 from ..checkpoint import MANIFEST, Manifest, verify
-from ..config import RunConfig, load_config, read_yaml
+from ..config import RunConfig
 from ..errors import CheckpointError
 from ..model import SmolLM2
 from ..pretrained import MODEL_FILES, read_config
 from ..progress import Reporter
+from ..settings import load_config, read_yaml
 
 SMALL = "small"  # the run made here: a folder of its own, so that it never stands in the way of notebook 04's
 PLACES = ("*.ckpt", "*/*.ckpt", "*/checkpoints/*.ckpt")
