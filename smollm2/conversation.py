@@ -1,4 +1,4 @@
-"""Several turns with a model: a text that grows, or messages in the chat template of an Instruct model.
+"""Several turns with a model, in a terminal too: a text that grows, or messages in the chat template of an Instruct model.
 
 A chat template is a small program from the model's folder, so it runs in Jinja's sandbox, with the settings that
 transformers' `apply_chat_template` uses: the text is the same.
@@ -6,10 +6,12 @@ transformers' `apply_chat_template` uses: the text is the same.
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from pathlib import Path
 
 from .errors import CheckpointError, UserError
-from .generate import document_ids
+from .generate import document_ids, stream_continuation
 from .model import SmolLM2
 from .pretrained import chat_template
 from .tokenizer import Tokenizer
@@ -87,3 +89,58 @@ class Conversation:
 
     def clear(self) -> None:
         self.text, self.messages = "", []
+
+
+# --- in a terminal --------------------------------------------------------------------------------------------------
+
+
+def utf8(text: str, where: str) -> str:
+    """`text` as it is; raises `UserError` where the terminal or pipe it came from held bytes that are not UTF-8."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError as error:
+        raise UserError(f"{where}: not UTF-8 text (byte {error.start})") from None
+
+
+def read_prompt() -> str:
+    """Standard input up to its end, without the line break that a shell adds."""
+    if sys.stdin is None:
+        raise UserError("no --prompt and no standard input to read it from")
+    if sys.stdin.isatty():
+        print("type the text to continue, then Ctrl-D:", file=sys.stderr)
+    raw = sys.stdin.buffer.read() if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode()
+    return utf8(raw.decode("utf-8", "surrogateescape"), "standard input").removesuffix("\n")
+
+
+def talk(conversation: Conversation, first: str | None, max_new_tokens: int, options: dict) -> int:
+    """Turn by turn until Ctrl-D. Ctrl-C stops an answer; at the prompt it leaves."""
+    with contextlib.suppress(ImportError):  # line editing, where the platform has it
+        import readline  # noqa: F401
+    print("An empty line goes on, /new forgets everything, Ctrl-C stops an answer, Ctrl-D leaves.", file=sys.stderr)
+    while True:
+        try:
+            line = first if first is not None else utf8(input("> "), "standard input")
+        except EOFError:
+            print(flush=True)
+            return 0
+        first = None
+        if line.strip() == "/new":
+            conversation.clear()
+            continue
+        pieces: list[str] = []
+        try:
+            ids = conversation.ask(line)
+            if conversation.forgotten:
+                print("(the context is full: the oldest part is forgotten)", file=sys.stderr)
+            for piece in stream_continuation(conversation.model, conversation.tokenizer, ids, max_new_tokens, stop_ids=conversation.stop_ids, **options):
+                pieces.append(piece)
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            print(" [stopped]", end="")
+        except UserError as error:
+            print(error, file=sys.stderr)
+            continue
+        print(flush=True)
+        conversation.answer("".join(pieces))
+        if options["seed"] is not None:
+            options = options | {"seed": options["seed"] + 1}  # the next answer draws anew, yet the whole talk repeats

@@ -6,7 +6,6 @@ The filters are applied in transformers' order: temperature, top-k, top-p, min-p
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 from collections.abc import Iterator
 
@@ -190,58 +189,6 @@ def add_sampling_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--seed", type=seed_number, default=None, help="same seed, same text")
 
 
-def utf8(text: str, where: str) -> str:
-    """`text` as it is; raises `UserError` where the terminal or pipe it came from held bytes that are not UTF-8."""
-    try:
-        return text.encode("utf-8", "surrogateescape").decode("utf-8")
-    except UnicodeError as error:
-        raise UserError(f"{where}: not UTF-8 text (byte {error.start})") from None
-
-
-def read_prompt() -> str:
-    """Standard input up to its end, without the line break that a shell adds."""
-    if sys.stdin is None:
-        raise UserError("no --prompt and no standard input to read it from")
-    if sys.stdin.isatty():
-        print("type the text to continue, then Ctrl-D:", file=sys.stderr)
-    raw = sys.stdin.buffer.read() if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode()
-    return utf8(raw.decode("utf-8", "surrogateescape"), "standard input").removesuffix("\n")
-
-
-def talk(conversation, first: str | None, max_new_tokens: int, options: dict) -> int:
-    """Turn by turn until Ctrl-D. Ctrl-C stops an answer; at the prompt it leaves."""
-    with contextlib.suppress(ImportError):  # line editing, where the platform has it
-        import readline  # noqa: F401
-    print("An empty line goes on, /new forgets everything, Ctrl-C stops an answer, Ctrl-D leaves.", file=sys.stderr)
-    while True:
-        try:
-            line = first if first is not None else utf8(input("> "), "standard input")
-        except EOFError:
-            print(flush=True)
-            return 0
-        first = None
-        if line.strip() == "/new":
-            conversation.clear()
-            continue
-        pieces: list[str] = []
-        try:
-            ids = conversation.ask(line)
-            if conversation.forgotten:
-                print("(the context is full: the oldest part is forgotten)", file=sys.stderr)
-            for piece in stream_continuation(conversation.model, conversation.tokenizer, ids, max_new_tokens, stop_ids=conversation.stop_ids, **options):
-                pieces.append(piece)
-                print(piece, end="", flush=True)
-        except KeyboardInterrupt:
-            print(" [stopped]", end="")
-        except UserError as error:
-            print(error, file=sys.stderr)
-            continue
-        print(flush=True)
-        conversation.answer("".join(pieces))
-        if options["seed"] is not None:
-            options = options | {"seed": options["seed"] + 1}  # the next answer draws anew, yet the whole talk repeats
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = ArgumentParser(prog="python -m smollm2.generate", description="Continue a text with a trained model.")
     parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or a Hub id")
@@ -261,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.num_samples > 1 and (args.interactive or args.temperature == 0):
         other = "--interactive" if args.interactive else "--temperature 0 (all samples would be the same)"
         raise UserError(f"--num_samples {args.num_samples} does not go with {other}")
-    from .conversation import Conversation
+    from .conversation import Conversation, read_prompt, talk, utf8
     from .device import choose_device, inference_dtype
     from .pretrained import load_model_and_tokenizer, resolve
 

@@ -18,9 +18,9 @@ import torch
 from tiny_models import save_folder, tiny_model, tiny_tokenizer
 
 from smollm2 import Tokenizer
-from smollm2.conversation import Conversation, render_chat
+from smollm2.conversation import Conversation, read_prompt, render_chat
 from smollm2.errors import CheckpointError, UserError
-from smollm2.generate import generate, main, next_token_probabilities, read_prompt
+from smollm2.generate import generate, main, next_token_probabilities
 
 ROOT = Path(__file__).parent.parent
 DRAWS = 20_000
