@@ -72,7 +72,8 @@ from smollm2.notebook.inspect_model import token_probabilities
 from smollm2.notebook.ngram import NGram
 from smollm2.notebook.own_run import own_run
 from smollm2.notebook.token_view import spelled
-from smollm2.pretrained import load_model_and_tokenizer, trained_length
+from smollm2.origin import trained_length
+from smollm2.pretrained import load_model_and_tokenizer
 
 SMOKE = colab.is_smoke()
 TEXT = REPO / "input.txt"

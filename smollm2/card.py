@@ -9,27 +9,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import strict_json
 from .config import SmolLM2Config
-from .errors import CheckpointError
 from .files import write_durably
 from .logs import TRAINING, parse_line
 from .plots import figure, label, png_bytes
 
-MAX_STATE_BYTES = 16 * 2**20
 PLOT = "training_loss.png"
 OFFICIAL = "HuggingFaceTB/SmolLM2-"  # all published under Apache-2.0
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """`state.json` of a checkpoint of this project, or an empty table for any other model folder."""
-    path = folder / "state.json"
-    if not path.is_file() or path.stat().st_size > MAX_STATE_BYTES:
-        return {}
-    state = strict_json(path.read_bytes(), str(path))
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: found {type(state).__name__}, expected the state of a run")
-    return state
 
 
 def read_log(folder: Path, last_step: int | None) -> list[dict[str, float]]:

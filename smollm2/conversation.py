@@ -10,13 +10,21 @@ import contextlib
 import sys
 from pathlib import Path
 
+from .checkpoint import strict_json
 from .errors import CheckpointError, UserError
 from .generate import document_ids, stream_continuation
 from .model import SmolLM2
-from .pretrained import chat_template
 from .tokenizer import Tokenizer
 
 END_OF_TURN = "<|im_end|>"
+
+
+def chat_template(folder: Path) -> str | None:
+    """The Jinja chat template of a model folder, or None. transformers 5 writes a file of its own, 4 a field."""
+    own, fields = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if own.is_file():
+        return own.read_text("utf-8")
+    return strict_json(fields.read_bytes(), str(fields)).get("chat_template") if fields.is_file() else None
 
 
 def render_chat(template: str, messages: list[dict[str, str]], special_tokens: dict[str, str] | None = None) -> str:

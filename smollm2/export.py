@@ -17,13 +17,15 @@ from pathlib import Path
 
 import torch
 
-from .card import PLOT, model_card, plot, read_log, read_state
+from .card import PLOT, model_card, plot, read_log
 from .checkpoint import dump_json, strict_json
 from .config import SmolLM2Config
+from .conversation import chat_template
 from .errors import ArgumentParser, CheckpointError, ConfigError, OutputLost, run_command
 from .files import fsync_folder, kind_of, sha256_file, write_durably
 from .gguf_file import GGUF_TYPES, write_gguf
-from .pretrained import chat_template, load_model, model_files, published_base, resolve, save_model, stored_tensors
+from .origin import published_base, recorded
+from .pretrained import load_model, model_files, resolve, save_model, stored_tensors
 from .tokenizer import Tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -105,7 +107,7 @@ def export(checkpoint: str | Path, out: str | Path, dtype: str | None = None, gg
     """
     out, folder = Path(out), resolve(checkpoint)
     check_out(out, folder)
-    state = read_state(folder)
+    state = recorded(folder)
     model = load_model(folder)  # fp32, verified byte by byte where there is a manifest
     tokenizer = Tokenizer.from_file(folder)
     if tokenizer.vocab_size > model.config.vocab_size:

@@ -135,33 +135,6 @@ def load_model_and_tokenizer(source: str | Path, dtype: torch.dtype = torch.floa
     return model, tokenizer
 
 
-def trained_length(source: str | Path) -> int | None:
-    """Tokens of a training row, where the folder is a checkpoint of ours that says so."""
-    path = Path(source) / "state.json"
-    if not path.is_file() or path.stat().st_size > 16 * 2**20:
-        return None
-    return strict_json(path.read_bytes(), str(path)).get("config", {}).get("data", {}).get("sequence_length")
-
-
-def origin_name(source: str | Path) -> str:
-    """What a record keeps of a source of weights: a Hub id as it is, of a folder its last part. Where it lay is nobody's business."""
-    return Path(source).resolve().name if os.path.exists(source) else str(source)
-
-
-def published_base(source: str | Path, folder: Path) -> str | None:
-    """Hub id of the published weights that `source` (resolved: `folder`) is or was made from; None where nothing says so."""
-    if not os.path.exists(source):
-        return str(source)
-    for name in ("state.json", "export.json"):
-        path = folder / name
-        if path.is_file() and path.stat().st_size <= 16 * 2**20:
-            fields = strict_json(path.read_bytes(), str(path))
-            base = fields.get("base_model") if isinstance(fields, dict) else None
-            if isinstance(base, str) and base.count("/") == 1:
-                return base
-    return None
-
-
 def model_files(config: SmolLM2Config, dtype: str = "float32") -> dict[str, bytes]:
     """`config.json` and `generation_config.json`."""
     generation = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
@@ -186,11 +159,3 @@ def save_model(model: SmolLM2, folder: str | Path) -> None:
     tensors = {name: tensor.cpu().contiguous() for name, tensor in stored_tensors(model).items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     check_safetensors_header(folder / "model.safetensors")
-
-
-def chat_template(folder: Path) -> str | None:
-    """The Jinja chat template of a model folder, or None. transformers 5 writes a file of its own, 4 a field."""
-    own, fields = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    if own.is_file():
-        return own.read_text("utf-8")
-    return strict_json(fields.read_bytes(), str(fields)).get("chat_template") if fields.is_file() else None

@@ -28,10 +28,11 @@ from .files import remove_temporaries, replace_durably, sha256_json
 from .logs import CHECKPOINTS, TextLogs, shell_word
 from .model import SmolLM2
 from .optim import Schedule, moments_by_name
+from .origin import check_origin, origin_name, published_base
 from .parameters import parameter_count
-from .pretrained import load_weights, model_files, origin_name, published_base, read_config, read_weights, resolve, stored_tensors
+from .pretrained import load_weights, model_files, read_config, read_weights, resolve, stored_tensors
 from .progress import Reporter, TerminalReporter, safe_words
-from .state import TrainState, check_origin, check_unchanged, fixed_settings, read_state, restore_rng, rng_tensors
+from .state import TrainState, check_unchanged, fixed_settings, read_state, restore_rng, rng_tensors
 from .storage.drive_folder import is_below_mount_point
 from .storage.drive_restore import check_places
 from .storage.lock import OutputLock
@@ -385,7 +386,7 @@ def open_run(config: RunConfig, reporter: Reporter | None = None) -> Iterator[Ru
             if run.newest:
                 state = read_state(run.newest)
                 check_unchanged(state.config, config)
-                check_origin(state, config)
+                check_origin(state.init_from, config)
             run.prepare_data()
             if run.is_first_worker:
                 run.check_space()

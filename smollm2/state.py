@@ -16,7 +16,6 @@ from .checkpoint import Manifest, strict_json
 from .config import RunConfig
 from .errors import CheckpointError, ConfigError
 from .guard import NumericGuard
-from .pretrained import origin_name
 
 # Settings that may change when a run is resumed: they do not change what an update computes from the same state.
 CHANGEABLE = {
@@ -110,15 +109,6 @@ def check_unchanged(saved: dict[str, Any], config: RunConfig) -> None:
         raise ConfigError(
             f"the run in this output directory was made with other settings ({'; '.join(changes)}): "
             "put them back, choose another --output_dir, or start anew with --resume never"
-        )
-
-
-def check_origin(state: TrainState, config: RunConfig) -> None:
-    """Raises `ConfigError` when other weights are asked for than those the run began with: a resume would not read them."""
-    if config.run.init_from and state.init_from and origin_name(config.run.init_from) != state.init_from:
-        raise ConfigError(
-            f"run.init_from={config.run.init_from}: the run in this output directory began with {state.init_from}; "
-            "leave it out, choose another --output_dir, or start anew with --resume never"
         )
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from smollm2 import pretrained
 from smollm2.checkpoint import FINAL_NAMES, commit, dump_json, strict_json, verify
 from smollm2.errors import ConfigError
 from smollm2.export import export
+from smollm2.origin import origin_name
 from smollm2.progress import Reporter
 from smollm2.state import read_state
 from smollm2.training import train
@@ -117,5 +117,5 @@ def test_a_checkpoint_from_before_the_origin_was_recorded_goes_on(scratch, text,
 
 
 def test_only_a_name_is_kept_of_a_folder(tmp_path):
-    assert pretrained.origin_name(tmp_path / "." / "") == tmp_path.name
-    assert pretrained.origin_name(BASE) == BASE
+    assert origin_name(tmp_path / "." / "") == tmp_path.name
+    assert origin_name(BASE) == BASE

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from ..card import read_state
 from ..checkpoint import MANIFEST, Manifest, verify
 from ..config import RunConfig
 from ..errors import CheckpointError
 from ..model import SmolLM2
+from ..origin import recorded
 from ..pretrained import MODEL_FILES, read_config
 from ..progress import Reporter
 from ..settings import load_config, read_yaml
@@ -79,7 +79,7 @@ def own_run(input_file: str | Path, output_dir: str | Path = "output", others: I
 
 def untrained(checkpoint: Manifest) -> SmolLM2 | None:
     """The model of step 0 of the run: what its seed drew before the first update. None where it began from other weights."""
-    state = read_state(checkpoint.folder)
+    state = recorded(checkpoint.folder)
     train = (state.get("config") or {}).get("train") or {}
     settings = checkpoint.folder.resolve().parent.parent / "config.yaml"  # early checkpoints do not say where their run began
     began_from = state.get("init_from") or ((read_yaml(settings).get("run") or {}).get("init_from") if settings.is_file() else None)
