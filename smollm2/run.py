@@ -7,11 +7,8 @@ kill, finds the newest checkpoint that verifies, and says in plain lines what it
 from __future__ import annotations
 
 import contextlib
-import os
 import random
-import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -24,57 +21,26 @@ from .data import TokenData, check_length, identity_key, prepare_tokens
 from .device import check_memory, choose_device, choose_precision, device_name, fingerprint
 from .errors import CheckpointError, ConfigError, DataError, OutputLost, UserError
 from .evaluate import compression_bits_per_byte, score_tokens
-from .files import remove_temporaries, replace_durably, sha256_json
-from .logs import CHECKPOINTS, TextLogs, shell_word
+from .files import replace_durably, sha256_json
+from .logs import CHECKPOINTS, TextLogs
 from .model import SmolLM2
 from .optim import Schedule, moments_by_name
 from .origin import check_origin, origin_name, published_base
 from .parameters import parameter_count
 from .pretrained import load_weights, model_files, read_config, read_weights, resolve, stored_tensors
-from .progress import Reporter, TerminalReporter, safe_words
+from .progress import Reporter, TerminalReporter
+from .result import TrainResult
 from .state import TrainState, check_unchanged, fixed_settings, read_state, restore_rng, rng_tensors
 from .storage.drive_folder import is_below_mount_point
 from .storage.drive_restore import check_places
-from .storage.lock import OutputLock
-from .storage.retention import check_space, remove_leftovers
+from .storage.output_folder import OutputFolder
+from .storage.retention import check_space
 from .storage.saver import Saver
 from .text import documents, read_split, source_identity
 from .tokenizer import Tokenizer, choose_tokenizer
 from .workers import announce_open, is_first_worker, wait_until_open
 
 BPE_TRAINING_PIECES = 64  # of about 1 MiB each: enough for any vocabulary
-
-
-@dataclass
-class TrainResult:
-    """What a finished or stopped run has to show."""
-
-    step: int
-    checkpoint: Path | None
-    stopped_by: int | None  # signal number
-    seconds: float
-    tokens_per_second: float
-    bits_per_byte: float | None  # of the held-out part, at the last step
-    references: dict[str, float]  # gzip -9 and xz of the same bytes
-    losses: list[tuple[int, float]] = field(default_factory=list)
-    validations: list[tuple[int, float, float]] = field(default_factory=list)
-    drive_step: int | None = None  # newest step that was copied to Drive; None without a Drive folder
-
-    def table(self) -> str:
-        """The few lines a person wants at the end."""
-        rows = []
-        if self.bits_per_byte is not None:
-            others = ", ".join(f"{name} {value:.3f}" for name, value in self.references.items())
-            rows.append(("held-out bits per byte", f"{self.bits_per_byte:.3f}  (the same bytes: {others})"))
-        if self.tokens_per_second:
-            rows.append(("tokens per second", f"{self.tokens_per_second:,.0f}"))
-        rows.append(("time", f"{self.seconds:.0f} s"))
-        if self.checkpoint:
-            rows.append(("checkpoint", f"{self.checkpoint} (step {self.step})"))
-            if self.drive_step is not None:
-                rows.append(("saved", safe_words(self.step, self.drive_step)))
-            rows.append(("talk to it", f'python -m smollm2.generate --checkpoint {shell_word(self.checkpoint)} --prompt "Once upon a time"'))
-        return "\n".join(f"{name:<24}{value}" for name, value in rows)
 
 
 class Run:
@@ -105,6 +71,31 @@ class Run:
 
     # --- opening
 
+    def prepare(self, folder: OutputFolder) -> None:
+        """Settle model, device, checkpoint and data, saying what was found. Only tidies, restores and tokenises."""
+        try:
+            self.config = config = _resolve_model(self.config)
+            check_memory(config, self.device)
+            if self.is_first_worker:
+                if config.run.resume == "never":
+                    folder.archive(self.say)
+                folder.tidy()
+            else:
+                wait_until_open(self.output_dir)
+            model = config.model
+            self.say(f"model: {config.preset}, {parameter_count(model):,} parameters, context {model.max_position_embeddings:,}, RoPE theta {model.rope_theta:,.0f}")
+            self.say(f"device: {device_name(self.device)}; precision {self.precision.name}: {self.precision.reason}")
+            self.find_checkpoint()
+            if self.newest:
+                state = read_state(self.newest)
+                check_unchanged(state.config, config)
+                check_origin(state.init_from, config)
+            self.prepare_data()
+            if self.is_first_worker:
+                self.check_space()
+        except OSError as error:
+            raise OutputLost(f"cannot write to {self.output_dir}: {error.strerror}") from None
+
     def find_checkpoint(self) -> None:
         """Newest verified checkpoint of this machine, or of Drive when that one is newer."""
         place, folders = self.config.run, candidates(self.checkpoint_dir)
@@ -114,20 +105,6 @@ class Run:
             self.newest = newest_on_drive(place.drive_dir, self.checkpoint_dir, folders, self.say, check=read_state, take_over=place.take_over)
         else:
             self.newest = newest_usable(folders, self.say, read_state)
-
-    def archive(self) -> None:
-        """`--resume never`: what an earlier run wrote moves aside; nothing is deleted."""
-        found = [self.output_dir / name for name in ("logs", "checkpoints") if (self.output_dir / name).exists()]
-        if not found:
-            return
-        number = 1
-        while (self.output_dir / f"previous-{number}").exists():
-            number += 1
-        aside = self.output_dir / f"previous-{number}"
-        aside.mkdir()
-        for path in found:
-            os.rename(path, aside / path.name)
-        self.say(f"--resume never: the earlier run was moved to {aside}")
 
     def prepare_data(self) -> None:
         """Tokenizer and token files; both are those of the checkpoint when there is one."""
@@ -162,6 +139,32 @@ class Run:
             f"data: {path}, {source['bytes']:,} bytes; {len(self.data.train.tokens):,} tokens to train on, "
             f"{len(self.data.val.tokens):,} held out ({self.data.val.text_bytes:,} bytes)"
         )
+
+    def begin_writing(self) -> None:
+        """Logs, saver and the copy on Drive; the other workers may read the folder from now on."""
+        config = self.config
+        self.logs = TextLogs(self.output_dir / "logs", say=self.say)
+        if self.is_first_worker:
+            replace_durably(self.output_dir / "config.yaml", config.to_yaml().encode())
+            announce_open(self.output_dir)
+        began = [origin_name(config.run.init_from)] if config.run.init_from else []
+        run_id = self.newest.run_id if self.newest else sha256_json([fixed_settings(config), self.data.sha256, *began])[:16]
+        self.saver = Saver(self.checkpoint_dir, run_id, config.train.keep_last, self.on_saved, self.on_save_failed)
+        if config.run.drive_dir and self.is_first_worker:
+            from .storage.drive import DriveMirror
+
+            self.mirror = DriveMirror(config.run.drive_dir, self.say, self.on_copied)
+            if self.newest:
+                self.mirror.submit(self.newest)
+
+    def close(self) -> None:
+        """Wait for the last save and the last copy."""
+        try:
+            self.saver.wait()
+        finally:
+            if self.mirror:
+                self.mirror.close()
+            self.logs.close()
 
     # --- what to do
 
@@ -362,74 +365,17 @@ def open_run(config: RunConfig, reporter: Reporter | None = None) -> Iterator[Ru
         source_identity(config.data.input_file)  # a bad text is reported before anything is written
     if config.run.drive_dir or is_below_mount_point(run.output_dir):
         check_places(config.run.output_dir, config.run.drive_dir, config.run.resume)
-    made = [path for path in (run.output_dir, *run.output_dir.parents) if not os.path.exists(path)]
-    try:
-        run.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputLost(f"--output_dir {run.output_dir}: {error.strerror}; expected a folder that can be written") from None
-    lock = OutputLock(run.output_dir) if run.is_first_worker else contextlib.nullcontext()
-    with lock:
+    is_open = False
+    with OutputFolder(run.output_dir, run.is_first_worker) as folder:
         try:
-            run.config = config = _resolve_model(config)
-            check_memory(config, run.device)
-            if run.is_first_worker:
-                if config.run.resume == "never":
-                    run.archive()
-                run.checkpoint_dir.mkdir(exist_ok=True)
-                remove_leftovers(run.checkpoint_dir)
-                remove_temporaries(run.output_dir)
-            else:
-                wait_until_open(run.output_dir)
-            run.say(f"model: {config.preset}, {parameter_count(config.model):,} parameters, context {config.model.max_position_embeddings:,}, RoPE theta {config.model.rope_theta:,.0f}")
-            run.say(f"device: {device_name(run.device)}; precision {run.precision.name}: {run.precision.reason}")
-            run.find_checkpoint()
-            if run.newest:
-                state = read_state(run.newest)
-                check_unchanged(state.config, config)
-                check_origin(state.init_from, config)
-            run.prepare_data()
-            if run.is_first_worker:
-                run.check_space()
-        except UserError:
-            if run.is_first_worker:
-                _unmake(made)  # nothing is left behind by a bad start
-            raise
-        except OSError as error:
-            raise OutputLost(f"cannot write to {run.output_dir}: {error.strerror}") from None
-        run.logs = TextLogs(run.output_dir / "logs", say=run.say)
-        if run.is_first_worker:
-            replace_durably(run.output_dir / "config.yaml", config.to_yaml().encode())
-            announce_open(run.output_dir)
-        began = [origin_name(config.run.init_from)] if config.run.init_from else []
-        run_id = run.newest.run_id if run.newest else sha256_json([fixed_settings(config), run.data.sha256, *began])[:16]
-        run.saver = Saver(run.checkpoint_dir, run_id, config.train.keep_last, run.on_saved, run.on_save_failed)
-        if config.run.drive_dir and run.is_first_worker:
-            from .storage.drive import DriveMirror
-
-            run.mirror = DriveMirror(config.run.drive_dir, run.say, run.on_copied)
-            if run.newest:
-                run.mirror.submit(run.newest)
-        is_mistake = False
-        try:
-            yield run
-        except UserError as error:
-            is_mistake = error.exit_code == UserError.exit_code
-            raise
-        finally:
+            run.prepare(folder)
+            run.begin_writing()
+            is_open = True
             try:
-                run.saver.wait()
+                yield run
             finally:
-                if run.mirror:
-                    run.mirror.close()
-                run.logs.close()
-                if is_mistake and run.newest is None and run.is_first_worker:
-                    _unmake(made)
-
-
-def _unmake(made: list[Path]) -> None:
-    """Remove the output folder again, and the folders above it that were made for it; `made` begins with the deepest."""
-    if made:
-        shutil.rmtree(made[0], ignore_errors=True)
-    for path in made[1:]:
-        with contextlib.suppress(OSError):
-            path.rmdir()
+                run.close()
+        except UserError as error:
+            if not is_open or (error.exit_code == UserError.exit_code and run.newest is None):
+                folder.unmake()  # nothing is left behind by a bad start
+            raise

@@ -23,7 +23,8 @@ from .errors import MemoryStop, disk_failures_named
 from .guard import MIN_SCALE, NumericGuard
 from .model import SmolLM2
 from .optim import Schedule, load_moments, make_optimizer, set_learning_rate
-from .run import Run, TrainResult, open_run
+from .result import TrainResult
+from .run import Run, open_run
 from .signals import StopSignals
 from .state import TrainState
 
