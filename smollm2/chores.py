@@ -20,6 +20,7 @@ from .device import autocast
 from .errors import OutputLost
 from .evaluate import score_tokens
 from .generate import complete
+from .result import NOTICEABLE
 from .run import Run
 from .signals import StopSignals
 
@@ -35,6 +36,7 @@ class Chores(pl.Callback):
         self._last_save_at = time.monotonic()
         self._durations: deque[float] = deque(maxlen=SPEED_WINDOW)
         self._step_began = 0.0
+        self._has_said_overfit = False
 
     # --- Lightning's hooks
 
@@ -166,6 +168,12 @@ class Chores(pl.Callback):
             max_tokens=None if state.step >= self.target else self.train.val_max_tokens,
             autocast=lambda: autocast(self.run.precision, self.run.device),
         )
+        if state.best and score.bits_per_byte > NOTICEABLE * state.best["bits_per_byte"] and not self._has_said_overfit:
+            self._has_said_overfit = True
+            self.run.say(
+                f"step {state.step}: {score.bits_per_byte:.3f} bits per byte on the held-out text, {state.best['bits_per_byte']:.3f} at step {state.best['step']:.0f}: "
+                "where the training loss goes on falling, the text is being learned by heart; the best checkpoint is kept"
+            )
         if math.isfinite(score.bits_per_byte) and (not state.best or score.bits_per_byte < state.best["bits_per_byte"]):
             state.best = {"step": state.step, "bits_per_byte": score.bits_per_byte}
         self.run.validations.append((state.step, score.loss, score.bits_per_byte))

@@ -41,6 +41,7 @@ from .tokenizer import Tokenizer, choose_tokenizer
 from .workers import announce_open, is_first_worker, wait_until_open
 
 BPE_TRAINING_PIECES = 64  # of about 1 MiB each: enough for any vocabulary
+MANY_PASSES = 8  # see docs/log.md: a fifth of that is too few, and twice that loses what was gained
 
 
 class Run:
@@ -139,6 +140,13 @@ class Run:
             f"data: {path}, {source['bytes']:,} bytes; {len(self.data.train.tokens):,} tokens to train on, "
             f"{len(self.data.val.tokens):,} held out ({self.data.val.text_bytes:,} bytes)"
         )
+        steps, count = config.train.max_steps + config.train.continue_steps, len(self.data.train.tokens)
+        passes = steps * self.tokens_per_step / count
+        if passes > MANY_PASSES:
+            self.say(
+                f"note: {steps:,} steps read this text {passes:.0f} times; beyond {MANY_PASSES} it is learned by heart rather than learned from: "
+                f"more text (--input_file, --dataset) or about {MANY_PASSES * count // self.tokens_per_step:,} steps do better"
+            )
 
     def begin_writing(self) -> None:
         """Logs, saver and the copy on Drive; the other workers may read the folder from now on."""
@@ -328,16 +336,19 @@ class Run:
 
     def result(self, stopped_by: int | None, seconds: float) -> TrainResult:
         step = self.newest.step if self.newest else 0
-        score, references = None, {}
+        score, references, best = None, {}, None
         if self.is_first_worker and stopped_by is None and self.newest:
             last = self.validations[-1] if self.validations else None
             score = last[2] if last and last[0] == step else self._score_newest()
+            found = read_state(self.newest).best
+            if found and self.config.train.val_max_tokens is None:  # else it was measured on fewer tokens than the last one
+                best = (int(found["step"]), found["bits_per_byte"])
             if self.data.val.text_bytes <= 256 * 2**20:
                 references = compression_bits_per_byte(self.config.data.input_file, "val", self.config.data.held_out_fraction)
         if self.mirror:
             self.mirror.close()
         folder = self.newest.folder if self.newest else None
-        return TrainResult(step, folder, stopped_by, seconds, self.tokens_per_second, score, references, self.losses, self.validations, self.drive_step)
+        return TrainResult(step, folder, stopped_by, seconds, self.tokens_per_second, score, references, self.losses, self.validations, self.drive_step, best)
 
     def _score_newest(self) -> float:
         model = SmolLM2.from_pretrained(self.newest.folder, device=self.device)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import ipywidgets
+import numpy as np
 import pytest
 import torch
 
@@ -207,13 +208,21 @@ def test_an_absent_secret_is_none_with_a_reason(mode, words, fake_colab, monkeyp
 
 def test_a_check_prints_difference_and_tolerance_and_fails_with_the_likely_mistake(capsys):
     lesson.check("norms", torch.tensor([1e-7, -3e-6]), 1e-5)
-    lesson.check("ids", torch.zeros(3, dtype=torch.long))
-    assert capsys.readouterr().out == "✔ norms: max|difference| = 3e-06 (tolerance 1e-05)\n✔ ids: max|difference| = 0 (exact)\n"
+    lesson.check("weights", torch.zeros(3))
+    assert capsys.readouterr().out == "✔ norms: max|difference| = 3e-06 (tolerance 1e-05)\n✔ weights: max|difference| = 0 (exact)\n"
     with pytest.raises(lesson.CheckFailed, match=r"norms: .* = 0.5, allowed is 1e-05. Likely: eps outside"):
         lesson.check("norms", -0.5, 1e-5, likely="eps outside")
     for bad in (math.nan, torch.tensor([0.0, math.nan]), math.inf):
         with pytest.raises(lesson.CheckFailed):
             lesson.check("finite", bad, 1e9)
+
+
+@pytest.mark.parametrize("nothing", [0, False, np.int64(0), np.zeros(3, dtype=np.uint16), torch.zeros(2, dtype=torch.long), torch.zeros(2, dtype=torch.bool)])
+def test_a_check_of_counts_or_of_a_yes_or_no_prints_its_name_alone(nothing, capsys):
+    lesson.check("no file is missing", nothing)
+    assert capsys.readouterr().out == "✔ no file is missing\n"
+    with pytest.raises(lesson.CheckFailed, match="^✘ no file is missing: not so, off by 1. Likely: a typo$"):
+        lesson.check("no file is missing", nothing + 1, likely="a typo")
 
 
 def test_a_planted_bug_must_be_found(capsys):

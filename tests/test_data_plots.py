@@ -45,6 +45,9 @@ def test_labels_show_blanks_breaks_and_broken_characters():
 
 
 def test_a_packed_row_is_covered_from_end_to_end():
-    fig = data_plots.packed_rows([[0, 0, -1, 1], [1, 1, 1, 1]], "rows")
-    assert sum(bar.get_width() for bar in fig.axes[0].patches) == 8
-    assert len(fig.axes[0].patches) == 4
+    border, padding = data_plots.BORDER, data_plots.PADDING
+    fig = data_plots.packed_rows({"packed": [[0, 0, border, 1], [1, 1, 1, 1]], "padded": [[0, 0, padding]]})
+    packed, padded = ([bar.get_width() for bar in ax.patches] for ax in fig.axes)
+    assert packed == [2, 1, 1, 4] and padded == [2, 1]
+    assert [text.get_text() for text in fig.axes[0].texts] == ["0", "1", "1"], "a reader who sees no colours reads the number of the piece"
+    plots.png_bytes(fig)

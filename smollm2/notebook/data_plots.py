@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import pairwise
 
 from matplotlib.patches import Rectangle
 
@@ -11,6 +12,7 @@ from ..tokenizer import Tokenizer
 
 TINTS = ["#cfe6f5", "#fde7c2", "#cdebdf", "#f8d5c2", "#ead9e6"]  # pale: black text stays readable on each
 CHARACTERS_PER_LINE = 72
+BORDER, PADDING = -1, -2  # of a token that belongs to no document
 
 
 @cache
@@ -76,21 +78,28 @@ def token_strip(tokenizer: Tokenizer, ids: list[int], title: str) -> plots.Figur
     return fig
 
 
-def packed_rows(documents_of_rows: list[list[int]], title: str) -> plots.Figure:
-    """Rows of tokens coloured by document; `documents_of_rows[r][t]` is the document number of a token, -1 for a border."""
-    fig, ax = plots.figure(9, 0.7 + 0.33 * len(documents_of_rows))
-    width = len(documents_of_rows[0])
-    for row, numbers in enumerate(documents_of_rows):
-        begin = 0
-        for end in range(1, width + 1):
-            if end < width and numbers[end] == numbers[begin]:
-                continue
-            colour = "#222222" if numbers[begin] < 0 else TINTS[numbers[begin] % len(TINTS)]
-            ax.barh(row, end - begin, left=begin, height=0.8, color=colour)
-            begin = end
-    ax.set_yticks(range(len(documents_of_rows)), [f"row {r}" for r in range(len(documents_of_rows))])
-    ax.set_ylim(len(documents_of_rows) - 0.4, -0.6)
-    ax.grid(False)
-    ax.set_xlim(0, width)
-    plots.label(ax, title, "position in the row (token)", "")
+def runs(numbers: list[int]) -> list[tuple[int, int, int]]:
+    """(value, begin, end) of each stretch of equal numbers."""
+    edges = [0, *(i for i in range(1, len(numbers)) if numbers[i] != numbers[i - 1]), len(numbers)]
+    return [(numbers[begin], begin, end) for begin, end in pairwise(edges)]
+
+
+def packed_rows(batches: dict[str, list[list[int]]]) -> plots.Figure:
+    """Batches beside each other by title, a row of tokens each line, coloured and numbered by document.
+
+    `batches[title][r][t]` is the document number of a token, or `BORDER`, or `PADDING`.
+    """
+    fig, axes = plots.figure(9, 0.8 + 0.3 * max(map(len, batches.values())), columns=len(batches), sharey=True, squeeze=False)
+    for ax, (title, rows) in zip(axes[0], batches.items(), strict=True):
+        for row, numbers in enumerate(rows):
+            for number, begin, end in runs(numbers):
+                style = {BORDER: {"color": plots.BLACK}, PADDING: {"color": "white", "edgecolor": plots.GREY, "hatch": "///"}}
+                ax.barh(row, end - begin, left=begin, height=0.8, **style.get(number, {"color": TINTS[number % len(TINTS)]}))
+                if number >= 0 and end - begin > len(numbers) / 16:  # wide enough for its number
+                    ax.text((begin + end) / 2, row, str(number), ha="center", va="center", fontsize=8)
+        ax.set_yticks(range(len(rows)), [f"row {r}" for r in range(len(rows))])
+        ax.set_ylim(len(rows) - 0.4, -0.6)
+        ax.grid(False)
+        ax.set_xlim(0, len(rows[0]))
+        plots.label(ax, title, "position in the row (token)", "")
     return fig

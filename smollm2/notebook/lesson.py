@@ -6,6 +6,8 @@ import math
 import textwrap
 from collections.abc import Callable
 
+import numpy as np
+
 WIDTH = 84  # characters of a line that a notebook beside an open side bar still shows unbroken
 _scores: dict[str, float] = {}  # question -> points, so that running a cell again replaces its score
 
@@ -23,6 +25,13 @@ def largest(difference) -> float:
     return abs(float(difference))
 
 
+def counts(difference) -> bool:
+    """Whether a difference is of whole numbers or a yes or no: there "how close" has no meaning."""
+    if hasattr(difference, "is_floating_point"):
+        return not difference.is_floating_point()
+    return np.asarray(difference).dtype.kind in "biu"
+
+
 def _figure(value: float) -> str:
     if math.isfinite(value) and value == int(value):
         return f"{int(value):,}"
@@ -32,15 +41,19 @@ def _figure(value: float) -> str:
 
 
 def check(name: str, difference, tolerance: float = 0.0, likely: str = "") -> None:
-    """Print `✔ name: max|difference| = 3.1e-06 (tolerance 1e-04)`.
+    """Print `✔ name: max|difference| = 3.1e-06 (tolerance 1e-04)`; of whole numbers and booleans `✔ name` alone.
 
-    `difference` is a number, tensor or array that should be zero. Raises `CheckFailed` when it exceeds `tolerance`
-    or is NaN; `likely` names the likely mistake there.
+    `difference` is a number, tensor or array that should be zero, or False. Raises `CheckFailed` when it exceeds
+    `tolerance` or is NaN; `likely` names the likely mistake there. `name` says what holds.
     """
     size = largest(difference)
     if not size <= tolerance:  # written so that NaN fails
         hint = f" Likely: {likely}" if likely else ""
-        raise CheckFailed(f"✘ {name}: max|difference| = {_figure(size)}, allowed is {_figure(tolerance)}.{hint}")
+        found = f"not so, off by {_figure(size)}" if counts(difference) else f"max|difference| = {_figure(size)}, allowed is {_figure(tolerance)}"
+        raise CheckFailed(f"✘ {name}: {found}.{hint}")
+    if counts(difference):
+        print(f"✔ {name}")
+        return
     allowed = f"tolerance {_figure(tolerance)}" if tolerance else "exact"
     print(f"✔ {name}: max|difference| = {_figure(size)} ({allowed})")
 
