@@ -28,6 +28,7 @@ CHOSEN = {
 }
 BEGIN, END = "<!-- gallery: made by docs/pictures.py -->\n", "<!-- end of gallery -->"
 LIMIT = 120_000  # bytes of a picture
+WIDTH = 720  # pixels on the page
 REMEDY = "run: python docs/pictures.py build"
 
 
@@ -38,12 +39,13 @@ def cell_sha256(stem: str, cell_id: str, folder: Path = ROOT / "notebooks") -> s
 
 
 def gallery(sources: dict[str, dict[str, str]]) -> str:
-    """Markdown of the gallery: two pictures to a row, each leading to its notebook."""
-    cells = [
-        f'<a href="notebooks/{stem}.ipynb"><img src="docs/pictures/{stem}.png" width="400" alt="{of["alt"]}"></a>' for stem, of in sorted(sources.items())
-    ]
-    rows = [f"| {' | '.join(cells[i : i + 2])} |\n" for i in range(0, len(cells), 2)]
-    return BEGIN + "\n" + "| | |\n|---|---|\n" + "".join(rows) + "\n" + END
+    """Markdown of the gallery: the pictures at a size that can be read, one below the other, each with its words above."""
+    entries = []
+    for stem, of in sorted(sources.items()):
+        name = stem[3:].replace("_", " ").capitalize()
+        picture = f'<a href="notebooks/{stem}.ipynb"><img src="docs/pictures/{stem}.png" width="{WIDTH}" alt="{of["alt"]}"></a>'
+        entries.append(f"**{int(stem[:2])} {name}.** {of['alt']}\n\n{picture}\n\n")
+    return BEGIN + "\n" + "".join(entries) + END
 
 
 def with_gallery(text: str, sources: dict[str, dict[str, str]]) -> str:
@@ -92,7 +94,7 @@ def make_picture(stem: str) -> tuple[str, bytes]:
         if faults := runner.faults(notebook):
             raise SystemExit(f"{stem} does not run as it should: {faults}")
         alt, png = next((alt, png) for name, alt, png in runner.images(notebook) if name == cell_id)
-        return alt.replace("|", "&#124;"), png  # the gallery is a table
+        return alt, png
 
 
 def build(stems: list[str]) -> None:

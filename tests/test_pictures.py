@@ -50,7 +50,7 @@ def test_the_readme_shows_each_with_its_alternative_text(copy):
     sources = pictures.read_sources()
     text = copy["readme"].read_text(encoding="utf-8")
     for stem, of in sources.items():
-        assert len(of["alt"]) >= 20 and f'src="docs/pictures/{stem}.png" width="400" alt="{of["alt"]}"' in text
+        assert len(of["alt"]) >= 20 and f'src="docs/pictures/{stem}.png" width="{pictures.WIDTH}" alt="{of["alt"]}"' in text
     copy["readme"].write_text(text.replace(sources["04_train"]["alt"], "a curve"), encoding="utf-8")
     assert [problem.split(" is not ")[0] for problem in pictures.problems(**copy)] == ["the README's gallery"]
     again = pictures.with_gallery(copy["readme"].read_text(encoding="utf-8"), sources)
