@@ -192,9 +192,10 @@ plots.show(fig, alt="Root mean square of ten tokens: from 0.01 to 100 before RMS
 # %% [markdown] id="rope"
 # ## 4 · RoPE: position as a rotation
 #
-# Attention (section 5) compares vectors of one head, 64 numbers; without help it cannot tell *dog bites man* from *man bites dog*. RoPE (rotary
-# position embedding) takes these numbers in pairs and turns each pair, like a clock hand, by an angle that grows with the position: the first pair by
-# one radian a token, the last hardly at all. Why should turning be better than adding a position vector? Watch what the dot product does.
+# Attention (section 5) compares vectors of one head, 64 numbers. Without a mask it cannot tell *dog bites man* from *man bites dog*; the causal
+# mask alone tells a token only *who* came before it, not where. RoPE (rotary position embedding) takes the numbers in pairs and turns each pair, like a clock
+# hand, by an angle that grows with the position: the first pair by one radian a token, the last hardly at all. Why should turning be better than adding a
+# position vector? Watch what the dot product does.
 
 # %% id="rope-code" tags=["lesson"]
 def rope_angles(config):

@@ -125,11 +125,11 @@ print(f"{len(rows)} rows; the nine of layer 0 come {L} times. Sum {sum(row.count
 with torch.device("meta"):
     model = SmolLM2(config)
 tensors = dict(model.named_parameters())
-lesson.check("tensors without a row, or rows without a tensor", len(set(tensors) ^ {row.name for row in rows}))
+lesson.check("every tensor has a row, and every row a tensor", len(set(tensors) ^ {row.name for row in rows}))
 wrong = [row.name for row in rows if tuple(tensors[row.name].shape) != row.shape or tensors[row.name].numel() != row.count]
-lesson.check("rows whose shape or number differs from the tensor's", len(wrong))
-lesson.check("the sum over tensors", sum(t.numel() for t in tensors.values()) - total)
-lesson.check("the output matrix is the embedding itself, not a copy", float(model.lm_head.weight is not model.model.embed_tokens.weight))
+lesson.check("every row has its tensor's shape and number", len(wrong))
+lesson.check("the tensors sum to the total", sum(t.numel() for t in tensors.values()) - total)
+lesson.check("the output matrix is the embedding itself, not a copy", model.lm_head.weight is not model.model.embed_tokens.weight)
 
 # %% [markdown] id="map"
 # ## 3 · A map of the model
@@ -236,9 +236,9 @@ def count_with(**changes):
     return sum(row.count for row in parameter_table(SmolLM2Config(**changes)))
 
 
-lesson.check("untied: one more vocabulary", count_with(tie_word_embeddings=False) - 162_826_560)
-lesson.check("nine key/value heads (multi-head)", count_with(num_key_value_heads=9) - 147_786_048)
-lesson.check("one key/value head (multi-query)", count_with(num_key_value_heads=1) - 130_091_328)
+lesson.check("untied, the vocabulary counts twice: 162,826,560", count_with(tie_word_embeddings=False) - 162_826_560)
+lesson.check("nine key/value heads (multi-head): 147,786,048", count_with(num_key_value_heads=9) - 147_786_048)
+lesson.check("one key/value head (multi-query): 130,091,328", count_with(num_key_value_heads=1) - 130_091_328)
 deep = count_with(num_hidden_layers=60, hidden_size=432, intermediate_size=1152)
 lesson.check("60 layers want a width of 432 (relative)", deep / total - 1, 0.05)
 
@@ -369,7 +369,7 @@ def saved_bytes(depth, length=256):
 predicted = 4 * ((8 + 2 * K / H) * C + 4 * M)  # bytes a token and block, fp32
 measured = (saved_bytes(2) - saved_bytes(1)) / 256
 print(f"one block keeps {measured:,.0f} bytes a token; predicted {predicted:,.0f}")
-lesson.check("activations: prediction against measurement (relative)", predicted / measured - 1, 0.005)
+lesson.check("activations are what was predicted (relative)", predicted / measured - 1, 0.005)
 
 # %% [markdown] id="t4"
 # ## 9 · What fits on a T4?

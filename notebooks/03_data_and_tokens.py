@@ -21,6 +21,9 @@
 # * compare models that use different tokenizers, in bits per byte.
 #
 # About 20 minutes to read, 1 minute to run. Any CPU, no GPU, no Drive. Works offline; online it also fetches SmolLM2's own tokenizer (2 MB).
+#
+# Each `?` asks you to guess first: type a number in place of `None` and run that cell again. Each `✔` is a check: the largest difference between
+# two things that should be equal, and how much is allowed.
 
 # %% cellView="form" id="setup" tags=["setup"]
 # @title Set-up (about 20 s on Colab) { display-mode: "form" }
@@ -49,8 +52,8 @@ colab.install_missing(REPO / "requirements.txt")
 report = colab.doctor()
 
 # %% [markdown] id="imports-text"
-# The text is `input.txt`: short stories, one after the other, with a line `<|endoftext|>` between two of them. The last tenth is **held out**:
-# nothing that learns here, not even the tokenizer, ever sees it. **nano** is the project's small model, a SmolLM2 that a laptop can train; its settings
+# The text is `input.txt`: about 1,100 short pieces (pieces, explanations, dialogues, a few poems), with a line `<|endoftext|>` between two of them. The last
+# tenth is **held out**: nothing that learns here, not even the tokenizer, ever sees it. **nano** is the project's small model, a SmolLM2 that a laptop can train; its settings
 # (vocabulary, row length, batch) are the numbers used below.
 
 # %% id="imports"
@@ -74,9 +77,9 @@ from smollm2.tokenizer import END_OF_TEXT, SMOLLM2_TOKENIZER, load_tokenizer
 
 TEXT = REPO / "input.txt"
 NANO = load_config("nano")
-stories = [piece for piece, _ in documents(read_split(TEXT, "train"))]
+pieces = [text for text, _ in documents(read_split(TEXT, "train"))]
 held_out = "".join(read_split(TEXT, "val"))
-print(f"{len(stories):,} stories to learn from. The first begins: {stories[0][:60]!r}")
+print(f"{len(pieces):,} pieces to learn from. The first begins: {pieces[0][:60]!r}")
 
 # %% id="split-check" tags=["check"]
 train_bytes, val_bytes = split_bytes(TEXT)
@@ -91,7 +94,7 @@ lesson.check("the held-out share is a tenth", val_bytes / (train_bytes + val_byt
 # learned from the text. Into how many tokens will the sentence in the next cell fall?
 
 # %% id="token-train" tags=["lesson"]
-tokenizer = Tokenizer.train(stories, NANO.data.tokenizer_vocab_size)
+tokenizer = Tokenizer.train(pieces, NANO.data.tokenizer_vocab_size)
 sentence = "The printer made a slip, and in 1984 six singers sang unbelievably."
 ids = tokenizer.encode(sentence)
 print(f"a tokenizer of {tokenizer.vocab_size:,} entries; the sentence has {len(sentence.split())} words and {len(sentence)} characters")
@@ -129,7 +132,7 @@ lesson.check(f"decode(encode(text)) is the text, for {len(texts)} texts from Eng
 
 # %% id="token-widget" tags=["widget"]
 SIZES = [257, 512, 1024, 2048, 4096, 8192]
-tokenizers = {size: Tokenizer.train(stories, size) for size in SIZES}
+tokenizers = {size: Tokenizer.train(pieces, size) for size in SIZES}
 
 
 def show_tokens(text, entries):
@@ -182,7 +185,7 @@ for _ in range(4):
 # learn the same merges, in the same order?
 
 # %% id="bpe-real" tags=["check"]
-sample = "".join(stories[:150])  # enough for 40 merges
+sample = "".join(pieces[:150])  # enough for 40 merges
 digits = pre_tokenizers.Digits(individual_digits=True)
 cut = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
 words = {tuple(word): times for word, times in Counter(w for w, _ in cut.pre_tokenize_str(sample)).items()}
@@ -261,13 +264,13 @@ for name, part in (("train", tokens.train), ("val", tokens.val)):
 size = (tokens.folder / "train.bin").stat().st_size
 lesson.check("two bytes per token, no header", size - 2 * len(tokens.train.tokens))
 back = tokenizer.decode(tokens.val.tokens).replace(END_OF_TEXT, END_OF_TEXT + "\n")
-lesson.check("the held-out tokens decode to the held-out text, byte for byte", int(back != held_out), likely="a document border lost or doubled")
+lesson.check("the held-out tokens decode to the held-out text, byte for byte", back != held_out, likely="a document border lost or doubled")
 largest = max(tokenizer.vocab_size, SmolLM2Config().vocab_size) - 1
 lesson.check("the largest id fits 16 bits, here and in SmolLM2", max(0, largest - (2**16 - 1)), likely="a vocabulary for more than 16 bits")
 
 # %% id="disk-speed" tags=["lesson"]
 start = time.perf_counter()
-tokenizer.encode_batch(stories)
+tokenizer.encode_batch(pieces)
 speed = train_bytes / (time.perf_counter() - start)
 print(f"tokenised {speed / 1e6:.1f} MB a second; this machine would need {1e12 / speed / 86400:.0f} days for 1 TB of web text")
 
@@ -298,36 +301,39 @@ lesson.check("targets are the inputs, one token later", inputs[:, 1:] - targets[
 lesson.check_fails("a shift by zero", lambda: lesson.check("targets = inputs", inputs[:, 1:] - inputs[:, :-1], likely="targets are not shifted"))
 
 # %% [markdown] id="pack"
-# Stories differ in length, rows do not. **Padding** would give each story a row of its own and fill it up with a token that teaches nothing. **Packing** lets
-# the stories follow each other, with `<|endoftext|>` between them. (Attention may look across the border; that token is the only sign of something new, and
+# Pieces differ in length, rows do not. **Padding** would give each piece a row of its own and fill it up with a token that teaches nothing. **Packing** lets
+# the pieces follow each other, with `<|endoftext|>` between them. (Attention may look across the border; that token is the only sign of something new, and
 # the model learns to heed it.) How much would padding waste here?
 
 # %% id="pack-code" tags=["lesson"]
-lengths = [len(ids) + 1 for ids in tokenizer.encode_batch(stories)]  # + 1: its <|endoftext|>
+lengths = [len(ids) + 1 for ids in tokenizer.encode_batch(pieces)]  # + 1: its <|endoftext|>
 groups = [lengths[i : i + B] for i in range(0, len(lengths) - B + 1, B)]
-computed = sum(B * max(group) for group in groups)  # each batch is as wide as its longest story
+computed = sum(B * max(group) for group in groups)  # each batch is as wide as its longest piece
 padding = 1 - sum(map(sum, groups)) / computed
-print(f"stories have {min(lengths)} to {max(lengths)} tokens, {np.mean(lengths):.0f} on average")
+print(f"pieces have {min(lengths)} to {max(lengths)} tokens, {np.mean(lengths):.0f} on average")
 
 # %% cellView="form" id="pack-predict" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
 guess = None  # @param {type:"raw"}
 lesson.predict(
-    f"{B} stories make a batch, a row each, all rows as wide as the longest story. What per cent of all positions is padding?",
+    f"{B} pieces make a batch, a row each, all rows as wide as the longest. What per cent of all positions is padding?",
     guess,
     answer=100 * padding,
     within=0.15,
     unit="%",
-    why=f"The longest of {B} sets the width for all of them. With packing the waste is zero; the price is that a row may begin in mid-story.",
+    why=f"The longest of {B} sets the width for all of them. With packing the waste is zero; the price is that a row may begin in mid-piece.",
 )
 
 # %% id="pack-figure" tags=["figure"]
-number_of_story = np.cumsum(tokens.train.tokens == tokenizer.end_of_text_id)
-number_of_story = np.where(tokens.train.tokens == tokenizer.end_of_text_id, -1, number_of_story)
-rows = [number_of_story[s : s + T].tolist() for s in order.starts(0)[:8]]
-fig = data_plots.packed_rows(rows, f"8 packed rows of batch 0; black: <|endoftext|>, then another story. Padding: 0 % instead of {padding:.0%}")
-borders = sum(row.count(-1) for row in rows)
-plots.show(fig, alt=f"{len(rows)} full rows of {T} tokens with {borders} black borders between stories and no padding; it would waste {padding:.0%}.")
+ends = tokens.train.tokens == tokenizer.end_of_text_id
+numbers = np.where(ends, data_plots.BORDER, np.cumsum(ends) + 1)  # of each token its piece, from 1
+first, width = lengths[:8], max(lengths[:8])  # the first eight pieces, padded and packed
+padded = [[piece] * (size - 1) + [data_plots.BORDER] + [data_plots.PADDING] * (width - size) for piece, size in enumerate(first, start=1)]
+packed = [numbers[start : start + 512].tolist() for start in range(0, sum(first), 512)]
+empty = 1 - sum(first) / (len(first) * width)
+fig = data_plots.packed_rows({f"Padded: {empty:.0%} of it teaches nothing": padded, "Packed into rows of 512: nothing is lost": packed})
+alt = f"Eight pieces in rows as wide as the longest, {width} tokens: {empty:.0%} is padding. Packed, they fill {len(packed)} rows of 512, with a black border between two."
+plots.show(fig, alt=alt)
 
 # %% [markdown] id="first"
 # ## 6 · The first loss, before the first step
@@ -461,8 +467,8 @@ print(f"untrained: {score.loss:.2f} nats per token = {score.bits_per_byte:.2f} b
 
 # %% id="unigram-code" tags=["check"]
 def unigram(tokenizer):
-    """(nats per token, bits per byte) on the held-out text of token frequencies learned from 400 stories."""
-    seen = np.concatenate(tokenizer.encode_batch(stories[:400]))
+    """(nats per token, bits per byte) on the held-out text of token frequencies learned from 400 pieces."""
+    seen = np.concatenate(tokenizer.encode_batch(pieces[:400]))
     counts = np.bincount(seen, minlength=tokenizer.vocab_size) + 1  # + 1: a token that was never seen is not impossible
     guessed = np.array(tokenizer.encode(held_out))
     nats = -np.log(counts / counts.sum())[guessed].sum()
@@ -522,14 +528,14 @@ lesson.score()
 # ## Exercises
 #
 # 1. Rewrite `best_pair` so that of equally frequent pairs the *last* one wins, and run section 2 again. How many of the 40 merges differ from the library's? How
-#    many with `stories[:10]` in place of `stories[:150]`?
+#    many with `pieces[:10]` in place of `pieces[:150]`?
 # 2. Give `BatchOrder` another seed. How many rows does batch 0 share with the old one? What did you expect?
 # 3. A model has 1.9 bits per byte on a text of 3.1 bytes per token. What is its loss in nats per token?
 #
 # <details><summary>Solutions</summary>
 #
-# 1. The key becomes `(-counts[pair], -number[pair[0]], -number[pair[1]])`. With 150 stories none of the 40 differs: frequent pairs hardly ever tie. With 10
-#    stories counts are small, some tie, and the check fails: about ten merges stand at another place. So a rule that rarely matters still has to be the same.
+# 1. The key becomes `(-counts[pair], -number[pair[0]], -number[pair[1]])`. With 150 pieces none of the 40 differs: frequent pairs hardly ever tie. With 10
+#    pieces counts are small, some tie, and the check fails: about ten merges stand at another place. So a rule that rarely matters still has to be the same.
 # 2. `set(BatchOrder(len(tokens.train.tokens), T, B, 1).starts(0)) & set(order.starts(0))` is almost always empty: two draws of 16 rows from
 #    about 2,600, and the cut into rows begins at another token besides.
 # 3. 1.9 bits · ln 2 · 3.1 bytes = 4.08 nats per token.

@@ -13,6 +13,10 @@ from ..tokenizer import Tokenizer
 TINTS = ["#cfe6f5", "#fde7c2", "#cdebdf", "#f8d5c2", "#ead9e6"]  # pale: black text stays readable on each
 CHARACTERS_PER_LINE = 72
 BORDER, PADDING = -1, -2  # of a token that belongs to no document
+_STYLES = {
+    BORDER: {"color": plots.BLACK, "edgecolor": plots.BLACK, "linewidth": 1.5},  # one token is narrower than a pixel
+    PADDING: {"color": "white", "edgecolor": plots.GREY, "linewidth": 0.5, "hatch": "///"},
+}
 
 
 @cache
@@ -93,8 +97,7 @@ def packed_rows(batches: dict[str, list[list[int]]]) -> plots.Figure:
     for ax, (title, rows) in zip(axes[0], batches.items(), strict=True):
         for row, numbers in enumerate(rows):
             for number, begin, end in runs(numbers):
-                style = {BORDER: {"color": plots.BLACK}, PADDING: {"color": "white", "edgecolor": plots.GREY, "hatch": "///"}}
-                ax.barh(row, end - begin, left=begin, height=0.8, **style.get(number, {"color": TINTS[number % len(TINTS)]}))
+                ax.barh(row, end - begin, left=begin, height=0.8, **_STYLES.get(number, {"color": TINTS[number % len(TINTS)]}))
                 if number >= 0 and end - begin > len(numbers) / 16:  # wide enough for its number
                     ax.text((begin + end) / 2, row, str(number), ha="center", va="center", fontsize=8)
         ax.set_yticks(range(len(rows)), [f"row {r}" for r in range(len(rows))])
