@@ -52,9 +52,9 @@ colab.install_missing(REPO / "requirements.txt")
 report = colab.doctor()
 
 # %% [markdown] id="imports-text"
-# The text is `input.txt`: about 1,100 short pieces (pieces, explanations, dialogues, a few poems), with a line `<|endoftext|>` between two of them. The last
-# tenth is **held out**: nothing that learns here, not even the tokenizer, ever sees it. **nano** is the project's small model, a SmolLM2 that a laptop can train; its settings
-# (vocabulary, row length, batch) are the numbers used below.
+# The text is `input.txt`: about 1,100 short pieces (stories, explanations, dialogues, some verse), with a line `<|endoftext|>` between two of them. The last tenth
+# is **held out**: nothing that learns here, not even the tokenizer, ever sees it. **nano** is the project's small model, a SmolLM2 that a laptop can train;
+# its settings (vocabulary, row length, batch) are the numbers used below.
 
 # %% id="imports"
 import json
@@ -327,12 +327,13 @@ lesson.predict(
 # %% id="pack-figure" tags=["figure"]
 ends = tokens.train.tokens == tokenizer.end_of_text_id
 numbers = np.where(ends, data_plots.BORDER, np.cumsum(ends) + 1)  # of each token its piece, from 1
-first, width = lengths[:8], max(lengths[:8])  # the first eight pieces, padded and packed
+first, width = lengths[:B], max(lengths[:B])  # the first pieces, padded and packed
+row = load_config("smollm2-135m").data.sequence_length  # nano's rows are shorter than most pieces
 padded = [[piece] * (size - 1) + [data_plots.BORDER] + [data_plots.PADDING] * (width - size) for piece, size in enumerate(first, start=1)]
-packed = [numbers[start : start + 512].tolist() for start in range(0, sum(first), 512)]
+filled = [numbers[start : start + row].tolist() for start in range(0, sum(first), row)]
 empty = 1 - sum(first) / (len(first) * width)
-fig = data_plots.packed_rows({f"Padded: {empty:.0%} of it teaches nothing": padded, "Packed into rows of 512: nothing is lost": packed})
-alt = f"Eight pieces in rows as wide as the longest, {width} tokens: {empty:.0%} is padding. Packed, they fill {len(packed)} rows of 512, with a black border between two."
+fig = data_plots.packed_rows({f"Padded: {empty:.0%} of it teaches nothing": padded, f"Packed into rows of {row}: nothing is lost": filled})
+alt = f"{B} pieces in rows as wide as the longest, {width} tokens: {empty:.0%} is padding. Packed, they fill {len(filled)} rows of {row}, with a black border between two."
 plots.show(fig, alt=alt)
 
 # %% [markdown] id="first"

@@ -31,9 +31,8 @@ def matmul_dtype(x: torch.Tensor) -> torch.dtype:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, compute_dtype):
+    def forward(ctx, hidden, weight, targets, compute_dtype, wants_grad):
         rows, vocab_size = hidden.shape[0], weight.shape[0]
-        wants_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         weight_c, hidden_c = weight.to(compute_dtype), hidden.to(compute_dtype)
         total = torch.zeros((), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden, dtype=total.dtype) if wants_grad else None
@@ -68,7 +67,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         hidden_dtype, weight_dtype = ctx.dtypes
         # in place: these buffers were made for this one backward pass
-        return grad_hidden.mul_(grad_output).to(hidden_dtype), grad_weight.mul_(grad_output).to(weight_dtype), None, None
+        return grad_hidden.mul_(grad_output).to(hidden_dtype), grad_weight.mul_(grad_output).to(weight_dtype), None, None, None
 
 
 def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -85,5 +84,7 @@ def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: to
     """
     compute_dtype = matmul_dtype(hidden)
     with torch.autocast(hidden.device.type, enabled=False):
-        total = _LinearCrossEntropy.apply(hidden, weight, targets, compute_dtype)
+        # asked here: inside a Function gradients are always off, and `needs_input_grad` ignores no_grad and inference_mode
+        wants_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+        total = _LinearCrossEntropy.apply(hidden, weight, targets, compute_dtype, wants_grad)
         return total / (targets != IGNORE_INDEX).sum().clamp_min(1)

@@ -125,6 +125,19 @@ def test_all_logits_are_never_held_at_once(monkeypatch):
     assert largest.size >= 1024 * 512  # the usual way does: the check can fail
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_measuring_computes_no_gradients(monkeypatch, mode):
+    """An evaluation is forward passes only: the two products of the gradients would double its time."""
+    products = []
+    monkeypatch.setattr(torch.Tensor, "addmm_", lambda self, *args: products.append(self.shape))
+    hidden, weight, targets = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True), torch.arange(6)
+    with mode():
+        measured = linear_cross_entropy(hidden, weight, targets)
+    assert products == [] and not measured.requires_grad
+    torch.testing.assert_close(measured, linear_cross_entropy(hidden, weight, targets).detach())
+    assert products == [weight.shape]
+
+
 def test_doubly_shifted_targets_are_caught():
     """transformers shifts `labels` itself; `model.loss` takes targets that are already shifted. Shifting twice predicts the
     token after next, and shows."""

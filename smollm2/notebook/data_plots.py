@@ -93,16 +93,17 @@ def packed_rows(batches: dict[str, list[list[int]]]) -> plots.Figure:
 
     `batches[title][r][t]` is the document number of a token, or `BORDER`, or `PADDING`.
     """
-    fig, axes = plots.figure(9, 0.8 + 0.3 * max(map(len, batches.values())), columns=len(batches), sharey=True, squeeze=False)
+    height, width = max(map(len, batches.values())), max(len(row) for rows in batches.values() for row in rows)
+    fig, axes = plots.figure(9, 0.9 + 0.22 * height, columns=len(batches), sharey=True, squeeze=False)
     for ax, (title, rows) in zip(axes[0], batches.items(), strict=True):
         for row, numbers in enumerate(rows):
             for number, begin, end in runs(numbers):
                 ax.barh(row, end - begin, left=begin, height=0.8, **_STYLES.get(number, {"color": TINTS[number % len(TINTS)]}))
-                if number >= 0 and end - begin > len(numbers) / 16:  # wide enough for its number
+                if number >= 0 and end - begin > width / 16:  # wide enough for its number
                     ax.text((begin + end) / 2, row, str(number), ha="center", va="center", fontsize=8)
-        ax.set_yticks(range(len(rows)), [f"row {r}" for r in range(len(rows))])
-        ax.set_ylim(len(rows) - 0.4, -0.6)
+        ax.set_yticks(range(height), [f"row {r}" for r in range(height)])
+        ax.set_ylim(height - 0.4, -0.6)
         ax.grid(False)
-        ax.set_xlim(0, len(rows[0]))
+        ax.set_xlim(0, width)  # one scale, so that areas can be compared
         plots.label(ax, title, "position in the row (token)", "")
     return fig
