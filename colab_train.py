@@ -34,15 +34,20 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     print("SmolLM2 from scratch: loading PyTorch ...", flush=True)
 
-    from smollm2.errors import ConfigError, did_you_mean
-    from smollm2.settings import load_config, preset_names, read_yaml
+    from smollm2.errors import ConfigError
+    from smollm2.settings import load_config, read_yaml
 
-    in_file = None if args.config is None else read_yaml(args.config).get("preset")
-    asked = args.preset if args.preset != "auto" else in_file or "auto"
-    if asked != "auto" and asked not in preset_names():
-        raise ConfigError(f"unknown preset {asked!r}{did_you_mean(str(asked), preset_names())} ({', '.join(preset_names())})")
+    asked = args.preset if args.preset != "auto" or args.config is None else read_yaml(args.config).get("preset", "auto")
     flags = {dotted: getattr(args, name) for name, (dotted, _, _) in FLAGS.items()}
-    load_config(asked if asked != "auto" else "nano", args.config, args.overrides, **flags)  # mistakes, before torch is imported
+    mistakes = []
+    for preset in ("nano", "smollm2-135m") if asked == "auto" else (asked,):  # mistakes are told before torch is imported
+        try:
+            load_config(preset, args.config, args.overrides, **flags)
+            break
+        except ConfigError as error:  # what is too long for nano may fit the 135M, which a GPU will choose
+            mistakes.append(error)
+    else:
+        raise mistakes[0]
 
     from smollm2.device import choose_preset
 

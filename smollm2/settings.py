@@ -19,6 +19,7 @@ from .errors import ConfigError, did_you_mean
 PRESET_DIR = Path(__file__).parent / "presets"
 MAX_YAML_BYTES = 64 * 1024
 MAX_YAML_DEPTH = 20
+CUSTOM = "custom"  # what `RunConfig(...)` calls itself where no preset was used
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -72,7 +73,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def _leaf_names() -> dict[str, list[str]]:
     """Leaf field name -> dotted names, e.g. learning_rate -> [train.learning_rate]."""
-    leaves: dict[str, list[str]] = {"preset": ["preset"]}
+    leaves: dict[str, list[str]] = {}
     for section, field in RunConfig.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             for name in field.annotation.model_fields:
@@ -86,6 +87,8 @@ def parse_override(text: str) -> tuple[str, Any]:
     key = key.strip()
     if not sep or not key:
         raise ConfigError(f"--set {text!r}: expected key=value, e.g. --set train.learning_rate=1e-3")
+    if key == "preset":
+        raise ConfigError("--set preset: a preset is chosen by --preset, or by a line 'preset: nano' in the --config file")
     leaves = _leaf_names()
     dotted = {name for names in leaves.values() for name in names}
     if key in leaves and len(leaves[key]) == 1:
@@ -113,16 +116,20 @@ def preset_names() -> list[str]:
 
 
 def load_config(
-    preset: str = "nano", config_file: str | None = None, overrides: list[str] | tuple = (), **flags: Any
+    preset: str | None = None, config_file: str | None = None, overrides: list[str] | tuple = (), **flags: Any
 ) -> RunConfig:
-    """Preset + file + `key=value` overrides + dotted flags (`{"train.max_steps": 10}`; None means not given)."""
-    fields: dict[str, Any] = {}
-    if config_file is not None:
-        fields = read_yaml(config_file)
-        preset = fields.get("preset", preset)
-    if preset not in preset_names():
-        raise ConfigError(f"unknown preset {preset!r}{did_you_mean(str(preset), preset_names())} ({', '.join(preset_names())})")
-    fields = _merge(read_yaml(PRESET_DIR / f"{preset}.yaml"), fields) | {"preset": preset}
+    """Preset + file + `key=value` overrides + dotted flags (`{"train.max_steps": 10}`; None means not given).
+
+    Without `preset` it is the one that the file names, else nano. "custom" presets nothing: what a run wrote that was
+    not made from a preset.
+    """
+    fields = read_yaml(config_file) if config_file is not None else {}
+    named = [name for name in (preset, fields.get("preset")) if name is not None]
+    for name in named:
+        if name != CUSTOM and name not in preset_names():
+            raise ConfigError(f"unknown preset {name!r}{did_you_mean(str(name), preset_names())} ({', '.join(preset_names())})")
+    preset = named[0] if named else "nano"
+    fields = _merge({} if preset == CUSTOM else read_yaml(PRESET_DIR / f"{preset}.yaml"), fields) | {"preset": preset}
     pairs = [parse_override(text) for text in overrides] + [(k, v) for k, v in flags.items() if v is not None]
     for key, value in pairs:
         *section, leaf = key.split(".")

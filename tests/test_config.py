@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -57,8 +59,35 @@ def test_precedence_is_preset_then_file_then_set_then_flag(config_file):
 
 
 def test_a_file_may_name_its_preset(config_file):
-    config = load_config("nano", config_file("preset: smollm2-135m\n"))
+    config = load_config(None, config_file("preset: smollm2-135m\n"))
     assert config.preset == "smollm2-135m" and config.model.hidden_size == 576
+    config = load_config("nano", config_file("preset: smollm2-135m\n"))  # a flag beats the file, as everywhere
+    assert config.preset == "nano" and config.model.hidden_size == 192
+
+
+def test_what_a_run_wrote_gives_the_same_configuration_again(config_file):
+    for config in (RunConfig(), load_config("nano", None, ["train.seed=3"]), RunConfig(model=SmolLM2Config(num_hidden_layers=2))):
+        assert load_config(None, config_file(config.to_yaml())) == config
+
+
+@pytest.mark.parametrize(("preset", "is_refused"), [("smollm2-135m", False), ("nano", True)])
+def test_auto_judges_settings_by_the_preset_this_machine_gets(monkeypatch, preset, is_refused):
+    """Rows of 1,024 tokens fit the 135M that a GPU gets, not nano."""
+    import colab_train
+    import smollm2.device
+    import smollm2.training
+
+    trained = []
+    monkeypatch.setattr(smollm2.device, "choose_preset", lambda asked: (preset, "a stand-in"))
+    monkeypatch.setattr(smollm2.training, "train", lambda config: trained.append(config) or SimpleNamespace(table=str, stopped_by=None))
+    with pytest.raises(ConfigError, match="exceeds model.max_position_embeddings 256") if is_refused else contextlib.nullcontext():
+        colab_train.main(["--set", "data.sequence_length=1024"])
+    assert [config.preset for config in trained] == ([] if is_refused else [preset])
+
+
+def test_a_preset_is_no_setting():
+    with pytest.raises(ConfigError, match="chosen by --preset"):
+        load_config("nano", None, ["preset=smollm2-135m"])
 
 
 def test_what_is_written_is_what_is_read_back(config_file):
