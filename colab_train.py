@@ -56,10 +56,12 @@ def main(argv: list[str] | None = None) -> int:
     config = load_config(preset, args.config, args.overrides, **flags)
 
     from smollm2.training import train
+    from smollm2.workers import is_first_worker
 
     result = train(config)
-    print()
-    print(result.table())
+    if is_first_worker():
+        print()
+        print(result.table())
     return 128 + result.stopped_by if result.stopped_by else 0
 
 

@@ -58,12 +58,14 @@ class Chores(pl.Callback):
             self._durations.append(time.monotonic() - self._step_began)
             self._log_step(module)
         self._log_epoch(module)
-        stopping = self._stop_requested(trainer)
+        is_late = self.train.save_every_seconds is not None and time.monotonic() - self._last_save_at >= self.train.save_every_seconds
+        stopping, is_late = self._agreed(trainer, self.signals.received is not None, is_late and self.run.is_first_worker)
         if state.step >= self.target:
             trainer.should_stop = True  # the last save and its chores follow in `finish`
         elif module.last_applied or stopping:
             state.pending = self._due(state.step) if module.last_applied else []
-            if stopping or state.pending or self._save_is_due(state.step):
+            is_due = self.train.save_every is not None and state.step % self.train.save_every == 0
+            if stopping or state.pending or is_due or is_late:
                 self.save(module, step_name(state.step))
             if not stopping:
                 self._do_pending(module)
@@ -99,20 +101,15 @@ class Chores(pl.Callback):
     def tokens_per_second(self) -> float:
         return self.run.tokens_per_step * len(self._durations) / sum(self._durations) if self._durations else 0.0
 
-    def _stop_requested(self, trainer) -> bool:
-        """The same answer on every worker: a signal may have reached only one of them."""
-        stop = self.signals.received is not None
+    def _agreed(self, trainer, *flags: bool) -> tuple[bool, ...]:
+        """The same answers on every worker, true where one said so: a signal may have reached only one of them."""
         if self.run.world_size > 1:
-            stop = bool(trainer.strategy.reduce(torch.tensor(float(stop), device=self.run.device), reduce_op="sum") > 0)
-        return stop
+            said = torch.tensor(flags, dtype=torch.float32, device=self.run.device)
+            flags = tuple((trainer.strategy.reduce(said, reduce_op="sum") > 0).tolist())
+        return flags
 
     def _due(self, step: int) -> list[str]:
         return [name for name, every in (("val", self.train.val_every), ("sample", self.train.sample_every)) if step % every == 0]
-
-    def _save_is_due(self, step: int) -> bool:
-        by_step = self.train.save_every is not None and step % self.train.save_every == 0
-        by_time = self.train.save_every_seconds is not None and time.monotonic() - self._last_save_at >= self.train.save_every_seconds
-        return by_step or (by_time and self.run.world_size == 1)
 
     def _log_step(self, module) -> None:
         state, loss = module.state, module.last_loss

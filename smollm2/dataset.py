@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
 
 from .errors import DataError
@@ -26,18 +27,23 @@ def dataset_to_text(source: str, folder: Path, tokens: int, split: str = "train"
         from datasets import load_dataset
     except ImportError:
         raise DataError("--dataset needs the 'datasets' package: pip install datasets") from None
+    from tqdm import tqdm
+
     folder.mkdir(parents=True, exist_ok=True)
     temporary = target.with_suffix(f".tmp-{os.getpid()}")
     written, limit = 0, tokens * BYTES_PER_TOKEN
+    progress = tqdm(total=int(limit), unit="B", unit_scale=True, desc=f"reading {source}", disable=not sys.stderr.isatty())
     try:
         rows = iter(load_dataset(source, split=split, streaming=True))
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+        with progress, temporary.open("w", encoding="utf-8", newline="\n") as file:
             for row in rows:
                 text = row.get(column)
                 if not isinstance(text, str):
                     raise DataError(f"--dataset {source}: no text column {column!r}; it has {', '.join(map(str, row))}")
                 file.write(text.rstrip("\n") + "\n" + SEPARATOR)
-                written += len(text.encode()) + len(SEPARATOR) + 1
+                size = len(text.encode()) + len(SEPARATOR) + 1
+                written += size
+                progress.update(size)
                 if written >= limit:
                     break
             file.flush()

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from .files import remove_temporaries, replace_durably
+from .files import replace_durably
 
 TRAINING = "training_loss.txt"
 SAMPLES = "generation_samples.txt"
@@ -54,7 +54,6 @@ class TextLogs:
     def __init__(self, folder: str | Path, tensorboard: bool = True, say: Callable[[str], None] = lambda text: None):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        remove_temporaries(self.folder)
         self._lock = threading.Lock()
         self._waiting: list[tuple[str, bytes]] = []  # (file, line) that a failing disk did not take yet
         self._say, self._has_said = say, False

@@ -45,8 +45,8 @@ def published_base(source: str | Path, folder: Path) -> str | None:
 def check_origin(began_with: str | None, config: RunConfig) -> None:
     """Raises `ConfigError` when other weights are asked for than those the run began with: a resume would not read them."""
     asked = config.run.init_from
-    if asked and began_with and origin_name(asked) != began_with:
+    if asked and origin_name(asked) != began_with:
         raise ConfigError(
-            f"run.init_from={asked}: the run in this output directory began with {began_with}; "
+            f"run.init_from={asked}: the run in this output directory began with {began_with or 'random weights'}; "
             "leave it out, choose another --output_dir, or start anew with --resume never"
         )

@@ -13,10 +13,11 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 
 from . import __version__
 from .checkpoint import FINAL_NAMES, Manifest, candidates, load_tensors, newest_usable, verify
-from .config import RunConfig
+from .config import RunConfig, problems
 from .data import TokenData, check_length, identity_key, prepare_tokens
 from .device import check_memory, choose_device, choose_precision, device_name, fingerprint
 from .errors import CheckpointError, ConfigError, DataError, OutputLost, UserError
@@ -38,7 +39,7 @@ from .storage.retention import check_space
 from .storage.saver import Saver
 from .text import documents, read_split, source_identity
 from .tokenizer import Tokenizer, choose_tokenizer
-from .workers import announce_open, is_first_worker, wait_until_open
+from .workers import announce_open, check_workers, is_first_worker, wait_until_open
 
 BPE_TRAINING_PIECES = 64  # of about 1 MiB each: enough for any vocabulary
 MANY_PASSES = 8  # see docs/log.md: a fifth of that is too few, and twice that loses what was gained
@@ -75,14 +76,14 @@ class Run:
     def prepare(self, folder: OutputFolder) -> None:
         """Settle model, device, checkpoint and data, saying what was found. Only tidies, restores and tokenises."""
         try:
-            self.config = config = _resolve_model(self.config)
+            if not self.is_first_worker:
+                wait_until_open(self.output_dir)
+            self.config = config = _resolve(self.config)
             check_memory(config, self.device)
             if self.is_first_worker:
                 if config.run.resume == "never":
                     folder.archive(self.say)
                 folder.tidy()
-            else:
-                wait_until_open(self.output_dir)
             model = config.model
             self.say(f"model: {config.preset}, {parameter_count(model):,} parameters, context {model.max_position_embeddings:,}, RoPE theta {model.rope_theta:,.0f}")
             self.say(f"device: {device_name(self.device)}; precision {self.precision.name}: {self.precision.reason}")
@@ -356,10 +357,14 @@ class Run:
         return score_tokens(model, val.tokens, val.text_bytes, block_length=self.config.data.sequence_length).bits_per_byte
 
 
-def _resolve_model(config: RunConfig) -> RunConfig:
+def _resolve(config: RunConfig) -> RunConfig:
     """Take the shape of `init_from` (its RoPE theta above all), and the dataset's text as the input file."""
     if config.run.init_from:
-        config = config.model_copy(update={"model": read_config(resolve(config.run.init_from))})
+        fields = config.model_dump() | {"model": read_config(resolve(config.run.init_from)).model_dump()}
+        try:
+            config = RunConfig(**fields)
+        except ValidationError as error:
+            raise ConfigError(f"run.init_from={config.run.init_from}: {problems(error, RunConfig)}") from None
     if config.data.dataset:
         from .dataset import dataset_to_text
 
@@ -376,6 +381,7 @@ def open_run(config: RunConfig, reporter: Reporter | None = None) -> Iterator[Ru
         source_identity(config.data.input_file)  # a bad text is reported before anything is written
     if config.run.drive_dir or is_below_mount_point(run.output_dir):
         check_places(config.run.output_dir, config.run.drive_dir, config.run.resume)
+    check_workers(config.run, torch.cuda.device_count() if run.device.type == "cuda" else 0)
     is_open = False
     with OutputFolder(run.output_dir, run.is_first_worker) as folder:
         try:

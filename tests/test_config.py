@@ -80,7 +80,7 @@ def test_auto_judges_settings_by_the_preset_this_machine_gets(monkeypatch, prese
     trained = []
     monkeypatch.setattr(smollm2.device, "choose_preset", lambda asked: (preset, "a stand-in"))
     monkeypatch.setattr(smollm2.training, "train", lambda config: trained.append(config) or SimpleNamespace(table=str, stopped_by=None))
-    with pytest.raises(ConfigError, match="exceeds model.max_position_embeddings 256") if is_refused else contextlib.nullcontext():
+    with pytest.raises(ConfigError, match=r"exceeds model\.max_position_embeddings 256") if is_refused else contextlib.nullcontext():
         colab_train.main(["--set", "data.sequence_length=1024"])
     assert [config.preset for config in trained] == ([] if is_refused else [preset])
 

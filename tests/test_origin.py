@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from smollm2.checkpoint import FINAL_NAMES, commit, dump_json, strict_json, verify
+from smollm2.config import DataConfig, PlaceConfig, RunConfig
 from smollm2.errors import ConfigError
 from smollm2.export import export
 from smollm2.origin import origin_name
@@ -97,6 +98,19 @@ def test_the_origin_survives_a_resume_to_the_bit(hub, text, tmp_path):
     compare(tmp_path / "parts", expected)
     with pytest.raises(ConfigError, match=f"run.init_from=someone/model: .* began with {BASE}"):
         train(configured(text, tmp_path / "parts", "someone/model", steps=4, more=8), Reporter())
+
+
+def test_a_run_from_random_weights_does_not_take_others_silently(scratch, text, tmp_path):
+    output = shutil.copytree(scratch.parent.parent, tmp_path / "output")
+    with pytest.raises(ConfigError, match="began with random weights; leave it out"):
+        train(configured(text, output, scratch, steps=8), Reporter())
+
+
+def test_rows_longer_than_the_context_it_starts_from_are_refused_before_anything_is_written(scratch, text, tmp_path):
+    config = RunConfig(data=DataConfig(input_file=str(text), sequence_length=100), run=PlaceConfig(output_dir=str(tmp_path / "o"), init_from=str(scratch)))
+    with pytest.raises(ConfigError, match=r"run\.init_from=.*data\.sequence_length 100 exceeds"):
+        train(config, Reporter())
+    assert not (tmp_path / "o").exists()
 
 
 def test_a_checkpoint_from_before_the_origin_was_recorded_goes_on(scratch, text, tmp_path):

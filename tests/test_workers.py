@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +13,11 @@ import numpy as np
 import pytest
 import yaml
 
+from smollm2.config import PlaceConfig
 from smollm2.data import BatchOrder, BatchStream
+from smollm2.errors import ConfigError
 from smollm2.logs import read_log
+from smollm2.workers import check_workers, is_first_worker
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,6 +31,62 @@ def test_workers_share_the_rows_of_the_same_global_batch():
         rows = {tuple(row.tolist()) for part in parts for row in part}
         assert rows == {tuple(row.tolist()) for row in whole}
         assert all(len(part) == 8 // world for part in parts)
+
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}
+SRUN = {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_JOB_NAME": "train"}
+SHELL_OF_A_JOB = {"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_JOB_NAME": "bash"}  # Lightning's children inherit it
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    def as_if(**variables: str):
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", *TORCHRUN, *SRUN):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return as_if
+
+
+@pytest.mark.parametrize(
+    ("variables", "is_first"),
+    [
+        ({}, True),
+        ({"LOCAL_RANK": "0"}, True),
+        ({"LOCAL_RANK": "1"}, False),
+        ({"NODE_RANK": "1"}, False),
+        (TORCHRUN, False),
+        (TORCHRUN | {"RANK": "0", "LOCAL_RANK": "0"}, True),
+        (SRUN, False),
+        (SRUN | {"SLURM_PROCID": "0"}, True),
+        (SHELL_OF_A_JOB, True),
+        (SHELL_OF_A_JOB | {"LOCAL_RANK": "1"}, False),
+    ],
+    ids=str,
+)
+def test_one_worker_is_the_first_however_they_were_started(launched, variables, is_first):
+    launched(**variables)
+    assert is_first_worker() is is_first
+
+
+@pytest.mark.parametrize(
+    ("variables", "place", "gpus", "problem"),
+    [
+        (TORCHRUN, {}, 0, "torchrun started 4 processes, but --devices 1 x --num_nodes 1 = 1"),
+        (TORCHRUN, {"devices": 2, "num_nodes": 2}, 2, None),
+        (SRUN, {"devices": 4}, 0, "srun started 2 processes"),
+        (SRUN, {"num_nodes": 2}, 1, None),
+        (SHELL_OF_A_JOB, {"devices": 2}, 0, None),
+        ({}, {"devices": 2}, 1, "this machine has 1 GPU; expected at most 1"),
+        ({}, {"devices": 2}, 0, None),
+    ],
+    ids=str,
+)
+def test_processes_that_would_each_train_the_whole_run_are_refused(launched, variables, place, gpus, problem):
+    launched(**variables)
+    with pytest.raises(ConfigError, match=re.escape(problem)) if problem else contextlib.nullcontext():
+        check_workers(PlaceConfig(**place), gpus)
 
 
 @pytest.mark.slow
@@ -42,10 +103,12 @@ def test_two_processes_reach_the_same_losses_in_two_phases(tmp_path):
     losses = {}
     for devices in (1, 2):
         command = [sys.executable, str(ROOT / "colab_train.py"), "--config", "tiny.yaml", "--input_file", "text.txt"]
-        command += ["--output_dir", f"out{devices}", "--max_steps", "12", "--continue_steps", "4", "--devices", str(devices)]
+        command += ["--set", "save_every_seconds=0.01", "--output_dir", f"out{devices}", "--max_steps", "12", "--continue_steps", "4", "--devices", str(devices)]
         done = subprocess.run(command, cwd=tmp_path, env=dict(os.environ, OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-2000:]
         events = read_log(tmp_path / f"out{devices}" / "logs" / "training_loss.txt")
         losses[devices] = [float(event["train_loss"]) for event in events if "train_loss" in event]
+        saves = [event for event in read_log(tmp_path / f"out{devices}" / "logs" / "checkpoint_events.txt") if event["event"] == "saved"]
+        assert len(saves) >= 14  # by the clock, also with several workers
     assert len(losses[1]) == 16
     np.testing.assert_allclose(losses[1], losses[2], atol=2e-4)

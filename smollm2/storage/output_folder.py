@@ -43,7 +43,8 @@ class OutputFolder:
         """Remove what a killed run left half-way."""
         self.checkpoints.mkdir(exist_ok=True)
         remove_leftovers(self.checkpoints)
-        remove_temporaries(self.path)
+        for folder in (self.path, self.path / "logs"):
+            remove_temporaries(folder)
 
     def archive(self, say: Callable[[str], None]) -> None:
         """`--resume never`: what an earlier run wrote moves aside; nothing is deleted."""
