@@ -221,7 +221,7 @@ def test_a_check_prints_difference_and_tolerance_and_fails_with_the_likely_mista
 def test_a_check_of_counts_or_of_a_yes_or_no_prints_its_name_alone(nothing, capsys):
     lesson.check("no file is missing", nothing)
     assert capsys.readouterr().out == "✔ no file is missing\n"
-    with pytest.raises(lesson.CheckFailed, match="^✘ no file is missing: not so, off by 1. Likely: a typo$"):
+    with pytest.raises(lesson.CheckFailed, match=r"^✘ no file is missing: not so, off by 1\. Likely: a typo$"):
         lesson.check("no file is missing", nothing + 1, likely="a typo")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -10,18 +11,20 @@ import torch
 from tiny_models import tiny_model, tiny_tokenizer
 
 from smollm2.checkpoint import commit
-from smollm2.notebook.own_run import own_checkpoints, own_run, small_run, untrained
+from smollm2.notebook.own_run import best_seen, own_checkpoints, own_run, small_run, untrained
 from smollm2.pretrained import load_model, model_files
 from smollm2.storage.saver import tensor_file
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def save(parent: Path, name: str, step: int, run_id: str = "run-a", age_seconds: float = 0.0) -> Path:
+def save(parent: Path, name: str, step: int, run_id: str = "run-a", age_seconds: float = 0.0, best: dict | None = None) -> Path:
     parent.mkdir(parents=True, exist_ok=True)
     model = tiny_model(vocab_size=tiny_tokenizer().vocab_size)
     files = model_files(model.config) | tiny_tokenizer().files(512)
     files["model.safetensors"] = tensor_file({name: p.detach() for name, p in model.named_parameters() if name != "lm_head.weight"})
+    if best is not None:
+        files["state.json"] = json.dumps({"step": step, "best": best}).encode()
     folder = commit(parent, name, files, run_id, step, {}).folder
     then = os.stat(folder / "manifest.json").st_mtime - age_seconds
     os.utime(folder / "manifest.json", (then, then))
@@ -51,6 +54,13 @@ def test_a_damaged_checkpoint_is_named_and_left_out(tmp_path):
     said = []
     assert [c.step for c in own_checkpoints([tmp_path / "output"], said.append)] == [1]
     assert len(said) == 1 and "step-00000002.ckpt: left out" in said[0]
+
+
+@pytest.mark.parametrize(("best", "step"), [({"step": 2, "bits_per_byte": 1.5}, 2), ({"step": 4, "bits_per_byte": 1.5}, 10), ({}, 10), (None, 10)])
+def test_the_best_checkpoint_is_the_one_the_run_noted_where_it_is_kept(tmp_path, best, step):
+    for name, at in (("step-00000002.ckpt", 2), ("step-00000007.ckpt", 7), ("final_model.ckpt", 10)):
+        save(tmp_path, name, at, best=best)
+    assert best_seen(own_checkpoints([tmp_path])).step == step
 
 
 def test_the_small_run_never_stands_in_the_way_of_the_real_one(tmp_path):

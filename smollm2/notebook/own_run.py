@@ -77,6 +77,12 @@ def own_run(input_file: str | Path, output_dir: str | Path = "output", others: I
     return checkpoints
 
 
+def best_seen(checkpoints: list[Manifest]) -> Manifest:
+    """Of a run's checkpoints that of its best validation; the last one where that is none of them, or was never noted."""
+    step = (recorded(checkpoints[-1].folder).get("best") or {}).get("step")
+    return next((checkpoint for checkpoint in checkpoints if checkpoint.step == step), checkpoints[-1])
+
+
 def untrained(checkpoint: Manifest) -> SmolLM2 | None:
     """The model of step 0 of the run: what its seed drew before the first update. None where it began from other weights."""
     state = recorded(checkpoint.folder)
