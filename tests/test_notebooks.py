@@ -11,11 +11,19 @@ import sys
 import tomllib
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 jupytext = pytest.importorskip("jupytext", reason="notebook tests need the dev extra")
 import run_notebooks as runner  # noqa: E402
+from tiny_models import save_folder, tiny_model, tiny_tokenizer  # noqa: E402
+
+from smollm2 import load_config, train  # noqa: E402
+from smollm2.errors import UserError  # noqa: E402
+from smollm2.evaluate import score_file  # noqa: E402
+from smollm2.notebook.panel import LivePanel  # noqa: E402
+from smollm2.pretrained import load_model_and_tokenizer  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
@@ -250,6 +258,33 @@ def test_source_runs_as_a_plain_script(stem, tmp_path, repository):
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stderr.strip() == ""
     assert len(re.findall(r"^✔ ", result.stdout, re.M)) >= 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["folder", "nobody/nothing"])
+def test_the_form_that_fine_tunes_scores_before_and_after_or_says_why_not(base, tmp_path, monkeypatch, capsys):
+    """The cell itself, with a small trained folder as its base and the CPU taken for a GPU: CI has neither the weights nor a GPU."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.chdir(tmp_path)
+    stem = next(stem for stem in STEMS if stem.startswith("06"))
+    code = source(next(cell for cell in cells(stem, "code") if cell["id"] == "fine-tune"))
+    if base == "folder":
+        base = str(save_folder(tmp_path / "base", tiny_model(vocab_size=tiny_tokenizer().vocab_size)))
+    for before, after in (("FINE_TUNE = False", "FINE_TUNE = True"), ("HuggingFaceTB/SmolLM2-135M", base), ("100,", "20,"), ("1e-4", "1e-2")):
+        assert before in code
+        code = code.replace(before, after, 1)
+    text = tmp_path / "text.txt"
+    text.write_bytes((ROOT / "input.txt").read_bytes()[:60_000])
+    names = {"SMOKE": False, "TEXT": text, "Path": Path, "place": SimpleNamespace(output_dir="output"), "load_config": load_config, "train": train}
+    names |= {"model": SimpleNamespace(device=SimpleNamespace(type="cuda")), "UserError": UserError, "score_file": score_file, "LivePanel": LivePanel}
+    exec(code, names | {"load_model_and_tokenizer": lambda name, device: load_model_and_tokenizer(name)})
+    said = capsys.readouterr().out
+    if base == "nobody/nothing":
+        assert "out of reach" in said and said.rstrip().endswith("So: nothing is fine-tuned.")
+    else:
+        before, after = map(float, re.search(r"held out: ([\d.]+) bits per byte before, ([\d.]+) after 20 steps", said).groups())
+        assert after < before - 0.3 and (tmp_path / "output/fine-tuned/checkpoints/final_model.ckpt").is_dir()
 
 
 @pytest.mark.slow
