@@ -1,10 +1,11 @@
-"""Small file helpers: hashing, durable writes, and a clear word about paths that cannot be used."""
+"""Small file helpers: hashing, durable writes (of tensors too), and a clear word about paths that cannot be used."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -33,6 +34,28 @@ def write_durably(path: str | Path, data: bytes) -> None:
     with open(path, "wb") as file:
         file.write(data)
         file.flush()
+        os.fsync(file.fileno())
+
+
+def write_tensors(path: str | Path, tensors: dict) -> None:
+    """Write and fsync a safetensors file, readable by whom the umask allows: safetensors' own writer makes it 0600.
+    Raises OSError as every other writer does."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    path.touch()  # asking the process for its umask would change it for a moment, also for other threads
+    mode = stat.S_IMODE(path.stat().st_mode)
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
+    with open(path, "rb+") as file:
+        if stat.S_IMODE(path.stat().st_mode) != mode:  # a mount that knows no modes need not be asked
+            os.fchmod(file.fileno(), mode)
         os.fsync(file.fileno())
 
 

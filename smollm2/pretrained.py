@@ -10,7 +10,7 @@ import torch
 from .checkpoint import MANIFEST, check_safetensors_header, dump_json, load_tensors, strict_json, verify
 from .config import SmolLM2Config
 from .errors import CheckpointError
-from .files import kind_of, write_durably
+from .files import kind_of, write_durably, write_tensors
 from .model import SmolLM2
 
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
@@ -149,13 +149,11 @@ def stored_tensors(model: SmolLM2) -> dict[str, torch.Tensor]:
 
 def save_model(model: SmolLM2, folder: str | Path) -> None:
     """Write config and weights (in their own dtype) so that `AutoModelForCausalLM.from_pretrained(folder)` works."""
-    from safetensors.torch import save_file
-
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     dtype = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
     for name, data in model_files(model.config, dtype).items():
         write_durably(folder / name, data)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in stored_tensors(model).items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(folder / "model.safetensors", tensors)
     check_safetensors_header(folder / "model.safetensors")

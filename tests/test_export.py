@@ -47,6 +47,17 @@ def run_checkpoint(root: Path, template: str | None = None) -> Path:
     return root / "checkpoints" / "step-00000030.ckpt"
 
 
+def test_every_file_has_the_mode_that_umask_gives(tmp_path):
+    """Others in a lab's folder, or the Ollama service, read what the person's umask lets them read."""
+    before = os.umask(0o027)
+    try:
+        checkpoint = run_checkpoint(tmp_path / "run")
+        written = [*checkpoint.iterdir(), *export(checkpoint, tmp_path / "out").iterdir()]
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in written} == {0o640} and len(written) > 10
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("theta", [1e4, 1e5])
 def test_transformers_computes_the_same_logits_and_ids(tmp_path, theta, tied):

@@ -6,8 +6,6 @@ A failing disk does not stop training at once: three failed saves do.
 
 from __future__ import annotations
 
-import os
-import re
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +15,7 @@ import torch
 
 from ..checkpoint import Manifest, commit, dump_json
 from ..errors import NumericStop, OutputLost, UserError
+from ..files import write_tensors
 from .retention import prune
 
 MAX_FAILED_SAVES = 3
@@ -26,19 +25,10 @@ def tensor_file(tensors: dict[str, torch.Tensor]) -> Callable[[Path], None]:
     """Writer of a safetensors file that refuses numbers which are not finite."""
 
     def write(path: Path) -> None:
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise NumericStop(f"{name} holds numbers that are not finite: not saved; the last checkpoint is untouched")
-        try:
-            save_file(tensors, path, metadata={"format": "pt"})
-        except SafetensorError as error:
-            number = re.search(r"\(os error (\d+)\)", str(error))
-            if number is None:
-                raise
-            raise OSError(int(number[1]), os.strerror(int(number[1]))) from None  # as every other writer says it
+        write_tensors(path, tensors)
 
     return write
 
