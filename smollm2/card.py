@@ -9,9 +9,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from . import logs
 from .config import SmolLM2Config
 from .files import write_durably
-from .logs import TRAINING, parse_line
 from .plots import figure, label, png_bytes
 
 PLOT = "training_loss.png"
@@ -20,27 +20,11 @@ OFFICIAL = "HuggingFaceTB/SmolLM2-"  # all published under Apache-2.0
 
 def read_log(folder: Path, last_step: int | None) -> list[dict[str, float]]:
     """Numbers of each line of the run's loss log up to the checkpoint's step; empty where there is no log."""
-    path = folder.resolve().parent.parent / "logs" / TRAINING
+    path = folder.resolve().parent.parent / "logs" / logs.TRAINING
     if last_step is None or not path.is_file():
         return []
-    rows = []
-    for line in path.read_bytes().decode("utf-8", "replace").splitlines(keepends=True):
-        try:
-            fields = parse_line(line)
-        except ValueError:  # torn by a kill: the trainer drops such a line on resume
-            continue
-        row = {key: value for key, word in fields.items() if (value := _number(word)) is not None}
-        if row.get("step", math.inf) <= last_step:
-            rows.append(row)
-    return rows
-
-
-def _number(word: str) -> float | None:
-    try:
-        value = float(word)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
+    rows = [logs.numbers(event) for event in logs.read_log(path)]
+    return [row for row in rows if row.get("step", math.inf) <= last_step]
 
 
 def last(rows: list[dict[str, float]], key: str) -> float | None:

@@ -1,22 +1,25 @@
 """Five text logs and TensorBoard, in `output/logs/`.
 
 One event a line: `2026-11-23T19:00:00Z step=500 train_loss=3.1234 lr=0.0030`. Words with blanks are JSON strings.
-A resumed run neither repeats nor loses lines: `rewind` drops what lies behind the checkpoint it resumes from.
+A resumed run neither repeats nor loses lines: `rewind` drops what lies behind the checkpoint it resumes from, and draws
+TensorBoard's curves anew from the lines that stay: a machine that has its logs from Drive has no events of its own.
 A full disk does not stop training here: lines and TensorBoard's points wait in memory until they can be written, and no
 checkpoint is saved before.
 """
 
 from __future__ import annotations
 
+import calendar
 import contextlib
 import errno
 import json
+import math
 import os
 import re
 import shlex
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .files import replace_durably
@@ -27,6 +30,10 @@ CHECKPOINTS = "checkpoint_events.txt"
 EPOCHS = "epoch_completion.txt"
 METRICS = "gpu_metrics.txt"
 ALL_LOGS = (TRAINING, SAMPLES, CHECKPOINTS, EPOCHS, METRICS)
+CURVES = {  # log -> its numbers that are TensorBoard's, too
+    TRAINING: {"train_loss": "train/loss", "lr": "train/lr", "gradient_norm": "train/gradient_norm", "val_loss": "val/loss", "val_bits_per_byte": "val/bits_per_byte"},
+    METRICS: {"tokens_per_second": "train/tokens_per_second"},
+}  # fmt: skip
 REWOUND = (TRAINING, SAMPLES, EPOCHS, METRICS)  # checkpoint events are a journal: they stay
 
 
@@ -57,7 +64,7 @@ class TextLogs:
         self._lock = threading.Lock()
         self._waiting: list[tuple[str, bytes]] = []  # (file, line) that a failing disk did not take yet
         self._say, self._has_said = say, False
-        self._wants_tensorboard, self._events_file, self._purge_step = tensorboard, None, 0
+        self._wants_tensorboard, self._events_file = tensorboard, None
 
     def write(self, file: str, step: int, **fields: object) -> None:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -94,14 +101,17 @@ class TextLogs:
 
     def scalars(self, step: int, **values: float) -> None:
         """Values for TensorBoard, grouped by the part of the name before the first underscore."""
-        if not self._wants_tensorboard:
+        self._draw([(time.time(), step, {name.replace("_", "/", 1): value for name, value in values.items()})])
+
+    def _draw(self, points: list[tuple[float, int, dict[str, float]]]) -> None:
+        if not self._wants_tensorboard or not points:
             return
         from . import tensorboard_events
 
-        data = tensorboard_events.scalars(step, {name.replace("_", "/", 1): value for name, value in values.items()})
+        data = b"".join(tensorboard_events.scalars(*point) for point in points)
         if self._events_file is None:
             self._events_file = tensorboard_events.new_file_name()
-            data = tensorboard_events.opening(self._purge_step) + data
+            data = tensorboard_events.opening() + data
         self._append(self._events_file, data)
 
     def line_counts(self) -> dict[str, int]:
@@ -117,7 +127,6 @@ class TextLogs:
     def rewind(self, step: int, pending: list[str], counts: dict[str, int] | None = None) -> None:
         """Drop lines behind `step`, torn lines, lines at `step` beyond the `counts` that were there when it was saved
         (batches skipped after it move no step), and those of events that are `pending` at `step` and will run again."""
-        self._events_file, self._purge_step = None, step + 1  # a new file hides the points behind `step`
         for file in REWOUND:
             path = self.folder / file
             if not path.exists():
@@ -127,6 +136,17 @@ class TextLogs:
             kept = [line for index, line in enumerate(lines) if self._stays(line, file, step, pending, index < limit)]
             if kept != lines:
                 replace_durably(path, "".join(kept).encode())
+        self._events_file = None  # a new one, which hides all the points of the older ones
+        self._draw([point for file in CURVES for point in self._points(file)])
+
+    def _points(self, file: str) -> Iterator[tuple[float, int, dict[str, float]]]:
+        """What TensorBoard was told, as far as the text log knows it: (Unix time, step, values)."""
+        for event in read_log(self.folder / file) if (self.folder / file).exists() else []:
+            found = numbers(event)
+            values = {tag: found[key] for key, tag in CURVES[file].items() if key in found}
+            with contextlib.suppress(ValueError):  # a time that somebody has edited
+                if values:
+                    yield calendar.timegm(time.strptime(event["time"], "%Y-%m-%dT%H:%M:%SZ")), int(event["step"]), values
 
     @staticmethod
     def _stays(line: str, file: str, step: int, pending: list[str], was_saved: bool) -> bool:
@@ -170,12 +190,21 @@ def resources(device) -> dict[str, object]:
 def read_log(path: str | Path) -> list[dict[str, str]]:
     """All whole lines of a log as dictionaries of strings."""
     events = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in Path(path).read_bytes().decode("utf-8", "replace").splitlines(keepends=True):
         try:
             events.append(parse_line(line))
-        except ValueError:
+        except ValueError:  # torn by a kill: the trainer drops such a line on resume
             continue
     return events
+
+
+def numbers(event: dict[str, str]) -> dict[str, float]:
+    """Those words of a log line that are finite numbers."""
+    found = {}
+    for key, word in event.items():
+        with contextlib.suppress(ValueError):
+            found[key] = float(word)
+    return {key: value for key, value in found.items() if math.isfinite(value)}
 
 
 def shell_word(text: object) -> str:

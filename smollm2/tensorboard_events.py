@@ -21,20 +21,20 @@ def new_file_name() -> str:
     return f"events.out.tfevents.{time.time_ns() // 1000:016d}.{socket.gethostname()}.{os.getpid()}"
 
 
-def opening(purge_step: int) -> bytes:
-    """The beginning of a file: TensorBoard then hides what earlier files say about `purge_step` and later steps."""
+def opening() -> bytes:
+    """The beginning of a file: TensorBoard then hides what earlier files say."""
     start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-    return _record(file_version="brain.Event:2", step=purge_step) + _record(session_log=start, step=purge_step)
+    return _record(time.time(), file_version="brain.Event:2") + _record(time.time(), session_log=start)
 
 
-def scalars(step: int, values: dict[str, float]) -> bytes:
-    """One point of every curve."""
+def scalars(when: float, step: int, values: dict[str, float]) -> bytes:
+    """One point of every curve; `when` in seconds of Unix time."""
     summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
-    return _record(summary=summary, step=step)
+    return _record(when, summary=summary, step=step)
 
 
-def _record(**fields) -> bytes:
+def _record(when: float, **fields) -> bytes:
     """Length, its checksum, the event, its checksum: the framing of a TFRecord."""
-    data = event_pb2.Event(wall_time=time.time(), **fields).SerializeToString()
+    data = event_pb2.Event(wall_time=when, **fields).SerializeToString()
     length = struct.pack("<Q", len(data))
     return length + struct.pack("<I", masked_crc32c(length)) + data + struct.pack("<I", masked_crc32c(data))

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from smollm2 import logs, train
 from smollm2.config import RunConfig
@@ -22,7 +23,7 @@ def run_dir(tmp_path_factory) -> Path:
         model={"vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64},
         data={"input_file": str(folder / "text.txt"), "sequence_length": 32, "tokenizer_vocab_size": 300},
         train={"max_steps": 130, "batch_size": 8, "log_every": 10, "val_every": 50, "sample_every": 50, "sample_tokens": 4, "save_every": 50, "precision": "fp32"},
-        run={"output_dir": str(folder / "output")},
+        run={"output_dir": str(folder / "output"), "drive_dir": str(folder / "drive")},
     )  # fmt: skip
     train(config, Reporter())
     return folder / "output"
@@ -60,6 +61,38 @@ def test_tensorboard_opens_the_events(run_dir):
     events.Reload()
     assert {"train/loss", "train/lr", "val/loss", "val/bits_per_byte"} <= set(events.Tags()["scalars"])
     assert [e.step for e in events.Scalars("val/loss")] == [50, 100, 130]
+
+
+def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_a_machine_that_goes_on_from_drive_shows_tensorboard_every_earlier_step_once(run_dir):
+    output = run_dir.with_name("fresh")
+    config = RunConfig(**yaml.safe_load((run_dir / "config.yaml").read_text()))
+    config = config.model_copy(update={"run": config.run.model_copy(update={"output_dir": str(output)}), "train": config.train.model_copy(update={"continue_steps": 20})})
+    train(config, Reporter())
+    before, after = curves(run_dir / "logs"), curves(output / "logs")
+    assert set(after) == set(before) == {"train/loss", "train/lr", "train/gradient_norm", "train/tokens_per_second", "val/loss", "val/bits_per_byte"}
+    for tag, points in before.items():
+        assert [step for step, _ in after[tag]] == [*(step for step, _ in points), *((140, 150) if tag.startswith("train") else (150,))], tag
+        rounding = 0.06 if tag == "train/tokens_per_second" else 1e-6
+        assert [value for _, value in after[tag]][: len(points)] == pytest.approx([value for _, value in points], rel=1e-5, abs=rounding), tag
+
+
+def test_a_resume_shows_tensorboard_no_step_twice_and_none_behind_the_checkpoint(tmp_path):
+    for start in (1, 3, 3):  # two kills at step 6, the checkpoint is that of step 2
+        text = logs.TextLogs(tmp_path)
+        text.rewind(start - 1, [])
+        for step in range(start, 7):
+            text.write(logs.TRAINING, step, train_loss=1 / step)
+            text.scalars(step, train_loss=1 / step)
+    text.rewind(4, [])
+    assert curves(tmp_path) == {"train/loss": [(step, pytest.approx(1 / step, abs=1e-6)) for step in range(1, 5)]}
 
 
 def test_rewind_drops_what_lies_behind_torn_lines_and_pending_events(tmp_path):
