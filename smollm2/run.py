@@ -26,7 +26,7 @@ from .files import replace_durably, sha256_json
 from .logs import CHECKPOINTS, TextLogs
 from .model import SmolLM2
 from .optim import Schedule, moments_by_name
-from .origin import check_origin, origin_name, published_base
+from .origin import check_origin, origin_name, published_base, whereabouts
 from .parameters import parameter_count
 from .pretrained import load_weights, model_files, read_config, read_weights, resolve, stored_tensors
 from .progress import Reporter, TerminalReporter
@@ -90,8 +90,8 @@ class Run:
             self.find_checkpoint()
             if self.newest:
                 state = read_state(self.newest)
-                check_unchanged(state.config, config)
-                check_origin(state.init_from, config)
+                check_origin(state.init_from, state.config.get("model"), config, *self.whereabouts)
+                check_unchanged(state.config, config, *self.whereabouts)
             self.prepare_data()
             if self.is_first_worker:
                 self.check_space()
@@ -101,6 +101,7 @@ class Run:
     def find_checkpoint(self) -> None:
         """Newest verified checkpoint of this machine, or of Drive when that one is newer."""
         place, folders = self.config.run, candidates(self.checkpoint_dir)
+        self.whereabouts = whereabouts(place, is_here=bool(folders))
         if place.drive_dir and self.is_first_worker:
             from .storage.drive import newest_on_drive
 
@@ -118,7 +119,7 @@ class Run:
             if config.data.tokenizer != "auto":
                 asked, _ = choose_tokenizer(config.data.tokenizer, config.model.vocab_size, None, None)
                 if asked.sha256 != self.tokenizer.sha256:
-                    raise ConfigError(f"--tokenizer {config.data.tokenizer} is not the one this run was trained with; leave it out or use another --output_dir")
+                    raise ConfigError(f"--tokenizer {config.data.tokenizer} is not the one this run was trained with; leave it out, or {self.whereabouts[1]}")
             reason = "the checkpoint's own"
         elif config.run.init_from and config.data.tokenizer == "auto":
             self.tokenizer, reason = Tokenizer.from_file(resolve(config.run.init_from)), f"that of {config.run.init_from}"
@@ -133,7 +134,7 @@ class Run:
         if self.newest and self.newest.facts.get("data_sha256") != identity and not config.run.allow_data_change:
             raise DataError(
                 f"{path} is not the text this run was trained on (its hash differs from the checkpoint's); "
-                "restore it, choose another --output_dir, or pass --set run.allow_data_change=true"
+                f"restore it, pass --set run.allow_data_change=true, or {self.whereabouts[1]}"
             )
         self.data: TokenData = prepare_tokens(path, self.tokenizer, self.output_dir / "data", config.data.held_out_fraction, source)
         check_length(self.data, config.data.sequence_length, path)

@@ -96,8 +96,8 @@ def read_state(manifest: Manifest) -> TrainState:
     return state
 
 
-def check_unchanged(saved: dict[str, Any], config: RunConfig) -> None:
-    """Raises `ConfigError` with the differences when a fixed setting changed since the checkpoint."""
+def check_unchanged(saved: dict[str, Any], config: RunConfig, place: str, way_out: str) -> None:
+    """Raises `ConfigError` with the differences when a fixed setting changed since the checkpoint. `place`, `way_out`: see `origin.whereabouts`."""
     now = fixed_settings(config)
     changes = [
         f"{section}.{key}: {saved.get(section, {}).get(key)} -> {now.get(section, {}).get(key)}"
@@ -106,10 +106,7 @@ def check_unchanged(saved: dict[str, Any], config: RunConfig) -> None:
         if saved.get(section, {}).get(key) != now.get(section, {}).get(key)
     ]
     if changes:
-        raise ConfigError(
-            f"the run in this output directory was made with other settings ({'; '.join(changes)}): "
-            "put them back, choose another --output_dir, or start anew with --resume never"
-        )
+        raise ConfigError(f"the run in {place} was made with other settings ({'; '.join(changes)}): put them back, or {way_out}")
 
 
 def rng_tensors(device: torch.device) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ import pytest
 from fake_drive import FakeDrive, MachineDied
 
 from smollm2.checkpoint import FINAL_NAMES, candidates, commit, dump_json, step_name, verify
-from smollm2.errors import BusyError, ConfigError, NoUsableCheckpoint
+from smollm2.errors import BusyError, ConfigError, DataError, NoUsableCheckpoint
 from smollm2.progress import Reporter, TerminalReporter
 from smollm2.settings import load_config
 from smollm2.state import TrainState
@@ -781,6 +781,23 @@ def test_resume_never_does_not_continue_or_hide_what_is_on_drive(text, tmp_path)
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
     result = train(tiny_run(text, tmp_path / "output", **settings | {"run.resume": "never", "run.drive_dir": str(tmp_path / "other")}), Reporter())
     assert result.drive_step == 6 and (tmp_path / "output" / "previous-1").is_dir()
+
+
+def test_a_run_that_was_found_on_drive_is_said_to_lie_there_and_the_advice_works(text, tmp_path):
+    from smollm2.training import train
+
+    settings = {"run.drive_dir": str(tmp_path / "drive"), "train.max_steps": 6}
+    train(tiny_run(text, tmp_path / "output", **settings), Reporter())
+    advice = "or choose another --output_dir and another --drive_dir$"
+    for name, place in (("fresh", "--drive_dir .*drive"), ("output", "--output_dir .*output")):
+        with pytest.raises(ConfigError, match=rf"the run in {place} was made with other settings \(train\.seed: .* -> 5\): put them back, {advice}"):
+            train(tiny_run(text, tmp_path / name, **settings, **{"train.seed": 5}), Reporter())
+    assert not (tmp_path / "fresh").exists()
+    changed = tmp_path / "other.txt"
+    changed.write_text(text.read_text() + "one more line\n")
+    with pytest.raises(DataError, match=f"is not the text this run was trained on.*{advice}"):
+        train(tiny_run(changed, tmp_path / "fresh", **settings), Reporter())
+    assert train(tiny_run(text, tmp_path / "fresh", **settings | {"run.drive_dir": str(tmp_path / "second")}, **{"train.seed": 5}), Reporter()).drive_step == 6
 
 
 @pytest.mark.parametrize("where", ["checkpoints", ".", "checkpoints/deeper"])

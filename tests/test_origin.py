@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from smollm2.checkpoint import FINAL_NAMES, commit, dump_json, strict_json, verify
-from smollm2.config import DataConfig, PlaceConfig, RunConfig
+from smollm2.config import DataConfig, PlaceConfig, RunConfig, SmolLM2Config
 from smollm2.errors import ConfigError
 from smollm2.export import export
 from smollm2.origin import origin_name
@@ -104,6 +104,18 @@ def test_a_run_from_random_weights_does_not_take_others_silently(scratch, text, 
     output = shutil.copytree(scratch.parent.parent, tmp_path / "output")
     with pytest.raises(ConfigError, match="began with random weights; leave it out"):
         train(configured(text, output, scratch, steps=8), Reporter())
+
+
+def test_a_resume_that_does_not_name_the_weights_it_has_its_shape_from_is_told_what_to_pass(hub, scratch, text, tmp_path):
+    for source, said in ((BASE, BASE), (scratch, f"FOLDER, the one called {scratch.name}")):
+        output = tmp_path / Path(source).name
+        config = configured(text, output, source, steps=8)
+        train(configured(text, output, source), Reporter())
+        other = config.model_copy(update={"model": SmolLM2Config(), "run": config.run.model_copy(update={"init_from": None})})
+        with pytest.raises(ConfigError, match=f"began with the weights of {origin_name(source)} and has their shape: pass --set run.init_from={said}, again; or choose") as error:
+            train(other, Reporter())
+        assert "hidden_size" not in str(error.value) and f"--output_dir {output} began" in str(error.value)
+        assert train(config.model_copy(update={"model": other.model}), Reporter()).step == 8
 
 
 def test_rows_longer_than_the_context_it_starts_from_are_refused_before_anything_is_written(scratch, text, tmp_path):
