@@ -173,9 +173,12 @@ def main(argv: list[str] | None = None) -> int:
         from .hub import check_repo_id
 
         check_repo_id(args.push, "--push")
+    earlier = {path.name for path in Path(args.out).iterdir()} if os.path.isdir(args.out) else set()
     out = export(args.checkpoint, args.out, args.dtype, args.gguf)
     files = sorted(path for path in out.iterdir())
     print(f"{out}: " + ", ".join(f"{path.name} {path.stat().st_size:,} bytes" for path in files))
+    if gone := sorted(earlier - {path.name for path in files}):
+        print(f"removed with the earlier export: {', '.join(gone)} (an export replaces the whole folder; another --out keeps both)")
     if args.push and args.dry_run:
         print(f"dry run: would upload {len(files)} files, {sum(path.stat().st_size for path in files):,} bytes, to {args.push}; nothing was uploaded")
     elif args.push:

@@ -246,6 +246,16 @@ def test_gguf_f16_continues_a_text_as_we_do(tmp_path, theta):
     assert torch.equal(continued, expected)
 
 
+def test_a_gguf_file_that_an_export_replaces_is_named(tmp_path, capsys):
+    pytest.importorskip("gguf")
+    folder = wide_folder(tmp_path)
+    for kind in ("q8_0", "q8_0", "f16"):
+        main(["--checkpoint", str(folder), "--out", str(tmp_path / "out"), "--gguf", kind])
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("removed")]
+    assert said == ["removed with the earlier export: model-q8_0.gguf (an export replaces the whole folder; another --out keeps both)"]
+    assert [path.name for path in (tmp_path / "out").glob("*.gguf")] == ["model-f16.gguf"]
+
+
 def test_gguf_q8_0_stays_within_its_rounding(tmp_path):
     pytest.importorskip("gguf")
     pytest.importorskip("accelerate")
