@@ -136,7 +136,7 @@ def stream_continuation(model: SmolLM2, tokenizer, ids: list[int], max_new_token
     from .tokenizer import StreamDecoder
 
     stop_ids = options["stop_ids"] if options.get("stop_ids") is not None else (model.config.eos_token_id,)
-    decoder = StreamDecoder(tokenizer)
+    decoder = StreamDecoder(tokenizer, before=ids)
     for tokens, _ in stream(model, torch.tensor([ids]), max_new_tokens, **options):
         if int(tokens) in stop_ids:
             break
@@ -145,14 +145,11 @@ def stream_continuation(model: SmolLM2, tokenizer, ids: list[int], max_new_token
 
 
 def document_ids(model: SmolLM2, tokenizer, prompt: str) -> list[int]:
-    """Ids of a prompt of any length as generation reads it, behind the token that begins a document."""
-    begin = tokenizer.end_of_text_id if prompt_starts_document(tokenizer) else model.config.bos_token_id
-    ids = tokenizer.encode(prompt)
-    if begin is not None and (not ids or prompt_starts_document(tokenizer)):
-        ids = [begin, *ids]
-    if not ids:
+    """Ids of a prompt of any length as generation reads it, behind what begins a document (see `Tokenizer.begin_ids`)."""
+    ids = [*tokenizer.begin_ids, *tokenizer.encode(prompt)]
+    if not ids and model.config.bos_token_id is None:
         raise ValueError("an empty prompt, and the model has no begin-of-text token")
-    return ids
+    return ids or [model.config.bos_token_id]
 
 
 def prompt_ids(model: SmolLM2, tokenizer, prompt: str) -> list[int]:
@@ -161,11 +158,6 @@ def prompt_ids(model: SmolLM2, tokenizer, prompt: str) -> list[int]:
     if len(ids) >= limit:
         raise UserError(f"the prompt has {len(ids):,} tokens, the model's context is {limit:,}; shorten the prompt")
     return ids
-
-
-def prompt_starts_document(tokenizer) -> bool:
-    """Whether prompts are put behind the end-of-text token, as every document of the training text is."""
-    return tokenizer.end_of_text_id is not None
 
 
 def complete(model: SmolLM2, tokenizer, prompt: str, max_new_tokens: int = 128, **options) -> str:

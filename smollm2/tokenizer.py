@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 
 from tokenizers import Tokenizer as _Tokenizer
@@ -21,6 +24,8 @@ from .files import kind_of, sha256_bytes, write_durably
 END_OF_TEXT = "<|endoftext|>"
 SMOLLM2_TOKENIZER = "HuggingFaceTB/SmolLM2-135M"
 MAX_TOKENIZER_BYTES = 64 * 2**20
+LONGEST_WORD = 512  # characters, in training: the trainer's time grows with the square of a word, and its loop hears no Ctrl-C
+_LONG_RUN = re.compile(r"(?<!\s)\s{%d,}|(?<![^\W\d_])[^\W\d_]{%d,}|(?<![^\w\s])(?<!_)(?:[^\w\s]|_){%d,}" % ((LONGEST_WORD + 1,) * 3))
 
 
 class Tokenizer:
@@ -63,7 +68,7 @@ class Tokenizer:
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        tokenizer.train_from_iterator(texts, trainer)
+        tokenizer.train_from_iterator(_without_long_runs(texts), trainer)
         return cls(tokenizer.to_str(pretty=False).encode(), "trained tokenizer")
 
     @property
@@ -75,6 +80,13 @@ class Tokenizer:
         """Id of `<|endoftext|>`, or None when the vocabulary has no such entry."""
         return self._tokenizer.token_to_id(END_OF_TEXT)
 
+    @cached_property
+    def begin_ids(self) -> list[int]:
+        """What stands before a document: what the file's own post-processor puts there, else `<|endoftext|>` where it is an entry."""
+        framed = self._tokenizer.encode("a")
+        added = takewhile(lambda pair: pair[1], zip(framed.ids, framed.special_tokens_mask, strict=True))
+        return [i for i, _ in added] or ([] if self.end_of_text_id is None else [self.end_of_text_id])
+
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
@@ -82,10 +94,21 @@ class Tokenizer:
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+        # the library's own skipping misses special tokens that its normaliser marks, as Llama's does
+        ids = [int(i) for i in ids if not (skip_special_tokens and self.is_special(int(i)))]
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    @cached_property
+    def _added(self) -> dict:
+        return self._tokenizer.get_added_tokens_decoder()
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self._added and self._added[token_id].special
 
     def token(self, token_id: int) -> str | None:
-        return self._tokenizer.id_to_token(int(token_id))
+        """The entry's name; of an added token its exact content, which `id_to_token` gives with the normaliser's marks."""
+        added = self._added.get(int(token_id))
+        return added.content if added else self._tokenizer.id_to_token(int(token_id))
 
     def token_id(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
@@ -106,30 +129,54 @@ class Tokenizer:
             write_durably(Path(folder) / name, data)
 
 
-class StreamDecoder:
-    """Turns token ids into text piece by piece; holds back bytes that are not yet a whole character."""
+def _without_long_runs(texts: Iterable[str]) -> Iterator[str]:
+    """The texts, with runs of one kind of character (one word to the trainer) cut at every `LONGEST_WORD`-th."""
+    for text in texts:
+        done = 0
+        for run in _LONG_RUN.finditer(text):
+            for cut in range(run.start() + LONGEST_WORD, run.end(), LONGEST_WORD):
+                yield text[done:cut]
+                done = cut
+        yield text[done:]
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
+
+class StreamDecoder:
+    """Turns token ids into text piece by piece; holds back bytes that are not yet a whole character.
+
+    `before` are the ids that the new ones continue: the pieces join to what decoding all of them together gives, less
+    what `before` alone gives. A Metaspace tokenizer drops the blank in front of the first token it decodes.
+    """
+
+    CONTEXT, WINDOW = 8, 64  # ids kept when the window is full: a character has at most 4; keeps decoding O(1) a token
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True, before: Sequence[int] = ()):
         self.tokenizer, self.skip = tokenizer, skip_special_tokens
-        self.ids: list[int] = []
-        self.shown = ""
+        self._keep([i for i in before[-self.WINDOW :] if not self._is_hidden(i)])
+
+    def _is_hidden(self, token_id: int) -> bool:
+        return self.skip and self.tokenizer.is_special(token_id)
+
+    def _keep(self, ids: list[int]) -> None:
+        self.ids, self.shown = ids, self.tokenizer.decode(ids)
 
     def push(self, token_id: int) -> str:
         """Text that became complete with this token (perhaps empty)."""
+        if self._is_hidden(token_id):
+            return ""
         self.ids.append(token_id)
-        text = self.tokenizer.decode(self.ids, self.skip)
+        text = self.tokenizer.decode(self.ids)
         if text.endswith("\ufffd"):  # the token ends inside a multi-byte character
             return ""
         fresh = text[len(self.shown) :]
         self.shown = text
-        if len(self.ids) > 64 and not fresh.endswith("\ufffd"):  # keep decoding O(1) a token
-            self.ids, self.shown = [], ""
+        if len(self.ids) > self.WINDOW:
+            self._keep(self.ids[-self.CONTEXT :])
         return fresh
 
     def flush(self) -> str:
         """What was held back, as replacement characters."""
-        text = self.tokenizer.decode(self.ids, self.skip)
-        fresh, self.ids, self.shown = text[len(self.shown) :], [], ""
+        text = self.tokenizer.decode(self.ids)
+        fresh, self.shown = text[len(self.shown) :], text
         return fresh
 
 

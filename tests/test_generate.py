@@ -10,7 +10,7 @@ from conftest import random_ids, tiny_model, transformers_twin
 
 import smollm2.generate as generate_module
 from smollm2.errors import UserError
-from smollm2.generate import check_sampling, complete, generate, next_token_probabilities, stream, stream_text
+from smollm2.generate import check_sampling, complete, generate, next_token_probabilities, prompt_ids, stream, stream_text
 from smollm2.model import SmolLM2
 from smollm2.tokenizer import Tokenizer
 
@@ -36,6 +36,19 @@ def test_a_real_model_gives_the_reference_loss_and_logits(stories):
         assert loss == pytest.approx(prompt["loss"], abs=1e-5)
         assert logits.abs().mean().item() == pytest.approx(prompt["all_logits_abs_mean"], abs=2e-6)
         assert logits[0, -1].mean().item() == pytest.approx(prompt["last_logits_mean"], abs=2e-6)
+
+
+def test_a_real_models_prompt_and_text_are_those_of_transformers(stories, test_data):
+    """Its tokenizer marks blanks and asks for a begin token: neither a blank nor that token may be lost, however long the text."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, folder = stories[0], test_data / "stories-656k"
+    tokenizer, theirs = Tokenizer.from_file(folder), AutoTokenizer.from_pretrained(folder)
+    expected = theirs("The cat", return_tensors="pt")
+    assert prompt_ids(model, tokenizer, "The cat") == expected.input_ids[0].tolist() == [1, 80, 247, 476]
+    assert prompt_ids(model, tokenizer, "") == theirs("").input_ids
+    ids = AutoModelForCausalLM.from_pretrained(folder).generate(**expected, max_new_tokens=150, do_sample=False)[0]
+    assert "The cat" + complete(model, tokenizer, "The cat", 150, temperature=0.0) == theirs.decode(ids, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("use_cache", [True, False])

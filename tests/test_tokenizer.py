@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+import time
 
 import pytest
+
+from tiny_models import metaspace_tokenizer
 
 from smollm2.errors import DataError
 from smollm2.tokenizer import END_OF_TEXT, StreamDecoder, Tokenizer, choose_tokenizer, load_tokenizer
@@ -125,6 +128,24 @@ def test_training_is_reproducible():
     assert Tokenizer.train(texts, 300).raw == Tokenizer.train(texts, 300).raw
 
 
+@pytest.mark.parametrize("run", ["\n" * 10**6, "a" * 10**6, "_-" * 500_000], ids=lambda run: repr(run[:2]))
+def test_a_long_run_of_one_character_does_not_stop_the_training(run):
+    began = time.monotonic()
+    tokenizer = Tokenizer.train(["some words before. ", run, " and behind"], 300)
+    assert time.monotonic() - began < 20  # uncut it takes hours
+    assert tokenizer.decode(tokenizer.encode("x" + run[:5000])) == "x" + run[:5000]
+
+
+def test_only_long_runs_are_cut_for_training_and_no_text_is_lost():
+    from smollm2.tokenizer import LONGEST_WORD, _without_long_runs
+
+    texts = [*random_texts(50), "word " * 1000, "ab" * 256 + "." * 512 + " \n" * 256, "1" * 5000]
+    assert list(_without_long_runs(texts)) == texts
+    for run in ("\n\t " * 700, "aé漢" * 700, "_.😀" * 700):
+        pieces = list(_without_long_runs([f"1{run}1"]))
+        assert "".join(pieces) == f"1{run}1" and max(map(len, pieces)) == LONGEST_WORD + 1
+
+
 def test_batches_are_encoded_as_single_texts(real):
     texts = random_texts(20)
     assert real.encode_batch(texts) == [real.encode(text) for text in texts]
@@ -163,6 +184,33 @@ def test_special_tokens_are_hidden_unless_asked_for(trained):
     ids = [0, *trained.encode("cat"), 0]
     assert trained.decode(ids, skip_special_tokens=True) == "cat"
     assert trained.decode(ids) == f"{END_OF_TEXT}cat{END_OF_TEXT}"
+    llama = metaspace_tokenizer()
+    assert llama.decode([1, *llama.encode("the king"), 2], skip_special_tokens=True) == "the king"
+
+
+@pytest.mark.parametrize("length", [1, 3, 80, 400])
+def test_streamed_text_continues_the_prompt_as_if_both_were_decoded_at_once(trained, length):
+    """A Metaspace decoder strips the first blank it meets: neither the continuation's nor that of any later piece may go."""
+    draw = random.Random(13)
+    for tokenizer in (metaspace_tokenizer(), trained):
+        for before in ([], [1], [1, *tokenizer.encode("The king")], tokenizer.encode("and speak of the year " * 30)):
+            after = [draw.randrange(3, tokenizer.vocab_size) for _ in range(length)]
+            after[length // 2] = tokenizer.begin_ids[0]  # a special token in the middle is hidden
+            decoder = StreamDecoder(tokenizer, before=before)
+            said = "".join(map(decoder.push, after)) + decoder.flush()
+            whole = tokenizer.decode(before + after, skip_special_tokens=True)
+            assert said == whole[len(tokenizer.decode(before, skip_special_tokens=True)) :]
+
+
+def test_a_document_begins_as_the_tokenizers_own_file_says(real):
+    llama = metaspace_tokenizer()
+    assert llama.begin_ids == [1] and llama.encode("The king") == metaspace_tokenizer().encode("The king") and 1 not in llama.encode("a")
+    assert real.begin_ids == [0] and real.encode("\n\n1.") == REFERENCE_IDS["\n\n1."]
+
+
+def test_an_added_token_is_named_by_its_exact_content():
+    llama = metaspace_tokenizer()
+    assert [llama.token(i) for i in range(3)] == ["<unk>", "<begin>", "<end>"] and llama.token(10**6) is None
 
 
 # --- files and choices --------------------------------------------------------------------------------------------------

@@ -30,6 +30,20 @@ def tiny_tokenizer(vocab_size: int = 400) -> Tokenizer:
     return Tokenizer.train(TEXT * 3, vocab_size)
 
 
+def metaspace_tokenizer(vocab_size: int = 300) -> Tokenizer:
+    """A tokenizer in Llama's manner: a mark for blanks that the decoder strips once, `<unk>`, and a begin token that its file asks for."""
+    import tokenizers as hf
+
+    made = hf.Tokenizer(hf.models.BPE(unk_token="<unk>"))
+    made.normalizer = hf.normalizers.Sequence([hf.normalizers.Prepend("\u2581"), hf.normalizers.Replace(" ", "\u2581")])
+    made.decoder = hf.decoders.Sequence([hf.decoders.Replace("\u2581", " "), hf.decoders.Fuse(), hf.decoders.Strip(" ", 1, 0)])
+    words = [hf.AddedToken(word, special=True, normalized=True) for word in ("<unk>", "<begin>", "<end>")]
+    text = [line for line in TEXT[1].split(".") * 3]
+    made.train_from_iterator(text, hf.trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=words, show_progress=False))
+    made.post_processor = hf.processors.TemplateProcessing(single="<begin> $A", special_tokens=[("<begin>", 1)])
+    return Tokenizer(made.to_str().encode())
+
+
 def tiny_model(seed: int = 0, **changes) -> SmolLM2:
     """A random model of two layers, with logits spread widely enough that greedy choices are no coin tosses."""
     settings = {

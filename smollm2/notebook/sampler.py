@@ -81,7 +81,7 @@ class Sampler:
         self._run(self.seed.value + 1_000_003 * len(self.ids))
 
     def _run(self, seed: int) -> None:
-        decoder, began, drawn_at, reason = StreamDecoder(self.tokenizer), time.monotonic(), 0.0, "length reached"
+        decoder, began, drawn_at, reason = StreamDecoder(self.tokenizer, before=self.ids), time.monotonic(), 0.0, "length reached"
         context = torch.tensor([self.ids[-(self.model.config.max_position_embeddings - 1) :]])
         first, count = len(self.text), 0
         try:

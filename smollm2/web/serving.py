@@ -158,7 +158,7 @@ class Writer:
         options = {"temperature": ask.temperature, "top_k": ask.top_k, "top_p": ask.top_p, "min_p": ask.min_p, "seed": ask.seed}
         # one token more than asked for, never shown: its logits are what could come next
         tokens = stream(model, torch.tensor([ids]), ask.max_new_tokens + 1, stop_ids=(), **options)
-        decoder, text, count = StreamDecoder(tokenizer), "", 0
+        decoder, text, count = StreamDecoder(tokenizer, before=ids), "", 0
         while True:
             token, logits = await anyio.to_thread.run_sync(next, tokens)
             is_end = int(token) == model.config.eos_token_id
