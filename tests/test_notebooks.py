@@ -208,6 +208,8 @@ def test_lesson_has_checks_figures_predictions_a_widget_and_folded_answers(stem)
     assert code.count("lesson.predict(") >= 3 and "lesson.score()" in code
     assert "widgets." in code
     assert text.count("<details>") == text.count("</details>") >= 2 and "## Exercises" in text
+    title = next(source(cell) for cell in cells(stem) if cell["id"] == "title")
+    assert "Each `?`" in title and "Each `✔`" in title, "a reader who begins here meets both signs without a word"
     assert "You will be able to" in text and re.search(r"\bminutes?\b.*\b(CPU|GPU|T4)\b", text, re.S)
     assert stem == "06_evaluate_and_share" or "## Next" in text
     assert not re.search(r"^guess = (?!None)", code, re.M), "a guess is the reader's: leave None"
