@@ -149,10 +149,13 @@ class Chores(pl.Callback):
     def _do_pending(self, module) -> None:
         """Validation and samples that are due at this step; on one worker, the others go on to the next barrier."""
         state = module.state
-        if self.run.is_first_worker and "val" in state.pending:
-            self._validate(module)
-        if self.run.is_first_worker and "sample" in state.pending:
-            self._sample(module)
+        # only training runs compiled: sampling with a cache makes a graph for each layer, more than torch keeps, and whether a
+        # step runs compiled would then depend on the samples taken before it in this process
+        with torch.compiler.set_stance("force_eager"):
+            if self.run.is_first_worker and "val" in state.pending:
+                self._validate(module)
+            if self.run.is_first_worker and "sample" in state.pending:
+                self._sample(module)
         state.pending = []
 
     def _validate(self, module) -> None:

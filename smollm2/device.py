@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 from dataclasses import dataclass
 
 import torch
 
-from .config import RunConfig
+from .config import RunConfig, TrainConfig
 from .errors import ConfigError
 from .parameters import parameter_count
 
@@ -73,7 +74,7 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
-def fingerprint(device: torch.device, precision: Precision, compiled: bool) -> dict[str, str]:
+def fingerprint(device: torch.device, precision: Precision, train: TrainConfig) -> dict[str, str]:
     """What bit-exactness depends on besides the state; compared on resume."""
     cuda = device.type == "cuda"
     return {
@@ -82,9 +83,25 @@ def fingerprint(device: torch.device, precision: Precision, compiled: bool) -> d
         "cuda": str(torch.version.cuda) if cuda else "none",
         "cudnn": str(torch.backends.cudnn.version()) if cuda else "none",
         "precision": precision.name,
-        "compiled": str(compiled).lower(),
+        "compiled": str(train.compile).lower(),
+        "deterministic": str(train.deterministic or not cuda).lower(),
         "cpu_capability": "none" if cuda else torch.backends.cpu.get_cpu_capability(),
     }
+
+
+@contextlib.contextmanager
+def repeatable_sums(wanted: bool):
+    """Inside it, if `wanted`, a GPU adds in the same order every time, so that equal steps are equal bits; slower."""
+    if not wanted:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first product
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def choose_preset(requested: str) -> tuple[str, str]:

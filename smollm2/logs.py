@@ -180,10 +180,11 @@ def resources(device) -> dict[str, object]:
         "reserved_bytes": torch.cuda.memory_reserved(device),
         "device_used_bytes": total - free,
     }
-    try:
-        facts |= {"utilization_percent": torch.cuda.utilization(device), "power_watts": torch.cuda.power_draw(device) / 1000}
-    except Exception as error:  # NVML raises types of its own; a metric that cannot be read must not end a run
-        facts["utilization_percent"] = f"n/a ({type(error).__name__})"
+    for name, read in (("utilization_percent", torch.cuda.utilization), ("power_milliwatts", torch.cuda.power_draw)):
+        try:
+            facts[name] = read(device)
+        except Exception as error:  # NVML raises types of its own; a metric that cannot be read must not end a run
+            facts[name] = f"n/a ({type(error).__name__})"
     return facts
 
 

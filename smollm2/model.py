@@ -49,7 +49,8 @@ def rope_tables(config: SmolLM2Config, device=None) -> tuple[torch.Tensor, torch
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate (..., D) by tables that broadcast to (..., D/2): dimension i pairs with i + D/2, in fp32, back to x's dtype."""
+    """Rotate (..., D) by tables that broadcast to (..., D/2): dimension i pairs with i + D/2. Rotated in the
+    tables' dtype (fp32 in training, as in transformers), then back to x's."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 

@@ -144,7 +144,7 @@ def model_files(config: SmolLM2Config, dtype: str = "float32") -> dict[str, byte
 
 def stored_tensors(model: SmolLM2) -> dict[str, torch.Tensor]:
     """Tensors of `model.safetensors`: named parameters, so a tied output matrix appears once."""
-    return {name.replace("_orig_mod.", ""): p.detach() for name, p in model.named_parameters()}
+    return {name: p.detach() for name, p in model.named_parameters()}
 
 
 def save_model(model: SmolLM2, folder: str | Path) -> None:

@@ -64,8 +64,6 @@ class Run:
         self.mirror = None
         self.newest: Manifest | None = None
         self._saved_step: int | None = None
-        if config.train.deterministic:
-            torch.use_deterministic_algorithms(True)
 
     def say(self, text: str) -> None:
         if self.is_first_worker:
@@ -252,10 +250,12 @@ class Run:
         return model, state, tensors
 
     def _say_what_differs(self) -> None:
-        before, now = self.newest.facts.get("fingerprint", {}), fingerprint(self.device, self.precision, self.config.train.compile)
-        changes = [f"{key}: {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
+        before, now = self.newest.facts.get("fingerprint", {}), fingerprint(self.device, self.precision, self.config.train)
+        changes = [f"{key}: {before.get(key)} -> {value}" for key, value in now.items() if before.get(key, value) != value]
         if changes:
             self.say(f"continuing, not bit-exact: {'; '.join(changes)}")
+        elif now["deterministic"] == "false":
+            self.say("continuing; a GPU repeats its sums bit for bit only with --set train.deterministic=true")
 
     def _extend_schedule(self, state: TrainState, total: int) -> None:
         if total == state.schedule_total or state.step >= total:
@@ -295,7 +295,7 @@ class Run:
             "data_sha256": self.data.sha256,
             "tokenizer_sha256": self.tokenizer.sha256,
             "config_sha256": sha256_json(state.config),
-            "fingerprint": fingerprint(self.device, self.precision, config.train.compile),
+            "fingerprint": fingerprint(self.device, self.precision, config.train),
             "versions": {"smollm2": __version__, "torch": torch.__version__},
         }
         self.saver.submit(name, state.step, small, tensors, state.to_json(), facts, int(state.best["step"]) if state.best else None)

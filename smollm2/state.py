@@ -17,7 +17,7 @@ from .config import RunConfig
 from .errors import CheckpointError, ConfigError
 from .guard import NumericGuard
 
-# Settings that may change when a run is resumed: they do not change what an update computes from the same state.
+# Settings that may change when a run is resumed. Those that change its last digits (precision, compile, deterministic) are told in a line.
 CHANGEABLE = {
     "train": {
         "max_steps", "continue_steps", "micro_batch_size", "precision", "compile", "deterministic", "on_spike", "log_every", "val_every",

@@ -18,7 +18,7 @@ import torch
 
 from .chores import Chores
 from .data import BatchOrder, BatchStream
-from .device import autocast
+from .device import autocast, repeatable_sums
 from .errors import MemoryStop, disk_failures_named
 from .guard import MIN_SCALE, NumericGuard
 from .model import SmolLM2
@@ -58,7 +58,7 @@ class TrainingModule(pl.LightningModule):
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.run.config.train.gradient_clip_norm)
         if self.run.world_size > 1:
             loss = self.trainer.strategy.reduce(loss, reduce_op="mean")
-        self.last_loss, self.last_norm = torch.stack((loss, norm)).tolist()  # the step's one device-to-host transfer
+        self.last_loss, self.last_norm = torch.stack((loss, norm)).tolist()  # the step's one device-to-host transfer, where no scaler adds its own
         state = self.state
         reason = self.guard.verdict(self.last_loss, self.last_norm, state.position)
         state.position += 1
@@ -145,7 +145,7 @@ def run_phase(run: Run, target: int, final_name: str, signals: StopSignals) -> N
     model, state, moments = run.load(target)
     if run.config.train.compile:
         for layer in model.model.layers:
-            layer.compile()  # one graph for all layers; parameter names stay
+            layer.compile()  # one graph serves all layers ; parameter names stay
     order = BatchOrder(len(run.data.train.tokens), run.config.data.sequence_length, run.config.train.batch_size, run.config.train.seed)
     module = TrainingModule(run, model, state, moments)
     chores = Chores(run, order, target, final_name, signals)
@@ -175,7 +175,7 @@ def train(config, reporter=None) -> TrainResult:
     return (`result.stopped_by`). Raises `UserError` subclasses; their `exit_code` says which kind.
     """
     started = time.monotonic()
-    with disk_failures_named(config.run.output_dir), open_run(config, reporter) as run, StopSignals(run.reporter.message) as signals:
+    with disk_failures_named(config.run.output_dir), repeatable_sums(config.train.deterministic), open_run(config, reporter) as run, StopSignals(run.reporter.message) as signals:
         for target, final_name in run.phases():
             if signals.received is None:
                 run_phase(run, target, final_name, signals)

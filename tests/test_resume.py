@@ -207,6 +207,24 @@ def test_torn_lines_and_lines_behind_the_checkpoint_go(tmp_path):
     assert [(event["step"], "val_loss" in event) for event in read_log(tmp_path / TRAINING)] == [("5", False), ("10", False)]
 
 
+def test_every_training_step_runs_compiled_whatever_was_sampled_before_it(tmp_path, monkeypatch):
+    """A resumed run samples first, a killed one did not: both must take the same kernels afterwards."""
+    torch._dynamo.reset()
+    graphs, calls, compile_module = [], [], torch.nn.Module.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return lambda *args: (calls.append(torch.is_grad_enabled()), graph.forward(*args))[1]
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend=backend))
+    config = small_config(small_text(tmp_path / "text.txt"), tmp_path / "output", max_steps=6, val_every=2, sample_every=1, compile=True)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"num_hidden_layers": 12})})
+    train(config, Reporter())
+    assert len(graphs) == 1, "one graph serves all layers"
+    assert len(calls) == 6 * 12 and all(calls), "every layer of every step, and nothing else"
+    torch._dynamo.reset()
+
+
 def test_one_process_cannot_open_a_run_twice(tmp_path):
     with OutputLock(tmp_path), pytest.raises(BusyError, match="this very process"), OutputLock(tmp_path):
         pass
