@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -42,7 +42,7 @@ from .tokenizer import Tokenizer, choose_tokenizer
 from .workers import announce_open, check_workers, is_first_worker, wait_until_open
 
 BPE_TRAINING_PIECES = 64  # of about 1 MiB each: enough for any vocabulary
-MANY_PASSES = 8  # see docs/log.md: a fifth of that is too few, and twice that loses what was gained
+MANY_PASSES = 5  # over a small text; measured in docs/log.md
 
 
 class Run:
@@ -76,7 +76,7 @@ class Run:
         try:
             if not self.is_first_worker:
                 wait_until_open(self.output_dir)
-            self.config = config = _resolve(self.config)
+            self.config = config = _resolve(self.config, self.say)
             check_memory(config, self.device)
             if self.is_first_worker:
                 if config.run.resume == "never":
@@ -144,9 +144,11 @@ class Run:
         passes = steps * self.tokens_per_step / count
         if passes > MANY_PASSES:
             self.say(
-                f"note: {steps:,} steps read this text {passes:.0f} times; beyond {MANY_PASSES} it is learned by heart rather than learned from: "
+                f"note: {steps:,} steps read this text {passes:.0f} times; after about {MANY_PASSES} it is learned by heart rather than learned from: "
                 f"more text (--input_file, --dataset) or about {MANY_PASSES * count // self.tokens_per_step:,} steps do better"
             )
+        elif passes < 0.5:
+            self.say(f"note: {steps:,} steps read {passes:.1%} of this text; --max_steps {count // self.tokens_per_step:,} read it once")
 
     def begin_writing(self) -> None:
         """Logs, saver and the copy on Drive; the other workers may read the folder from now on."""
@@ -358,7 +360,7 @@ class Run:
         return score_tokens(model, val.tokens, val.text_bytes, block_length=self.config.data.sequence_length).bits_per_byte
 
 
-def _resolve(config: RunConfig) -> RunConfig:
+def _resolve(config: RunConfig, say: Callable[[str], None]) -> RunConfig:
     """Take the shape of `init_from` (its RoPE theta above all), and the dataset's text as the input file."""
     if config.run.init_from:
         fields = config.model_dump() | {"model": read_config(resolve(config.run.init_from)).model_dump()}
@@ -369,7 +371,7 @@ def _resolve(config: RunConfig) -> RunConfig:
     if config.data.dataset:
         from .dataset import dataset_to_text
 
-        path = dataset_to_text(config.data.dataset, Path(config.run.output_dir) / "data", config.data.dataset_tokens)
+        path = dataset_to_text(config.data.dataset, Path(config.run.output_dir) / "data", config.data.dataset_tokens, say=say)
         config = config.model_copy(update={"data": config.data.model_copy(update={"input_file": str(path)})})
     return config
 
