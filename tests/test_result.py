@@ -50,6 +50,13 @@ def test_a_run_that_learns_its_text_by_heart_says_so_and_keeps_the_best_checkpoi
     assert "about" in note and "steps do better" in note
 
 
+def test_a_run_that_reads_little_of_its_text_says_how_many_steps_read_it_once(tmp_path):
+    seen = Lines()
+    train(small_config(small_text(tmp_path / "text.txt"), tmp_path / "output", max_steps=3), seen)
+    (note,) = [line for line in seen.lines if line.startswith("note: 3 steps read ")]
+    assert "% of this text; --max_steps" in note
+
+
 def test_a_run_that_reads_its_text_a_few_times_is_not_warned(tmp_path):
     seen = Lines()
     result = train(small_config(small_text(tmp_path / "text.txt"), tmp_path / "output", max_steps=30), seen)
