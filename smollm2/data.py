@@ -58,7 +58,7 @@ def encode_documents(tokenizer: Tokenizer, texts: Iterable[str], end_id: int | N
         for (_, ends), ids in zip(pieces, tokenizer.encode_batch([text for text, _ in pieces]), strict=True):
             if ends:
                 if end_id is None:
-                    raise DataError(f"the text has {END_OF_TEXT} lines, but the tokenizer has no such token")
+                    raise DataError(f"the text has {END_OF_TEXT} lines, but the tokenizer has no such token: name its own with --set model.eos_token_id=N")
                 ids.append(end_id)
             yield np.asarray(ids, dtype=np.uint16)
         pieces.clear()
@@ -70,7 +70,7 @@ def encode_documents(tokenizer: Tokenizer, texts: Iterable[str], end_id: int | N
     yield from flush()
 
 
-def _write_split(folder: Path, name: str, tokenizer: Tokenizer, texts: Iterable[str], total_bytes: int) -> dict:
+def _write_split(folder: Path, name: str, tokenizer: Tokenizer, texts: Iterable[str], total_bytes: int, end_id: int | None) -> dict:
     """Tokenise a split into `<name>.bin`, streaming, with progress for long texts."""
     from tqdm import tqdm
 
@@ -86,7 +86,7 @@ def _write_split(folder: Path, name: str, tokenizer: Tokenizer, texts: Iterable[
     hidden = total_bytes < 16 * CHUNK_BYTES or not sys.stderr.isatty()
     progress = tqdm(total=total_bytes, unit="B", unit_scale=True, desc=f"tokenising {name}", disable=hidden)
     with progress, (folder / f"{name}.bin").open("wb") as file:
-        for array in encode_documents(tokenizer, counted(), None):
+        for array in encode_documents(tokenizer, counted(), end_id):
             raw = array.tobytes()
             file.write(raw)
             digest.update(raw)
@@ -96,18 +96,21 @@ def _write_split(folder: Path, name: str, tokenizer: Tokenizer, texts: Iterable[
     return {"tokens": count, "bytes": done, "sha256": digest.hexdigest()}
 
 
-def identity_key(source: dict, tokenizer: Tokenizer, held_out_fraction: float) -> dict:
+def identity_key(source: dict, tokenizer: Tokenizer, held_out_fraction: float, end_id: int | None = None) -> dict:
     """All that the token files depend on; its `sha256_json` is the identity of the data."""
-    return {"format": FORMAT, "source": source, "tokenizer": tokenizer.sha256, "held_out_fraction": held_out_fraction}
+    own_end = {} if end_id in (None, tokenizer.end_of_text_id) else {"end_id": end_id}
+    return {"format": FORMAT, "source": source, "tokenizer": tokenizer.sha256, "held_out_fraction": held_out_fraction} | own_end
 
 
-def prepare_tokens(path: str | Path, tokenizer: Tokenizer, cache_dir: str | Path, held_out_fraction: float, source: dict | None = None) -> TokenData:
-    """Token files of a text, from the cache or newly written.
+def prepare_tokens(
+    path: str | Path, tokenizer: Tokenizer, cache_dir: str | Path, held_out_fraction: float, source: dict | None = None, end_id: int | None = None
+) -> TokenData:
+    """Token files of a text, from the cache or newly written; documents end with `end_id` (default: the tokenizer's `<|endoftext|>`).
 
     The cache folder is named by the hash of text, tokenizer and split. It is built under a temporary name and renamed,
     so that one that exists is whole; every byte is checked against the sidecar's hashes all the same (about 1 GB/s).
     """
-    key = identity_key(source or source_identity(path), tokenizer, held_out_fraction)
+    key = identity_key(source or source_identity(path), tokenizer, held_out_fraction, end_id)
     identity = sha256_json(key)
     cache_dir = Path(cache_dir)
     folder = cache_dir / f"tokens-{identity[:16]}"
@@ -125,7 +128,7 @@ def prepare_tokens(path: str | Path, tokenizer: Tokenizer, cache_dir: str | Path
             train_bytes, val_bytes = split_bytes(path, held_out_fraction)
             for name, size in (("train", train_bytes), ("val", val_bytes)):
                 texts = read_split(path, name, held_out_fraction)
-                sidecar["splits"][name] = _write_split(temporary, name, tokenizer, texts, size)
+                sidecar["splits"][name] = _write_split(temporary, name, tokenizer, texts, size, end_id)
             sidecar["sha256_of_this"] = sha256_json(sidecar)
             write_durably(temporary / "tokens.json", (json.dumps(sidecar, indent=2) + "\n").encode())
             os.rename(temporary, folder)

@@ -11,6 +11,7 @@ import gzip
 import json
 import lzma
 import math
+import sys
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -19,7 +20,9 @@ import torch
 from .data import encode_documents
 from .errors import ArgumentParser, DataError, run_command
 from .model import SmolLM2
-from .text import read_split
+from .text import documents, read_split
+
+MAX_LOST_SHARE = 0.001  # of a text's bytes: at some 10 bits each, an error of 0.01 bits per byte
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,16 @@ def score_tokens(
 
 
 def score_file(model: SmolLM2, tokenizer, path, split: str = "all", held_out_fraction: float = 0.1, **options) -> Score:
-    """Score a text file, or its held-out end (`split="val"`)."""
+    """Score a text file, or its held-out end (`split="val"`); raises `DataError` for one that the tokenizer cannot hold."""
     size = 0
+    share, lost = tokenizer.not_kept(text for text, _ in documents(read_split(path, split, held_out_fraction)))
+    if share > MAX_LOST_SHARE:
+        raise DataError(
+            f"{path}: {lost}, expected at most {MAX_LOST_SHARE:.1%}: they cost next to nothing, so bits per byte would be far too good; "
+            "take them out of the text, or evaluate a model with a byte-level tokenizer"
+        )
+    if lost:
+        print(f"note: {path}: {lost}; bits per byte are too good by what they would cost", file=sys.stderr)
 
     def texts():
         nonlocal size

@@ -37,8 +37,8 @@ from .storage.drive_restore import check_places
 from .storage.output_folder import OutputFolder
 from .storage.retention import check_space
 from .storage.saver import Saver
-from .text import documents, read_split, source_identity
-from .tokenizer import Tokenizer, choose_tokenizer
+from .text import documents, read_split, read_text, source_identity
+from .tokenizer import END_OF_TEXT, Tokenizer, choose_tokenizer
 from .workers import announce_open, check_workers, is_first_worker, wait_until_open
 
 BPE_TRAINING_PIECES = 64  # of about 1 MiB each: enough for any vocabulary
@@ -126,15 +126,21 @@ class Run:
                 pieces = islice(read_split(path, "train", config.data.held_out_fraction), BPE_TRAINING_PIECES)
                 return (text for text, _ in documents(pieces))  # no entries for the letters of separator lines
 
-            self.tokenizer, reason = choose_tokenizer(config.data.tokenizer, config.model.vocab_size, config.data.tokenizer_vocab_size, texts)
+            self.tokenizer, reason = choose_tokenizer(config.data.tokenizer, config.model.vocab_size, config.data.tokenizer_vocab_size, texts, self.say)
         self.say(f"tokenizer: {reason}")
-        identity = sha256_json(identity_key(source, self.tokenizer, config.data.held_out_fraction))
+        _, lost = self.tokenizer.not_kept(text for text, _ in documents(islice(read_text(path), BPE_TRAINING_PIECES)))
+        if lost:
+            self.say(f"note: {path}: {lost}; they are not learned, and bits per byte of this run are too good by what they would cost")
+        end_id = self.tokenizer.end_id(config.model.eos_token_id)
+        if end_id != self.tokenizer.end_of_text_id:
+            self.say(f"documents end with {self.tokenizer.token(end_id)} (id {end_id}), the model's own: its tokenizer has no {END_OF_TEXT}")
+        identity = sha256_json(identity_key(source, self.tokenizer, config.data.held_out_fraction, end_id))
         if self.newest and self.newest.facts.get("data_sha256") != identity and not config.run.allow_data_change:
             raise DataError(
                 f"{path} is not the text this run was trained on (its hash differs from the checkpoint's); "
                 f"restore it, pass --set run.allow_data_change=true, or {self.whereabouts[1]}"
             )
-        self.data: TokenData = prepare_tokens(path, self.tokenizer, self.output_dir / "data", config.data.held_out_fraction, source)
+        self.data: TokenData = prepare_tokens(path, self.tokenizer, self.output_dir / "data", config.data.held_out_fraction, source, end_id)
         check_length(self.data, config.data.sequence_length, path)
         self.say(
             f"data: {path}, {source['bytes']:,} bytes; {len(self.data.train.tokens):,} tokens to train on, "

@@ -25,7 +25,7 @@ END_OF_TEXT = "<|endoftext|>"
 SMOLLM2_TOKENIZER = "HuggingFaceTB/SmolLM2-135M"
 MAX_TOKENIZER_BYTES = 64 * 2**20
 LONGEST_WORD = 512  # characters, in training: the trainer's time grows with the square of a word, and its loop hears no Ctrl-C
-_LONG_RUN = re.compile(r"(?<!\s)\s{%d,}|(?<![^\W\d_])[^\W\d_]{%d,}|(?<![^\w\s])(?<!_)(?:[^\w\s]|_){%d,}" % ((LONGEST_WORD + 1,) * 3))
+_LONG_RUN = re.compile("|".join(f"(?<!{kind}){kind}{{{LONGEST_WORD + 1},}}" for kind in (r"\s", r"[^\W\d_]", r"(?:_|[^\w\s])")))
 
 
 class Tokenizer:
@@ -86,6 +86,28 @@ class Tokenizer:
         framed = self._tokenizer.encode("a")
         added = takewhile(lambda pair: pair[1], zip(framed.ids, framed.special_tokens_mask, strict=True))
         return [i for i, _ in added] or ([] if self.end_of_text_id is None else [self.end_of_text_id])
+
+    def end_id(self, own: int | None) -> int | None:
+        """Id that ends a document: `<|endoftext|>`, else `own`, the model's end token, where it is a special entry other than the unknown one."""
+        if self.end_of_text_id is not None or own is None or not self.is_special(own):
+            return self.end_of_text_id
+        return None if self.token(own) == getattr(self._tokenizer.model, "unk_token", None) else own
+
+    def not_kept(self, texts: Iterable[str]) -> tuple[float, str]:
+        """Share of a text's UTF-8 bytes whose characters do not come back from the ids (unknown, dropped or replaced), and it in words."""
+        tried: set[str] = set()
+        lost: dict[str, int] = {}
+        total = 0
+        for text in texts:
+            total += len(text.encode())
+            for character in sorted(set(text) - tried):  # between two others, for the ends may be stripped
+                if character not in self.decode(self.encode(f"a{character}a"), skip_special_tokens=True):
+                    lost[character] = 0
+            tried |= set(text)
+            for character in lost:
+                lost[character] += text.count(character) * len(character.encode())
+        share, most = sum(lost.values()) / max(total, 1), "".join(sorted(lost, key=lost.get, reverse=True)[:12])
+        return share, f"{100 * share:.2g} % of the bytes are characters that do not come back from the tokenizer ({most!r})" if lost else ""
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -189,24 +211,30 @@ def load_tokenizer(spec: str) -> tuple[Tokenizer, str]:
     return Tokenizer.from_file(fetch(spec, "tokenizer.json")), f"{spec} from the Hub, as asked"
 
 
-def choose_tokenizer(spec: str, vocab_size: int, train_size: int | None, training_texts) -> tuple[Tokenizer, str]:
+def choose_tokenizer(
+    spec: str, vocab_size: int, train_size: int | None, training_texts, say: Callable[[str], None] = print
+) -> tuple[Tokenizer, str]:
     """`auto`, a Hub id or a path -> (tokenizer, reason).
 
     `auto` trains a BPE of `train_size` entries where the preset asks for one; otherwise it takes the real SmolLM2
     tokenizer, and where the Hub is out of reach it trains one of `vocab_size` entries and says so.
     `training_texts()` must iterate over the training split only.
     """
+    def train(size: int) -> Tokenizer:
+        say(f"training a tokenizer of {size:,} entries ...")
+        return Tokenizer.train(training_texts(), size)
+
     if spec != "auto":
         tokenizer, reason = load_tokenizer(spec)
     elif train_size:
-        tokenizer = Tokenizer.train(training_texts(), min(train_size, vocab_size))
+        tokenizer = train(min(train_size, vocab_size))
         reason = f"byte-level BPE of {tokenizer.vocab_size:,} entries trained on the training split (the preset's choice)"
     else:
         try:
             tokenizer, reason = load_tokenizer(SMOLLM2_TOKENIZER)
             reason = f"SmolLM2's own, {tokenizer.vocab_size:,} entries, from the Hub (default for this vocabulary)"
         except UserError as error:
-            tokenizer = Tokenizer.train(training_texts(), vocab_size)
+            tokenizer = train(vocab_size)
             reason = (
                 f"byte-level BPE of {tokenizer.vocab_size:,} entries trained on the training split, because SmolLM2's own "
                 f"cannot be fetched ({error}); pass --tokenizer PATH to use the real one"

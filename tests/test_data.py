@@ -13,14 +13,18 @@ import zipfile
 
 import numpy as np
 import pytest
+from tiny_models import metaspace_tokenizer, save_folder, tiny_model
 
 import smollm2.data as data
 import smollm2.text as text_module
-from smollm2.data import BatchOrder, BatchStream, check_length, encode_documents, prepare_tokens
+from smollm2.data import BatchOrder, BatchStream, check_length, encode_documents, identity_key, prepare_tokens
 from smollm2.errors import DataError
 from smollm2.files import sha256_file
+from smollm2.progress import Reporter
 from smollm2.text import documents, read_split, read_text, split_bytes
 from smollm2.tokenizer import END_OF_TEXT, Tokenizer
+from smollm2.training import train
+from tests.soak import small_config
 
 TEXT = "The cat sat on the mat in 2024; didn't it?\n\n1. naïve 日本 😀\n   indented\tby  blanks \n" * 40
 
@@ -223,6 +227,27 @@ def test_separators_without_an_end_of_text_token_are_an_error(tokenizer):
     assert nameless.end_of_text_id is None
     with pytest.raises(DataError, match="no such token"):
         tokens_of(nameless, [f"one\n{END_OF_TEXT}\ntwo\n"])
+
+
+def test_a_tokenizer_without_end_of_text_ends_documents_with_the_models_own_token(text_file, tokenizer, tmp_path):
+    llama, path = metaspace_tokenizer(), text_file(f"the king said\n{END_OF_TEXT}\n" * 100)
+    made = prepare_tokens(path, llama, tmp_path, 0.1, end_id=2)
+    assert (made.train.tokens == 2).sum() + (made.val.tokens == 2).sum() == 100
+    key = identity_key({}, tokenizer, 0.1)
+    assert key == identity_key({}, tokenizer, 0.1, 0)  # token files and runs made before stay what they are
+    assert identity_key({}, llama, 0.1, 1) != identity_key({}, llama, 0.1, 2)
+
+
+def test_a_run_from_a_llama_model_says_how_documents_end_and_what_is_lost(tmp_path):
+    tokenizer, said, text = metaspace_tokenizer(), [], tmp_path / "text.txt"
+    source = save_folder(tmp_path / "base", tiny_model(vocab_size=tokenizer.vocab_size, bos_token_id=1, eos_token_id=2), tokenizer)
+    text.write_text(f"the king said: come hither é.\n{END_OF_TEXT}\n" * 200)
+    config = small_config(text, tmp_path / "out", max_steps=1)
+    reporter = Reporter()
+    reporter.message = said.append
+    train(config.model_copy(update={"run": config.run.model_copy(update={"init_from": str(source)})}), reporter)
+    assert "documents end with <end> (id 2), the model's own: its tokenizer has no <|endoftext|>" in said
+    assert [line for line in said if line.startswith("note: ") and "('é.')" in line and "bits per byte of this run are too good" in line]
 
 
 def test_tiny_shakespeare_gives_the_reference_counts(test_data, tmp_path):

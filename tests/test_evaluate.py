@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_model, transformers_twin
+from tiny_models import metaspace_tokenizer
 
 from smollm2.errors import CheckpointError, DataError
 from smollm2.evaluate import compression_bits_per_byte, main, score_file, score_tokens
@@ -122,6 +123,18 @@ def test_a_file_counts_all_its_bytes_and_the_splits_add_up(checkpoint):
     assert scores["all"].tokens == len(ids)
     nats = nats_token_by_token(model, np.array(ids, np.uint16), 160)
     assert scores["all"].bits_per_byte == pytest.approx(nats / math.log(2) / len(TEXT.encode()), rel=1e-5)
+
+
+def test_a_text_that_the_tokenizer_cannot_hold_has_no_bits_per_byte(tmp_path, capsys):
+    """Every unknown character is one well-known token: the worse the tokenizer, the better the figure."""
+    tokenizer, path = metaspace_tokenizer(), tmp_path / "text.txt"
+    model = tiny_model(vocab_size=tokenizer.vocab_size)
+    path.write_text("the king said é\n" * 50)
+    with pytest.raises(DataError, match=r"text\.txt: 12 % of the bytes .* \('é'\), expected at most 0\.1%: .*byte-level"):
+        score_file(model, tokenizer, path)
+    path.write_text("the king said: come hither, " * 100 + "é")
+    assert score_file(model, tokenizer, path).bytes == 2802
+    assert "note: " in (said := capsys.readouterr()).err and "0.071 % of the bytes" in said.err and said.out == ""
 
 
 def test_a_saved_model_scores_the_same_after_loading_and_in_transformers(checkpoint):

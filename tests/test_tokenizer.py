@@ -7,7 +7,6 @@ import random
 import time
 
 import pytest
-
 from tiny_models import metaspace_tokenizer
 
 from smollm2.errors import DataError
@@ -208,6 +207,19 @@ def test_a_document_begins_as_the_tokenizers_own_file_says(real):
     assert real.begin_ids == [0] and real.encode("\n\n1.") == REFERENCE_IDS["\n\n1."]
 
 
+def test_a_document_ends_with_end_of_text_or_the_models_own_special_token(trained):
+    llama = metaspace_tokenizer()
+    assert (trained.end_id(7), llama.end_id(2)) == (0, 2)
+    assert [llama.end_id(i) for i in (0, 5, None)] == [None] * 3  # the unknown token, a common one, none: no end at all
+
+
+def test_what_a_tokenizer_cannot_hold_is_counted_in_bytes(trained, real):
+    assert trained.not_kept(["any 漢字 \x00 ", "text\n"]) == (0.0, "") == real.not_kept([" 1\n\n2 ", "\ufffd"])
+    share, words = metaspace_tokenizer().not_kept(["the king é", "the sun é漢"])
+    assert share == 7 / 24 and words == "29 % of the bytes are characters that do not come back from the tokenizer ('é漢')"
+    assert real.not_kept(["a\x04bc"])[0] == 1 / 4  # dropped without a token
+
+
 def test_an_added_token_is_named_by_its_exact_content():
     llama = metaspace_tokenizer()
     assert [llama.token(i) for i in range(3)] == ["<unk>", "<begin>", "<end>"] and llama.token(10**6) is None
@@ -235,6 +247,11 @@ def test_a_missing_tokenizer_is_named(tmp_path):
 def test_auto_trains_the_size_the_preset_asks_for_and_says_so():
     tokenizer, reason = choose_tokenizer("auto", 2048, 300, lambda: iter(["some text " * 100]))
     assert tokenizer.vocab_size <= 300 and "trained on the training split (the preset's choice)" in reason
+
+
+def test_training_is_announced_with_its_size(capsys):
+    choose_tokenizer("auto", 2048, 300, lambda: iter(["some text " * 100]))
+    assert capsys.readouterr().out == "training a tokenizer of 300 entries ...\n"
 
 
 def test_auto_without_the_hub_trains_one_and_says_why(monkeypatch):

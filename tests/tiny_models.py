@@ -38,8 +38,7 @@ def metaspace_tokenizer(vocab_size: int = 300) -> Tokenizer:
     made.normalizer = hf.normalizers.Sequence([hf.normalizers.Prepend("\u2581"), hf.normalizers.Replace(" ", "\u2581")])
     made.decoder = hf.decoders.Sequence([hf.decoders.Replace("\u2581", " "), hf.decoders.Fuse(), hf.decoders.Strip(" ", 1, 0)])
     words = [hf.AddedToken(word, special=True, normalized=True) for word in ("<unk>", "<begin>", "<end>")]
-    text = [line for line in TEXT[1].split(".") * 3]
-    made.train_from_iterator(text, hf.trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=words, show_progress=False))
+    made.train_from_iterator(TEXT[1].split(".") * 3, hf.trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=words, show_progress=False))
     made.post_processor = hf.processors.TemplateProcessing(single="<begin> $A", special_tokens=[("<begin>", 1)])
     return Tokenizer(made.to_str().encode())
 
