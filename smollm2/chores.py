@@ -59,7 +59,10 @@ class Chores(pl.Callback):
             self._log_step(module)
         self._log_epoch(module)
         is_late = self.train.save_every_seconds is not None and time.monotonic() - self._last_save_at >= self.train.save_every_seconds
-        stopping, is_late = self._agreed(trainer, self.signals.received is not None, is_late and self.run.is_first_worker)
+        received, is_late = self._agreed(trainer, self.signals.received, is_late and self.run.is_first_worker)
+        stopping = received is not None
+        if stopping:  # else a signal that came meanwhile would be forgotten
+            self.signals.received = received
         if state.step >= self.target:
             trainer.should_stop = True  # the last save and its chores follow in `finish`
         elif module.last_applied or stopping:
@@ -101,12 +104,13 @@ class Chores(pl.Callback):
     def tokens_per_second(self) -> float:
         return self.run.tokens_per_step * len(self._durations) / sum(self._durations) if self._durations else 0.0
 
-    def _agreed(self, trainer, *flags: bool) -> tuple[bool, ...]:
-        """The same answers on every worker, true where one said so: a signal may have reached only one of them."""
+    def _agreed(self, trainer, received: int | None, is_late: bool) -> tuple[int | None, bool]:
+        """The same answers on every worker, also when a signal has reached only one of them."""
         if self.run.world_size > 1:
-            said = torch.tensor(flags, dtype=torch.float32, device=self.run.device)
-            flags = tuple((trainer.strategy.reduce(said, reduce_op="sum") > 0).tolist())
-        return flags
+            said = torch.tensor([received or 0, is_late], dtype=torch.float32, device=self.run.device)
+            number, late = trainer.strategy.reduce(said, reduce_op="max").tolist()
+            received, is_late = int(number) or None, bool(late)
+        return received, is_late
 
     def _due(self, step: int) -> list[str]:
         return [name for name, every in (("val", self.train.val_every), ("sample", self.train.sample_every)) if step % every == 0]

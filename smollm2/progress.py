@@ -5,8 +5,10 @@ A `Reporter` is told what happens; a notebook passes its own (a live panel), the
 
 from __future__ import annotations
 
+import errno
 import sys
 import time
+from collections.abc import Callable
 
 SECONDS_BETWEEN_SAFE_LINES = 60.0
 
@@ -43,6 +45,26 @@ class Reporter:
 
     def end(self) -> None:
         """Training has ended."""
+
+
+class Outlet:
+    """Passes events on to a reporter. When nobody can read them any more (`| head`, a lost terminal), it falls silent and
+    calls `on_lost`: what is being trained is saved, instead of ending in the middle of a print."""
+
+    def __init__(self, reporter: Reporter, on_lost: Callable[[], None]):
+        self._reporter, self._on_lost = reporter, on_lost
+
+    def __getattr__(self, event: str):
+        def pass_on(*arguments) -> None:
+            try:
+                getattr(self._reporter, event)(*arguments)
+            except OSError as error:
+                if error.errno not in (errno.EPIPE, errno.EIO):
+                    raise
+                self._reporter = Reporter()
+                self._on_lost()
+
+        return pass_on
 
 
 class TerminalReporter(Reporter):

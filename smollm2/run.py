@@ -29,7 +29,7 @@ from .optim import Schedule, moments_by_name
 from .origin import check_origin, origin_name, published_base, whereabouts
 from .parameters import parameter_count
 from .pretrained import load_weights, model_files, read_config, read_weights, resolve, stored_tensors
-from .progress import Reporter, TerminalReporter
+from .progress import Reporter
 from .result import TrainResult
 from .state import TrainState, check_unchanged, fixed_settings, read_state, restore_rng, rng_tensors
 from .storage.drive_folder import is_below_mount_point
@@ -383,9 +383,9 @@ def _resolve(config: RunConfig, say: Callable[[str], None]) -> RunConfig:
 
 
 @contextlib.contextmanager
-def open_run(config: RunConfig, reporter: Reporter | None = None) -> Iterator[Run]:
+def open_run(config: RunConfig, reporter: Reporter) -> Iterator[Run]:
     """Everything that `train` needs, opened in safe order; closes it (and waits for the last save) in the end."""
-    run = Run(config, reporter or TerminalReporter())
+    run = Run(config, reporter)
     if not config.data.dataset:
         source_identity(config.data.input_file)  # a bad text is reported before anything is written
     if config.run.drive_dir or is_below_mount_point(run.output_dir):

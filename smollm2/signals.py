@@ -1,15 +1,37 @@
-"""Ctrl-C, SIGTERM and Colab's stop button: finish the step, save, end in good order."""
+"""Ctrl-C, SIGTERM, a lost terminal and Colab's stop button: finish the step, save, end in good order."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+
+
+@contextlib.contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """Inside it Ctrl-C ends this program there and then, with exit code 130: for the seconds in which large modules are
+    imported. KeyboardInterrupt would be lost there in one of their callbacks, or end as whatever they make of it."""
+
+    def leave(number, frame):
+        os.write(2, b"\nstopped\n")
+        os._exit(130)
+
+    is_ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not is_ours or "IPython" in sys.modules:  # a notebook's kernel must outlive its stop button
+        yield
+        return
+    signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class StopSignals:
-    """Context manager that turns the first SIGINT or SIGTERM into `received`; a second Ctrl-C interrupts at once.
+    """Context manager that turns the first SIGINT, SIGTERM or SIGHUP into `received`; a second Ctrl-C interrupts at once.
 
     Signal handlers belong to the main thread; elsewhere this does nothing. Lightning wraps SIGTERM when it starts to
     fit (and then ends with exit code 0), so the training callback calls `install` again from inside.
@@ -22,7 +44,9 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+            self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+            if self._before[signal.SIGHUP] != signal.SIG_DFL:  # nohup: the run is meant to outlive its terminal
+                del self._before[signal.SIGHUP]
             self.install()
         return self
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import signal
 import time
 import warnings
 
@@ -23,6 +24,7 @@ from .errors import MemoryStop, disk_failures_named
 from .guard import MIN_SCALE, NumericGuard
 from .model import SmolLM2
 from .optim import Schedule, load_moments, make_optimizer, set_learning_rate
+from .progress import Outlet, TerminalReporter
 from .result import TrainResult
 from .run import Run, open_run
 from .signals import StopSignals
@@ -171,11 +173,13 @@ def train(config, reporter=None) -> TrainResult:
     """Train as `config` (a `RunConfig`) says, or continue where the output directory stands.
 
     The first phase ends at `train.max_steps` with `final_model.ckpt`; with `train.continue_steps` a fresh trainer
-    resumes from that file and ends with `final_continued_model.ckpt`. SIGTERM and Ctrl-C finish the step, save and
+    resumes from that file and ends with `final_continued_model.ckpt`. Ctrl-C, SIGTERM and SIGHUP finish the step, save and
     return (`result.stopped_by`). Raises `UserError` subclasses; their `exit_code` says which kind.
     """
     started = time.monotonic()
-    with disk_failures_named(config.run.output_dir), repeatable_sums(config.train.deterministic), open_run(config, reporter) as run, StopSignals(run.reporter.message) as signals:
+    outlet = Outlet(reporter or TerminalReporter(), lambda: setattr(signals, "received", signal.SIGPIPE))
+    signals = StopSignals(outlet.message)
+    with disk_failures_named(config.run.output_dir), repeatable_sums(config.train.deterministic), open_run(config, outlet) as run, signals:
         for target, final_name in run.phases():
             if signals.received is None:
                 run_phase(run, target, final_name, signals)

@@ -50,8 +50,10 @@ def read_until(process: subprocess.Popen, word: str) -> None:
     pytest.fail(f"the command ended with {process.wait()} before it said {word!r}")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_finishes_the_step_saves_and_the_rerun_continues_exactly(text, undisturbed, tmp_path, number):
+    if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+        pytest.skip("under nohup a lost terminal is ignored, as asked")
     config, board = small_config(text, tmp_path / "output", save_every=1000), Blackboard()
     for after in (7, 30):  # steps of this process
         pid = start(config, board, tmp_path / "log", drop_tokens=False)
@@ -97,6 +99,28 @@ def test_ctrl_c_twice_stops_at_once_and_leaves_the_last_checkpoint(text, tmp_pat
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in said
     assert newest_usable(candidates(tmp_path / "output/checkpoints")).step == 20
+
+
+def test_when_the_reader_of_its_lines_leaves_the_step_is_saved(text, undisturbed, tmp_path):
+    config = small_config(text, tmp_path / "output", save_every=1000, val_every=15)
+    process = command(config, tmp_path)
+    read_until(process, "step 1/")
+    process.stdout.close()  # as `| head -12` does
+    assert process.wait(60) == 128 + signal.SIGPIPE
+    step = newest_usable(candidates(tmp_path / "output/checkpoints")).step
+    assert 1 < step < config.train.max_steps, "a line could not be written, and that step was saved"
+    assert wait(start(config, Blackboard(), tmp_path / "log", drop_tokens=False)) == 0
+    compare(tmp_path / "output", undisturbed.expected)
+
+
+def test_under_nohup_a_lost_terminal_is_ignored(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals(print) as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.received is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_after_kill_9_the_lock_is_free_within_a_second(text, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -112,3 +113,32 @@ def test_two_processes_reach_the_same_losses_in_two_phases(tmp_path):
         assert len(saves) >= 14  # by the clock, also with several workers
     assert len(losses[1]) == 16
     np.testing.assert_allclose(losses[1], losses[2], atol=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_of_two_processes_stops_both_in_good_order(tmp_path, rank):
+    """A stopped worker that went on to the second phase, or an exit code of 0, would look like a finished run."""
+    import psutil
+
+    config = {
+        "preset": "nano",
+        "model": {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+        "data": {"sequence_length": 32, "tokenizer_vocab_size": 512},
+        "train": {"batch_size": 8, "warmup_steps": 5, "precision": "fp32", "max_steps": 100000, "continue_steps": 50, "val_every": 100000},
+    }
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "text.txt").write_text((ROOT / "input.txt").read_text()[:60_000])
+    command = [sys.executable, "-u", str(ROOT / "colab_train.py"), "--config", "tiny.yaml", "--input_file", "text.txt", "--devices", "2"]
+    with subprocess.Popen(command, cwd=tmp_path, env=dict(os.environ, OMP_NUM_THREADS="1"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
+        said = ""
+        while "step 1/" not in said:
+            said += run.stdout.readline()
+            assert run.poll() is None, said
+        target = run if rank == 0 else psutil.Process(run.pid).children()[0]
+        target.send_signal(signal.SIGTERM)
+        said += run.communicate(timeout=120)[0]
+    assert run.returncode == 143 and "Traceback" not in said, said[-2000:]
+    assert said.count("talk to it") == 1
+    (saved,) = [event for event in read_log(tmp_path / "output/logs/checkpoint_events.txt") if event["event"] == "saved"]
+    assert 1 <= int(saved["step"]) < 100000
