@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from check_export_compat import HARD_STRINGS, compare
-from tiny_models import real_data, save_folder, tiny_model, tiny_tokenizer
+from tiny_models import metaspace_tokenizer, real_data, save_folder, tiny_model, tiny_tokenizer
 
 from smollm2 import SmolLM2, Tokenizer
 from smollm2.checkpoint import commit, dump_json
 from smollm2.errors import CheckpointError, ConfigError, UserError
 from smollm2.export import export, main
+from smollm2.generate import prompt_ids
 from smollm2.gguf_file import halves_to_pairs
 from smollm2.pretrained import model_files
 from smollm2.storage.saver import tensor_file
@@ -142,6 +143,20 @@ def test_an_instruct_folder_keeps_its_chat_template_and_special_tokens(tmp_path)
     shown = theirs.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
     assert shown == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert ".Messages" in (out / "Modelfile").read_text() and "<|im_end|>" in (out / "Modelfile").read_text()
+
+
+def test_a_llama_tokenizer_keeps_its_special_tokens_and_its_size(tmp_path):
+    """Its normaliser marks blanks, in the names of special tokens too: under those names they would be new entries beyond the embedding."""
+    tokenizer = metaspace_tokenizer()
+    model = tiny_model(vocab_size=tokenizer.vocab_size, bos_token_id=1, eos_token_id=2)
+    out = export(save_folder(tmp_path / "in", model, tokenizer), tmp_path / "out")
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    for reader in (AutoTokenizer, PreTrainedTokenizerFast):
+        theirs = reader.from_pretrained(out)
+        assert (theirs.bos_token_id, theirs.eos_token_id, len(theirs)) == (1, 2, model.config.vocab_size)
+        assert theirs("the king").input_ids == prompt_ids(model, tokenizer, "the king")
+    assert 'PARAMETER stop "<end>"' in (out / "Modelfile").read_text()
 
 
 def test_a_foreign_folder_is_never_overwritten(checkpoint, tmp_path):
