@@ -5,6 +5,7 @@ The walk to the first optimizer step: this file -> smollm2/training.py (the loop
 data.py (batches) -> model.py (network, loss) -> optim.py (update).
 """
 
+import os
 import sys
 
 FLAGS = {
@@ -22,7 +23,8 @@ FLAGS = {
 }
 
 
-def main(argv: list[str] | None = None) -> int:
+def prepare(argv: list[str] | None):
+    """The configuration and the function that trains with it. Nothing is written here."""
     from smollm2.errors import ArgumentParser
 
     parser = ArgumentParser(description="Train SmolLM2 from scratch; run it again to continue.")
@@ -42,12 +44,18 @@ def main(argv: list[str] | None = None) -> int:
     mistakes = []
     for preset in ("nano", "smollm2-135m") if asked == "auto" else (asked,):  # mistakes are told before torch is imported
         try:
-            load_config(preset, args.config, args.overrides, **flags)
+            config = load_config(preset, args.config, args.overrides, **flags)
             break
         except ConfigError as error:  # what is too long for nano may fit the 135M, which a GPU will choose
             mistakes.append(error)
     else:
         raise mistakes[0]
+
+    shipped = os.path.join(os.path.dirname(os.path.abspath(__file__)), "input.txt")
+    is_chosen = "input_file" in config.data.model_fields_set or config.data.dataset
+    if not is_chosen and not os.path.exists(config.data.input_file) and os.path.exists(shipped):
+        print(f"text: {shipped}, which lies beside this program: there is no {config.data.input_file} in this folder", flush=True)
+        flags["data.input_file"] = shipped
 
     from smollm2.device import choose_preset
 
@@ -56,9 +64,19 @@ def main(argv: list[str] | None = None) -> int:
     config = load_config(preset, args.config, args.overrides, **flags)
 
     from smollm2.training import train
+
+    return config, train
+
+
+def main(argv: list[str] | None = None) -> int:
+    from smollm2.signals import leaving_at_once
+
+    with leaving_at_once():
+        config, train = prepare(argv)
+    result = train(config)
+
     from smollm2.workers import is_first_worker
 
-    result = train(config)
     if is_first_worker():
         print()
         print(result.table())

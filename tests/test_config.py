@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -83,6 +84,25 @@ def test_auto_judges_settings_by_the_preset_this_machine_gets(monkeypatch, prese
     with pytest.raises(ConfigError, match=r"exceeds model\.max_position_embeddings 256") if is_refused else contextlib.nullcontext():
         colab_train.main(["--set", "data.sequence_length=1024"])
     assert [config.preset for config in trained] == ([] if is_refused else [preset])
+
+
+def test_from_another_folder_the_shipped_text_is_read_and_named_unless_one_was_asked_for(monkeypatch, tmp_path, config_file, capsys):
+    import colab_train
+    import smollm2.training
+
+    trained, shipped = [], str(Path(colab_train.__file__).with_name("input.txt"))
+    monkeypatch.setattr(smollm2.training, "train", lambda config: trained.append(config.data.input_file) or SimpleNamespace(table=str, stopped_by=None))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a folder").mkdir()
+    named = config_file("preset: nano\ndata: {input_file: input.txt}\n")
+    for asked in ([], ["--input_file", "input.txt"], ["--set", "data.input_file=input.txt"], ["--config", str(named)], ["--dataset", "a folder"]):
+        colab_train.main(["--preset", "nano", *asked])
+    (tmp_path / "input.txt").write_text("a text of one's own")
+    colab_train.main(["--preset", "nano"])
+    assert trained == [shipped] + 5 * ["input.txt"]
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("text:")] == [
+        f"text: {shipped}, which lies beside this program: there is no input.txt in this folder"
+    ]
 
 
 def test_a_preset_is_no_setting():

@@ -123,6 +123,30 @@ def test_under_nohup_a_lost_terminal_is_ignored(monkeypatch):
         signal.signal(signal.SIGHUP, before)
 
 
+def interrupted_start(environment: dict[str, str], until: str, seconds: float, folder: Path) -> tuple[int, str]:
+    """(exit code, what stands on standard error) of a command that gets Ctrl-C `seconds` after it said `until`."""
+    command = [sys.executable, "-u", str(ROOT / "colab_train.py"), "--output_dir", str(folder / "output")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS="1") | environment, **pipes)
+    read_until(process, until)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    return process.returncode, said
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.1, 0.4, 0.8])
+def test_ctrl_c_while_modules_are_loaded_is_one_word_and_130(seconds, tmp_path):
+    assert interrupted_start({}, "loading PyTorch", seconds, tmp_path) == (130, "\nstopped\n")
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize("ends_as", ["raise RuntimeError('half-made module') from None", "pass"])
+def test_a_module_that_changes_or_loses_ctrl_c_while_it_is_loaded_does_not_matter(ends_as, tmp_path):
+    (tmp_path / "torch.py").write_text(f"import time\nprint('in it', flush=True)\ntry:\n    time.sleep(30)\nexcept KeyboardInterrupt:\n    {ends_as}\n")
+    assert interrupted_start({"PYTHONPATH": str(tmp_path)}, "in it", 0.0, tmp_path) == (130, "\nstopped\n")
+
+
 def test_after_kill_9_the_lock_is_free_within_a_second(text, tmp_path):
     config, board = small_config(text, tmp_path / "output", max_steps=10_000), Blackboard()
     for _ in range(3):
