@@ -45,7 +45,7 @@ def dataset_to_text(
     """
     target = folder / _target_name(source, tokens, split, column)
     if target.exists():
-        say(f"dataset: {source}, unchanged: using {target.name}, {target.stat().st_size:,} bytes, made earlier")
+        say(f"dataset: {source}: using {target.name}, {target.stat().st_size:,} bytes, read from it earlier")
         return target
     try:
         from datasets import load_dataset_builder

@@ -57,7 +57,7 @@ def test_a_changed_folder_is_read_anew_and_an_unchanged_one_is_not(tmp_path):
     source = folder_of(tmp_path / "in", a="one\n")
     assert read(source, tmp_path / "out")[0] == ["one\n"]
     again = read(source, tmp_path / "out")
-    assert again[0] == ["one\n"] and "made earlier" in again[1]
+    assert again[0] == ["one\n"] and "read from it earlier" in again[1]
     folder_of(source, b="two\n")  # another file
     assert read(source, tmp_path / "out")[0] == ["one\n", "two\n"]
     folder_of(source, b="six\n")  # the same size

@@ -127,11 +127,11 @@ def test_training_is_reproducible():
     assert Tokenizer.train(texts, 300).raw == Tokenizer.train(texts, 300).raw
 
 
-@pytest.mark.parametrize("run", ["\n" * 10**6, "a" * 10**6, "_-" * 500_000], ids=lambda run: repr(run[:2]))
+@pytest.mark.parametrize("run", ["\n" * 400_000, "a" * 400_000, "_-" * 200_000], ids=lambda run: repr(run[:2]))
 def test_a_long_run_of_one_character_does_not_stop_the_training(run):
     began = time.monotonic()
     tokenizer = Tokenizer.train(["some words before. ", run, " and behind"], 300)
-    assert time.monotonic() - began < 20  # uncut it takes hours
+    assert time.monotonic() - began < 20  # uncut more than a minute, and four times that for twice the length
     assert tokenizer.decode(tokenizer.encode("x" + run[:5000])) == "x" + run[:5000]
 
 
