@@ -74,7 +74,7 @@ from smollm2.notebook.ngram import NGram
 from smollm2.notebook.own_run import best_seen, own_run
 from smollm2.notebook.panel import LivePanel
 from smollm2.notebook.token_view import spelled
-from smollm2.origin import trained_length
+from smollm2.origin import trained_with
 from smollm2.pretrained import load_model_and_tokenizer
 from smollm2.text import documents, read_split
 
@@ -208,7 +208,7 @@ _ = widgets.explore(counted, order=widgets.slider("order", 1, 8, best_order), co
 # %% cellView="form" id="predict-yours" tags=["predict", "slow"]
 # @title Your prediction { display-mode: "form" }
 guess = None  # @param {type:"raw"}
-block = trained_length(checkpoint) or model.config.max_position_embeddings  # tokens it reads at a time, as in training
+block = trained_with(checkpoint).sequence_length  # tokens it reads at a time, as in training
 score = score_file(model, tokenizer, TEXT, "val", block_length=block)
 lesson.predict(
     f"Counting needs {orders[best_order]:.2f} bits per byte. How many does your model need?",

@@ -49,12 +49,12 @@ def figures(state: dict[str, Any], rows: list[dict[str, float]]) -> list[tuple[s
     """The rows of the card's table "Training": (what, value)."""
     run = state.get("config") or {}
     data, train = run.get("data") or {}, run.get("train") or {}
-    source = data.get("dataset") or Path(data.get("input_file") or "").name
+    sizes = [state.get("step"), train.get("batch_size"), data.get("sequence_length")]
     table = [
-        ("preset", run.get("preset")),
-        ("text", f"`{source}`" if source else None),
+        ("preset", state.get("preset") or None),
+        ("text", f"`{state['text']}`" if state.get("text") else None),
         ("optimizer steps", state.get("step")),
-        ("tokens seen", last(rows, "tokens")),
+        ("tokens seen", math.prod(sizes) if all(sizes) else None),
         ("rows of one step", train.get("batch_size")),
         ("tokens of a row", data.get("sequence_length")),
         ("peak learning rate", train.get("learning_rate")),
@@ -99,12 +99,12 @@ def model_card(
     base: str | None,
 ) -> str:
     """`README.md` with the Hub's metadata header."""
-    dataset = ((state.get("config") or {}).get("data") or {}).get("dataset")
+    dataset = state.get("text") or ""
     word, sentence = licence(state, base)
     head = [f"license: {word}"] if word else []
     head += ["language: en", "library_name: transformers", "pipeline_tag: text-generation"]
     head += ["tags:", "- smollm2", "- llama"]
-    head += [f"datasets:\n- {dataset}"] if dataset and dataset.count("/") == 1 and not Path(dataset).exists() else []
+    head += [f"datasets:\n- {dataset}"] if dataset.count("/") == 1 else []  # a Hub id; of a folder or file only its last name is kept
     head += [f"base_model: {base}"] if base else []
     shape = (
         f"{parameters:,} parameters: {config.num_hidden_layers} layers, hidden size {config.hidden_size}, "

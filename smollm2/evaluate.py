@@ -2,7 +2,7 @@
 
 bits per byte = nats of all tokens / (ln 2 x UTF-8 bytes of the text): the one figure that models with different
 tokenizers share. Every token is scored exactly once; the first one is conditioned on the end-of-text token and each
-block of the context length starts afresh.
+block (a row as in training, where the checkpoint says how long it was, else the context) starts afresh.
 """
 
 from __future__ import annotations
@@ -120,16 +120,20 @@ def main(argv: list[str] | None = None) -> int:
     parser = ArgumentParser(prog="python -m smollm2.evaluate", description="Bits per byte of a model on a text.")
     parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or a Hub id")
     parser.add_argument("--input_file", required=True)
-    parser.add_argument("--split", choices=("all", "val", "train"), default="all", help="val = the last 10 %%")
+    parser.add_argument("--split", choices=("all", "val", "train"), default="all", help="val = what the checkpoint's run held out, else the last 10 %%")
     parser.add_argument("--json", action="store_true", help="one JSON line")
     args = parser.parse_args(argv)
     from .device import choose_device
-    from .pretrained import load_model_and_tokenizer
+    from .origin import trained_with
+    from .pretrained import load_model_and_tokenizer, resolve
 
     # an unusable text is reported before a model is loaded
     next(iter(read_split(args.input_file, args.split)), None)
-    model, tokenizer = load_model_and_tokenizer(args.checkpoint, device=choose_device())
-    score = score_file(model, tokenizer, args.input_file, args.split)
+    folder = resolve(args.checkpoint)
+    model, tokenizer = load_model_and_tokenizer(folder, device=choose_device())
+    run = trained_with(folder)  # the rows and the held-out part of its own validation, so that both give the same figure
+    length = min(run.sequence_length, model.config.max_position_embeddings) if run else None
+    score = score_file(model, tokenizer, args.input_file, args.split, run.held_out_fraction if run else 0.1, block_length=length)
     if args.json:
         print(json.dumps(asdict(score)))
     else:

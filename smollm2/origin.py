@@ -6,8 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from .checkpoint import strict_json
-from .config import PlaceConfig, RunConfig
+from .config import DataConfig, PlaceConfig, RunConfig, problems
 from .errors import CheckpointError, ConfigError
 
 MAX_RECORD_BYTES = 16 * 2**20
@@ -24,9 +26,14 @@ def recorded(folder: Path, name: str = "state.json") -> dict[str, Any]:
     return table
 
 
-def trained_length(folder: Path) -> int | None:
-    """Tokens of a training row, where the folder is a checkpoint that says so."""
-    return recorded(folder).get("config", {}).get("data", {}).get("sequence_length")
+def trained_with(folder: Path) -> DataConfig | None:
+    """The data settings of the run that made a checkpoint: rows, held-out part. None for any other model folder."""
+    settings = recorded(folder).get("config")
+    fields = settings.get("data") if isinstance(settings, dict) else None
+    try:
+        return DataConfig(**fields) if isinstance(fields, dict) else None
+    except ValidationError as error:
+        raise CheckpointError(f"{folder}/state.json: data: {problems(error, DataConfig)}") from None
 
 
 def origin_name(source: str | Path) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import re
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -229,12 +230,13 @@ class Run:
         if not self.is_first_worker:
             self.find_checkpoint()  # what the first worker has committed since
         if self.newest is None:
-            model, origin = SmolLM2(self.config.model), {}
+            model, data = SmolLM2(self.config.model), self.config.data
+            origin = {"preset": self.config.preset, "text": re.sub(r"[\x00-\x1f|`]", "_", origin_name(data.dataset or data.input_file))[:200]}
             if self.config.run.init_from:
                 folder = resolve(self.config.run.init_from)
                 load_weights(model, read_weights(folder, self.config.model), str(folder))
                 self.say(f"weights: from {self.config.run.init_from}")
-                origin = {"init_from": origin_name(self.config.run.init_from), "base_model": published_base(self.config.run.init_from, folder)}
+                origin |= {"init_from": origin_name(self.config.run.init_from), "base_model": published_base(self.config.run.init_from, folder)}
             if self.is_first_worker:
                 self.logs.rewind(0, [])  # lines of a run that was killed before its first checkpoint
             state = TrainState(schedule_total=total, micro_batch_size=min(train.micro_batch_size or rows, rows), **origin)

@@ -33,6 +33,9 @@ def fixed_settings(config: RunConfig) -> dict[str, dict[str, Any]]:
     return {name: {k: v for k, v in section.items() if k not in CHANGEABLE.get(name, ())} for name, section in sections.items()}
 
 
+OneLine = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f|`]{0,200}$")]  # it goes into a table of the model card
+
+
 @dataclass
 class TrainState:
     """Where a run stands. `step` counts applied updates, `position` the batches drawn (skipped ones included)."""
@@ -50,6 +53,8 @@ class TrainState:
     log_lines: dict[str, int] = field(default_factory=dict)
     python_rng: list[Any] = field(default_factory=list)
     config: dict[str, dict[str, Any]] = field(default_factory=dict)
+    preset: OneLine = ""
+    text: OneLine = ""  # name of the input file or dataset the run began with
     init_from: str | None = None  # Hub id or folder name whose weights the run began with; None: random ones
     base_model: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_./-]{1,200}$")] | None = None  # Hub id of the published weights behind `init_from`, where that is known
 
@@ -61,8 +66,8 @@ class TrainState:
     def from_json(cls, fields: Any) -> TrainState:
         """Raises `CheckpointError` for a missing, unknown or ill-typed field."""
         expected = asdict(cls())
-        if isinstance(fields, dict):  # checkpoints from before the origin was recorded do not have it
-            fields = dict.fromkeys(("init_from", "base_model")) | fields
+        if isinstance(fields, dict):  # checkpoints from before these were recorded do not have them
+            fields = {"preset": "", "text": "", "init_from": None, "base_model": None} | fields
         if not isinstance(fields, dict) or set(fields) != set(expected):
             differing = set(fields) ^ set(expected) if isinstance(fields, dict) else "not a table"
             raise CheckpointError(f"state.json: missing or unknown fields: {', '.join(sorted(differing)[:5])}")

@@ -253,7 +253,9 @@ def forged_state(rng, bad, good):
         value = [value]
     if key == "base_model" and isinstance(value, str):  # it goes into the head of a model card
         value = f"a/b\nlicence: {value}"
-    if rng.random() < 0.3 and key not in ("init_from", "base_model"):  # without these two it is a state of an earlier version
+    if key in ("preset", "text") and isinstance(value, str):  # any name in one line
+        value = f"a\nlicence: {value}"
+    if rng.random() < 0.3 and key not in ("init_from", "base_model", "preset", "text"):  # without these it is a state of an earlier version
         del state[key]
     else:
         state[key] = value

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from smollm2 import evaluate
 from smollm2.checkpoint import FINAL_NAMES, commit, dump_json, strict_json, verify
 from smollm2.config import DataConfig, PlaceConfig, RunConfig, SmolLM2Config
 from smollm2.errors import ConfigError
@@ -145,3 +146,21 @@ def test_a_checkpoint_from_before_the_origin_was_recorded_goes_on(scratch, text,
 def test_only_a_name_is_kept_of_a_folder(tmp_path):
     assert origin_name(tmp_path / "." / "") == tmp_path.name
     assert origin_name(BASE) == BASE
+
+
+def test_the_command_scores_a_checkpoint_as_its_run_did(text, tmp_path, capsys):
+    """Rows as long as in training, and the part that this run held out: else half of it might have been trained on."""
+    config = small_config(text, tmp_path / "output", max_steps=6, warmup_steps=1)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"held_out_fraction": 0.3})})
+    result = train(config, Reporter())
+    capsys.readouterr()
+    evaluate.main(["--checkpoint", str(result.checkpoint), "--input_file", str(text), "--split", "val", "--json"])
+    score = json.loads(capsys.readouterr().out)
+    assert score["bits_per_byte"] == pytest.approx(result.bits_per_byte, rel=1e-6)
+    assert score["bytes"] == pytest.approx(0.3 * text.stat().st_size, abs=2)
+
+
+def test_the_card_names_preset_text_and_all_tokens(scratch, text, tmp_path):
+    written = card(scratch, tmp_path / "out")
+    assert "| preset | nano |" in written and "| text | `text.txt` |" in written
+    assert f"| tokens seen | {4 * 8 * 16:,} |" in written and "datasets:" not in written
