@@ -9,7 +9,6 @@ The other way, from Drive to a fresh machine, is `newest_on_drive`.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import threading
 import time
@@ -23,7 +22,7 @@ from ..files import CHUNK_BYTES, sha256_bytes
 from ..logs import ALL_LOGS
 from . import drive_folder
 from .drive_errors import explain
-from .drive_folder import Entry, NotThere, check_read_back, entries, erase, write_once
+from .drive_folder import Entry, NotThere, check_read_back, compared, entries, erase, write_once
 from .drive_restore import newest_on_drive
 from .lease import HEARTBEAT_SECONDS, Lease, describe, live_leases
 
@@ -215,30 +214,25 @@ class DriveMirror:
             self._unfinished.add(target)
             drive_folder.make_folder(target)
             for name, facts in sorted(job.files.items()):
-                write_once(target / name, self._checked(files[name], name, facts))
-                self._read_back(target / name, facts["bytes"], facts["sha256"])
+                write_once(target / name, compared(self._chunks(files[name]), name, facts))  # damage must not spread
+                self._read_back(target / name, facts)
             logs = drive_folder.with_table(_read_local_logs(job.folder.parent.parent / "logs"))
             for name, data in (logs | {MANIFEST: job.to_bytes()}).items():
                 write_once(target / name, [data])
-                self._read_back(target / name, len(data), sha256_bytes(data))
+                self._read_back(target / name, {"bytes": len(data), "sha256": sha256_bytes(data)})
             self._unfinished.discard(target)
             self.copied = Entry(target, job)
 
-    def _checked(self, file: BinaryIO, name: str, facts: dict) -> Iterator[bytes]:
-        """The bytes of a local file, compared with its manifest on the way: damage must not spread."""
+    def _chunks(self, file: BinaryIO) -> Iterator[bytes]:
         file.seek(0)
-        digest = hashlib.sha256()
         while chunk := file.read(CHUNK_BYTES):
             self._breathe()
-            digest.update(chunk)
             yield chunk
-        if digest.hexdigest() != facts["sha256"]:
-            raise CheckpointError(f"{name}: sha256 differs from the manifest")
 
-    def _read_back(self, path: Path, size: int, sha256: str) -> None:
+    def _read_back(self, path: Path, facts: dict) -> None:
         for pause in (*READ_BACK_PAUSES, None):
             try:
-                return check_read_back(path, size, sha256, self._breathe)
+                return check_read_back(path, facts, self._breathe)
             except OSError:
                 if pause is None:
                     raise
@@ -258,7 +252,7 @@ class DriveMirror:
         """Whether every byte reads back. A Drive that cannot be reached answers no here, and says so at the next write."""
         try:
             for name, facts in entry.manifest.files.items():
-                self._read_back(entry.path / name, facts["bytes"], facts["sha256"])
+                self._read_back(entry.path / name, facts)
         except OSError:
             return False
         return True

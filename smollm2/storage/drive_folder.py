@@ -152,6 +152,19 @@ def chunks_of(path: Path) -> Iterator[bytes]:
             yield chunk
 
 
+def compared(chunks: Iterable[bytes], name: str, facts: dict) -> Iterator[bytes]:
+    """The chunks of a file as they come; raises `CheckpointError` at its end when they are not what its manifest entry says."""
+    digest, total = hashlib.sha256(), 0
+    for chunk in chunks:
+        digest.update(chunk)
+        total += len(chunk)
+        yield chunk
+    if total != facts["bytes"]:
+        raise CheckpointError(f"{name}: expected {facts['bytes']:,} bytes, found {total:,}")
+    if digest.hexdigest() != facts["sha256"]:
+        raise CheckpointError(f"{name}: sha256 differs: damaged")
+
+
 def make_folder(path: Path) -> None:
     os.mkdir(path)
 
@@ -185,15 +198,13 @@ def write_once(path: Path, chunks: Iterable[bytes]) -> None:
         os.fsync(file.fileno())
 
 
-def check_read_back(path: Path, size: int, sha256: str, on_chunk=lambda: None) -> None:
+def check_read_back(path: Path, facts: dict, on_chunk=lambda: None) -> None:
     """Read a written file again; raises OSError when other bytes come back. (This reads the mount's cache, not the server.)"""
-    digest, total = hashlib.sha256(), 0
-    for chunk in chunks_of(path):
-        digest.update(chunk)
-        total += len(chunk)
-        on_chunk()
-    if (total, digest.hexdigest()) != (size, sha256):
-        raise OSError(errno.EIO, f"{path.name}: {size:,} bytes were written, {total:,} came back{'' if total != size else ', and they differ'}")
+    try:
+        for _ in compared(chunks_of(path), path.name, facts):
+            on_chunk()
+    except CheckpointError as error:
+        raise OSError(errno.EIO, f"other bytes came back than were written: {error}") from None
 
 
 def erase(folder: Path) -> None:

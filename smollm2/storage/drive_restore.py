@@ -6,7 +6,6 @@ checkpoint folder by the same commit protocol as any save, every byte compared o
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,8 +16,8 @@ from ..errors import BusyError, CheckpointError, ConfigError, NoUsableCheckpoint
 from ..files import replace_durably
 from ..logs import ALL_LOGS, REWOUND
 from ..state import read_state
-from .drive_errors import explain
-from .drive_folder import MOUNT_POINT, Entry, NotThere, check_place, chunks_of, entries, is_below_mount_point, is_drive_mounted, read_logs
+from .drive_errors import MOUNT_POINT, explain
+from .drive_folder import Entry, NotThere, check_place, chunks_of, compared, entries, is_below_mount_point, is_drive_mounted, read_logs
 from .lease import LIVE_SECONDS, describe, live_leases
 
 RETRY_PAUSES = (2.0, 8.0)  # Drive may need a moment before it shows what it has
@@ -180,24 +179,15 @@ def _restore(entry: Entry, checkpoint_dir: Path) -> Manifest:
 
 
 def _copier(source: Path, facts: dict) -> Callable[[Path], None]:
+    def chunks():  # only Drive's errors are a reason to try another checkpoint, not those of this machine's disk
+        try:
+            yield from chunks_of(source)
+        except OSError as error:
+            raise CheckpointError(f"{source.name}: {explain(error)}") from None
+
     def copy(target: Path) -> None:
-        digest, size = hashlib.sha256(), 0
         with open(target, "wb") as file:
-            chunks = chunks_of(source)
-            while True:
-                try:
-                    chunk = next(chunks, b"")
-                except OSError as error:
-                    raise CheckpointError(f"{source.name}: {explain(error)}") from None
-                if not chunk:
-                    break
-                size += len(chunk)
-                digest.update(chunk)
-                file.write(chunk)
-        if size != facts["bytes"]:
-            raise CheckpointError(f"{source.name}: manifest says {facts['bytes']:,} bytes, file has {size:,}")
-        if digest.hexdigest() != facts["sha256"]:
-            raise CheckpointError(f"{source.name}: sha256 differs from the manifest: damaged")
+            file.writelines(compared(chunks(), source.name, facts))
 
     return copy
 
