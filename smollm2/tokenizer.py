@@ -169,17 +169,22 @@ class StreamDecoder:
     what `before` alone gives. A Metaspace tokenizer drops the blank in front of the first token it decodes.
     """
 
-    CONTEXT, WINDOW = 8, 64  # ids kept when the window is full: a character has at most 4; keeps decoding O(1) a token
+    CONTEXT, WINDOW = 8, 64  # ids kept when there are more than these: decoding stays O(1) a token
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True, before: Sequence[int] = ()):
         self.tokenizer, self.skip = tokenizer, skip_special_tokens
-        self._keep([i for i in before[-self.WINDOW :] if not self._is_hidden(i)])
+        self._keep([i for i in before if not self._is_hidden(i)])
 
     def _is_hidden(self, token_id: int) -> bool:
         return self.skip and self.tokenizer.is_special(token_id)
 
     def _keep(self, ids: list[int]) -> None:
-        self.ids, self.shown = ids, self.tokenizer.decode(ids)
+        """The last ids that alone give the end of the text: with byte fallback half a character would spoil all bytes behind it."""
+        text = self.tokenizer.decode(ids)
+        for start in range(max(len(ids) - self.CONTEXT, 0), -1, -1):
+            self.ids, self.shown = ids[start:], self.tokenizer.decode(ids[start:])
+            if self.shown and text.endswith(self.shown):
+                return
 
     def push(self, token_id: int) -> str:
         """Text that became complete with this token (perhaps empty)."""
@@ -192,7 +197,7 @@ class StreamDecoder:
         fresh = text[len(self.shown) :]
         self.shown = text
         if len(self.ids) > self.WINDOW:
-            self._keep(self.ids[-self.CONTEXT :])
+            self._keep(self.ids)
         return fresh
 
     def flush(self) -> str:

@@ -201,6 +201,26 @@ def test_streamed_text_continues_the_prompt_as_if_both_were_decoded_at_once(trai
             assert said == whole[len(tokenizer.decode(before, skip_special_tokens=True)) :]
 
 
+@pytest.mark.parametrize("prompt", ["", "a", "漢字🙂" * 30], ids=len)
+def test_long_runs_of_byte_tokens_are_streamed_whole(prompt):
+    """With byte fallback one stray byte spoils the whole run: what is kept as context may not begin inside a character."""
+    import tokenizers as hf
+
+    entries = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "a"]
+    made = hf.Tokenizer(hf.models.BPE({name: i for i, name in enumerate(entries)}, [], unk_token="<unk>", byte_fallback=True))
+    made.normalizer = hf.normalizers.Sequence([hf.normalizers.Prepend("\u2581"), hf.normalizers.Replace(" ", "\u2581")])
+    steps = [hf.decoders.Replace("\u2581", " "), hf.decoders.ByteFallback(), hf.decoders.Fuse(), hf.decoders.Strip(" ", 1, 0)]
+    made.decoder = hf.decoders.Sequence(steps)
+    tokenizer = Tokenizer(made.to_str().encode())
+    before = tokenizer.encode(prompt)
+    for text in ("日本語🙂é" * 40, "a日 本" * 60):
+        after = tokenizer.encode(text)
+        decoder = StreamDecoder(tokenizer, before=before)
+        pieces = [*map(decoder.push, after), decoder.flush()]
+        assert "".join(pieces) == tokenizer.decode(before + after)[len(prompt) :] and "\ufffd" not in "".join(pieces)
+        assert len(decoder.ids) <= decoder.WINDOW
+
+
 def test_a_document_begins_as_the_tokenizers_own_file_says(real):
     llama = metaspace_tokenizer()
     assert llama.begin_ids == [1] and llama.encode("The king") == metaspace_tokenizer().encode("The king") and 1 not in llama.encode("a")
