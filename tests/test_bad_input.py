@@ -327,7 +327,8 @@ def test_training_refuses_a_text_that_is_too_short(name, words, refused):
         refused("train", ["--config", "SHOP/tiny.yaml", "--input_file", f"SHOP/{name}", "--output_dir", "output"], *words)
 
 
-def test_the_default_input_is_named_when_it_is_missing(refused):
+def test_the_default_input_is_named_when_it_is_missing_here_and_beside_the_program(refused, tmp_path, monkeypatch):
+    monkeypatch.setattr(colab_train, "__file__", str(tmp_path / "colab_train.py"))
     refused("train", [], "input.txt", "no such file")
 
 
