@@ -476,7 +476,6 @@ restored = smollm2.train(drill("stopped", **settings), reporter=Lines())
 lesson.check("it began where the lost machine had stopped", restored.losses[0][0] - 15)
 for file, digest in hashes("stopped").items():
     lesson.check(f"stopped, lost, restored: {file} {digest[:12]} is byte-identical", digest != hashes("smooth")[file])
-torch.use_deterministic_algorithms(False)  # the drills had asked for it
 
 # %% [markdown] id="kept"
 # ## 10 · What lies where

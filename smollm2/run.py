@@ -64,6 +64,7 @@ class Run:
         self.drive_step: int | None = 0 if config.run.drive_dir else None  # newest step that is on Drive
         self.mirror = None
         self.newest: Manifest | None = None
+        self.source: dict | None = None  # identity of the input text
         self._saved_step: int | None = None
 
     def say(self, text: str) -> None:
@@ -112,7 +113,7 @@ class Run:
         """Tokenizer and token files; both are those of the checkpoint when there is one."""
         config = self.config
         path = config.data.input_file
-        source = source_identity(path)
+        source = self.source or source_identity(path)
         if self.newest:
             self.tokenizer = Tokenizer.from_file(self.newest.folder)
             if config.data.tokenizer != "auto":
@@ -389,7 +390,7 @@ def open_run(config: RunConfig, reporter: Reporter) -> Iterator[Run]:
     """Everything that `train` needs, opened in safe order; closes it (and waits for the last save) in the end."""
     run = Run(config, reporter)
     if not config.data.dataset:
-        source_identity(config.data.input_file)  # a bad text is reported before anything is written
+        run.source = source_identity(config.data.input_file)  # a bad text is reported before anything is written
     if config.run.drive_dir or is_below_mount_point(run.output_dir):
         check_places(config.run.output_dir, config.run.drive_dir, config.run.resume)
     check_workers(config.run, torch.cuda.device_count() if run.device.type == "cuda" else 0)
