@@ -114,7 +114,10 @@ def run_command(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         code = 130
-    except BrokenPipeError:  # the reader of a pipe left: not an error of ours
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
+        # the reader of a pipe left, or the terminal is gone: not an error of ours
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     sys.exit(code)

@@ -113,6 +113,13 @@ def test_when_the_reader_of_its_lines_leaves_the_step_is_saved(text, undisturbed
     compare(tmp_path / "output", undisturbed.expected)
 
 
+@pytest.mark.parametrize(("name", "code"), [("EPIPE", 141), ("EIO", 141), ("ENOENT", 1)])
+def test_output_that_nobody_can_read_ends_a_command_without_a_traceback(name, code):
+    script = f"import errno\nfrom smollm2.errors import run_command\ndef main(): raise OSError(errno.{name}, 'x')\nrun_command(main)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code and ("Traceback" in done.stderr) is (code == 1)
+
+
 def test_under_nohup_a_lost_terminal_is_ignored(monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
