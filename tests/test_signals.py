@@ -138,7 +138,10 @@ def interrupted_start(environment: dict[str, str], until: str, seconds: float, f
     read_until(process, until)
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    try:
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
     return process.returncode, said
 
 
