@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import UserError
-from .storage.drive_errors import MOUNT_POINT, explain
+from .storage.drive_errors import MOUNT_POINT, explain, is_final
 
 DRIVE_NAMES = ("MyDrive", "My Drive")  # Colab shows both; older mounts only the second
 DRIVE_FOLDER = "smollm2"
@@ -197,9 +197,7 @@ def mount_drive(name: str = DRIVE_FOLDER, sleep=time.sleep) -> Path:
                 drive.mount(str(MOUNT_POINT))
             return _drive_folder(name)
         except Exception as error:  # Colab's own errors share no base class; every one of them means "no Drive now"
-            # no Drive on Colab Enterprise (its `mount` raises this), or a folder in the way: another try changes neither
-            hopeless = isinstance(error, NotImplementedError) or "must not already contain files" in str(error)
-            if pause is None or hopeless:
+            if pause is None or is_final(error):
                 raise
             print(f"Drive: {explain(error)}. Trying again in {pause:g} s.")
             sleep(pause)

@@ -11,7 +11,7 @@ import contextlib
 import io
 import marshal
 import os
-import pickle  # to write the payloads, and to show that each of them would run
+import pickle  # reason: only the tests write pickled payloads, and show that each of them would run elsewhere
 import shutil
 import struct
 import subprocess
@@ -119,7 +119,7 @@ def detonate(data: bytes) -> None:
 
     for load in (
         lambda: pickle.loads(data),  # noqa: S301 - the point of it
-        lambda: torch.load(io.BytesIO(data), weights_only=False),  # the careless program: the payload must be live
+        lambda: torch.load(io.BytesIO(data), weights_only=False),  # reason: plays the careless program, to prove that the payload is live
         lambda: numpy.load(io.BytesIO(data), allow_pickle=True),
     ):
         with contextlib.suppress(Exception):
@@ -428,8 +428,19 @@ def find_problems(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "line",  # text to be found, never run
-    ["import pickle", "from pickle import loads", "import joblib as j", "torch.load(p)", "load(p, weights_only=False)", "AutoModel.from_pretrained(p, trust_remote_code=flag)", "yaml.load(t)", "np.load(p, allow_pickle=True)", "eval(t)", "subprocess.run(t, shell=True)"],
+    "line",
+    [
+        "import pickle",  # each of these is text that the search must find in a file: none of it is ever run
+        "from pickle import loads",  # likewise
+        "import joblib as j",
+        "torch.load(p)",
+        "load(p, weights_only=False)",  # likewise
+        "AutoModel.from_pretrained(p, trust_remote_code=flag)",  # likewise
+        "yaml.load(t)",
+        "np.load(p, allow_pickle=True)",
+        "eval(t)",
+        "subprocess.run(t, shell=True)",
+    ],
 )
 def test_the_search_finds_what_it_looks_for(line):
     assert find_problems(line)

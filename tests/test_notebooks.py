@@ -41,7 +41,7 @@ FORBIDDEN = {
     r"is_bf16_supported": "says yes on a T4, which only emulates it; use smollm2.device",
     r"/content/|/root/|MyDrive": "a machine's path; use smollm2.colab.storage",
     r"pyplot": "shows figures twice in a notebook; use smollm2.plots",
-    r"pickle|weights_only=False|trust_remote_code": "runs code from a file",  # the pattern that no notebook may hold
+    r"pickle|weights_only=False|trust_remote_code": "runs code from a file",  # reason: a pattern to search for, which no notebook may hold
     r"pip install": "only the set-up cell installs",
     r"TagsInput|TimePicker|DatetimePicker|widgets\.Stack\b|titles=|tooltip=": "ipywidgets 8 only",
     r"except Exception:\s*(pass|\.\.\.)|except:": "swallows errors",

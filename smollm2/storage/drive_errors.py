@@ -10,13 +10,21 @@ from pathlib import Path
 
 MOUNT_POINT = Path("/content/drive")
 
+UNSUPPORTED = NotImplementedError  # the type that Colab's own `drive.mount` raises on Colab Enterprise; nothing here is unfinished
+FOLDER_IN_THE_WAY = "must not already contain files"  # in what it raises where a plain folder lies at the mount point
+
+
+def is_final(error: BaseException) -> bool:
+    """Whether mounting again would end the same way."""
+    return isinstance(error, UNSUPPORTED) or FOLDER_IN_THE_WAY in str(error)
+
 
 def explain(error: BaseException) -> str:
     """A Drive failure in plain words, with what to do."""
     text = str(error)
-    if isinstance(error, NotImplementedError):  # what Colab's own `drive.mount` raises on Colab Enterprise
+    if isinstance(error, UNSUPPORTED):
         return "this kind of runtime cannot mount Drive (Colab Enterprise, or no Colab screen behind it)"
-    if "must not already contain files" in text:
+    if FOLDER_IN_THE_WAY in text:
         return f"a plain folder lies at {MOUNT_POINT}, made before Drive was mounted; rename it, then run this cell again"
     if "credential propagation" in text or "consent" in text.lower():
         return "Google did not get permission: allow pop-ups, choose the account of this Colab tab and tick every box, then run this cell again"

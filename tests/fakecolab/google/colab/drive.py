@@ -54,8 +54,7 @@ def mount(mountpoint, force_remount=False, timeout_ms=120000, readonly=False):
     global _hooked
     drill, _, amount = os.environ.get("FAKECOLAB_DRIVE", "ok").partition(":")
     if drill == "enterprise":
-        # the real `mount` raises exactly this on Colab Enterprise
-        raise NotImplementedError("google.colab.drive is unsupported in this environment.")
+        raise NotImplementedError("google.colab.drive is unsupported in this environment.")  # what the real one does on Colab Enterprise
     if drill == "refused":
         raise _message.MessageError("Error: credential propagation was unsuccessful")
     if (Path(mountpoint) / "My Drive").is_dir() and not force_remount:
