@@ -148,12 +148,17 @@ class Run:
             f"data: {path}, {source['bytes']:,} bytes; {len(self.data.train.tokens):,} tokens to train on, "
             f"{len(self.data.val.tokens):,} held out ({self.data.val.text_bytes:,} bytes)"
         )
-        steps, count = config.train.max_steps + config.train.continue_steps, len(self.data.train.tokens)
+        self._say_passes()
+
+    def _say_passes(self) -> None:
+        """A word where the run would read its text too often to learn from it, or hardly at all."""
+        train, count = self.config.train, len(self.data.train.tokens)
+        steps = train.max_steps + train.continue_steps
         passes = steps * self.tokens_per_step / count
         if passes > MANY_PASSES:
             self.say(
                 f"note: {steps:,} steps read this text {passes:.0f} times; after about {MANY_PASSES} it is learned by heart rather than learned from: "
-                f"more text (--input_file, --dataset) or about {MANY_PASSES * count // self.tokens_per_step:,} steps do better"
+                f"more text (--input_file, --dataset) or about {max(1, MANY_PASSES * count // self.tokens_per_step):,} steps do better"
             )
         elif passes < 0.5:
             self.say(f"note: {steps:,} steps read {passes:.1%} of this text; --max_steps {count // self.tokens_per_step:,} read it once")
