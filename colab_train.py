@@ -12,12 +12,24 @@ FLAGS = {
     "input_file": ("data.input_file", str, "text to train on (default input.txt)"),
     "output_dir": ("run.output_dir", str, "where checkpoints and logs go (default output)"),
     "max_steps": ("train.max_steps", int, "optimizer steps of the first phase"),
-    "continue_steps": ("train.continue_steps", int, "further steps, resumed from the first phase's checkpoint"),
+    "continue_steps": (
+        "train.continue_steps",
+        int,
+        "further steps, resumed from the first phase's checkpoint",
+    ),
     "drive_dir": ("run.drive_dir", str, "a second place for checkpoints, e.g. a mounted Google Drive folder"),
-    "resume": ("run.resume", str, "auto (default): continue what is there; never: start anew, the old run moves aside"),
+    "resume": (
+        "run.resume",
+        str,
+        "auto (default): continue what is there; never: start anew, the old run moves aside",
+    ),
     "seed": ("train.seed", int, "seed of weights and data order"),
     "tokenizer": ("data.tokenizer", str, "auto (default), a Hub id, or the path of a tokenizer.json"),
-    "dataset": ("data.dataset", str, "a Hub dataset (or local folder) with a 'text' column instead of --input_file"),
+    "dataset": (
+        "data.dataset",
+        str,
+        "a Hub dataset (or local folder) with a 'text' column instead of --input_file",
+    ),
     "devices": ("run.devices", int, "GPUs or processes on this machine"),
     "num_nodes": ("run.num_nodes", int, "machines (with torchrun or SLURM)"),
 }
@@ -28,9 +40,20 @@ def prepare(argv: list[str] | None):
     from smollm2.errors import ArgumentParser
 
     parser = ArgumentParser(description="Train SmolLM2 from scratch; run it again to continue.")
-    parser.add_argument("--preset", default="auto", help="auto, nano, smollm2-135m, smollm2-360m or smollm2-1.7b")
-    parser.add_argument("--config", default=None, metavar="FILE.yaml", help="sections model, data, train, run")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="key=value", help="e.g. train.learning_rate=1e-3")
+    parser.add_argument(
+        "--preset", default="auto", help="auto, nano, smollm2-135m, smollm2-360m or smollm2-1.7b"
+    )
+    parser.add_argument(
+        "--config", default=None, metavar="FILE.yaml", help="sections model, data, train, run"
+    )
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="key=value",
+        help="e.g. train.learning_rate=1e-3",
+    )
     for name, (_, kind, text) in FLAGS.items():
         parser.add_argument(f"--{name}", type=kind, default=None, help=text)
     args = parser.parse_args(argv)
@@ -39,10 +62,16 @@ def prepare(argv: list[str] | None):
     from smollm2.errors import ConfigError
     from smollm2.settings import load_config, read_yaml
 
-    asked = args.preset if args.preset != "auto" or args.config is None else read_yaml(args.config).get("preset", "auto")
+    asked = (
+        args.preset
+        if args.preset != "auto" or args.config is None
+        else read_yaml(args.config).get("preset", "auto")
+    )
     flags = {dotted: getattr(args, name) for name, (dotted, _, _) in FLAGS.items()}
     mistakes = []
-    for preset in ("nano", "smollm2-135m") if asked == "auto" else (asked,):  # mistakes are told before torch is imported
+    for preset in (
+        ("nano", "smollm2-135m") if asked == "auto" else (asked,)
+    ):  # mistakes are told before torch is imported
         try:
             config = load_config(preset, args.config, args.overrides, **flags)
             break
@@ -54,7 +83,10 @@ def prepare(argv: list[str] | None):
     shipped = os.path.join(os.path.dirname(os.path.abspath(__file__)), "input.txt")
     is_chosen = "input_file" in config.data.model_fields_set or config.data.dataset
     if not is_chosen and not os.path.exists(config.data.input_file) and os.path.exists(shipped):
-        print(f"text: {shipped}, which lies beside this program: there is no {config.data.input_file} in this folder", flush=True)
+        print(
+            f"text: {shipped}, which lies beside this program: there is no {config.data.input_file} in this folder",
+            flush=True,
+        )
         flags["data.input_file"] = shipped
 
     from smollm2.device import choose_preset

@@ -38,7 +38,9 @@ class Job:
     def input_ids(self) -> torch.Tensor:
         """(batch, length) int64, the same for every contender."""
         generator = torch.Generator().manual_seed(SEED)
-        return torch.randint(0, self.config.vocab_size, (self.batch, self.length), generator=generator).to(self.device)
+        return torch.randint(0, self.config.vocab_size, (self.batch, self.length), generator=generator).to(
+            self.device
+        )
 
 
 def synchronize(device: torch.device) -> None:
@@ -67,7 +69,9 @@ def build(name: str, job: Job, state: dict[str, torch.Tensor] | None = None) -> 
 def train_step(name: str, model: torch.nn.Module, job: Job) -> Callable[[], torch.Tensor]:
     """One optimizer step on batch x length tokens; returns the loss before it."""
     ids = job.input_ids()
-    targets = torch.cat((ids[:, 1:], ids.new_full((job.batch, 1), -100)), dim=1)  # what transformers makes of labels=ids
+    targets = torch.cat(
+        (ids[:, 1:], ids.new_full((job.batch, 1), -100)), dim=1
+    )  # what transformers makes of labels=ids
     optimizer = make_optimizer(model, TrainConfig())
     scaler = torch.amp.GradScaler(job.device.type, enabled=job.dtype == "fp16")
     half = {"dtype": DTYPES[job.dtype]} if job.dtype != "fp32" else {"enabled": False}
@@ -107,7 +111,7 @@ def decode(name: str, model: torch.nn.Module, job: Job) -> Callable[[], tuple[to
     ids = job.input_ids()
 
     def ours() -> tuple[torch.Tensor, float]:
-        from smollm2.generate import stream
+        from smollm2.sampling import stream
 
         times, tokens = [], []
         for token, _ in stream(model, ids, job.new_tokens, stop_ids=()):

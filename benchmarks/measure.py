@@ -30,7 +30,12 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "lowest": min(values), "highest": max(values), "windows": len(values)}
+    return {
+        "median": statistics.median(values),
+        "lowest": min(values),
+        "highest": max(values),
+        "windows": len(values),
+    }
 
 
 def resident_bytes(field: str = "VmRSS") -> int:
@@ -57,7 +62,9 @@ class PeakMemory:
 
 def in_fresh_process(arguments: list[str]) -> dict:
     """Run this package with other arguments in a process of its own; returns the JSON line it prints."""
-    done = subprocess.run([sys.executable, "-m", "benchmarks", *arguments], stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", *arguments], stdout=subprocess.PIPE, text=True, check=False
+    )
     if done.returncode:
         raise RuntimeError(f"benchmarks {' '.join(arguments)} ended with code {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -88,5 +95,8 @@ def bandwidth_roof(device: torch.device) -> float:
 
 def roofs(job: Job) -> dict[str, float]:
     """GEMM FLOP/s in fp32 and in the job's dtype, and the memory bandwidth in bytes/s."""
-    rates = {f"gemm_{dtype}_flops_per_second": gemm_roof(job.device, dtype) for dtype in dict.fromkeys(("fp32", job.dtype))}
+    rates = {
+        f"gemm_{dtype}_flops_per_second": gemm_roof(job.device, dtype)
+        for dtype in dict.fromkeys(("fp32", job.dtype))
+    }
     return rates | {"memory_bytes_per_second": bandwidth_roof(job.device)}

@@ -35,7 +35,9 @@ REMEDY = "run: python docs/pictures.py build"
 def cell_sha256(stem: str, cell_id: str, folder: Path = ROOT / "notebooks") -> str:
     """SHA-256 of one cell's source in a built notebook."""
     cells = json.loads((folder / f"{stem}.ipynb").read_text(encoding="utf-8"))["cells"]
-    return hashlib.sha256("".join(next(cell for cell in cells if cell["id"] == cell_id)["source"]).encode()).hexdigest()
+    return hashlib.sha256(
+        "".join(next(cell for cell in cells if cell["id"] == cell_id)["source"]).encode()
+    ).hexdigest()
 
 
 def gallery(sources: dict[str, dict[str, str]]) -> str:
@@ -53,7 +55,9 @@ def with_gallery(text: str, sources: dict[str, dict[str, str]]) -> str:
     before, _, rest = text.partition(BEGIN)
     _, mark, after = rest.partition(END)
     if not mark:
-        raise ValueError(f"README.md must hold the two lines {BEGIN!r} and {END!r}: the gallery goes between them")
+        raise ValueError(
+            f"README.md must hold the two lines {BEGIN!r} and {END!r}: the gallery goes between them"
+        )
     return before + gallery(sources) + after
 
 
@@ -62,7 +66,9 @@ def read_sources(pictures: Path = PICTURES) -> dict[str, dict[str, str]]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def problems(pictures: Path = PICTURES, notebooks: Path = ROOT / "notebooks", readme: Path = README) -> list[str]:
+def problems(
+    pictures: Path = PICTURES, notebooks: Path = ROOT / "notebooks", readme: Path = README
+) -> list[str]:
     """What is stale or broken, in words; empty when the pictures are fresh."""
     sources, found = read_sources(pictures), []
     if sorted(sources) != sorted(CHOSEN):
@@ -70,7 +76,9 @@ def problems(pictures: Path = PICTURES, notebooks: Path = ROOT / "notebooks", re
     for stem, (cell_id, _) in CHOSEN.items():
         path, of = pictures / f"{stem}.png", sources[stem]
         if of["cell"] != cell_id or of["cell_sha256"] != cell_sha256(stem, cell_id, notebooks):
-            found.append(f"cell {cell_id} of notebook {stem} was edited since its picture was made; {REMEDY} {stem[:2]}")
+            found.append(
+                f"cell {cell_id} of notebook {stem} was edited since its picture was made; {REMEDY} {stem[:2]}"
+            )
         elif not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != of["png_sha256"]:
             found.append(f"docs/pictures/{path.name} is not the picture that was made; {REMEDY} {stem[:2]}")
         elif path.stat().st_size > LIMIT:
@@ -89,7 +97,9 @@ def make_picture(stem: str) -> tuple[str, bytes]:
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         (place / "home").mkdir()
-        env = runner.environment(runner.snapshot(place / "source"), place / "home") | {"SMOLLM2_SMOKE": str(int(shrink))}
+        env = runner.environment(runner.snapshot(place / "source"), place / "home") | {
+            "SMOLLM2_SMOKE": str(int(shrink))
+        }
         notebook = runner.run_notebook(stem, place / "empty", env, timeout=1800)
         if faults := runner.faults(notebook):
             raise SystemExit(f"{stem} does not run as it should: {faults}")
@@ -105,9 +115,16 @@ def build(stems: list[str]) -> None:
         before = cell_sha256(stem, cell_id)  # read first: an edit made while it runs must show as stale
         alt, png = make_picture(stem)
         (PICTURES / f"{stem}.png").write_bytes(png)
-        sources[stem] = {"cell": cell_id, "cell_sha256": before, "png_sha256": hashlib.sha256(png).hexdigest(), "alt": alt}
+        sources[stem] = {
+            "cell": cell_id,
+            "cell_sha256": before,
+            "png_sha256": hashlib.sha256(png).hexdigest(),
+            "alt": alt,
+        }
         print(f"{stem}: {len(png):,} bytes: {alt}", flush=True)
-    (PICTURES / "sources.json").write_text(json.dumps(sources, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    (PICTURES / "sources.json").write_text(
+        json.dumps(sources, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     README.write_text(with_gallery(README.read_text(encoding="utf-8"), sources), encoding="utf-8")
 
 

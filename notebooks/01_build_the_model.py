@@ -64,8 +64,8 @@ import smollm2.model as ours
 from smollm2 import SmolLM2, SmolLM2Config, plots, widgets
 from smollm2.errors import UserError
 from smollm2.notebook import lesson
-from smollm2.pretrained import read_config, read_weights, resolve
 from smollm2.tokenizer import Tokenizer
+from smollm2.weights import read_config, read_weights, resolve
 
 lesson.quiet()
 

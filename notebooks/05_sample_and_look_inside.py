@@ -61,13 +61,13 @@ from smollm2 import SmolLM2, plots, widgets
 from smollm2.device import choose_device
 from smollm2.errors import UserError
 from smollm2.evaluate import score_tokens
-from smollm2.generate import complete, next_token_probabilities, prompt_ids, stream
 from smollm2.logs import SAMPLES, read_log
 from smollm2.model import KVCache
 from smollm2.notebook import lesson, token_view
 from smollm2.notebook.inspect_model import logit_lens, look_inside, token_probabilities
 from smollm2.notebook.own_run import own_run, untrained
 from smollm2.pretrained import load_model_and_tokenizer
+from smollm2.sampling import complete, next_token_probabilities, prompt_ids, stream
 from smollm2.text import SEPARATOR, documents, read_split
 
 SMOKE = colab.is_smoke()

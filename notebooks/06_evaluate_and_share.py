@@ -66,7 +66,6 @@ from smollm2.errors import UserError
 from smollm2.evaluate import compression_bits_per_byte, score_file
 from smollm2.export import export
 from smollm2.files import sha256_file
-from smollm2.generate import prompt_ids
 from smollm2.notebook import lesson
 from smollm2.notebook.data_plots import visible
 from smollm2.notebook.inspect_model import token_probabilities
@@ -76,6 +75,7 @@ from smollm2.notebook.panel import LivePanel
 from smollm2.notebook.token_view import spelled
 from smollm2.origin import trained_with
 from smollm2.pretrained import load_model_and_tokenizer
+from smollm2.sampling import prompt_ids
 from smollm2.text import documents, read_split
 
 SMOKE = colab.is_smoke()

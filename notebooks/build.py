@@ -22,7 +22,18 @@ REF = "main"
 CELL_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 CELL_METADATA = ("cellView", "id", "tags")
 LINK = re.compile(r"https://colab\.research\.google\.com/github/[^\s)\"]+/notebooks/(\d\d_\w+)\.ipynb")
-TAGS = {"setup", "lesson", "check", "figure", "predict", "widget", "exercise", "solution", "slow", "parameters"}
+TAGS = {
+    "setup",
+    "lesson",
+    "check",
+    "figure",
+    "predict",
+    "widget",
+    "exercise",
+    "solution",
+    "slow",
+    "parameters",
+}
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 BADGE_CELL = """\
@@ -30,7 +41,7 @@ BADGE_CELL = """\
 # <a href="{colab}" target="_parent"><img src="https://colab.research.google.com/assets/colab-badge.svg" alt="Open In Colab"/></a>
 """
 
-SETUP_CELL = '''\
+SETUP_CELL = """\
 # %% cellView="form" id="setup" tags=["setup"]
 # @title Set-up (about 20 s on Colab) {{ display-mode: "form" }}
 import os
@@ -56,7 +67,7 @@ from smollm2 import colab
 
 colab.install_missing(REPO / "requirements.txt")
 report = colab.doctor()
-'''
+"""
 
 
 class NotebookError(Exception):
@@ -79,7 +90,10 @@ def sources() -> list[Path]:
 
 def fixed_cells(stem: str) -> dict[str, str]:
     """Cells that every notebook shares, as they must stand in its .py, by id."""
-    return {"view-in-github": BADGE_CELL.format(colab=badge_url(stem)), "setup": SETUP_CELL.format(address=repository_address())}
+    return {
+        "view-in-github": BADGE_CELL.format(colab=badge_url(stem)),
+        "setup": SETUP_CELL.format(address=repository_address()),
+    }
 
 
 def renew_fixed_cells(text: str, stem: str) -> str:
@@ -87,7 +101,9 @@ def renew_fixed_cells(text: str, stem: str) -> str:
     for cell_id, cell in fixed_cells(stem).items():
         pattern = re.compile(rf'^# %%[^\n]*\bid="{cell_id}"[^\n]*\n.*?(?=^# %%|\Z)', re.M | re.S)
         if len(pattern.findall(text)) != 1:
-            raise NotebookError(f'{stem}.py: expected exactly one cell with id="{cell_id}" (its text is filled in by build)')
+            raise NotebookError(
+                f'{stem}.py: expected exactly one cell with id="{cell_id}" (its text is filled in by build)'
+            )
         text = pattern.sub(lambda _, cell=cell: cell + "\n", text)
     return LINK.sub(lambda found: badge_url(found[1]), text)
 
@@ -100,9 +116,13 @@ def to_notebook(text: str, stem: str) -> str:
         cell_id = cell.metadata.get("id", "")
         if not CELL_ID.fullmatch(cell_id) or cell_id in seen:
             fault = "repeats an id" if cell_id in seen else "has no id"
-            raise NotebookError(f"{stem}.py: cell {number} {fault} {cell_id!r}: {cell.source[:60]!r}; write # %% id=\"short-name\"")
+            raise NotebookError(
+                f'{stem}.py: cell {number} {fault} {cell_id!r}: {cell.source[:60]!r}; write # %% id="short-name"'
+            )
         if unknown := set(cell.metadata.get("tags", [])) - TAGS:
-            raise NotebookError(f"{stem}.py: cell {cell_id}: unknown tags {sorted(unknown)}; known are {sorted(TAGS)}")
+            raise NotebookError(
+                f"{stem}.py: cell {cell_id}: unknown tags {sorted(unknown)}; known are {sorted(TAGS)}"
+            )
         seen.add(cell_id)
         cell.id = cell_id
         cell.metadata = {key: cell.metadata[key] for key in CELL_METADATA if key in cell.metadata}
@@ -151,12 +171,19 @@ def pull(notebook_path: Path) -> Path:
             cell_id = f"new-{number}"
             print(f"{source.name}: cell {number} has no id of its own, named {cell_id}; give it a better one")
         seen.add(cell_id)
-        cell.metadata = {key: value for key, value in {**cell.metadata, "id": cell_id}.items() if key in CELL_METADATA}
+        cell.metadata = {
+            key: value for key, value in {**cell.metadata, "id": cell_id}.items() if key in CELL_METADATA
+        }
     gpu = {"accelerator": "GPU"} if notebook.metadata.get("accelerator") == "GPU" else {}
-    filters = {"notebook_metadata_filter": "accelerator,kernelspec,-jupytext", "cell_metadata_filter": "id,cellView,tags,-all"}
+    filters = {
+        "notebook_metadata_filter": "accelerator,kernelspec,-jupytext",
+        "cell_metadata_filter": "id,cellView,tags,-all",
+    }
     notebook.metadata = {**gpu, "kernelspec": KERNEL, "jupytext": filters}
     text = jupytext.writes(notebook, fmt="py:percent")
-    text = re.sub(r"^#   jupytext:\n(#     .*\n)+", "", text, count=1, flags=re.M)  # jupytext.toml holds these settings
+    text = re.sub(
+        r"^#   jupytext:\n(#     .*\n)+", "", text, count=1, flags=re.M
+    )  # jupytext.toml holds these settings
     source.write_text(text, encoding="utf-8")
     return source
 
@@ -174,7 +201,11 @@ def main(arguments: list[str]) -> int:
             return 0
         if verb == "check":
             problems = [problem for source in chosen for problem in check(source)]
-            print("\n".join([*problems, "edit the .py, then run: python notebooks/build.py build"]) if problems else f"{len(chosen)} notebooks are fresh")
+            print(
+                "\n".join([*problems, "edit the .py, then run: python notebooks/build.py build"])
+                if problems
+                else f"{len(chosen)} notebooks are fresh"
+            )
             return bool(problems)
     except NotebookError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -19,7 +19,16 @@ _EXPORTS = {
     "Tokenizer": "tokenizer",
     "train": "training",
 }
-__all__ = ["KVCache", "RunConfig", "SmolLM2", "SmolLM2Config", "Tokenizer", "load_config", "parameter_table", "train"]
+__all__ = [
+    "KVCache",
+    "RunConfig",
+    "SmolLM2",
+    "SmolLM2Config",
+    "Tokenizer",
+    "load_config",
+    "parameter_table",
+    "train",
+]
 
 
 def __getattr__(name: str):

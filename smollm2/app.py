@@ -11,8 +11,8 @@ import os
 import time
 
 from .errors import ArgumentParser, ConfigError, UserError, run_command
-from .web.gate import Gate, Refused
-from .web.serving import MAX_NEW_TOKENS, MAX_PROMPT_CHARACTERS, MAX_WAITING, Models, Writer, api_routes, parse
+from .gate import Gate, Refused
+from .serving import MAX_NEW_TOKENS, MAX_PROMPT_CHARACTERS, MAX_WAITING, Models, Writer, api_routes, parse
 
 MIN_PASSWORD_CHARACTERS = 8
 REDRAW_SECONDS = 0.05
@@ -29,11 +29,15 @@ def parse_auth(text: str | None, share: bool) -> tuple[str, str] | None:
     """USER:PASSWORD -> (user, password). A public address without a password is refused; raises `ConfigError`."""
     if text is None:
         if share:
-            raise ConfigError("--share opens this page to everyone on the internet: it needs --auth USER:PASSWORD")
+            raise ConfigError(
+                "--share opens this page to everyone on the internet: it needs --auth USER:PASSWORD"
+            )
         return None
     user, _, password = text.partition(":")
     if not user or len(password) < MIN_PASSWORD_CHARACTERS:
-        raise ConfigError(f"--auth: expected USER:PASSWORD with a password of at least {MIN_PASSWORD_CHARACTERS} characters")
+        raise ConfigError(
+            f"--auth: expected USER:PASSWORD with a password of at least {MIN_PASSWORD_CHARACTERS} characters"
+        )
     return user, password
 
 
@@ -46,8 +50,18 @@ def build_page(writer: Writer):
 
     async def write(checkpoint, prompt, new_tokens, temperature, top_p, top_k, min_p, seed):
         """(text, status, what could come next) as they change."""
-        asked = {"checkpoint": checkpoint, "prompt": prompt, "max_new_tokens": as_int(new_tokens), "temperature": temperature}
-        asked |= {"top_p": top_p, "top_k": as_int(top_k) or None, "min_p": min_p, "seed": None if seed in (None, -1) else as_int(seed)}
+        asked = {
+            "checkpoint": checkpoint,
+            "prompt": prompt,
+            "max_new_tokens": as_int(new_tokens),
+            "temperature": temperature,
+        }
+        asked |= {
+            "top_p": top_p,
+            "top_k": as_int(top_k) or None,
+            "min_p": min_p,
+            "seed": None if seed in (None, -1) else as_int(seed),
+        }
         began = drawn_at = time.monotonic()
         try:
             async for step in writer.write(parse(asked)):
@@ -62,7 +76,9 @@ def build_page(writer: Writer):
             yield gr.skip(), str(refused), gr.skip()
 
     # system fonts: the page loads nothing from strangers
-    theme = gr.themes.Soft(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    theme = gr.themes.Soft(
+        primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    )
     theme.set(  # dark enough to read white on, bright enough to read on dark
         body_background_fill="*neutral_50", button_primary_background_fill="*primary_600", button_primary_background_fill_hover="*primary_700",
         button_primary_background_fill_dark="*primary_600", button_primary_background_fill_hover_dark="*primary_700",
@@ -70,33 +86,84 @@ def build_page(writer: Writer):
         block_title_text_color="*primary_700", block_title_text_color_dark="white",
     )  # fmt: skip
     with gr.Blocks(title="SmolLM2 from scratch", analytics_enabled=False, fill_width=True) as page:
-        gr.Markdown("# SmolLM2 from scratch\nType the beginning of a text; the model goes on.", elem_id="page-title")
+        gr.Markdown(
+            "# SmolLM2 from scratch\nType the beginning of a text; the model goes on.", elem_id="page-title"
+        )
         with gr.Row():
             with gr.Column(scale=3, min_width=320):
-                prompt = gr.Textbox("Once upon a time", label="Beginning", lines=3, max_lines=8, max_length=MAX_PROMPT_CHARACTERS, elem_id="prompt", autofocus=True)
+                prompt = gr.Textbox(
+                    "Once upon a time",
+                    label="Beginning",
+                    lines=3,
+                    max_lines=8,
+                    max_length=MAX_PROMPT_CHARACTERS,
+                    elem_id="prompt",
+                    autofocus=True,
+                )
                 with gr.Row():
                     go = gr.Button("Write", variant="primary", elem_id="write", min_width=80)
                     stop = gr.Button("Stop", elem_id="stop", min_width=80)
                     clear = gr.Button("Clear", elem_id="clear", min_width=80)
-                text = gr.Textbox(label="Text", lines=12, max_lines=30, interactive=False, buttons=["copy"], elem_id="text")
-                status = gr.Textbox(show_label=False, container=False, interactive=False, lines=1, max_lines=3, elem_id="status", placeholder="ready")
+                text = gr.Textbox(
+                    label="Text", lines=12, max_lines=30, interactive=False, buttons=["copy"], elem_id="text"
+                )
+                status = gr.Textbox(
+                    show_label=False,
+                    container=False,
+                    interactive=False,
+                    lines=1,
+                    max_lines=3,
+                    elem_id="status",
+                    placeholder="ready",
+                )
             with gr.Column(scale=2, min_width=320):
-                checkpoint = gr.Dropdown(list(models.folders), value=models.first, label="Checkpoint", elem_id="checkpoint")
+                checkpoint = gr.Dropdown(
+                    list(models.folders), value=models.first, label="Checkpoint", elem_id="checkpoint"
+                )
                 with gr.Accordion("What could come next", open=True):
-                    likely = gr.Label(show_label=False, show_heading=False, num_top_classes=10, elem_id="likely")
+                    likely = gr.Label(
+                        show_label=False, show_heading=False, num_top_classes=10, elem_id="likely"
+                    )
                 with gr.Accordion("Settings", open=False, elem_id="settings"):
                     new_tokens = gr.Slider(1, MAX_NEW_TOKENS, min(128, context), step=1, label="New tokens")
-                    temperature = gr.Slider(0, 2, 0.8, step=0.05, label="Temperature", info="0: always the likeliest token")
+                    temperature = gr.Slider(
+                        0, 2, 0.8, step=0.05, label="Temperature", info="0: always the likeliest token"
+                    )
                     top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="1: off")
                     top_k = gr.Slider(0, 100, 0, step=1, label="Top-k", info="0: off")
                     min_p = gr.Slider(0, 1, 0, step=0.05, label="Min-p", info="0: off")
-                    seed = gr.Number(-1, precision=0, minimum=-1, maximum=2**31 - 1, label="Seed", info="same seed, same text; -1: a new one each time")
-        shared = {"inputs": [checkpoint, prompt, new_tokens, temperature, top_p, top_k, min_p, seed], "outputs": [text, status, likely]}
+                    seed = gr.Number(
+                        -1,
+                        precision=0,
+                        minimum=-1,
+                        maximum=2**31 - 1,
+                        label="Seed",
+                        info="same seed, same text; -1: a new one each time",
+                    )
+        shared = {
+            "inputs": [checkpoint, prompt, new_tokens, temperature, top_p, top_k, min_p, seed],
+            "outputs": [text, status, likely],
+        }
         page.inputs = len(shared["inputs"])
         # preprocess=False: what a client sends comes as it is and is checked in one place, `parse`; Gradio's own checks log it
-        writing = gr.on([go.click, prompt.submit], write, **shared, show_progress="minimal", show_progress_on=status, api_visibility="private", preprocess=False)
+        writing = gr.on(
+            [go.click, prompt.submit],
+            write,
+            **shared,
+            show_progress="minimal",
+            show_progress_on=status,
+            api_visibility="private",
+            preprocess=False,
+        )
         # in the browser: they must answer while the queue is full; a moment later, or text still on its way would undo them
-        stop.click(None, None, status, js="() => new Promise(done => setTimeout(() => done(['stopped']), 300))", cancels=[writing], api_visibility="private")
+        stop.click(
+            None,
+            None,
+            status,
+            js="() => new Promise(done => setTimeout(() => done(['stopped']), 300))",
+            cancels=[writing],
+            api_visibility="private",
+        )
         clear.click(None, None, [text, status, likely], js=CLEAR, cancels=[writing], api_visibility="private")
     page.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
     return page, theme
@@ -137,11 +204,19 @@ def launch(checkpoint: str, port: int | None = None, share: bool = False, auth: 
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = ArgumentParser(prog="python -m smollm2.app", description="A web page to write with a trained model.")
-    parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or a Hub id; its run's other checkpoints can be chosen too")
+    parser = ArgumentParser(
+        prog="python -m smollm2.app", description="A web page to write with a trained model."
+    )
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        help="checkpoint folder, or a Hub id; its run's other checkpoints can be chosen too",
+    )
     parser.add_argument("--port", type=int, default=None, help="default: the first free one from 7860")
     parser.add_argument("--share", action="store_true", help="a public address for 72 hours; needs --auth")
-    parser.add_argument("--auth", metavar="USER:PASSWORD", default=None, help="ask everyone for this user and password")
+    parser.add_argument(
+        "--auth", metavar="USER:PASSWORD", default=None, help="ask everyone for this user and password"
+    )
     args = parser.parse_args(argv)
     page, address = launch(args.checkpoint, args.port, args.share, args.auth)
     print(f"the page is at {address} (Ctrl-C ends it)", flush=True)

@@ -33,7 +33,10 @@ def last(rows: list[dict[str, float]], key: str) -> float | None:
 
 def plot(rows: list[dict[str, float]], path: Path) -> bool:
     """Draw training and validation loss against the step; False when there are too few points."""
-    curves = {name: [(row["step"], row[key]) for row in rows if key in row] for key, name in (("train_loss", "training"), ("val_loss", "held out"))}
+    curves = {
+        name: [(row["step"], row[key]) for row in rows if key in row]
+        for key, name in (("train_loss", "training"), ("val_loss", "held out"))
+    }
     if len(curves["training"]) < 2:
         return False
     fig, axes = figure(height=3.6)
@@ -71,7 +74,9 @@ def figures(state: dict[str, Any], rows: list[dict[str, float]]) -> list[tuple[s
 def _shown(value: object) -> str:
     if isinstance(value, float) and not value.is_integer():
         return f"{value:.4g}" if abs(value) < 0.01 else f"{value:.4f}"
-    return f"{int(value):,}" if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
+    return (
+        f"{int(value):,}" if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
+    )
 
 
 def licence(state: dict[str, Any], base: str | None) -> tuple[str | None, str]:
@@ -84,7 +89,10 @@ def licence(state: dict[str, Any], base: str | None) -> tuple[str | None, str]:
         return None, f"Made from weights called `{state['init_from']}`: their licence holds for these, too."
     if "init_from" in state:
         return "mit", _LICENCE
-    return None, "Nothing in this folder says where the weights come from: find out which licence holds before you publish them."
+    return (
+        None,
+        "Nothing in this folder says where the weights come from: find out which licence holds before you publish them.",
+    )
 
 
 def model_card(
@@ -104,17 +112,28 @@ def model_card(
     head = [f"license: {word}"] if word else []
     head += ["language: en", "library_name: transformers", "pipeline_tag: text-generation"]
     head += ["tags:", "- smollm2", "- llama"]
-    head += [f"datasets:\n- {dataset}"] if dataset.count("/") == 1 else []  # a Hub id; of a folder or file only its last name is kept
+    head += (
+        [f"datasets:\n- {dataset}"] if dataset.count("/") == 1 else []
+    )  # a Hub id; of a folder or file only its last name is kept
     head += [f"base_model: {base}"] if base else []
     shape = (
         f"{parameters:,} parameters: {config.num_hidden_layers} layers, hidden size {config.hidden_size}, "
         f"{config.num_attention_heads} query and {config.num_key_value_heads} key/value heads, vocabulary {config.vocab_size:,}, "
         f"context {config.max_position_embeddings:,} tokens, RoPE theta {config.rope_theta:,.0f}, stored in {dtype}."
     )
-    parts = ["---", *head, "---", f"# {title}", f"A language model of the SmolLM2 architecture (`LlamaForCausalLM`). {shape}"]
+    parts = [
+        "---",
+        *head,
+        "---",
+        f"# {title}",
+        f"A language model of the SmolLM2 architecture (`LlamaForCausalLM`). {shape}",
+    ]
     table = figures(state, rows)
     if table:
-        parts += ["## Training", "| | |\n|---|---|\n" + "\n".join(f"| {what} | {value} |" for what, value in table)]
+        parts += [
+            "## Training",
+            "| | |\n|---|---|\n" + "\n".join(f"| {what} | {value} |" for what, value in table),
+        ]
     parts += [f"![Loss against the optimizer step]({PLOT})"] if has_plot else []
     parts += ["## Use", _USAGE]
     parts += [_GGUF_USAGE.format(file=gguf)] if gguf else []
@@ -136,7 +155,7 @@ print(tokenizer.decode(model.generate(ids, max_new_tokens=64, do_sample=True, te
 
 `config.json` carries RoPE's theta in the form of transformers 4 and in that of transformers 5, so both compute the same."""
 
-_GGUF_USAGE = "`{file}` runs in llama.cpp (`llama-completion -m {file} -p \"Once upon a time\"`) and is what the Modelfile imports."
+_GGUF_USAGE = '`{file}` runs in llama.cpp (`llama-completion -m {file} -p "Once upon a time"`) and is what the Modelfile imports.'
 
 _LIMITS = """A small model trained on little text: it completes text in the manner of what it read. It does not know facts, and what it
 writes can be wrong, biased or offensive. Do not use it where that matters."""

@@ -14,12 +14,9 @@ training state alone. The SHA-256 finds accidents, not attackers: they would rew
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
-import secrets
-import shutil
 import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -27,12 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError, NoUsableCheckpoint
-from .files import fsync_folder, kind_of, sha256_file, sha256_json, write_durably
+from .files import Content, commit_folder, dump_json, kind_of, sha256_file, sha256_json, strict_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 2**20
-MAX_HEADER_BYTES = 2**20
 FINAL_NAMES = ("final_model.ckpt", "final_continued_model.ckpt")
 RESUME_FILES = ("state.json", "optim.safetensors", "tokenizer.json")
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,100}")
@@ -59,95 +55,29 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """Content of `manifest.json`, the hash of itself included."""
-        body = {"format": FORMAT_VERSION, "run_id": self.run_id, "step": self.step, "files": self.files, "facts": self.facts}
+        body = {
+            "format": FORMAT_VERSION,
+            "run_id": self.run_id,
+            "step": self.step,
+            "files": self.files,
+            "facts": self.facts,
+        }
         return dump_json(body | {"sha256_of_this": sha256_json(body)})
-
-
-def strict_json(raw: bytes, where: str) -> Any:
-    """JSON without duplicate keys, NaN or infinities; raises `CheckpointError`."""
-
-    def pairs(items):
-        keys = [key for key, _ in items]
-        if len(keys) != len(set(keys)):
-            raise ValueError("a key appears twice")
-        return dict(items)
-
-    def constant(word):
-        raise ValueError(f"{word} is not a number")
-
-    def number(word):
-        return value if math.isfinite(value := float(word)) else constant(word)  # 1e999 would be infinite
-
-    try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant, parse_float=number)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where}: not valid JSON ({str(error)[:80]})") from None
-
-
-def dump_json(value: Any) -> bytes:
-    """Canonical JSON: equal values are equal bytes. Raises ValueError for NaN, so none reaches a disk."""
-    return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
 def commit(
-    parent: str | Path, name: str, files: dict[str, bytes | Callable[[Path], None]], run_id: str, step: int, facts: dict[str, Any]
+    parent: str | Path, name: str, files: dict[str, Content], run_id: str, step: int, facts: dict[str, Any]
 ) -> Manifest:
-    """Write a checkpoint folder `parent/name` in one atomic step and return its manifest.
+    """Write a checkpoint folder `parent/name` in one atomic step (see `files.commit_folder`); returns its manifest."""
+    target = Path(parent) / name
 
-    `files` maps names to bytes or to a function that writes the given path. An existing folder of that name is kept
-    until the new one is whole: a final folder steps aside under its step name, a step folder is replaced.
-    Raises OSError when the disk is full or failing; then nothing under `name` has changed and no leftover remains.
-    """
-    parent = Path(parent)
-    temporary = parent / f"{name}.tmp-{secrets.token_hex(4)}"
-    try:
-        temporary.mkdir()
-        table = {}
-        for file_name, content in sorted(files.items()):
-            path = temporary / file_name
-            if callable(content):
-                content(path)
-                with open(path, "rb+") as written:
-                    os.fsync(written.fileno())
-            else:
-                write_durably(path, content)
-            table[file_name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        manifest = Manifest(parent / name, run_id, step, table, facts)
-        write_durably(temporary / MANIFEST, manifest.to_bytes())
-        fsync_folder(temporary)
-        _put_in_place(temporary, parent / name)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return manifest
+    def manifest(table: dict[str, dict]) -> Manifest:
+        return Manifest(target, run_id, step, table, facts)
 
-
-def _put_in_place(temporary: Path, target: Path) -> None:
-    aside = _set_aside(target) if target.exists() else None
-    try:
-        os.rename(temporary, target)
-    except OSError:
-        if aside:
-            os.rename(aside, target)
-        raise
-    fsync_folder(target.parent)
-    if aside and ".old-" in aside.name:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _set_aside(target: Path) -> Path:
-    """`os.rename` cannot replace a folder that is not empty: move the old one to a name that still says what it is."""
-    try:
-        aside = target.with_name(step_name(read_manifest(target).step))
-    except CheckpointError:
-        aside = target
-    if aside == target or aside.exists():
-        aside = target.with_name(f"{target.name}.old-{secrets.token_hex(4)}")
-    os.rename(target, aside)
-    return aside
+    return manifest(commit_folder(target, files, lambda table: {MANIFEST: manifest(table).to_bytes()}))
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
@@ -160,7 +90,9 @@ def _regular_file(path: Path, limit: int | None = None) -> int:
     except OSError as error:
         raise CheckpointError(f"{path.name}: {error.strerror}") from None
     if not stat.S_ISREG(facts.st_mode):
-        raise CheckpointError(f"{path.name}: {'a link' if stat.S_ISLNK(facts.st_mode) else kind_of(path)}, expected a regular file")
+        raise CheckpointError(
+            f"{path.name}: {'a link' if stat.S_ISLNK(facts.st_mode) else kind_of(path)}, expected a regular file"
+        )
     if limit is not None and facts.st_size > limit:
         raise CheckpointError(f"{path.name}: {facts.st_size:,} bytes, expected at most {limit:,}")
     return facts.st_size
@@ -189,21 +121,34 @@ def parse_manifest(raw: bytes, folder: Path) -> Manifest:
     if not (is_canonical and is_intact):
         raise CheckpointError(f"{MANIFEST}: does not match its own sha256: edited or damaged")
     if not _is_count(body.get("format")) or body["format"] != FORMAT_VERSION:
-        raise CheckpointError(f"{MANIFEST}: format {body.get('format')!r:.20}, this version reads {FORMAT_VERSION}: update the project")
+        raise CheckpointError(
+            f"{MANIFEST}: format {body.get('format')!r:.20}, this version reads {FORMAT_VERSION}: update the project"
+        )
     return _checked_table(folder, body)
 
 
 def _checked_table(folder: Path, body: dict[str, Any]) -> Manifest:
     run_id, step, files, facts = (body.get(key) for key in ("run_id", "step", "files", "facts"))
-    for key, ok in (("run_id", isinstance(run_id, str)), ("step", _is_count(step)), ("files", isinstance(files, dict)), ("facts", isinstance(facts, dict))):
+    for key, ok in (
+        ("run_id", isinstance(run_id, str)),
+        ("step", _is_count(step)),
+        ("files", isinstance(files, dict)),
+        ("facts", isinstance(facts, dict)),
+    ):
         if not ok:
-            raise CheckpointError(f"{MANIFEST}: {key} is missing or of the wrong kind ({body.get(key)!r:.40})")
+            raise CheckpointError(
+                f"{MANIFEST}: {key} is missing or of the wrong kind ({body.get(key)!r:.40})"
+            )
     if not isinstance(facts.get("fingerprint", {}), dict):
         raise CheckpointError(f"{MANIFEST}: facts.fingerprint is not a table")
     for name, entry in files.items():
         if not _SAFE_NAME.fullmatch(name) or name == MANIFEST or ".." in name:
             raise CheckpointError(f"{MANIFEST}: file name {name[:60]!r} is not allowed")
-        if not isinstance(entry, dict) or not _is_count(entry.get("bytes")) or not _SHA256.fullmatch(str(entry.get("sha256"))):
+        if (
+            not isinstance(entry, dict)
+            or not _is_count(entry.get("bytes"))
+            or not _SHA256.fullmatch(str(entry.get("sha256")))
+        ):
             raise CheckpointError(f"{MANIFEST}: no size and sha256 for {name}")
     return Manifest(folder, run_id, step, files, facts)
 
@@ -252,7 +197,9 @@ def claimed_step(folder: Path) -> float:
         return int(match[1]) if match else math.inf
 
 
-def resume_point(path: Path, say: Callable[[str], None] = print, check: Callable[[Manifest], object] | None = None) -> Manifest:
+def resume_point(
+    path: Path, say: Callable[[str], None] = print, check: Callable[[Manifest], object] | None = None
+) -> Manifest:
     """The manifest of a folder that verifies, holds all that a resume needs and passes `check`; raises `CheckpointError`."""
     manifest = verify(path)
     missing = [name for name in RESUME_FILES if name not in manifest.files]
@@ -267,7 +214,9 @@ def resume_point(path: Path, say: Callable[[str], None] = print, check: Callable
 
 
 def newest_usable(
-    folders: Iterable[Path], say: Callable[[str], None] = print, check: Callable[[Manifest], object] | None = None
+    folders: Iterable[Path],
+    say: Callable[[str], None] = print,
+    check: Callable[[Manifest], object] | None = None,
 ) -> Manifest | None:
     """The first checkpoint that verifies (and passes `check`); one line for each that does not. None when there are no
     folders at all; `NoUsableCheckpoint` when there are some and none verifies: starting from zero would hide a loss."""
@@ -283,27 +232,3 @@ def newest_usable(
             "or pass --resume never to start anew"
         )
     return None
-
-
-def check_safetensors_header(path: Path) -> None:
-    """Bound the header before anything is allocated for it; raises `CheckpointError`."""
-    if not os.path.isfile(path):
-        raise CheckpointError(f"{path.name}: {kind_of(path)}, expected a safetensors file")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-    if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-        raise CheckpointError(f"{path.name}: header of {length:,} bytes in a file of {size:,}: not a safetensors file")
-
-
-def load_tensors(path: str | Path) -> dict:
-    """Tensors of a safetensors file on the CPU; raises `CheckpointError`."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = Path(path)
-    check_safetensors_header(path)
-    try:
-        return load_file(path)
-    except (SafetensorError, ValueError, OSError) as error:
-        raise CheckpointError(f"{path.name}: {str(error)[:120]}") from None

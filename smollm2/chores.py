@@ -19,9 +19,9 @@ from .data import BatchOrder
 from .device import autocast
 from .errors import OutputLost
 from .evaluate import score_tokens
-from .generate import complete
 from .result import NOTICEABLE
 from .run import Run
+from .sampling import complete
 from .signals import StopSignals
 
 SPEED_WINDOW = 20  # steps that tokens/s is the mean of
@@ -31,7 +31,13 @@ class Chores(pl.Callback):
     """The callback of one phase, from wherever the state stands to step `target`."""
 
     def __init__(self, run: Run, order: BatchOrder, target: int, final_name: str, signals: StopSignals):
-        self.run, self.order, self.target, self.final_name, self.signals = run, order, target, final_name, signals
+        self.run, self.order, self.target, self.final_name, self.signals = (
+            run,
+            order,
+            target,
+            final_name,
+            signals,
+        )
         self.train = run.config.train
         self._last_save_at = time.monotonic()
         self._durations: deque[float] = deque(maxlen=SPEED_WINDOW)
@@ -58,7 +64,10 @@ class Chores(pl.Callback):
             self._durations.append(time.monotonic() - self._step_began)
             self._log_step(module)
         self._log_epoch(module)
-        is_late = self.train.save_every_seconds is not None and time.monotonic() - self._last_save_at >= self.train.save_every_seconds
+        is_late = (
+            self.train.save_every_seconds is not None
+            and time.monotonic() - self._last_save_at >= self.train.save_every_seconds
+        )
         received, is_late = self._agreed(trainer, self.signals.received, is_late and self.run.is_first_worker)
         stopping = received is not None
         if stopping:  # else a signal that came meanwhile would be forgotten
@@ -102,7 +111,9 @@ class Chores(pl.Callback):
 
     @property
     def tokens_per_second(self) -> float:
-        return self.run.tokens_per_step * len(self._durations) / sum(self._durations) if self._durations else 0.0
+        return (
+            self.run.tokens_per_step * len(self._durations) / sum(self._durations) if self._durations else 0.0
+        )
 
     def _agreed(self, trainer, received: int | None, is_late: bool) -> tuple[int | None, bool]:
         """The same answers on every worker, also when a signal has reached only one of them."""
@@ -113,7 +124,11 @@ class Chores(pl.Callback):
         return received, is_late
 
     def _due(self, step: int) -> list[str]:
-        return [name for name, every in (("val", self.train.val_every), ("sample", self.train.sample_every)) if step % every == 0]
+        return [
+            name
+            for name, every in (("val", self.train.val_every), ("sample", self.train.sample_every))
+            if step % every == 0
+        ]
 
     def _log_step(self, module) -> None:
         state, loss = module.state, module.last_loss
@@ -126,9 +141,27 @@ class Chores(pl.Callback):
         if state.step % self.train.log_every == 0 or state.step == 1:
             write = self.run.logs.write
             tokens = state.step * self.run.tokens_per_step
-            write(logs.TRAINING, state.step, train_loss=loss, lr=rate, gradient_norm=module.last_norm, tokens=tokens)
-            write(logs.METRICS, state.step, tokens_per_second=round(self.tokens_per_second, 1), **logs.resources(self.run.device))
-            self.run.logs.scalars(state.step, train_loss=loss, train_lr=rate, train_gradient_norm=module.last_norm, train_tokens_per_second=self.tokens_per_second)
+            write(
+                logs.TRAINING,
+                state.step,
+                train_loss=loss,
+                lr=rate,
+                gradient_norm=module.last_norm,
+                tokens=tokens,
+            )
+            write(
+                logs.METRICS,
+                state.step,
+                tokens_per_second=round(self.tokens_per_second, 1),
+                **logs.resources(self.run.device),
+            )
+            self.run.logs.scalars(
+                state.step,
+                train_loss=loss,
+                train_lr=rate,
+                train_gradient_norm=module.last_norm,
+                train_tokens_per_second=self.tokens_per_second,
+            )
 
     def _log_epoch(self, module) -> None:
         """A line for every pass over the training tokens that the last batch completed."""
@@ -141,7 +174,13 @@ class Chores(pl.Callback):
             return
         if self.run.is_first_worker and state.epoch["batches"]:
             mean = state.epoch["loss_sum"] / state.epoch["batches"]
-            self.run.logs.write(logs.EPOCHS, state.step, epoch=after, mean_train_loss=mean, tokens=state.position * self.run.tokens_per_step)
+            self.run.logs.write(
+                logs.EPOCHS,
+                state.step,
+                epoch=after,
+                mean_train_loss=mean,
+                tokens=state.position * self.run.tokens_per_step,
+            )
         state.epoch = {"loss_sum": 0.0, "batches": 0}
 
     def save(self, module, name: str) -> None:
@@ -172,16 +211,28 @@ class Chores(pl.Callback):
             max_tokens=None if state.step >= self.target else self.train.val_max_tokens,
             autocast=lambda: autocast(self.run.precision, self.run.device),
         )
-        if state.best and score.bits_per_byte > NOTICEABLE * state.best["bits_per_byte"] and not self._has_said_overfit:
+        if (
+            state.best
+            and score.bits_per_byte > NOTICEABLE * state.best["bits_per_byte"]
+            and not self._has_said_overfit
+        ):
             self._has_said_overfit = True
             self.run.say(
                 f"step {state.step}: {score.bits_per_byte:.3f} bits per byte on the held-out text, {state.best['bits_per_byte']:.3f} at step {state.best['step']:.0f}: "
                 "where the training loss goes on falling, the text is being learned by heart; the best checkpoint is kept"
             )
-        if math.isfinite(score.bits_per_byte) and (not state.best or score.bits_per_byte < state.best["bits_per_byte"]):
+        if math.isfinite(score.bits_per_byte) and (
+            not state.best or score.bits_per_byte < state.best["bits_per_byte"]
+        ):
             state.best = {"step": state.step, "bits_per_byte": score.bits_per_byte}
         self.run.validations.append((state.step, score.loss, score.bits_per_byte))
-        self.run.logs.write(logs.TRAINING, state.step, val_loss=score.loss, val_bits_per_byte=score.bits_per_byte, val_tokens=score.tokens)
+        self.run.logs.write(
+            logs.TRAINING,
+            state.step,
+            val_loss=score.loss,
+            val_bits_per_byte=score.bits_per_byte,
+            val_tokens=score.tokens,
+        )
         self.run.logs.scalars(state.step, val_loss=score.loss, val_bits_per_byte=score.bits_per_byte)
         self.run.reporter.validation(state.step, score.loss, score.bits_per_byte)
 

@@ -20,14 +20,20 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from .drive_errors import MOUNT_POINT, explain, is_final
 from .errors import UserError
-from .storage.drive_errors import MOUNT_POINT, explain, is_final
 
 DRIVE_NAMES = ("MyDrive", "My Drive")  # Colab shows both; older mounts only the second
 DRIVE_FOLDER = "smollm2"
 MODULES = {"pyyaml": "yaml", "nvidia-ml-py": "pynvml"}  # where a package's module has another name
 GPU_ONLY = ("nvidia-ml-py",)
-KEEP = ("torch", "numpy", "transformers", "ipywidgets", "matplotlib")  # never replaced by an install from a notebook
+KEEP = (
+    "torch",
+    "numpy",
+    "transformers",
+    "ipywidgets",
+    "matplotlib",
+)  # never replaced by an install from a notebook
 RETRY_SECONDS = (2.0, 8.0)
 
 
@@ -71,11 +77,23 @@ def install_missing(requirements: str | Path) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         pins = Path(folder) / "keep.txt"
         pins.write_text("".join(f"{name}=={importlib.metadata.version(name)}\n" for name in present))
-        command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "-q", "-c", str(pins), *missing]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--disable-pip-version-check",
+            "-q",
+            "-c",
+            str(pins),
+            *missing,
+        ]
         result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         words = (result.stderr.strip() or result.stdout.strip()).splitlines()[-1:]
-        raise UserError(f"could not install {', '.join(missing)}: {' '.join(words)[:300]}. Check the network, then run this cell again")
+        raise UserError(
+            f"could not install {', '.join(missing)}: {' '.join(words)[:300]}. Check the network, then run this cell again"
+        )
     importlib.invalidate_caches()
     print(f"installed {', '.join(missing)}; everything else was here already")
     return missing
@@ -129,7 +147,11 @@ def doctor_rows() -> dict[str, str]:
     usage = shutil.disk_usage(Path.cwd())
     rows["disk"] = f"{usage.free / 2**30:.1f} of {usage.total / 2**30:.1f} GiB free"
     rows["Colab"] = f"yes ({os.environ['COLAB_RELEASE_TAG']})" if is_colab() else "no"
-    rows["Drive"] = f"mounted at {MOUNT_POINT}" if drive_root() else "not mounted (notebook 04 asks; nothing else needs it)"
+    rows["Drive"] = (
+        f"mounted at {MOUNT_POINT}"
+        if drive_root()
+        else "not mounted (notebook 04 asks; nothing else needs it)"
+    )
     rows["smollm2"] = smollm2.__version__ + (", smoke mode: long work is shrunk" if is_smoke() else "")
     return rows
 
@@ -196,7 +218,9 @@ def mount_drive(name: str = DRIVE_FOLDER, sleep=time.sleep) -> Path:
             if not drive_root():
                 drive.mount(str(MOUNT_POINT))
             return _drive_folder(name)
-        except Exception as error:  # Colab's own errors share no base class; every one of them means "no Drive now"
+        except (
+            Exception
+        ) as error:  # Colab's own errors share no base class; every one of them means "no Drive now"
             if pause is None or is_final(error):
                 raise
             print(f"Drive: {explain(error)}. Trying again in {pause:g} s.")
@@ -204,7 +228,9 @@ def mount_drive(name: str = DRIVE_FOLDER, sleep=time.sleep) -> Path:
     raise AssertionError("unreachable: the last try returns or raises")
 
 
-def storage(use_drive: bool = True, output_dir: str | Path = "output", name: str = DRIVE_FOLDER, sleep=time.sleep) -> Storage:
+def storage(
+    use_drive: bool = True, output_dir: str | Path = "output", name: str = DRIVE_FOLDER, sleep=time.sleep
+) -> Storage:
     """Choose where a run is kept and say so. Training always writes to `output_dir` on the local disk; with Drive,
     verified copies go to `MyDrive/<name>` too. Any Drive failure is told in plain words and the local folder stays."""
     drive_dir, reason = None, "you chose not to use Drive"
@@ -222,12 +248,20 @@ def storage(use_drive: bool = True, output_dir: str | Path = "output", name: str
 
 def banner(chosen: Storage) -> str:
     """What is safe and what is not, in three lines."""
-    lines = [f"KEPT ON DRIVE  {chosen.drive_dir}" if chosen.drive_dir else f"KEPT ON THIS MACHINE ONLY  {chosen.output_dir.resolve()}"]
+    lines = [
+        f"KEPT ON DRIVE  {chosen.drive_dir}"
+        if chosen.drive_dir
+        else f"KEPT ON THIS MACHINE ONLY  {chosen.output_dir.resolve()}"
+    ]
     lines.append(f"  why: {chosen.reason}")
     if chosen.drive_dir:
-        lines.append("  Training writes locally, then copies. Google uploads in the background: a copy counts when drive.google.com shows it.")
+        lines.append(
+            "  Training writes locally, then copies. Google uploads in the background: a copy counts when drive.google.com shows it."
+        )
     elif is_colab():
-        lines.append("  When Colab takes this machine back, the files are gone: download them, or run this cell again to use Drive.")
+        lines.append(
+            "  When Colab takes this machine back, the files are gone: download them, or run this cell again to use Drive."
+        )
     else:
         lines.append("  It is an ordinary folder: it stays until you delete it.")
     return "\n".join(lines)
@@ -263,7 +297,9 @@ def finish(flush_drive: bool = False, free_machine: bool = False) -> None:
         try:
             importlib.import_module("google.colab.drive").flush_and_unmount()
         except Exception as error:  # see mount_drive: Colab's errors share no base class
-            print(f"Drive could not be flushed: {explain(error)}. The machine is kept, so that nothing is lost.")
+            print(
+                f"Drive could not be flushed: {explain(error)}. The machine is kept, so that nothing is lost."
+            )
             return
         print("Drive is flushed and unmounted: what was copied is on its way to Google or there.")
     if free_machine:

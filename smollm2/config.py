@@ -57,12 +57,16 @@ class SmolLM2Config(_Section):
     num_hidden_layers: int = Field(30, ge=1, le=1000)
     num_attention_heads: int = Field(9, ge=1, le=1024)
     num_key_value_heads: int = Field(3, ge=1, le=1024)
-    head_dim: int | None = Field(None, ge=2, le=2**12, description="default hidden_size / num_attention_heads")
+    head_dim: int | None = Field(
+        None, ge=2, le=2**12, description="default hidden_size / num_attention_heads"
+    )
     max_position_embeddings: int = Field(2048, ge=1, le=2**20)
     rms_norm_eps: float = Field(1e-5, gt=0)
     rope_theta: float = Field(10000.0, gt=0)
     tie_word_embeddings: bool = True
-    initializer_range: float = Field(1 / 24, gt=0, description="std of the normal initialisation; 1/24 = 1/sqrt(576)")
+    initializer_range: float = Field(
+        1 / 24, gt=0, description="std of the normal initialisation; 1/24 = 1/sqrt(576)"
+    )
     bos_token_id: int | None = Field(0, ge=0)
     eos_token_id: int | None = Field(0, ge=0)
     pad_token_id: int | None = Field(None, ge=0)
@@ -137,7 +141,9 @@ class SmolLM2Config(_Section):
             known[key] = next(iter(value), None) if isinstance(value, list) else value
         missing = [k for k in ("vocab_size", "hidden_size", "num_hidden_layers") if k not in known]
         if missing:
-            raise CheckpointError(f"{where}: no {', '.join(missing)}; expected the config.json of a Llama model")
+            raise CheckpointError(
+                f"{where}: no {', '.join(missing)}; expected the config.json of a Llama model"
+            )
         try:
             return cls(**known)
         except ValidationError as error:
@@ -149,23 +155,37 @@ class DataConfig(_Section):
 
     input_file: str = "input.txt"
     dataset: str | None = Field(None, description="Hub id or local folder of a dataset with a 'text' column")
-    dataset_tokens: int = Field(50_000_000, ge=1000, description="stop streaming a dataset after about this many tokens")
-    tokenizer: str = Field("auto", min_length=1, description="auto, a Hub id, or a tokenizer.json / its folder")
-    tokenizer_vocab_size: int | None = Field(None, ge=257, le=65536, description="auto: train a BPE of this size")
+    dataset_tokens: int = Field(
+        50_000_000, ge=1000, description="stop streaming a dataset after about this many tokens"
+    )
+    tokenizer: str = Field(
+        "auto", min_length=1, description="auto, a Hub id, or a tokenizer.json / its folder"
+    )
+    tokenizer_vocab_size: int | None = Field(
+        None, ge=257, le=65536, description="auto: train a BPE of this size"
+    )
     sequence_length: int = Field(1024, ge=2, description="tokens of one training row")
-    held_out_fraction: float = Field(0.1, gt=0, lt=1, description="the end of the text that is never trained on")
+    held_out_fraction: float = Field(
+        0.1, gt=0, lt=1, description="the end of the text that is never trained on"
+    )
 
 
 class TrainConfig(_Section):
     """How the weights are updated, and how often what is written."""
 
     max_steps: int = Field(1000, ge=1, le=10**9, description="optimizer steps of the first phase")
-    continue_steps: int = Field(0, ge=0, le=10**9, description="steps of the second phase, resumed from the first's checkpoint")
+    continue_steps: int = Field(
+        0, ge=0, le=10**9, description="steps of the second phase, resumed from the first's checkpoint"
+    )
     batch_size: int = Field(16, ge=1, le=2**20, description="rows of one optimizer step, over all devices")
-    micro_batch_size: int | None = Field(None, ge=1, description="rows of one forward pass; halved when memory runs out")
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="rows of one forward pass; halved when memory runs out"
+    )
     learning_rate: float = Field(3e-3, gt=0)
     warmup_steps: int = Field(100, ge=0)
-    decay_fraction: float = Field(0.2, ge=0, le=1, description="share of the steps in which the rate falls to 0")
+    decay_fraction: float = Field(
+        0.2, ge=0, le=1, description="share of the steps in which the rate falls to 0"
+    )
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.95, ge=0, lt=1)
     adam_eps: float = Field(1e-8, gt=0)
@@ -178,7 +198,9 @@ class TrainConfig(_Section):
     seed: int = Field(1337, ge=0, lt=2**63)
     log_every: int = Field(10, ge=1)
     val_every: int = Field(500, ge=1)
-    val_max_tokens: int | None = Field(None, ge=2, description="cap of the validations during training; not the last")
+    val_max_tokens: int | None = Field(
+        None, ge=2, description="cap of the validations during training; not the last"
+    )
     sample_every: int = Field(500, ge=1)
     sample_tokens: int = Field(64, ge=1)
     prompts: tuple[str, ...] = Field(("Once upon a time", "The", "Why does"), min_length=1)
@@ -199,11 +221,17 @@ class PlaceConfig(_Section):
     """Where a run writes and on what it runs."""
 
     output_dir: str = Field("output", min_length=1)
-    drive_dir: str | None = Field(None, min_length=1, description="a second, remote tier for checkpoints (Google Drive)")
+    drive_dir: str | None = Field(
+        None, min_length=1, description="a second, remote tier for checkpoints (Google Drive)"
+    )
     resume: Literal["auto", "never"] = "auto"
-    take_over: bool = Field(False, description="write to drive_dir although another runtime did so in the last five minutes")
+    take_over: bool = Field(
+        False, description="write to drive_dir although another runtime did so in the last five minutes"
+    )
     allow_data_change: bool = False
-    init_from: str | None = Field(None, min_length=1, description="folder or Hub id whose weights the run starts from")
+    init_from: str | None = Field(
+        None, min_length=1, description="folder or Hub id whose weights the run starts from"
+    )
     devices: int = Field(1, ge=1)
     num_nodes: int = Field(1, ge=1)
 
@@ -246,6 +274,10 @@ def problems(error: ValidationError, root: type[BaseModel]) -> str:
             lines.append(f"unknown key {where!r}{did_you_mean(str(problem['loc'][-1]), model.model_fields)}")
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            found = "" if isinstance(problem["input"], dict | BaseModel) else f", found {str(problem['input'])[:60]!r}"
+            found = (
+                ""
+                if isinstance(problem["input"], dict | BaseModel)
+                else f", found {str(problem['input'])[:60]!r}"
+            )
             lines.append(f"{where}: {message}{found}" if where else message)
     return "; ".join(lines)

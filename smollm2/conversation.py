@@ -10,10 +10,10 @@ import contextlib
 import sys
 from pathlib import Path
 
-from .checkpoint import strict_json
 from .errors import CheckpointError, UserError
-from .generate import document_ids, stream_continuation
+from .files import strict_json
 from .model import SmolLM2
+from .sampling import document_ids, stream_continuation
 from .tokenizer import Tokenizer
 
 END_OF_TURN = "<|im_end|>"
@@ -27,7 +27,9 @@ def chat_template(folder: Path) -> str | None:
     return strict_json(fields.read_bytes(), str(fields)).get("chat_template") if fields.is_file() else None
 
 
-def render_chat(template: str, messages: list[dict[str, str]], special_tokens: dict[str, str] | None = None) -> str:
+def render_chat(
+    template: str, messages: list[dict[str, str]], special_tokens: dict[str, str] | None = None
+) -> str:
     """The text a chat model reads for `messages` ({"role", "content"}), up to where its answer begins.
 
     Raises `CheckpointError` for a template that does not run.
@@ -39,10 +41,14 @@ def render_chat(template: str, messages: list[dict[str, str]], special_tokens: d
     def raise_exception(message):
         raise TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+    )
     environment.globals["raise_exception"] = raise_exception
     try:
-        return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **(special_tokens or {}))
+        return environment.from_string(template).render(
+            messages=messages, add_generation_prompt=True, **(special_tokens or {})
+        )
     except Exception as error:  # a foreign program: it can fail in any way
         raise CheckpointError(f"the folder's chat template does not run: {str(error)[:200]}") from None
 
@@ -53,14 +59,18 @@ class Conversation:
     def __init__(self, model: SmolLM2, tokenizer: Tokenizer, template: str | None = None, room: int = 64):
         self.model, self.tokenizer, self.template = model, tokenizer, template
         self.text, self.messages, self.forgotten = "", [], 0
-        self.limit = max(model.config.max_position_embeddings - room, 2)  # tokens; the rest is left for the answer
+        self.limit = max(
+            model.config.max_position_embeddings - room, 2
+        )  # tokens; the rest is left for the answer
 
     @classmethod
     def chat(cls, model: SmolLM2, tokenizer: Tokenizer, folder: Path, room: int = 64) -> Conversation:
         """A conversation in the chat template of a model folder; raises `UserError` where it has none."""
         template = chat_template(folder)
         if template is None:
-            raise UserError(f"--chat: {folder} has no chat template, so it is a base model: leave --chat out, or take an -Instruct model")
+            raise UserError(
+                f"--chat: {folder} has no chat template, so it is a base model: leave --chat out, or take an -Instruct model"
+            )
         return cls(model, tokenizer, template, room)
 
     @property
@@ -77,7 +87,11 @@ class Conversation:
             self.forgotten = max(len(ids) - self.limit, 0)
             return ids[-self.limit :]
         self.messages.append({"role": "user", "content": line})
-        special = {f"{role}_token": self.tokenizer.token(i) for role in ("bos", "eos") if (i := getattr(self.model.config, f"{role}_token_id")) is not None}
+        special = {
+            f"{role}_token": self.tokenizer.token(i)
+            for role in ("bos", "eos")
+            if (i := getattr(self.model.config, f"{role}_token_id")) is not None
+        }
         self.forgotten = 0
         while True:
             ids = self.tokenizer.encode(render_chat(self.template, self.messages, special))
@@ -124,7 +138,10 @@ def talk(conversation: Conversation, first: str | None, max_new_tokens: int, opt
     """Turn by turn until Ctrl-D. Ctrl-C stops an answer; at the prompt it leaves."""
     with contextlib.suppress(ImportError):  # line editing, where the platform has it
         import readline  # noqa: F401
-    print("An empty line goes on, /new forgets everything, Ctrl-C stops an answer, Ctrl-D leaves.", file=sys.stderr)
+    print(
+        "An empty line goes on, /new forgets everything, Ctrl-C stops an answer, Ctrl-D leaves.",
+        file=sys.stderr,
+    )
     while True:
         try:
             line = first if first is not None else utf8(input("> "), "standard input")
@@ -140,7 +157,14 @@ def talk(conversation: Conversation, first: str | None, max_new_tokens: int, opt
             ids = conversation.ask(line)
             if conversation.forgotten:
                 print("(the context is full: the oldest part is forgotten)", file=sys.stderr)
-            for piece in stream_continuation(conversation.model, conversation.tokenizer, ids, max_new_tokens, stop_ids=conversation.stop_ids, **options):
+            for piece in stream_continuation(
+                conversation.model,
+                conversation.tokenizer,
+                ids,
+                max_new_tokens,
+                stop_ids=conversation.stop_ids,
+                **options,
+            ):
                 pieces.append(piece)
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:
@@ -151,4 +175,6 @@ def talk(conversation: Conversation, first: str | None, max_new_tokens: int, opt
         print(flush=True)
         conversation.answer("".join(pieces))
         if options["seed"] is not None:
-            options = options | {"seed": options["seed"] + 1}  # the next answer draws anew, yet the whole talk repeats
+            options = options | {
+                "seed": options["seed"] + 1
+            }  # the next answer draws anew, yet the whole talk repeats

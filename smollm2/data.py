@@ -48,7 +48,9 @@ class TokenData:
     folder: Path
 
 
-def encode_documents(tokenizer: Tokenizer, texts: Iterable[str], end_id: int | None, batch: int = 256) -> Iterator[np.ndarray]:
+def encode_documents(
+    tokenizer: Tokenizer, texts: Iterable[str], end_id: int | None, batch: int = 256
+) -> Iterator[np.ndarray]:
     """uint16 token arrays of a text, with `end_id` where a document ends."""
     if end_id is None:
         end_id = tokenizer.end_of_text_id
@@ -58,7 +60,9 @@ def encode_documents(tokenizer: Tokenizer, texts: Iterable[str], end_id: int | N
         for (_, ends), ids in zip(pieces, tokenizer.encode_batch([text for text, _ in pieces]), strict=True):
             if ends:
                 if end_id is None:
-                    raise DataError(f"the text has {END_OF_TEXT} lines, but the tokenizer has no such token: name its own with --set model.eos_token_id=N")
+                    raise DataError(
+                        f"the text has {END_OF_TEXT} lines, but the tokenizer has no such token: name its own with --set model.eos_token_id=N"
+                    )
                 ids.append(end_id)
             yield np.asarray(ids, dtype=np.uint16)
         pieces.clear()
@@ -70,7 +74,9 @@ def encode_documents(tokenizer: Tokenizer, texts: Iterable[str], end_id: int | N
     yield from flush()
 
 
-def _write_split(folder: Path, name: str, tokenizer: Tokenizer, texts: Iterable[str], total_bytes: int, end_id: int | None) -> dict:
+def _write_split(
+    folder: Path, name: str, tokenizer: Tokenizer, texts: Iterable[str], total_bytes: int, end_id: int | None
+) -> dict:
     """Tokenise a split into `<name>.bin`, streaming, with progress for long texts."""
     from tqdm import tqdm
 
@@ -96,14 +102,26 @@ def _write_split(folder: Path, name: str, tokenizer: Tokenizer, texts: Iterable[
     return {"tokens": count, "bytes": done, "sha256": digest.hexdigest()}
 
 
-def identity_key(source: dict, tokenizer: Tokenizer, held_out_fraction: float, end_id: int | None = None) -> dict:
+def identity_key(
+    source: dict, tokenizer: Tokenizer, held_out_fraction: float, end_id: int | None = None
+) -> dict:
     """All that the token files depend on; its `sha256_json` is the identity of the data."""
     own_end = {} if end_id in (None, tokenizer.end_of_text_id) else {"end_id": end_id}
-    return {"format": FORMAT, "source": source, "tokenizer": tokenizer.sha256, "held_out_fraction": held_out_fraction} | own_end
+    return {
+        "format": FORMAT,
+        "source": source,
+        "tokenizer": tokenizer.sha256,
+        "held_out_fraction": held_out_fraction,
+    } | own_end
 
 
 def prepare_tokens(
-    path: str | Path, tokenizer: Tokenizer, cache_dir: str | Path, held_out_fraction: float, source: dict | None = None, end_id: int | None = None
+    path: str | Path,
+    tokenizer: Tokenizer,
+    cache_dir: str | Path,
+    held_out_fraction: float,
+    source: dict | None = None,
+    end_id: int | None = None,
 ) -> TokenData:
     """Token files of a text, from the cache or newly written; documents end with `end_id` (default: the tokenizer's `<|endoftext|>`).
 
@@ -139,7 +157,9 @@ def prepare_tokens(
     splits = {}
     for name, facts in sidecar["splits"].items():
         empty = facts["tokens"] == 0  # a memory map cannot be empty
-        tokens = np.zeros(0, np.uint16) if empty else np.memmap(folder / f"{name}.bin", dtype=np.uint16, mode="r")
+        tokens = (
+            np.zeros(0, np.uint16) if empty else np.memmap(folder / f"{name}.bin", dtype=np.uint16, mode="r")
+        )
         splits[name] = TokenFile(tokens, facts["bytes"])
     return TokenData(splits["train"], splits["val"], identity, folder)
 
@@ -216,7 +236,9 @@ class BatchStream:
     With several workers, worker r of w takes every w-th row of the same global batch: batches do not depend on w.
     """
 
-    def __init__(self, tokens: np.ndarray, order: BatchOrder, position: int, rank: int = 0, world_size: int = 1):
+    def __init__(
+        self, tokens: np.ndarray, order: BatchOrder, position: int, rank: int = 0, world_size: int = 1
+    ):
         self.tokens, self.order, self.position = tokens, order, position
         self.rank, self.world_size = rank, world_size
 

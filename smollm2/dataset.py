@@ -22,7 +22,9 @@ BYTES_PER_TOKEN = 4.5  # of English under the SmolLM2 tokenizer, rounded up
 
 def _target_name(source: str, tokens: int, split: str, column: str) -> str:
     """Name of the text file: another source, or a local folder in which a file was changed, gets another one."""
-    paths = sorted(path for path in Path(source).rglob("*") if path.is_file()) if os.path.isdir(source) else []
+    paths = (
+        sorted(path for path in Path(source).rglob("*") if path.is_file()) if os.path.isdir(source) else []
+    )
     files = [(str(path.relative_to(source)), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     readable = re.sub(r"[^A-Za-z0-9]+", "-", source).strip("-")[-60:]
     return f"dataset-{readable}-{sha256_json([source, split, column, files])[:12]}-{tokens}.txt"
@@ -37,7 +39,12 @@ def _document(text: str) -> str:
 
 
 def dataset_to_text(
-    source: str, folder: Path, tokens: int, split: str = "train", column: str = "text", say: Callable[[str], None] = print
+    source: str,
+    folder: Path,
+    tokens: int,
+    split: str = "train",
+    column: str = "text",
+    say: Callable[[str], None] = print,
 ) -> Path:
     """Path of a text file with about `tokens` tokens of `source`, documents separated; raises `DataError`.
 
@@ -56,7 +63,9 @@ def dataset_to_text(
     folder.mkdir(parents=True, exist_ok=True)
     temporary = target.with_suffix(f".tmp-{os.getpid()}")
     count, written, limit = 0, 0, tokens * BYTES_PER_TOKEN
-    progress = tqdm(total=int(limit), unit="B", unit_scale=True, desc=f"reading {source}", disable=not sys.stderr.isatty())
+    progress = tqdm(
+        total=int(limit), unit="B", unit_scale=True, desc=f"reading {source}", disable=not sys.stderr.isatty()
+    )
     try:
         builder = load_dataset_builder(source)
         if builder.info.builder_name == "text":  # its rows are lines unless asked otherwise
@@ -66,9 +75,13 @@ def dataset_to_text(
             for row in rows:
                 text = row.get(column)
                 if not isinstance(text, str):
-                    raise DataError(f"--dataset {source}: no text column {column!r}; it has {', '.join(map(str, row))}")
+                    raise DataError(
+                        f"--dataset {source}: no text column {column!r}; it has {', '.join(map(str, row))}"
+                    )
                 room = int(limit - written)  # a file of gigabytes is not wanted whole
-                document = _document(text if len(text) <= room else text[: text.rfind("\n", 0, room) + 1 or room])
+                document = _document(
+                    text if len(text) <= room else text[: text.rfind("\n", 0, room) + 1 or room]
+                )
                 file.write(document)
                 count += f"\n{document}".count(f"\n{SEPARATOR}")
                 written += len(document.encode())
@@ -85,7 +98,9 @@ def dataset_to_text(
     except DataError:
         raise
     except Exception as error:  # the library raises many unrelated types for a missing or unreachable dataset
-        raise DataError(f"--dataset {source}: {type(error).__name__}: {str(error).splitlines()[0][:160]}") from None
+        raise DataError(
+            f"--dataset {source}: {type(error).__name__}: {str(error).splitlines()[0][:160]}"
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
     return target

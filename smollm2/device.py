@@ -51,7 +51,9 @@ def choose_precision(requested: str, device: torch.device) -> Precision:
         chosen, reason = ("bf16" if native else fallback), why
     else:
         if requested == "bf16" and not native and device.type == "cuda":
-            raise ConfigError(f"train.precision bf16: {name} can only emulate it, many times slower; use fp16 or auto")
+            raise ConfigError(
+                f"train.precision bf16: {name} can only emulate it, many times slower; use fp16 or auto"
+            )
         chosen, reason = requested, "as asked"
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[chosen]
     return Precision(chosen, dtype, chosen == "fp16", reason)
@@ -71,7 +73,11 @@ def inference_dtype(device: torch.device) -> torch.dtype:
 
 
 def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    )
 
 
 def fingerprint(device: torch.device, precision: Precision, train: TrainConfig) -> dict[str, str]:
@@ -95,7 +101,10 @@ def repeatable_sums(wanted: bool):
     if not wanted:
         yield
         return
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first product
     torch.use_deterministic_algorithms(True)
     try:
@@ -118,7 +127,11 @@ def check_memory(config: RunConfig, device: torch.device) -> None:
     import psutil
 
     model, train, total = config.model, config.train, psutil.virtual_memory().total
-    count, rows, on_cpu = parameter_count(model), train.batch_size // config.run.num_nodes, device.type != "cuda"
+    count, rows, on_cpu = (
+        parameter_count(model),
+        train.batch_size // config.run.num_nodes,
+        device.type != "cuda",
+    )
     needed = count * (16 if on_cpu else 4)  # fp32 weights; on a CPU gradients and two moments too
     if needed > total:
         raise ConfigError(
@@ -126,7 +139,13 @@ def check_memory(config: RunConfig, device: torch.device) -> None:
         )
     needed += rows * config.data.sequence_length * 10  # the token numbers of one step, as uint16 and as int64
     if on_cpu:  # what every layer keeps of its input until the backward pass
-        needed += (train.micro_batch_size or rows) * config.data.sequence_length * model.hidden_size * model.num_hidden_layers * 4
+        needed += (
+            (train.micro_batch_size or rows)
+            * config.data.sequence_length
+            * model.hidden_size
+            * model.num_hidden_layers
+            * 4
+        )
     if needed > total:
         raise ConfigError(
             f"train.batch_size: steps of {rows:,} x {config.data.sequence_length:,} tokens need {needed / 2**30:,.0f} GiB of this machine's memory, "

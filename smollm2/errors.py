@@ -71,9 +71,19 @@ def disk_failures_named(folder: str | os.PathLike):
         yield
     except OSError as error:
         gone = error.errno in (errno.ENOENT, errno.ENOTDIR) and not os.path.isdir(folder)
-        if not gone and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.ESTALE, errno.ENOTCONN):
+        if not gone and error.errno not in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EIO,
+            errno.EROFS,
+            errno.EACCES,
+            errno.ESTALE,
+            errno.ENOTCONN,
+        ):
             raise
-        raise OutputLost(f"{folder}: {error.strerror}; the last good checkpoint in it is untouched: free or repair the disk and run the same command again") from None
+        raise OutputLost(
+            f"{folder}: {error.strerror}; the last good checkpoint in it is untouched: free or repair the disk and run the same command again"
+        ) from None
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -91,7 +101,9 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str):
         if message.startswith("unrecognized arguments: "):
             word = (message.split(": ", 1)[1].split() or [""])[0]
-            message = f"unknown argument {word!r}{did_you_mean(word.split('=')[0], self._option_string_actions)}"
+            message = (
+                f"unknown argument {word!r}{did_you_mean(word.split('=')[0], self._option_string_actions)}"
+            )
         message = message if len(message) <= 300 else f"{message[:280]} ... ({len(message):,} characters)"
         raise ConfigError(f"{message} (--help lists the flags)")
 
@@ -99,7 +111,9 @@ class ArgumentParser(argparse.ArgumentParser):
 def run_command(main: Callable[[], int | None]) -> None:
     """Run `main` as a program: user errors become one line on standard error and an exit code."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal without UTF-8 shows \\xe9 instead of ending the program
+        if hasattr(
+            stream, "reconfigure"
+        ):  # a terminal without UTF-8 shows \\xe9 instead of ending the program
             stream.reconfigure(errors="backslashreplace")
     try:
         code = main() or 0
@@ -107,9 +121,14 @@ def run_command(main: Callable[[], int | None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         code = error.exit_code
     except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError when this machine's memory ends
-        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error), re.IGNORECASE):
+        if isinstance(error, RuntimeError) and not re.search(
+            "out of memory|can't allocate memory", str(error), re.IGNORECASE
+        ):
             raise
-        print(f"error: out of memory ({' '.join(str(error).split())[:160]}); choose a smaller model, batch or sequence length", file=sys.stderr)
+        print(
+            f"error: out of memory ({' '.join(str(error).split())[:160]}); choose a smaller model, batch or sequence length",
+            file=sys.stderr,
+        )
         code = MemoryStop.exit_code
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)

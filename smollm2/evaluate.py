@@ -82,10 +82,14 @@ def score_tokens(
     return Score(total / count, total / (math.log(2) * text_bytes), count, round(text_bytes))
 
 
-def score_file(model: SmolLM2, tokenizer, path, split: str = "all", held_out_fraction: float = 0.1, **options) -> Score:
+def score_file(
+    model: SmolLM2, tokenizer, path, split: str = "all", held_out_fraction: float = 0.1, **options
+) -> Score:
     """Score a text file, or its held-out end (`split="val"`); raises `DataError` for one that the tokenizer cannot hold."""
     size = 0
-    share, lost = tokenizer.not_kept(text for text, _ in documents(read_split(path, split, held_out_fraction)))
+    share, lost = tokenizer.not_kept(
+        text for text, _ in documents(read_split(path, split, held_out_fraction))
+    )
     if share > MAX_LOST_SHARE:
         raise DataError(
             f"{path}: {lost}, expected at most {MAX_LOST_SHARE:.1%}: they cost next to nothing, so bits per byte would be far too good; "
@@ -117,27 +121,48 @@ def compression_bits_per_byte(path, split: str = "val", held_out_fraction: float
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = ArgumentParser(prog="python -m smollm2.evaluate", description="Bits per byte of a model on a text.")
+    parser = ArgumentParser(
+        prog="python -m smollm2.evaluate", description="Bits per byte of a model on a text."
+    )
     parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or a Hub id")
     parser.add_argument("--input_file", required=True)
-    parser.add_argument("--split", choices=("all", "val", "train"), default="all", help="val = what the checkpoint's run held out, else the last 10 %%")
+    parser.add_argument(
+        "--split",
+        choices=("all", "val", "train"),
+        default="all",
+        help="val = what the checkpoint's run held out, else the last 10 %%",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON line")
     args = parser.parse_args(argv)
     from .device import choose_device
     from .origin import trained_with
-    from .pretrained import load_model_and_tokenizer, resolve
+    from .pretrained import load_model_and_tokenizer
+
+    # an unusable text is reported before a model is loaded
+    from .weights import resolve
 
     # an unusable text is reported before a model is loaded
     next(iter(read_split(args.input_file, args.split)), None)
     folder = resolve(args.checkpoint)
     model, tokenizer = load_model_and_tokenizer(folder, device=choose_device())
-    run = trained_with(folder)  # the rows and the held-out part of its own validation, so that both give the same figure
+    run = trained_with(
+        folder
+    )  # the rows and the held-out part of its own validation, so that both give the same figure
     length = min(run.sequence_length, model.config.max_position_embeddings) if run else None
-    score = score_file(model, tokenizer, args.input_file, args.split, run.held_out_fraction if run else 0.1, block_length=length)
+    score = score_file(
+        model,
+        tokenizer,
+        args.input_file,
+        args.split,
+        run.held_out_fraction if run else 0.1,
+        block_length=length,
+    )
     if args.json:
         print(json.dumps(asdict(score)))
     else:
-        print(f"{args.input_file} ({args.split}): {score.bits_per_byte:.4f} bits/byte, {score.loss:.4f} nats/token")
+        print(
+            f"{args.input_file} ({args.split}): {score.bits_per_byte:.4f} bits/byte, {score.loss:.4f} nats/token"
+        )
         print(f"{score.tokens:,} tokens, {score.bytes:,} bytes")
     return 0
 

@@ -18,15 +18,15 @@ from pathlib import Path
 import torch
 
 from .card import PLOT, model_card, plot, read_log
-from .checkpoint import dump_json, strict_json
 from .config import SmolLM2Config
 from .conversation import chat_template
 from .errors import ArgumentParser, CheckpointError, ConfigError, OutputLost, run_command
-from .files import fsync_folder, kind_of, sha256_file, write_durably
+from .files import dump_json, fsync_folder, kind_of, sha256_file, strict_json, write_durably
 from .gguf_file import GGUF_TYPES, write_gguf
+from .model import SmolLM2
 from .origin import published_base, recorded
-from .pretrained import load_model, model_files, resolve, save_model, stored_tensors
 from .tokenizer import Tokenizer
+from .weights import model_files, resolve, stored_tensors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RECEIPT = "export.json"  # names every file of an export: what makes a folder ours to replace
@@ -60,8 +60,18 @@ def tokenizer_files(tokenizer: Tokenizer, config: SmolLM2Config, template: str |
 def modelfile(weights: str, config: SmolLM2Config, tokenizer: Tokenizer, is_chat: bool) -> str:
     """Ollama's recipe. A base model completes the prompt as it stands; an Instruct one is wrapped in ChatML."""
     chat = "{{- range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n"
-    stop = "<|im_end|>" if is_chat else tokenizer.token(config.eos_token_id) if config.eos_token_id is not None else None
-    lines = [f"FROM {weights}", f'TEMPLATE """{chat if is_chat else "{{ .Prompt }}"}"""', f"PARAMETER num_ctx {config.max_position_embeddings}"]
+    stop = (
+        "<|im_end|>"
+        if is_chat
+        else tokenizer.token(config.eos_token_id)
+        if config.eos_token_id is not None
+        else None
+    )
+    lines = [
+        f"FROM {weights}",
+        f'TEMPLATE """{chat if is_chat else "{{ .Prompt }}"}"""',
+        f"PARAMETER num_ctx {config.max_position_embeddings}",
+    ]
     lines += ["PARAMETER temperature 0.8"] + ([f'PARAMETER stop "{stop}"'] if stop else [])
     return "\n".join(lines) + "\n"
 
@@ -73,18 +83,24 @@ def check_out(out: Path, source: Path) -> None:
     if not out.exists() and not out.is_symlink():
         return
     if not out.is_dir() or out.is_symlink():
-        raise ConfigError(f"--out {out}: {'a link' if out.is_symlink() else kind_of(out)}; expected a folder that is new or empty")
+        raise ConfigError(
+            f"--out {out}: {'a link' if out.is_symlink() else kind_of(out)}; expected a folder that is new or empty"
+        )
     found = {path.name for path in out.iterdir()}
     if not found:
         return
     receipt = out / RECEIPT
     if not receipt.is_file() or receipt.stat().st_size > 2**20:
-        raise ConfigError(f"--out {out}: not empty and not an export ({', '.join(sorted(found)[:3])}); name a new folder")
+        raise ConfigError(
+            f"--out {out}: not empty and not an export ({', '.join(sorted(found)[:3])}); name a new folder"
+        )
     fields = strict_json(receipt.read_bytes(), str(receipt))
     known = set(fields.get("files", {})) if isinstance(fields, dict) else set()
     foreign = sorted(found - known - {RECEIPT})
     if foreign:
-        raise ConfigError(f"--out {out}: an export, but {', '.join(foreign[:3])} was added to it and would be lost; move it or name a new folder")
+        raise ConfigError(
+            f"--out {out}: an export, but {', '.join(foreign[:3])} was added to it and would be lost; move it or name a new folder"
+        )
 
 
 def stored_dtype(folder: Path) -> str:
@@ -99,7 +115,9 @@ def stored_dtype(folder: Path) -> str:
     return "bf16" if dtypes == {"BF16"} else "fp32"
 
 
-def export(checkpoint: str | Path, out: str | Path, dtype: str | None = None, gguf: str | None = None) -> Path:
+def export(
+    checkpoint: str | Path, out: str | Path, dtype: str | None = None, gguf: str | None = None
+) -> Path:
     """Write the export of a checkpoint folder or Hub id to `out` and return it.
 
     `dtype` is fp32 or bf16 (default: as stored); `gguf` adds a `model-f16.gguf` or `model-q8_0.gguf`. Raises a
@@ -108,10 +126,12 @@ def export(checkpoint: str | Path, out: str | Path, dtype: str | None = None, gg
     out, folder = Path(out), resolve(checkpoint)
     check_out(out, folder)
     state = recorded(folder)
-    model = load_model(folder)  # fp32, verified byte by byte where there is a manifest
+    model = SmolLM2.from_pretrained(folder)  # fp32, verified byte by byte where there is a manifest
     tokenizer = Tokenizer.from_file(folder)
     if tokenizer.vocab_size > model.config.vocab_size:
-        raise CheckpointError(f"{folder}: tokenizer of {tokenizer.vocab_size:,} entries, model of {model.config.vocab_size:,}: they do not belong together")
+        raise CheckpointError(
+            f"{folder}: tokenizer of {tokenizer.vocab_size:,} entries, model of {model.config.vocab_size:,}: they do not belong together"
+        )
     config, template = exported_config(model.config, state), chat_template(folder)
     rows = read_log(folder, state.get("step"))
     dtype = dtype or stored_dtype(folder)
@@ -122,17 +142,32 @@ def export(checkpoint: str | Path, out: str | Path, dtype: str | None = None, gg
         temporary.mkdir(parents=True)
         if gguf:  # from the fp32 weights, before they are rounded to bf16
             write_gguf(temporary / gguf_file, config, stored_tensors(model), tokenizer, gguf, title, template)
-        save_model(model.to(DTYPES[dtype]), temporary)
-        small = model_files(config, str(DTYPES[dtype]).removeprefix("torch.")) | tokenizer_files(tokenizer, config, template)
-        small["Modelfile"] = modelfile(f"./{gguf_file}" if gguf else ".", config, tokenizer, bool(template)).encode()
+        model.to(DTYPES[dtype]).save_pretrained(temporary)
+        small = model_files(config, str(DTYPES[dtype]).removeprefix("torch.")) | tokenizer_files(
+            tokenizer, config, template
+        )
+        small["Modelfile"] = modelfile(
+            f"./{gguf_file}" if gguf else ".", config, tokenizer, bool(template)
+        ).encode()
         has_plot = plot(rows, temporary / PLOT)
         parameters = sum(p.numel() for p in model.parameters())
         base = published_base(checkpoint, folder)
-        small["README.md"] = model_card(title, config, parameters, dtype, state, rows, has_plot, gguf_file, base).encode()
+        small["README.md"] = model_card(
+            title, config, parameters, dtype, state, rows, has_plot, gguf_file, base
+        ).encode()
         for name, data in small.items():
             write_durably(temporary / name, data)
-        files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(temporary.iterdir())}
-        receipt = {"made_by": "smollm2.export", "step": state.get("step"), "dtype": dtype, "base_model": base, "files": files}
+        files = {
+            path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+            for path in sorted(temporary.iterdir())
+        }
+        receipt = {
+            "made_by": "smollm2.export",
+            "step": state.get("step"),
+            "dtype": dtype,
+            "base_model": base,
+            "files": files,
+        }
         write_durably(temporary / RECEIPT, dump_json(receipt))
         fsync_folder(temporary)
         put_in_place(temporary, out.absolute())
@@ -159,16 +194,29 @@ def put_in_place(temporary: Path, out: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = ArgumentParser(prog="python -m smollm2.export", description="Write a checkpoint as a folder that other programs read.")
+    parser = ArgumentParser(
+        prog="python -m smollm2.export",
+        description="Write a checkpoint as a folder that other programs read.",
+    )
     parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or a Hub id")
     parser.add_argument("--out", required=True, help="folder to write: new, empty, or an earlier export")
-    parser.add_argument("--dtype", choices=DTYPES, default=None, help="of model.safetensors (default: as stored)")
-    parser.add_argument("--gguf", choices=GGUF_TYPES, default=None, help="also write a GGUF file for llama.cpp and Ollama")
-    parser.add_argument("--push", metavar="OWNER/NAME", default=None, help="upload the folder to this model on the Hub")
-    parser.add_argument("--dry_run", action="store_true", help="with --push: say what would be uploaded, upload nothing")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default=None, help="of model.safetensors (default: as stored)"
+    )
+    parser.add_argument(
+        "--gguf", choices=GGUF_TYPES, default=None, help="also write a GGUF file for llama.cpp and Ollama"
+    )
+    parser.add_argument(
+        "--push", metavar="OWNER/NAME", default=None, help="upload the folder to this model on the Hub"
+    )
+    parser.add_argument(
+        "--dry_run", action="store_true", help="with --push: say what would be uploaded, upload nothing"
+    )
     args = parser.parse_args(argv)
     if args.dry_run and not args.push:
-        raise ConfigError("--dry_run goes with --push OWNER/NAME: an export without it uploads nothing anyway")
+        raise ConfigError(
+            "--dry_run goes with --push OWNER/NAME: an export without it uploads nothing anyway"
+        )
     if args.push:
         from .hub import check_repo_id
 
@@ -178,9 +226,13 @@ def main(argv: list[str] | None = None) -> int:
     files = sorted(path for path in out.iterdir())
     print(f"{out}: " + ", ".join(f"{path.name} {path.stat().st_size:,} bytes" for path in files))
     if gone := sorted(earlier - {path.name for path in files}):
-        print(f"removed with the earlier export: {', '.join(gone)} (an export replaces the whole folder; another --out keeps both)")
+        print(
+            f"removed with the earlier export: {', '.join(gone)} (an export replaces the whole folder; another --out keeps both)"
+        )
     if args.push and args.dry_run:
-        print(f"dry run: would upload {len(files)} files, {sum(path.stat().st_size for path in files):,} bytes, to {args.push}; nothing was uploaded")
+        print(
+            f"dry run: would upload {len(files)} files, {sum(path.stat().st_size for path in files):,} bytes, to {args.push}; nothing was uploaded"
+        )
     elif args.push:
         from .hub import push
 
@@ -190,4 +242,3 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     run_command(main)
-

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import math
 import os
 import re
+import secrets
+import shutil
 import stat
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError
 
 CHUNK_BYTES = 2**20
+MAX_HEADER_BYTES = 2**20
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -60,10 +69,17 @@ def write_tensors(path: str | Path, tensors: dict) -> None:
 
 
 def fsync_folder(folder: str | Path) -> None:
-    """Make renames and new names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Make renames and new names in a folder durable, where the file system can: some sync files but no folders
+    (EINVAL: vboxsf, old CIFS), and Windows opens no folder at all (EACCES)."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        return
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 
@@ -71,7 +87,7 @@ def fsync_folder(folder: str | Path) -> None:
 def replace_durably(path: str | Path, data: bytes) -> None:
     """Replace a file in one step: readers see the old bytes or the new ones, never a mixture."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")  # see remove_temporaries
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")  # see remove_leftovers
     try:
         write_durably(temporary, data)
         os.replace(temporary, path)
@@ -80,10 +96,67 @@ def replace_durably(path: str | Path, data: bytes) -> None:
     fsync_folder(path.parent)
 
 
-def remove_temporaries(folder: str | Path) -> None:
-    """Remove what `replace_durably` leaves in a folder when it is killed half-way."""
-    for path in Path(folder).glob(".*.tmp-*"):
-        path.unlink(missing_ok=True)
+Content = (
+    bytes | Callable[[Path], None]
+)  # of a file: its bytes, or a function that writes the path it is given
+
+
+def commit_folder(
+    target: str | Path,
+    files: dict[str, Content],
+    closing: Callable[[dict[str, dict]], dict[str, bytes]] | None = None,
+) -> dict[str, dict]:
+    """Write the folder `target` in one atomic step; returns {file name: {"bytes": ..., "sha256": ...}}.
+
+    `closing(table)` gives the files that are written last, such as a manifest. An earlier folder of that name stays until
+    the new one is whole. Raises OSError when the disk is full or failing: nothing under `target` has changed then, and
+    nothing is left behind; what a kill leaves behind is for `remove_leftovers`.
+    """
+    target = Path(target)
+    temporary = target.with_name(f"{target.name}.tmp-{secrets.token_hex(4)}")
+    aside = target.with_name(f"{target.name}.old-{secrets.token_hex(4)}")
+    try:
+        temporary.mkdir()
+        table = {}
+        for name, content in sorted(files.items()):
+            path = temporary / name
+            if callable(content):
+                content(path)
+                with open(path, "rb+") as written:
+                    os.fsync(written.fileno())
+            else:
+                write_durably(path, content)
+            table[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        for name, data in (closing(table) if closing else {}).items():
+            write_durably(temporary / name, data)
+        fsync_folder(temporary)
+        if target.exists():
+            os.rename(target, aside)  # os.rename cannot replace a folder that is not empty
+        try:
+            os.rename(temporary, target)
+        except OSError:
+            if aside.exists():
+                os.rename(aside, target)
+            raise
+        fsync_folder(target.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+    return table
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Remove what `commit_folder` and `replace_durably` leave in a folder when they are killed half-way. What had stepped
+    aside comes back where its successor never arrived."""
+    for path in sorted(Path(folder).glob("*.old-*")):
+        target = path.with_name(path.name.split(".old-")[0])
+        if target.exists():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            os.rename(path, target)
+    for path in Path(folder).glob("*.tmp-*"):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def kind_of(path: str | Path) -> str:
@@ -96,5 +169,65 @@ def kind_of(path: str | Path) -> str:
         return error.strerror or str(error)
     except ValueError:
         return "a name that holds a NUL character"
-    kinds = [(stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"), (stat.S_ISSOCK, "a socket")]
+    kinds = [
+        (stat.S_ISDIR, "a folder"),
+        (stat.S_ISFIFO, "a pipe"),
+        (stat.S_ISCHR, "a device"),
+        (stat.S_ISBLK, "a device"),
+        (stat.S_ISSOCK, "a socket"),
+    ]
     return next((name for test, name in kinds if test(mode)), "a file")
+
+
+def strict_json(raw: bytes, where: str) -> Any:
+    """JSON without duplicate keys, NaN or infinities; raises `CheckpointError`."""
+
+    def pairs(items):
+        keys = [key for key, _ in items]
+        if len(keys) != len(set(keys)):
+            raise ValueError("a key appears twice")
+        return dict(items)
+
+    def constant(word):
+        raise ValueError(f"{word} is not a number")
+
+    def number(word):
+        return value if math.isfinite(value := float(word)) else constant(word)  # 1e999 would be infinite
+
+    try:
+        return json.loads(
+            raw.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant, parse_float=number
+        )
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where}: not valid JSON ({str(error)[:80]})") from None
+
+
+def dump_json(value: Any) -> bytes:
+    """Canonical JSON: equal values are equal bytes. Raises ValueError for NaN, so none reaches a disk."""
+    return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def check_safetensors_header(path: Path) -> None:
+    """Bound the header before anything is allocated for it; raises `CheckpointError`."""
+    if not os.path.isfile(path):
+        raise CheckpointError(f"{path.name}: {kind_of(path)}, expected a safetensors file")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+        raise CheckpointError(
+            f"{path.name}: header of {length:,} bytes in a file of {size:,}: not a safetensors file"
+        )
+
+
+def load_tensors(path: str | Path) -> dict:
+    """Tensors of a safetensors file on the CPU; raises `CheckpointError`."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    check_safetensors_header(path)
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise CheckpointError(f"{path.name}: {str(error)[:120]}") from None

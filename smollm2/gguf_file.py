@@ -24,7 +24,11 @@ GGUF_TYPES = ("f16", "q8_0")
 Q8_0_BLOCK = 32
 
 # our tensor -> llama.cpp's; {} is the layer
-_TOP = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight", "lm_head.weight": "output.weight"}
+_TOP = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
 _LAYER = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -61,8 +65,13 @@ def vocabulary(tokenizer: Tokenizer, size: int) -> tuple[list[str], list[int], l
 
     fields = json.loads(tokenizer.raw)
     model, splitter = fields["model"], fields.get("pre_tokenizer") or {}
-    steps = [(step.get("type"), step.get("individual_digits"), step.get("add_prefix_space")) for step in splitter.get("pretokenizers", [])]
-    is_smollm = steps == [("Digits", True, None), ("ByteLevel", None, False)] and splitter["pretokenizers"][1].get("use_regex", True)
+    steps = [
+        (step.get("type"), step.get("individual_digits"), step.get("add_prefix_space"))
+        for step in splitter.get("pretokenizers", [])
+    ]
+    is_smollm = steps == [("Digits", True, None), ("ByteLevel", None, False)] and splitter["pretokenizers"][
+        1
+    ].get("use_regex", True)
     if model.get("type") != "BPE" or fields.get("normalizer") or not is_smollm or model.get("ignore_merges"):
         raise UserError(
             "--gguf: the checkpoint's tokenizer.json is not split as SmolLM2's (byte-level BPE behind single digits), which is the "
@@ -78,11 +87,15 @@ def vocabulary(tokenizer: Tokenizer, size: int) -> tuple[list[str], list[int], l
     return tokens, types, merges
 
 
-def encode_tensor(name: str, tensor: torch.Tensor, kind: str, config: SmolLM2Config) -> tuple[np.ndarray, object]:
+def encode_tensor(
+    name: str, tensor: torch.Tensor, kind: str, config: SmolLM2Config
+) -> tuple[np.ndarray, object]:
     """A tensor in llama.cpp's row order and number format: (array, GGML type). Vectors stay fp32, as llama.cpp expects."""
     from gguf import GGMLQuantizationType, quants
 
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(
+        name.split(".")[-2]
+    )
     tensor = tensor.detach().float().cpu()
     array = (halves_to_pairs(tensor, heads) if heads else tensor).numpy()
     if array.ndim == 1:
@@ -90,12 +103,20 @@ def encode_tensor(name: str, tensor: torch.Tensor, kind: str, config: SmolLM2Con
     if kind == "q8_0" and array.shape[-1] % Q8_0_BLOCK == 0:
         return quants.quantize(array, GGMLQuantizationType.Q8_0), GGMLQuantizationType.Q8_0
     if np.abs(array).max() > np.finfo(np.float16).max:
-        raise UserError(f"--gguf: {name} holds numbers beyond fp16's {np.finfo(np.float16).max:,.0f}: they cannot be written")
+        raise UserError(
+            f"--gguf: {name} holds numbers beyond fp16's {np.finfo(np.float16).max:,.0f}: they cannot be written"
+        )
     return array.astype(np.float16), GGMLQuantizationType.F16
 
 
 def write_gguf(
-    path: str | Path, config: SmolLM2Config, tensors: dict[str, torch.Tensor], tokenizer: Tokenizer, kind: str, name: str, template: str | None = None
+    path: str | Path,
+    config: SmolLM2Config,
+    tensors: dict[str, torch.Tensor],
+    tokenizer: Tokenizer,
+    kind: str,
+    name: str,
+    template: str | None = None,
 ) -> None:
     """Write one GGUF file.
 
@@ -140,7 +161,9 @@ def write_gguf(
     ):
         if token_id is not None:
             add(token_id)
-    writer.add_add_bos_token(False)  # as transformers does with the same tokenizer.json: it has no post-processor
+    writer.add_add_bos_token(
+        False
+    )  # as transformers does with the same tokenizer.json: it has no post-processor
     if template:
         writer.add_chat_template(template)
     for tensor_name, tensor in tensors.items():

@@ -59,7 +59,9 @@ class NumericGuard:
                 self.norms.append(norm)
             return None
         self.total += 1
-        self._stop_if_hopeless(reason, position, overflow=self.has_scaler and math.isfinite(loss) and not math.isfinite(norm))
+        self._stop_if_hopeless(
+            reason, position, overflow=self.has_scaler and math.isfinite(loss) and not math.isfinite(norm)
+        )
         return reason
 
     def _stop_if_hopeless(self, reason: str, position: int, overflow: bool) -> None:
@@ -75,7 +77,11 @@ class NumericGuard:
         self.recent.append(position)
         recent = sum(position - at < WINDOW for at in self.recent)
         if self.in_a_row >= MAX_SKIPS_IN_A_ROW or recent > MAX_SKIPS_IN_WINDOW:
-            count = f"{self.in_a_row} in a row" if self.in_a_row >= MAX_SKIPS_IN_A_ROW else f"{recent} of the last {WINDOW}"
+            count = (
+                f"{self.in_a_row} in a row"
+                if self.in_a_row >= MAX_SKIPS_IN_A_ROW
+                else f"{recent} of the last {WINDOW}"
+            )
             raise NumericStop(
                 f"updates skipped: {count}; last cause: {reason}; the last checkpoint is untouched: "
                 "lower train.learning_rate or look at the data"

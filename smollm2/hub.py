@@ -37,7 +37,9 @@ REVISIONS = {
 STALL_SECONDS = 60.0
 RETRY_STALL_SECONDS = 20.0
 CACHE_SECONDS = 8.0
-MIN_BYTES_PER_SECOND = 16 * 1024  # slower than this is stalled: the 135M's weights would take more than four hours
+MIN_BYTES_PER_SECOND = (
+    16 * 1024
+)  # slower than this is stalled: the 135M's weights would take more than four hours
 POLL_SECONDS = 0.2
 ETAG_TIMEOUT_SECONDS = 10
 
@@ -55,7 +57,9 @@ def fetch(repo_id: str, filename: str, revision: str | None = None) -> Path:
     return fetch_files(repo_id, [filename], revision=revision)[filename]
 
 
-def fetch_files(repo_id: str, required: Sequence[str], optional: Sequence[str] = (), revision: str | None = None) -> dict[str, Path]:
+def fetch_files(
+    repo_id: str, required: Sequence[str], optional: Sequence[str] = (), revision: str | None = None
+) -> dict[str, Path]:
     """Paths of Hub files in the local cache, all of one commit, downloaded when needed.
 
     `revision` defaults to the pinned commit of `REVISIONS`, else `main`. `optional` files that the repository does not
@@ -66,7 +70,13 @@ def fetch_files(repo_id: str, required: Sequence[str], optional: Sequence[str] =
     cached = _cached(repo_id, required, optional, revision)
     if cached is not None:
         return cached
-    request = {"repo_id": repo_id, "required": list(required), "optional": list(optional), "revision": revision, "cache_dir": str(cache_dir())}
+    request = {
+        "repo_id": repo_id,
+        "required": list(required),
+        "optional": list(optional),
+        "revision": revision,
+        "cache_dir": str(cache_dir()),
+    }
     attempts = [(STALL_SECONDS, {}), (RETRY_STALL_SECONDS, {"HF_HUB_DISABLE_XET": "1"})]
     reasons = []
     if not _is_set("HF_HUB_OFFLINE"):
@@ -90,7 +100,10 @@ def fetch_files(repo_id: str, required: Sequence[str], optional: Sequence[str] =
     except _Stalled:
         answer = {}
     if "paths" in answer:
-        print(f"{_endpoint()} is out of reach ({why}): using the copy of {repo_id} in the local cache", file=sys.stderr)
+        print(
+            f"{_endpoint()} is out of reach ({why}): using the copy of {repo_id} in the local cache",
+            file=sys.stderr,
+        )
         return {name: Path(path) for name, path in answer["paths"].items()}
     raise HubUnreachable(
         f"{repo_id}: {_endpoint()} is out of reach ({why}), and {', '.join(required)} is not in the local cache {cache_dir()}: "
@@ -104,7 +117,9 @@ def cache_dir() -> Path:
     return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
 
 
-def _cached(repo_id: str, required: Sequence[str], optional: Sequence[str], revision: str) -> dict[str, Path] | None:
+def _cached(
+    repo_id: str, required: Sequence[str], optional: Sequence[str], revision: str
+) -> dict[str, Path] | None:
     """All files of a pinned commit where the cache has them: no process and no network is needed then."""
     if not re.fullmatch(r"[0-9a-f]{40}", revision):
         return None
@@ -112,7 +127,9 @@ def _cached(repo_id: str, required: Sequence[str], optional: Sequence[str], revi
     paths = {name: folder / "snapshots" / revision / name for name in (*required, *optional)}
     absent = {name for name, path in paths.items() if not path.exists()}
     known_absent = {name for name in optional if (folder / ".no_exist" / revision / name).exists()}
-    return None if absent - known_absent else {name: path for name, path in paths.items() if name not in absent}
+    return (
+        None if absent - known_absent else {name: path for name, path in paths.items() if name not in absent}
+    )
 
 
 def _endpoint() -> str:
@@ -137,7 +154,9 @@ def _bytes_in(folder: Path) -> int:
 def _download_apart(request: dict, stall_seconds: float, environment: dict[str, str]) -> dict:
     """Run `main` of this module in a process of its own and return its answer; `_Stalled` when it makes no progress."""
     quiet = {} if sys.stderr.isatty() else {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    source = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH")]))
+    source = os.pathsep.join(
+        filter(None, [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH")])
+    )
     env = os.environ | {"HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": source} | quiet | environment
     process = subprocess.Popen(
         [sys.executable, "-m", "smollm2.hub", json.dumps(request)],
@@ -158,14 +177,19 @@ def _download_apart(request: dict, stall_seconds: float, environment: dict[str, 
                 if size - mark >= MIN_BYTES_PER_SECOND * stall_seconds:
                     mark, since = size, now
                 elif now - since > stall_seconds:
-                    raise _Stalled(f"{max(size - mark, 0):,} bytes in {now - since:.0f} s, ended as stalled") from None
+                    raise _Stalled(
+                        f"{max(size - mark, 0):,} bytes in {now - since:.0f} s, ended as stalled"
+                    ) from None
     finally:
         process.kill()
         process.wait()
     try:
         return json.loads(output.decode().strip().splitlines()[-1])
     except (ValueError, IndexError):
-        return {"is_final": False, "text": f"the download ended with code {process.returncode} and said nothing"}
+        return {
+            "is_final": False,
+            "text": f"the download ended with code {process.returncode} and said nothing",
+        }
 
 
 def main(argv: list[str]) -> int:
@@ -184,13 +208,24 @@ def _download(repo_id: str, required: list[str], optional: list[str], revision: 
     paths = {}
     for name in [*required, *optional]:
         try:
-            paths[name] = hf_hub_download(repo_id, name, revision=revision, cache_dir=cache_dir, etag_timeout=ETAG_TIMEOUT_SECONDS)
+            paths[name] = hf_hub_download(
+                repo_id, name, revision=revision, cache_dir=cache_dir, etag_timeout=ETAG_TIMEOUT_SECONDS
+            )
         except errors.HFValidationError:
-            return {"is_final": True, "text": f"{repo_id!r} is neither a local folder nor a Hub id of the form owner/name"}
+            return {
+                "is_final": True,
+                "text": f"{repo_id!r} is neither a local folder nor a Hub id of the form owner/name",
+            }
         except errors.GatedRepoError:
-            return {"is_final": True, "text": f"{where} asks for an accepted licence: accept it on its page and set HF_TOKEN"}
+            return {
+                "is_final": True,
+                "text": f"{where} asks for an accepted licence: accept it on its page and set HF_TOKEN",
+            }
         except errors.RepositoryNotFoundError:
-            return {"is_final": True, "text": f"{where}: no such public model; check the spelling, or set HF_TOKEN for a private one"}
+            return {
+                "is_final": True,
+                "text": f"{where}: no such public model; check the spelling, or set HF_TOKEN for a private one",
+            }
         except errors.RevisionNotFoundError:
             return {"is_final": True, "text": f"{where} has no revision {revision}"}
         except errors.LocalEntryNotFoundError as error:  # before EntryNotFoundError: it is one
@@ -214,7 +249,10 @@ def _cannot_connect() -> str | None:
     if _is_set("HF_HUB_OFFLINE") or address.scheme in urllib.request.getproxies():
         return None
     try:
-        socket.create_connection((address.hostname, address.port or (443 if address.scheme == "https" else 80)), ETAG_TIMEOUT_SECONDS).close()
+        socket.create_connection(
+            (address.hostname, address.port or (443 if address.scheme == "https" else 80)),
+            ETAG_TIMEOUT_SECONDS,
+        ).close()
     except OSError as error:
         return f"{type(error).__name__}: {error.strerror or error}"
     return None
@@ -247,16 +285,22 @@ def push(folder: Path, repo_id: str) -> str:
     from huggingface_hub.errors import HfHubHTTPError
 
     if not get_token():
-        raise UserError("--push needs a token that may write: set HF_TOKEN, or run 'hf auth login'; the folder itself is written")
+        raise UserError(
+            "--push needs a token that may write: set HF_TOKEN, or run 'hf auth login'; the folder itself is written"
+        )
     api = HfApi()
     try:
         address = str(api.create_repo(repo_id, exist_ok=True))
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Export")
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", "no status")
-        raise UserError(f"--push {repo_id}: refused ({status}): check that the token may write there; the folder itself is written") from None
+        raise UserError(
+            f"--push {repo_id}: refused ({status}): check that the token may write there; the folder itself is written"
+        ) from None
     except Exception as error:  # connection errors of several libraries share no base class
-        raise HubUnreachable(f"--push {repo_id}: {_endpoint()} is out of reach ({_first_line(error)}); the folder itself is written") from None
+        raise HubUnreachable(
+            f"--push {repo_id}: {_endpoint()} is out of reach ({_first_line(error)}); the folder itself is written"
+        ) from None
     return address
 
 

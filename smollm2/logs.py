@@ -58,7 +58,9 @@ def parse_line(line: str) -> dict[str, str]:
 class TextLogs:
     """The five files of a run, and TensorBoard's. Each line or point is appended whole, in one system call."""
 
-    def __init__(self, folder: str | Path, tensorboard: bool = True, say: Callable[[str], None] = lambda text: None):
+    def __init__(
+        self, folder: str | Path, tensorboard: bool = True, say: Callable[[str], None] = lambda text: None
+    ):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
@@ -82,7 +84,9 @@ class TextLogs:
                 is_news, self._has_said = not self._has_said, True
                 reason = error.strerror
         if is_news:
-            self._say(f"logs: {reason} in {self.folder}; training goes on, the lines wait in memory until they can be written")
+            self._say(
+                f"logs: {reason} in {self.folder}; training goes on, the lines wait in memory until they can be written"
+            )
 
     def _write_waiting(self) -> None:
         while self._waiting:
@@ -101,7 +105,9 @@ class TextLogs:
 
     def scalars(self, step: int, **values: float) -> None:
         """Values for TensorBoard, grouped by the part of the name before the first underscore."""
-        self._draw([(time.time(), step, {name.replace("_", "/", 1): value for name, value in values.items()})])
+        self._draw(
+            [(time.time(), step, {name.replace("_", "/", 1): value for name, value in values.items()})]
+        )
 
     def _draw(self, points: list[tuple[float, int, dict[str, float]]]) -> None:
         if not self._wants_tensorboard or not points:
@@ -133,7 +139,11 @@ class TextLogs:
                 continue
             lines = path.read_bytes().decode("utf-8", "replace").splitlines(keepends=True)
             limit = len(lines) if counts is None else counts.get(file, 0)
-            kept = [line for index, line in enumerate(lines) if self._stays(line, file, step, pending, index < limit)]
+            kept = [
+                line
+                for index, line in enumerate(lines)
+                if self._stays(line, file, step, pending, index < limit)
+            ]
             if kept != lines:
                 replace_durably(path, "".join(kept).encode())
         self._events_file = None  # a new one, which hides all the points of the older ones
@@ -146,7 +156,11 @@ class TextLogs:
             values = {tag: found[key] for key, tag in CURVES[file].items() if key in found}
             with contextlib.suppress(ValueError):  # a time that somebody has edited
                 if values:
-                    yield calendar.timegm(time.strptime(event["time"], "%Y-%m-%dT%H:%M:%SZ")), int(event["step"]), values
+                    yield (
+                        calendar.timegm(time.strptime(event["time"], "%Y-%m-%dT%H:%M:%SZ")),
+                        int(event["step"]),
+                        values,
+                    )
 
     @staticmethod
     def _stays(line: str, file: str, step: int, pending: list[str], was_saved: bool) -> bool:
@@ -169,7 +183,10 @@ def resources(device) -> dict[str, object]:
     import torch
 
     process = psutil.Process(os.getpid())
-    facts: dict[str, object] = {"rss_bytes": process.memory_info().rss, "load_1min": round(os.getloadavg()[0], 2)}
+    facts: dict[str, object] = {
+        "rss_bytes": process.memory_info().rss,
+        "load_1min": round(os.getloadavg()[0], 2),
+    }
     if device.type != "cuda":
         return {"device": "cpu", "note": "no GPU: process memory and load"} | facts
     free, total = torch.cuda.mem_get_info(device)
@@ -180,10 +197,15 @@ def resources(device) -> dict[str, object]:
         "reserved_bytes": torch.cuda.memory_reserved(device),
         "device_used_bytes": total - free,
     }
-    for name, read in (("utilization_percent", torch.cuda.utilization), ("power_milliwatts", torch.cuda.power_draw)):
+    for name, read in (
+        ("utilization_percent", torch.cuda.utilization),
+        ("power_milliwatts", torch.cuda.power_draw),
+    ):
         try:
             facts[name] = read(device)
-        except Exception as error:  # NVML raises types of its own; a metric that cannot be read must not end a run
+        except (
+            Exception
+        ) as error:  # NVML raises types of its own; a metric that cannot be read must not end a run
             facts[name] = f"n/a ({type(error).__name__})"
     return facts
 

@@ -25,7 +25,9 @@ def _rows_per_block(hidden: torch.Tensor, vocab_size: int) -> int:
 def matmul_dtype(x: torch.Tensor) -> torch.dtype:
     """Dtype in which a matrix product with `x` runs here: that of autocast where it is on, else its own."""
     device = x.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # the meta device has none
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(
+        device
+    )  # the meta device has none
     return torch.get_autocast_dtype(device) if on else x.dtype
 
 
@@ -34,7 +36,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, compute_dtype, wants_grad):
         rows, vocab_size = hidden.shape[0], weight.shape[0]
         weight_c, hidden_c = weight.to(compute_dtype), hidden.to(compute_dtype)
-        total = torch.zeros((), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32, device=hidden.device)
+        total = torch.zeros(
+            (), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32, device=hidden.device
+        )
         grad_hidden = torch.empty_like(hidden, dtype=total.dtype) if wants_grad else None
         grad_weight = torch.zeros_like(weight, dtype=total.dtype) if wants_grad else None
         step = _rows_per_block(hidden, vocab_size)
@@ -56,7 +60,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 counted = valid.unsqueeze(1).to(compute_dtype)
                 grad_hidden[block] = (grad @ weight_c) * counted
                 inputs = hidden_c[block] * counted
-                grad_weight.addmm_(grad.T, inputs) if grad.dtype == grad_weight.dtype else grad_weight.add_(grad.T @ inputs)
+                grad_weight.addmm_(grad.T, inputs) if grad.dtype == grad_weight.dtype else grad_weight.add_(
+                    grad.T @ inputs
+                )
         if wants_grad:
             ctx.save_for_backward(grad_hidden, grad_weight)
             ctx.dtypes = hidden.dtype, weight.dtype
@@ -67,7 +73,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         hidden_dtype, weight_dtype = ctx.dtypes
         # in place: these buffers were made for this one backward pass
-        return grad_hidden.mul_(grad_output).to(hidden_dtype), grad_weight.mul_(grad_output).to(weight_dtype), None, None, None
+        return (
+            grad_hidden.mul_(grad_output).to(hidden_dtype),
+            grad_weight.mul_(grad_output).to(weight_dtype),
+            None,
+            None,
+            None,
+        )
 
 
 def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -13,13 +13,19 @@ Shapes: B batch, T time, C hidden_size, H query heads, K key/value heads, D head
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from . import weights
+from .checkpoint import MANIFEST, verify
 from .config import SmolLM2Config
+from .errors import CheckpointError
+from .files import write_durably, write_tensors
 from .loss import linear_cross_entropy, matmul_dtype
+from .sampling import generate
 
 
 class RMSNorm(nn.Module):
@@ -41,7 +47,9 @@ def rope_tables(config: SmolLM2Config, device=None) -> tuple[torch.Tensor, torch
     Pair i turns by position * theta^(-2i/D) (Su et al. 2021). Computed in fp32 from integer powers as transformers
     does, so that both give the same bits.
     """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device=device).float() / config.head_dim
+    exponents = (
+        torch.arange(0, config.head_dim, 2, dtype=torch.int64, device=device).float() / config.head_dim
+    )
     inverse_frequencies = 1.0 / (config.rope_theta**exponents)
     positions = torch.arange(config.max_position_embeddings, dtype=torch.float32, device=device)
     angles = torch.outer(positions, inverse_frequencies)
@@ -62,10 +70,14 @@ def fused_gqa(device: torch.device) -> bool:
     the whole probability matrix in memory; there keys and values are expanded first. The CPU's kernel takes them as
     they are (torch 2.9).
     """
-    return device.type == "cpu" or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0))
+    return device.type == "cpu" or (
+        device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """Grouped-query attention. q (B, H, T, D); k, v (B, K, S, D) -> (B, H, T, D).
 
     Query head h reads key/value head h // (H/K). With no mask and T > 1, T must equal S and attention is causal; a
@@ -81,7 +93,9 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
         k = k.repeat_interleave(heads // kv_heads, dim=1)
         v = v.repeat_interleave(heads // kv_heads, dim=1)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=heads != kv_heads)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=heads != kv_heads
+    )
 
 
 class KVCache:
@@ -119,14 +133,19 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
 
-    def forward(self, x, cos, sin, cache: KVCache | None = None, mask: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, x, cos, sin, cache: KVCache | None = None, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         batch, time, _ = x.shape
         q = self.q_proj(x).view(batch, time, -1, self.head_dim)  # (B, T, H, D)
         k = self.k_proj(x).view(batch, time, -1, self.head_dim)  # (B, T, K, D)
         v = self.v_proj(x).view(batch, time, -1, self.head_dim)
         # rotated before the transposition: attention gives y the memory layout of q, so that o_proj reads it without a copy
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # (T, 1, D/2)
-        q, k = apply_rope(q, cos, sin).transpose(1, 2), apply_rope(k, cos, sin).transpose(1, 2)  # (B, heads, T, D)
+        q, k = (
+            apply_rope(q, cos, sin).transpose(1, 2),
+            apply_rope(k, cos, sin).transpose(1, 2),
+        )  # (B, heads, T, D)
         v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
@@ -157,7 +176,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, cache: KVCache | None = None, mask: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, x, cos, sin, cache: KVCache | None = None, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -240,21 +261,51 @@ class SmolLM2(nn.Module):
         hidden = self.model(input_ids)
         return linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten())
 
-    def generate(self, input_ids: torch.Tensor, max_new_tokens: int = 64, temperature: float = 0.0, **options) -> torch.Tensor:
-        """Continue (B, T) int64 ids; returns (B, T + new), prompt included. See `smollm2.generate.generate`."""
-        from .generate import generate
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        """An empty cache for `capacity` tokens of `batch` rows, in the weights' dtype."""
+        return KVCache(self.config, batch, capacity, self.model.embed_tokens.weight.dtype, self.device)
 
+    def generate(
+        self, input_ids: torch.Tensor, max_new_tokens: int = 64, temperature: float = 0.0, **options
+    ) -> torch.Tensor:
+        """Continue (B, T) int64 ids; returns (B, T + new), prompt included. See `smollm2.sampling.generate`."""
         return generate(self, input_ids, max_new_tokens, temperature=temperature, **options)
 
     @classmethod
-    def from_pretrained(cls, source, dtype: torch.dtype = torch.float32, device="cpu", revision: str | None = None) -> SmolLM2:
-        """Load a checkpoint folder, any Hugging Face Llama folder, or a Hub id. See `smollm2.pretrained.load_model`."""
-        from .pretrained import load_model
+    def from_pretrained(
+        cls, source: str | Path, dtype: torch.dtype = torch.float32, device="cpu", revision: str | None = None
+    ) -> SmolLM2:
+        """A model in eval mode with the weights of a checkpoint folder, any Hugging Face Llama folder, or a Hub id.
 
-        return load_model(source, dtype=dtype, device=device, revision=revision)
+        Our own checkpoints are verified byte by byte first. Raises `CheckpointError`.
+        """
+        folder = weights.resolve(source, revision)
+        try:
+            if (folder / MANIFEST).exists():
+                verify(folder, only=weights.MODEL_FILES)
+            config = weights.read_config(folder)
+            tensors = weights.read_weights(folder, config)
+        except CheckpointError as error:
+            raise CheckpointError(str(error) if str(folder) in str(error) else f"{folder}: {error}") from None
+        with torch.device("meta"):
+            model = cls(config)
+        weights.check_shapes(
+            model, tensors, str(folder)
+        )  # before memory is taken for what the configuration claims
+        model = model.to_empty(device="cpu")
+        if config.tie_word_embeddings:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        model.model.reset_rope()
+        weights.load_weights(model, tensors, str(folder))
+        return model.to(device=device, dtype=dtype).eval()
 
-    def save_pretrained(self, folder) -> None:
-        """Write `config.json`, `generation_config.json` and `model.safetensors` that transformers loads as they are."""
-        from .pretrained import save_model
-
-        save_model(self, folder)
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json`, `generation_config.json` and `model.safetensors` (in the weights' own dtype) so that
+        `AutoModelForCausalLM.from_pretrained(folder)` works."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        dtype = str(self.model.embed_tokens.weight.dtype).removeprefix("torch.")
+        for name, data in weights.model_files(self.config, dtype).items():
+            write_durably(folder / name, data)
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in weights.stored_tensors(self).items()}
+        write_tensors(folder / "model.safetensors", tensors)

@@ -51,7 +51,10 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """Fused AdamW over the model's parameters, in two groups (with and without weight decay)."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     gains = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": gains, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": gains, "weight_decay": 0.0},
+    ]
     betas = (config.adam_beta1, config.adam_beta2)
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.adam_eps, fused=True)
 
@@ -71,14 +74,20 @@ def moments_by_name(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     }
 
 
-def load_moments(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], updates: int) -> None:
+def load_moments(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], updates: int
+) -> None:
     """Inverse of `moments_by_name` after `updates` optimizer steps; raises `CheckpointError` on any mismatch
     of names, shapes or dtype, and for numbers that are not finite."""
     if updates == 0:
         return
     expected = {f"{m}.{name}": p for name, p in model.named_parameters() for m in MOMENTS}
     wrong = sorted(set(expected) ^ set(tensors)) or [
-        k for k, p in expected.items() if tensors[k].shape != p.shape or tensors[k].dtype != torch.float32 or not torch.isfinite(tensors[k]).all()
+        k
+        for k, p in expected.items()
+        if tensors[k].shape != p.shape
+        or tensors[k].dtype != torch.float32
+        or not torch.isfinite(tensors[k]).all()
     ]
     if wrong:
         raise CheckpointError(f"optimizer moments do not fit the model: {', '.join(wrong[:5])}")

@@ -58,7 +58,9 @@ def parameter_table(model_or_config) -> list[Row]:
         tensors = {name: tuple(p.shape) for name, p in model_or_config.named_parameters()}
         table = {row.name: row.shape for row in rows}
         if tensors != table:
-            raise ValueError(f"table and tensors differ: {sorted(set(tensors.items()) ^ set(table.items()))[:4]}")
+            raise ValueError(
+                f"table and tensors differ: {sorted(set(tensors.items()) ^ set(table.items()))[:4]}"
+            )
     return rows
 
 
@@ -77,7 +79,11 @@ def parameter_count(config: SmolLM2Config) -> int:
     d, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
     heads = config.num_attention_heads * config.head_dim
     layer = 2 * d * heads + 2 * d * kv + 3 * d * config.intermediate_size + 2 * d
-    return config.vocab_size * d * (1 if config.tie_word_embeddings else 2) + config.num_hidden_layers * layer + d
+    return (
+        config.vocab_size * d * (1 if config.tie_word_embeddings else 2)
+        + config.num_hidden_layers * layer
+        + d
+    )
 
 
 def flops_per_token(config: SmolLM2Config, time: int) -> float:

@@ -14,7 +14,16 @@ import matplotlib
 from matplotlib.figure import Figure
 
 # Okabe and Ito (2008): told apart with every common colour blindness, and in this order also by lightness.
-BLUE, ORANGE, GREEN, RED, SKY, PINK, YELLOW, BLACK = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#222222"
+BLUE, ORANGE, GREEN, RED, SKY, PINK, YELLOW, BLACK = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#56B4E9",
+    "#CC79A7",
+    "#F0E442",
+    "#222222",
+)
 PALETTE = [BLUE, ORANGE, GREEN, RED, SKY, PINK, YELLOW, BLACK]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
 GREY = "#767676"
@@ -34,7 +43,9 @@ STYLE = {
 }
 
 
-def figure(width: float = 7.5, height: float = 3.2, rows: int = 1, columns: int = 1, **options) -> tuple[Figure, object]:
+def figure(
+    width: float = 7.5, height: float = 3.2, rows: int = 1, columns: int = 1, **options
+) -> tuple[Figure, object]:
     """(figure, axes) like `pyplot.subplots`, in the house style, `width` x `height` in inches."""
     with matplotlib.rc_context(STYLE):
         fig = Figure(figsize=(width, height), layout="constrained", facecolor="white")

@@ -89,18 +89,34 @@ class TerminalReporter(Reporter):
         if self.stream.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, initial=step, unit="step", file=self.stream, dynamic_ncols=True, mininterval=0.5, smoothing=0.05)
+            self._bar = tqdm(
+                total=total,
+                initial=step,
+                unit="step",
+                file=self.stream,
+                dynamic_ncols=True,
+                mininterval=0.5,
+                smoothing=0.05,
+            )
 
     def step(self, step: int, loss: float, learning_rate: float, tokens_per_second: float) -> None:
         if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {loss:.3f}, lr {learning_rate:.1e}, {tokens_per_second:,.0f} tok/s", refresh=False)
+            self._bar.set_postfix_str(
+                f"loss {loss:.3f}, lr {learning_rate:.1e}, {tokens_per_second:,.0f} tok/s", refresh=False
+            )
             self._bar.update(step - self._bar.n)
             return
         now = time.monotonic()
-        if step == self._first + 1 or step == self._total or now - self._last_line >= self.seconds_between_lines:
+        if (
+            step == self._first + 1
+            or step == self._total
+            or now - self._last_line >= self.seconds_between_lines
+        ):
             self._last_line = now
             eta = (now - self._began) / (step - self._first) * (self._total - step)
-            self.message(f"step {step}/{self._total}  loss {loss:.3f}  lr {learning_rate:.1e}  {tokens_per_second:,.0f} tokens/s  ETA {eta:.0f} s")
+            self.message(
+                f"step {step}/{self._total}  loss {loss:.3f}  lr {learning_rate:.1e}  {tokens_per_second:,.0f} tokens/s  ETA {eta:.0f} s"
+            )
 
     def validation(self, step: int, loss: float, bits_per_byte: float) -> None:
         self.message(f"step {step}: held-out loss {loss:.4f} nats/token, {bits_per_byte:.4f} bits/byte")
@@ -113,7 +129,9 @@ class TerminalReporter(Reporter):
         """A line whenever Drive got a newer step; local saves alone at most once a minute."""
         before, self._safe = self._safe, (local_step, drive_step)
         drive_moved = drive_step and (before is None or before[1] != drive_step)
-        if self._safe != before and (drive_moved or time.monotonic() - self._last_safe_line >= SECONDS_BETWEEN_SAFE_LINES):
+        if self._safe != before and (
+            drive_moved or time.monotonic() - self._last_safe_line >= SECONDS_BETWEEN_SAFE_LINES
+        ):
             self._last_safe_line = time.monotonic()
             self.message(safe_words(local_step, drive_step))
 

@@ -17,29 +17,29 @@ import torch
 from pydantic import ValidationError
 
 from . import __version__
-from .checkpoint import FINAL_NAMES, Manifest, candidates, load_tensors, newest_usable, verify
+from .checkpoint import FINAL_NAMES, Manifest, candidates, newest_usable, verify
 from .config import RunConfig, problems
 from .data import TokenData, check_length, identity_key, prepare_tokens
 from .device import check_memory, choose_device, choose_precision, device_name, fingerprint
+from .drive_folder import is_below_mount_point
+from .drive_restore import check_places
 from .errors import CheckpointError, ConfigError, DataError, OutputLost, UserError
 from .evaluate import compression_bits_per_byte, score_tokens
-from .files import replace_durably, sha256_json
+from .files import load_tensors, replace_durably, sha256_json
+from .folder import OutputFolder
 from .logs import CHECKPOINTS, TextLogs
 from .model import SmolLM2
 from .optim import Schedule, moments_by_name
 from .origin import check_origin, origin_name, published_base, whereabouts
 from .parameters import parameter_count
-from .pretrained import load_weights, model_files, read_config, read_weights, resolve, stored_tensors
 from .progress import Reporter
 from .result import TrainResult
+from .retention import check_space
+from .saver import Saver
 from .state import TrainState, check_unchanged, fixed_settings, read_state, restore_rng, rng_tensors
-from .storage.drive_folder import is_below_mount_point
-from .storage.drive_restore import check_places
-from .storage.output_folder import OutputFolder
-from .storage.retention import check_space
-from .storage.saver import Saver
 from .text import documents, read_split, read_text, source_identity
 from .tokenizer import END_OF_TEXT, Tokenizer, choose_tokenizer
+from .weights import load_weights, model_files, read_config, read_weights, resolve, stored_tensors
 from .workers import announce_open, check_workers, is_first_worker, wait_until_open
 
 BPE_TRAINING_PIECES = 64  # of about 1 MiB each: enough for any vocabulary
@@ -85,8 +85,12 @@ class Run:
                     folder.archive(self.say)
                 folder.tidy()
             model = config.model
-            self.say(f"model: {config.preset}, {parameter_count(model):,} parameters, context {model.max_position_embeddings:,}, RoPE theta {model.rope_theta:,.0f}")
-            self.say(f"device: {device_name(self.device)}; precision {self.precision.name}: {self.precision.reason}")
+            self.say(
+                f"model: {config.preset}, {parameter_count(model):,} parameters, context {model.max_position_embeddings:,}, RoPE theta {model.rope_theta:,.0f}"
+            )
+            self.say(
+                f"device: {device_name(self.device)}; precision {self.precision.name}: {self.precision.reason}"
+            )
             self.find_checkpoint()
             if self.newest:
                 state = read_state(self.newest)
@@ -103,9 +107,16 @@ class Run:
         place, folders = self.config.run, candidates(self.checkpoint_dir)
         self.whereabouts = whereabouts(place, is_here=bool(folders))
         if place.drive_dir and self.is_first_worker:
-            from .storage.drive import newest_on_drive
+            from .drive import newest_on_drive
 
-            self.newest = newest_on_drive(place.drive_dir, self.checkpoint_dir, folders, self.say, check=read_state, take_over=place.take_over)
+            self.newest = newest_on_drive(
+                place.drive_dir,
+                self.checkpoint_dir,
+                folders,
+                self.say,
+                check=read_state,
+                take_over=place.take_over,
+            )
         else:
             self.newest = newest_usable(folders, self.say, read_state)
 
@@ -119,30 +130,56 @@ class Run:
             if config.data.tokenizer != "auto":
                 asked, _ = choose_tokenizer(config.data.tokenizer, config.model.vocab_size, None, None)
                 if asked.sha256 != self.tokenizer.sha256:
-                    raise ConfigError(f"--tokenizer {config.data.tokenizer} is not the one this run was trained with; leave it out, or {self.whereabouts[1]}")
+                    raise ConfigError(
+                        f"--tokenizer {config.data.tokenizer} is not the one this run was trained with; leave it out, or {self.whereabouts[1]}"
+                    )
             reason = "the checkpoint's own"
         elif config.run.init_from and config.data.tokenizer == "auto":
-            self.tokenizer, reason = Tokenizer.from_file(resolve(config.run.init_from)), f"that of {config.run.init_from}"
+            self.tokenizer, reason = (
+                Tokenizer.from_file(resolve(config.run.init_from)),
+                f"that of {config.run.init_from}",
+            )
         else:
+
             def texts():
                 pieces = islice(read_split(path, "train", config.data.held_out_fraction), BPE_TRAINING_PIECES)
-                return (text for text, _ in documents(pieces))  # no entries for the letters of separator lines
+                return (
+                    text for text, _ in documents(pieces)
+                )  # no entries for the letters of separator lines
 
-            self.tokenizer, reason = choose_tokenizer(config.data.tokenizer, config.model.vocab_size, config.data.tokenizer_vocab_size, texts, self.say)
+            self.tokenizer, reason = choose_tokenizer(
+                config.data.tokenizer,
+                config.model.vocab_size,
+                config.data.tokenizer_vocab_size,
+                texts,
+                self.say,
+            )
         self.say(f"tokenizer: {reason}")
-        _, lost = self.tokenizer.not_kept(text for text, _ in documents(islice(read_text(path), BPE_TRAINING_PIECES)))
+        _, lost = self.tokenizer.not_kept(
+            text for text, _ in documents(islice(read_text(path), BPE_TRAINING_PIECES))
+        )
         if lost:
-            self.say(f"note: {path}: {lost}; they are not learned, and bits per byte of this run are too good by what they would cost")
+            self.say(
+                f"note: {path}: {lost}; they are not learned, and bits per byte of this run are too good by what they would cost"
+            )
         end_id = self.tokenizer.end_id(config.model.eos_token_id)
         if end_id != self.tokenizer.end_of_text_id:
-            self.say(f"documents end with {self.tokenizer.token(end_id)} (id {end_id}), the model's own: its tokenizer has no {END_OF_TEXT}")
+            self.say(
+                f"documents end with {self.tokenizer.token(end_id)} (id {end_id}), the model's own: its tokenizer has no {END_OF_TEXT}"
+            )
         identity = sha256_json(identity_key(source, self.tokenizer, config.data.held_out_fraction, end_id))
-        if self.newest and self.newest.facts.get("data_sha256") != identity and not config.run.allow_data_change:
+        if (
+            self.newest
+            and self.newest.facts.get("data_sha256") != identity
+            and not config.run.allow_data_change
+        ):
             raise DataError(
                 f"{path} is not the text this run was trained on (its hash differs from the checkpoint's); "
                 f"restore it, pass --set run.allow_data_change=true, or {self.whereabouts[1]}"
             )
-        self.data: TokenData = prepare_tokens(path, self.tokenizer, self.output_dir / "data", config.data.held_out_fraction, source, end_id)
+        self.data: TokenData = prepare_tokens(
+            path, self.tokenizer, self.output_dir / "data", config.data.held_out_fraction, source, end_id
+        )
         check_length(self.data, config.data.sequence_length, path)
         self.say(
             f"data: {path}, {source['bytes']:,} bytes; {len(self.data.train.tokens):,} tokens to train on, "
@@ -161,7 +198,9 @@ class Run:
                 f"more text (--input_file, --dataset) or about {max(1, MANY_PASSES * count // self.tokens_per_step):,} steps do better"
             )
         elif passes < 0.5:
-            self.say(f"note: {steps:,} steps read {passes:.1%} of this text; --max_steps {count // self.tokens_per_step:,} read it once")
+            self.say(
+                f"note: {steps:,} steps read {passes:.1%} of this text; --max_steps {count // self.tokens_per_step:,} read it once"
+            )
 
     def begin_writing(self) -> None:
         """Logs, saver and the copy on Drive; the other workers may read the folder from now on."""
@@ -171,10 +210,16 @@ class Run:
             replace_durably(self.output_dir / "config.yaml", config.to_yaml().encode())
             announce_open(self.output_dir)
         began = [origin_name(config.run.init_from)] if config.run.init_from else []
-        run_id = self.newest.run_id if self.newest else sha256_json([fixed_settings(config), self.data.sha256, *began])[:16]
-        self.saver = Saver(self.checkpoint_dir, run_id, config.train.keep_last, self.on_saved, self.on_save_failed)
+        run_id = (
+            self.newest.run_id
+            if self.newest
+            else sha256_json([fixed_settings(config), self.data.sha256, *began])[:16]
+        )
+        self.saver = Saver(
+            self.checkpoint_dir, run_id, config.train.keep_last, self.on_saved, self.on_save_failed
+        )
         if config.run.drive_dir and self.is_first_worker:
-            from .storage.drive import DriveMirror
+            from .drive import DriveMirror
 
             self.mirror = DriveMirror(config.run.drive_dir, self.say, self.on_copied)
             if self.newest:
@@ -206,7 +251,9 @@ class Run:
             yield target, name
         if not did_something:
             step = self.newest.step
-            self.say(f"finished: the run is at step {step}; ask for more with --max_steps {step + train.max_steps} or --continue_steps N")
+            self.say(
+                f"finished: the run is at step {step}; ask for more with --max_steps {step + train.max_steps} or --continue_steps N"
+            )
 
     def is_final(self, name: str, step: int) -> bool:
         try:
@@ -219,8 +266,12 @@ class Run:
         train = self.config.train
         if self.newest and self.newest.step >= train.max_steps + train.continue_steps:
             return  # finished: nothing more will be written
-        each = 12 * parameter_count(self.config.model) + len(self.tokenizer.raw)  # weights and two moments, in fp32
-        count = train.keep_last + 2 + bool(train.continue_steps)  # the best, the one being written, final_model.ckpt
+        each = 12 * parameter_count(self.config.model) + len(
+            self.tokenizer.raw
+        )  # weights and two moments, in fp32
+        count = (
+            train.keep_last + 2 + bool(train.continue_steps)
+        )  # the best, the one being written, final_model.ckpt
         check_space(self.checkpoint_dir, each, count, self.say)
 
     def has_checkpoint_at(self, step: int) -> bool:
@@ -237,15 +288,23 @@ class Run:
             self.find_checkpoint()  # what the first worker has committed since
         if self.newest is None:
             model, data = SmolLM2(self.config.model), self.config.data
-            origin = {"preset": self.config.preset, "text": re.sub(r"[\x00-\x1f|`]", "_", origin_name(data.dataset or data.input_file))[:200]}
+            origin = {
+                "preset": self.config.preset,
+                "text": re.sub(r"[\x00-\x1f|`]", "_", origin_name(data.dataset or data.input_file))[:200],
+            }
             if self.config.run.init_from:
                 folder = resolve(self.config.run.init_from)
                 load_weights(model, read_weights(folder, self.config.model), str(folder))
                 self.say(f"weights: from {self.config.run.init_from}")
-                origin |= {"init_from": origin_name(self.config.run.init_from), "base_model": published_base(self.config.run.init_from, folder)}
+                origin |= {
+                    "init_from": origin_name(self.config.run.init_from),
+                    "base_model": published_base(self.config.run.init_from, folder),
+                }
             if self.is_first_worker:
                 self.logs.rewind(0, [])  # lines of a run that was killed before its first checkpoint
-            state = TrainState(schedule_total=total, micro_batch_size=min(train.micro_batch_size or rows, rows), **origin)
+            state = TrainState(
+                schedule_total=total, micro_batch_size=min(train.micro_batch_size or rows, rows), **origin
+            )
             self.say(f"starting at step 0 of {total}")
             return model, state, {}
         folder = self.newest.folder
@@ -266,12 +325,21 @@ class Run:
         return model, state, tensors
 
     def _say_what_differs(self) -> None:
-        before, now = self.newest.facts.get("fingerprint", {}), fingerprint(self.device, self.precision, self.config.train)
-        changes = [f"{key}: {before.get(key)} -> {value}" for key, value in now.items() if before.get(key, value) != value]
+        before, now = (
+            self.newest.facts.get("fingerprint", {}),
+            fingerprint(self.device, self.precision, self.config.train),
+        )
+        changes = [
+            f"{key}: {before.get(key)} -> {value}"
+            for key, value in now.items()
+            if before.get(key, value) != value
+        ]
         if changes:
             self.say(f"continuing, not bit-exact: {'; '.join(changes)}")
         elif now["deterministic"] == "false":
-            self.say("continuing; a GPU repeats its sums bit for bit only with --set train.deterministic=true")
+            self.say(
+                "continuing; a GPU repeats its sums bit for bit only with --set train.deterministic=true"
+            )
 
     def _extend_schedule(self, state: TrainState, total: int) -> None:
         if total == state.schedule_total or state.step >= total:
@@ -285,7 +353,13 @@ class Run:
             )
         else:
             train = self.config.train
-            decay_start = Schedule(train.learning_rate, train.warmup_steps, train.decay_fraction, state.schedule_start, state.schedule_total).decay_start
+            decay_start = Schedule(
+                train.learning_rate,
+                train.warmup_steps,
+                train.decay_fraction,
+                state.schedule_start,
+                state.schedule_total,
+            ).decay_start
             rises = " (the rate rises again: the old decay had begun)" if state.step > decay_start else ""
             self.say(f"schedule: now ends at step {total} instead of {state.schedule_total}{rises}")
         state.schedule_total = total
@@ -314,12 +388,24 @@ class Run:
             "fingerprint": fingerprint(self.device, self.precision, config.train),
             "versions": {"smollm2": __version__, "torch": torch.__version__},
         }
-        self.saver.submit(name, state.step, small, tensors, state.to_json(), facts, int(state.best["step"]) if state.best else None)
+        self.saver.submit(
+            name,
+            state.step,
+            small,
+            tensors,
+            state.to_json(),
+            facts,
+            int(state.best["step"]) if state.best else None,
+        )
         self._saved_step = state.step
 
     def on_saved(self, manifest: Manifest, seconds: float, blocked: float, removed: list[str]) -> None:
         self.newest = manifest
-        facts = {"bytes": manifest.bytes, "seconds": round(seconds, 3), "blocked": round(blocked, 4)}  # blocked: training stood still
+        facts = {
+            "bytes": manifest.bytes,
+            "seconds": round(seconds, 3),
+            "blocked": round(blocked, 4),
+        }  # blocked: training stood still
         self.logs.write(CHECKPOINTS, manifest.step, event="saved", name=manifest.folder.name, **facts)
         for name in removed:
             self.logs.write(CHECKPOINTS, manifest.step, event="removed", name=name)
@@ -329,7 +415,9 @@ class Run:
 
     def on_save_failed(self, step: int, error: Exception) -> None:
         reason = getattr(error, "strerror", None) or str(error)
-        self.say(f"saving step {step} failed ({reason}); training goes on, the last good checkpoint is untouched")
+        self.say(
+            f"saving step {step} failed ({reason}); training goes on, the last good checkpoint is untouched"
+        )
         with contextlib.suppress(OSError):  # the log lies on the same disk
             self.logs.write(CHECKPOINTS, step, event="save_failed", reason=reason)
 
@@ -342,13 +430,21 @@ class Run:
     # --- odd events
 
     def report_skip(self, state: TrainState, reason: str) -> None:
-        self.say(f"step {state.step}: update skipped ({reason}); the step does not count, batch {state.position - 1} is used up")
+        self.say(
+            f"step {state.step}: update skipped ({reason}); the step does not count, batch {state.position - 1} is used up"
+        )
         if self.is_first_worker:
-            self.logs.write(CHECKPOINTS, state.step, event="skipped", position=state.position - 1, reason=reason)
+            self.logs.write(
+                CHECKPOINTS, state.step, event="skipped", position=state.position - 1, reason=reason
+            )
 
     def report_smaller_micro_batch(self, state: TrainState) -> None:
-        self.say(f"out of memory: micro-batch halved to {state.micro_batch_size}, the window is redone with the same tokens; bit-exactness restarts here")
-        self.logs.write(CHECKPOINTS, state.step, event="micro_batch_halved", micro_batch_size=state.micro_batch_size)
+        self.say(
+            f"out of memory: micro-batch halved to {state.micro_batch_size}, the window is redone with the same tokens; bit-exactness restarts here"
+        )
+        self.logs.write(
+            CHECKPOINTS, state.step, event="micro_batch_halved", micro_batch_size=state.micro_batch_size
+        )
 
     # --- the end
 
@@ -359,19 +455,37 @@ class Run:
             last = self.validations[-1] if self.validations else None
             score = last[2] if last and last[0] == step else self._score_newest()
             found = read_state(self.newest).best
-            if found and self.config.train.val_max_tokens is None:  # else it was measured on fewer tokens than the last one
+            if (
+                found and self.config.train.val_max_tokens is None
+            ):  # else it was measured on fewer tokens than the last one
                 best = (int(found["step"]), found["bits_per_byte"])
             if self.data.val.text_bytes <= 256 * 2**20:
-                references = compression_bits_per_byte(self.config.data.input_file, "val", self.config.data.held_out_fraction)
+                references = compression_bits_per_byte(
+                    self.config.data.input_file, "val", self.config.data.held_out_fraction
+                )
         if self.mirror:
             self.mirror.close()
         folder = self.newest.folder if self.newest else None
-        return TrainResult(step, folder, stopped_by, seconds, self.tokens_per_second, score, references, self.losses, self.validations, self.drive_step, best)
+        return TrainResult(
+            step,
+            folder,
+            stopped_by,
+            seconds,
+            self.tokens_per_second,
+            score,
+            references,
+            self.losses,
+            self.validations,
+            self.drive_step,
+            best,
+        )
 
     def _score_newest(self) -> float:
         model = SmolLM2.from_pretrained(self.newest.folder, device=self.device)
         val = self.data.val
-        return score_tokens(model, val.tokens, val.text_bytes, block_length=self.config.data.sequence_length).bits_per_byte
+        return score_tokens(
+            model, val.tokens, val.text_bytes, block_length=self.config.data.sequence_length
+        ).bits_per_byte
 
 
 def _resolve(config: RunConfig, say: Callable[[str], None]) -> RunConfig:
@@ -385,7 +499,9 @@ def _resolve(config: RunConfig, say: Callable[[str], None]) -> RunConfig:
     if config.data.dataset:
         from .dataset import dataset_to_text
 
-        path = dataset_to_text(config.data.dataset, Path(config.run.output_dir) / "data", config.data.dataset_tokens, say=say)
+        path = dataset_to_text(
+            config.data.dataset, Path(config.run.output_dir) / "data", config.data.dataset_tokens, say=say
+        )
         config = config.model_copy(update={"data": config.data.model_copy(update={"input_file": str(path)})})
     return config
 
@@ -395,7 +511,9 @@ def open_run(config: RunConfig, reporter: Reporter) -> Iterator[Run]:
     """Everything that `train` needs, opened in safe order; closes it (and waits for the last save) in the end."""
     run = Run(config, reporter)
     if not config.data.dataset:
-        run.source = source_identity(config.data.input_file)  # a bad text is reported before anything is written
+        run.source = source_identity(
+            config.data.input_file
+        )  # a bad text is reported before anything is written
     if config.run.drive_dir or is_below_mount_point(run.output_dir):
         check_places(config.run.output_dir, config.run.drive_dir, config.run.resume)
     check_workers(config.run, torch.cuda.device_count() if run.device.type == "cuda" else 0)

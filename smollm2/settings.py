@@ -51,7 +51,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """One YAML mapping from a file of at most 64 KiB; raises `ConfigError` naming the file and the place."""
     path = Path(path)
     if not os.path.isfile(path):  # unlike Path.is_file it never raises
-        raise ConfigError(f"--config {path}: {'not a regular file' if os.path.exists(path) else 'no such file'}")
+        raise ConfigError(
+            f"--config {path}: {'not a regular file' if os.path.exists(path) else 'no such file'}"
+        )
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_YAML_BYTES + 1)
@@ -67,7 +69,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"--config {path}: not valid YAML: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(value, dict):
-        raise ConfigError(f"--config {path}: found {type(value).__name__}, expected sections such as 'model:' and 'train:'")
+        raise ConfigError(
+            f"--config {path}: found {type(value).__name__}, expected sections such as 'model:' and 'train:'"
+        )
     return value
 
 
@@ -88,7 +92,9 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not sep or not key:
         raise ConfigError(f"--set {text!r}: expected key=value, e.g. --set train.learning_rate=1e-3")
     if key == "preset":
-        raise ConfigError("--set preset: a preset is chosen by --preset, or by a line 'preset: nano' in the --config file")
+        raise ConfigError(
+            "--set preset: a preset is chosen by --preset, or by a line 'preset: nano' in the --config file"
+        )
     leaves = _leaf_names()
     dotted = {name for names in leaves.values() for name in names}
     if key in leaves and len(leaves[key]) == 1:
@@ -127,9 +133,13 @@ def load_config(
     named = [name for name in (preset, fields.get("preset")) if name is not None]
     for name in named:
         if name != CUSTOM and name not in preset_names():
-            raise ConfigError(f"unknown preset {name!r}{did_you_mean(str(name), preset_names())} ({', '.join(preset_names())})")
+            raise ConfigError(
+                f"unknown preset {name!r}{did_you_mean(str(name), preset_names())} ({', '.join(preset_names())})"
+            )
     preset = named[0] if named else "nano"
-    fields = _merge({} if preset == CUSTOM else read_yaml(PRESET_DIR / f"{preset}.yaml"), fields) | {"preset": preset}
+    fields = _merge({} if preset == CUSTOM else read_yaml(PRESET_DIR / f"{preset}.yaml"), fields) | {
+        "preset": preset
+    }
     pairs = [parse_override(text) for text in overrides] + [(k, v) for k, v in flags.items() if v is not None]
     for key, value in pairs:
         *section, leaf = key.split(".")

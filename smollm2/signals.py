@@ -19,7 +19,10 @@ def leaving_at_once() -> Iterator[None]:
         os.write(2, b"\nstopped\n")
         os._exit(130)
 
-    is_ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    is_ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
     if not is_ours or "IPython" in sys.modules:  # a notebook's kernel must outlive its stop button
         yield
         return
@@ -44,8 +47,12 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-            if self._before[signal.SIGHUP] != signal.SIG_DFL:  # nohup: the run is meant to outlive its terminal
+            self._before = {
+                number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+            }
+            if (
+                self._before[signal.SIGHUP] != signal.SIG_DFL
+            ):  # nohup: the run is meant to outlive its terminal
                 del self._before[signal.SIGHUP]
             self.install()
         return self
@@ -58,7 +65,9 @@ class StopSignals:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
-        with contextlib.suppress(RuntimeError):  # the signal fell into the middle of another print: "reentrant call"
+        with contextlib.suppress(
+            RuntimeError
+        ):  # the signal fell into the middle of another print: "reentrant call"
             self.say(f"{signal.Signals(number).name}: finishing this step and saving ...")
 
     def __exit__(self, *_) -> None:

@@ -17,7 +17,9 @@ from .files import CHUNK_BYTES, kind_of
 from .tokenizer import END_OF_TEXT
 
 SEPARATOR = END_OF_TEXT + "\n"
-CONTROLS = bytes(n for n in range(1, 32) if n not in b"\t\n\v\f\r\x1b")  # NUL is told apart; escape begins terminal colours
+CONTROLS = bytes(
+    n for n in range(1, 32) if n not in b"\t\n\v\f\r\x1b"
+)  # NUL is told apart; escape begins terminal colours
 CONTROL_SAMPLE_BYTES = 64 * 1024
 MAX_UNBROKEN_CHARACTERS = 16 * 2**20
 MAGIC = {
@@ -44,7 +46,11 @@ def read_text(path: str | Path) -> Iterator[str]:
     """
     path = Path(path)
     if not os.path.isfile(path):  # unlike Path.is_file it never raises
-        hint = f"; pass one of the files in it, e.g. --input_file {path}/input.txt" if os.path.isdir(path) else ""
+        hint = (
+            f"; pass one of the files in it, e.g. --input_file {path}/input.txt"
+            if os.path.isdir(path)
+            else ""
+        )
         raise DataError(f"--input_file {path}: {kind_of(path)}, expected a text file{hint}")
     try:
         file = path.open("rb")
@@ -54,10 +60,14 @@ def read_text(path: str | Path) -> Iterator[str]:
         head = file.read(CONTROL_SAMPLE_BYTES)
         for magic, kind in MAGIC.items():
             if head.startswith(magic):
-                raise DataError(f"{path} looks like {kind}; expected plain UTF-8 text: unpack or convert it first")
+                raise DataError(
+                    f"{path} looks like {kind}; expected plain UTF-8 text: unpack or convert it first"
+                )
         controls = len(head) - len(head.translate(None, CONTROLS))
         if controls > len(head) // 1000:
-            raise DataError(f"{path} looks binary: {controls} control characters in its first {len(head):,} bytes; expected plain UTF-8 text")
+            raise DataError(
+                f"{path} looks binary: {controls} control characters in its first {len(head):,} bytes; expected plain UTF-8 text"
+            )
         file.seek(3 if head.startswith(codecs.BOM_UTF8) else 0)
         decoder = codecs.getincrementaldecoder("utf-8")()
         offset, held_cr = file.tell(), False
@@ -65,7 +75,9 @@ def read_text(path: str | Path) -> Iterator[str]:
             chunk = file.read(CHUNK_BYTES)
             if b"\0" in chunk:
                 position = offset + chunk.index(b"\0")
-                raise DataError(f"{path} looks binary: a NUL byte at offset {position:,}; expected plain UTF-8 text")
+                raise DataError(
+                    f"{path} looks binary: a NUL byte at offset {position:,}; expected plain UTF-8 text"
+                )
             pending = len(decoder.getstate()[0])
             try:
                 text = decoder.decode(chunk, final=not chunk)
@@ -106,7 +118,9 @@ def documents(texts: Iterable[str]) -> Iterator[tuple[str, bool]]:
         rest += text
         while True:
             found = rest.find(SEPARATOR)
-            while found >= 0 and not (rest[found - 1] == "\n" if found else at_line_start):  # only a whole line counts
+            while found >= 0 and not (
+                rest[found - 1] == "\n" if found else at_line_start
+            ):  # only a whole line counts
                 found = rest.find(SEPARATOR, found + 1)
             if found < 0:
                 break
@@ -119,7 +133,9 @@ def documents(texts: Iterable[str]) -> Iterator[tuple[str, bool]]:
             if cut:
                 yield rest[:cut], False
                 rest, at_line_start = rest[cut:], False
-    if (rest == END_OF_TEXT and at_line_start) or rest.endswith("\n" + END_OF_TEXT):  # a last line without its newline
+    if (rest == END_OF_TEXT and at_line_start) or rest.endswith(
+        "\n" + END_OF_TEXT
+    ):  # a last line without its newline
         yield rest.removesuffix(END_OF_TEXT), True
     elif rest:
         yield rest, False
@@ -134,7 +150,9 @@ def split_bytes(path: str | Path, held_out_fraction: float = 0.1) -> tuple[int, 
         raw = text.encode()
         if seen + len(raw) > train:
             inside = train - seen
-            while inside and (raw[inside] & 0xC0) == 0x80:  # a continuation byte: step back to the character's start
+            while (
+                inside and (raw[inside] & 0xC0) == 0x80
+            ):  # a continuation byte: step back to the character's start
                 inside -= 1
             return seen + inside, total - seen - inside
         seen += len(raw)

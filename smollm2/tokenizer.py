@@ -25,7 +25,9 @@ END_OF_TEXT = "<|endoftext|>"
 SMOLLM2_TOKENIZER = "HuggingFaceTB/SmolLM2-135M"
 MAX_TOKENIZER_BYTES = 64 * 2**20
 LONGEST_WORD = 512  # characters, in training: the trainer's time grows with the square of a word, and its loop hears no Ctrl-C
-_LONG_RUN = re.compile("|".join(f"(?<!{kind}){kind}{{{LONGEST_WORD + 1},}}" for kind in (r"\s", r"[^\W\d_]", r"(?:_|[^\w\s])")))
+_LONG_RUN = re.compile(
+    "|".join(f"(?<!{kind}){kind}{{{LONGEST_WORD + 1},}}" for kind in (r"\s", r"[^\W\d_]", r"(?:_|[^\w\s])"))
+)
 
 
 class Tokenizer:
@@ -49,7 +51,9 @@ class Tokenizer:
         if not os.path.isfile(file):
             raise DataError(f"tokenizer {file}: {kind_of(file)}; expected a tokenizer.json")
         if file.stat().st_size > MAX_TOKENIZER_BYTES:
-            raise DataError(f"tokenizer {file}: {file.stat().st_size:,} bytes; expected at most {MAX_TOKENIZER_BYTES:,}")
+            raise DataError(
+                f"tokenizer {file}: {file.stat().st_size:,} bytes; expected at most {MAX_TOKENIZER_BYTES:,}"
+            )
         return cls(file.read_bytes(), str(file))
 
     @classmethod
@@ -60,7 +64,9 @@ class Tokenizer:
         """
         tokenizer = _Tokenizer(models.BPE())
         digits = pre_tokenizers.Digits(individual_digits=True)
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
         tokenizer.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
@@ -106,14 +112,25 @@ class Tokenizer:
             tried |= set(text)
             for character in lost:
                 lost[character] += text.count(character) * len(character.encode())
-        share, most = sum(lost.values()) / max(total, 1), "".join(sorted(lost, key=lost.get, reverse=True)[:12])
-        return share, f"{100 * share:.2g} % of the bytes are characters that do not come back from the tokenizer ({most!r})" if lost else ""
+        share, most = (
+            sum(lost.values()) / max(total, 1),
+            "".join(sorted(lost, key=lost.get, reverse=True)[:12]),
+        )
+        return (
+            share,
+            f"{100 * share:.2g} % of the bytes are characters that do not come back from the tokenizer ({most!r})"
+            if lost
+            else "",
+        )
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [
+            encoding.ids
+            for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        ]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         # the library's own skipping misses special tokens that its normaliser marks, as Llama's does
@@ -225,6 +242,7 @@ def choose_tokenizer(
     tokenizer, and where the Hub is out of reach it trains one of `vocab_size` entries and says so.
     `training_texts()` must iterate over the training split only.
     """
+
     def train(size: int) -> Tokenizer:
         say(f"training a tokenizer of {size:,} entries ...")
         return Tokenizer.train(training_texts(), size)
@@ -237,7 +255,9 @@ def choose_tokenizer(
     else:
         try:
             tokenizer, reason = load_tokenizer(SMOLLM2_TOKENIZER)
-            reason = f"SmolLM2's own, {tokenizer.vocab_size:,} entries, from the Hub (default for this vocabulary)"
+            reason = (
+                f"SmolLM2's own, {tokenizer.vocab_size:,} entries, from the Hub (default for this vocabulary)"
+            )
         except UserError as error:
             tokenizer = train(vocab_size)
             reason = (

@@ -40,7 +40,13 @@ class TrainingModule(pl.LightningModule):
         self.run, self.model, self.state = run, model, state
         self._moments = moments
         train = run.config.train
-        self.schedule = Schedule(train.learning_rate, train.warmup_steps, train.decay_fraction, state.schedule_start, state.schedule_total)
+        self.schedule = Schedule(
+            train.learning_rate,
+            train.warmup_steps,
+            train.decay_fraction,
+            state.schedule_start,
+            state.schedule_total,
+        )
         self.guard = NumericGuard(train.on_spike, run.precision.needs_scaler, state.guard)
         self.last_loss, self.last_norm, self.last_applied = float("nan"), float("nan"), False
 
@@ -48,7 +54,9 @@ class TrainingModule(pl.LightningModule):
         self.optimizer = make_optimizer(self.model, self.run.config.train)
         load_moments(self.model, self.optimizer, self._moments, self.state.step)
         self._moments = {}
-        self.scaler = torch.amp.GradScaler(self.run.device.type, enabled=self.run.precision.needs_scaler, init_scale=2.0**16)
+        self.scaler = torch.amp.GradScaler(
+            self.run.device.type, enabled=self.run.precision.needs_scaler, init_scale=2.0**16
+        )
         if self.state.scaler:
             self.scaler.load_state_dict(dict(self.scaler.state_dict(), **self.state.scaler))
         return self.optimizer
@@ -57,10 +65,14 @@ class TrainingModule(pl.LightningModule):
         """batch (rows, sequence_length + 1) int64: this worker's rows of one optimizer step."""
         loss = self._gradients_of_window(batch)
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.run.config.train.gradient_clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.model.parameters(), self.run.config.train.gradient_clip_norm
+        )
         if self.run.world_size > 1:
             loss = self.trainer.strategy.reduce(loss, reduce_op="mean")
-        self.last_loss, self.last_norm = torch.stack((loss, norm)).tolist()  # the step's one device-to-host transfer, where no scaler adds its own
+        self.last_loss, self.last_norm = torch.stack(
+            (loss, norm)
+        ).tolist()  # the step's one device-to-host transfer, where no scaler adds its own
         state = self.state
         reason = self.guard.verdict(self.last_loss, self.last_norm, state.position)
         state.position += 1
@@ -102,7 +114,11 @@ class TrainingModule(pl.LightningModule):
         for start in range(0, rows, micro):
             part = batch[start : start + micro]
             is_last = start + micro >= rows
-            wait = contextlib.nullcontext() if is_last or self.run.world_size == 1 else self.trainer.strategy.block_backward_sync()
+            wait = (
+                contextlib.nullcontext()
+                if is_last or self.run.world_size == 1
+                else self.trainer.strategy.block_backward_sync()
+            )
             with wait:
                 with autocast(self.run.precision, self.run.device):
                     loss = self.model.loss(part[:, :-1], part[:, 1:]) * (len(part) / rows)
@@ -115,7 +131,12 @@ def _quiet_lightning() -> None:
     """Lightning's start-up tips and the warnings about choices that are made on purpose here."""
     for name in ("pytorch_lightning", "lightning.fabric", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    for pattern in (".*does not have many workers.*", ".*max_epochs.*", ".*isinstance.treespec.*", ".*GPU available but not used.*"):
+    for pattern in (
+        ".*does not have many workers.*",
+        ".*max_epochs.*",
+        ".*isinstance.treespec.*",
+        ".*GPU available but not used.*",
+    ):
         warnings.filterwarnings("ignore", pattern)
     warnings.filterwarnings("ignore", module="pytorch_lightning.*|lightning_fabric.*|torchmetrics.*")
 
@@ -148,7 +169,12 @@ def run_phase(run: Run, target: int, final_name: str, signals: StopSignals) -> N
     if run.config.train.compile:
         for layer in model.model.layers:
             layer.compile()  # one graph serves all layers ; parameter names stay
-    order = BatchOrder(len(run.data.train.tokens), run.config.data.sequence_length, run.config.train.batch_size, run.config.train.seed)
+    order = BatchOrder(
+        len(run.data.train.tokens),
+        run.config.data.sequence_length,
+        run.config.train.batch_size,
+        run.config.train.seed,
+    )
     module = TrainingModule(run, model, state, moments)
     chores = Chores(run, order, target, final_name, signals)
     trainer = make_trainer(run, chores)
@@ -163,8 +189,12 @@ def run_phase(run: Run, target: int, final_name: str, signals: StopSignals) -> N
             chores.finish(module)
     except SystemExit:  # Lightning's answer to a second Ctrl-C
         raise KeyboardInterrupt from None
-    except torch.OutOfMemoryError as error:  # in the update, a validation or a sample: a smaller micro-batch is no help there
-        raise MemoryStop(f"out of memory outside the micro-batches ({str(error)[:160]}); use a smaller model or data.sequence_length; the last checkpoint is untouched") from None
+    except (
+        torch.OutOfMemoryError
+    ) as error:  # in the update, a validation or a sample: a smaller micro-batch is no help there
+        raise MemoryStop(
+            f"out of memory outside the micro-batches ({str(error)[:160]}); use a smaller model or data.sequence_length; the last checkpoint is untouched"
+        ) from None
     finally:
         chores.close()
 
@@ -179,7 +209,12 @@ def train(config, reporter=None) -> TrainResult:
     started = time.monotonic()
     outlet = Outlet(reporter or TerminalReporter(), lambda: setattr(signals, "received", signal.SIGPIPE))
     signals = StopSignals(outlet.message)
-    with disk_failures_named(config.run.output_dir), repeatable_sums(config.train.deterministic), open_run(config, outlet) as run, signals:
+    with (
+        disk_failures_named(config.run.output_dir),
+        repeatable_sums(config.train.deterministic),
+        open_run(config, outlet) as run,
+        signals,
+    ):
         for target, final_name in run.phases():
             if signals.received is None:
                 run_phase(run, target, final_name, signals)

@@ -19,11 +19,17 @@ live: list[ipywidgets.VBox] = []  # panels on the page, so that a test can move 
 
 def slider(name: str, low: int, high: int, value: int, step: int = 1) -> ipywidgets.IntSlider:
     """An integer slider that reports when released."""
-    return ipywidgets.IntSlider(value=value, min=low, max=high, step=step, description=name, continuous_update=False, style=LABEL)
+    return ipywidgets.IntSlider(
+        value=value, min=low, max=high, step=step, description=name, continuous_update=False, style=LABEL
+    )
 
 
-def float_slider(name: str, low: float, high: float, value: float, step: float = 0.1) -> ipywidgets.FloatSlider:
-    return ipywidgets.FloatSlider(value=value, min=low, max=high, step=step, description=name, continuous_update=False, style=LABEL)
+def float_slider(
+    name: str, low: float, high: float, value: float, step: float = 0.1
+) -> ipywidgets.FloatSlider:
+    return ipywidgets.FloatSlider(
+        value=value, min=low, max=high, step=step, description=name, continuous_update=False, style=LABEL
+    )
 
 
 def choice(name: str, options: list, value) -> ipywidgets.Dropdown:

@@ -41,7 +41,9 @@ def check_workers(place: PlaceConfig, gpus: int) -> None:
             "give --devices (processes on a machine) and --num_nodes to match"
         )
     if 0 < gpus < place.devices:
-        raise ConfigError(f"--devices {place.devices}, but this machine has {gpus} GPU{'s' * (gpus > 1)}; expected at most {gpus}")
+        raise ConfigError(
+            f"--devices {place.devices}, but this machine has {gpus} GPU{'s' * (gpus > 1)}; expected at most {gpus}"
+        )
 
 
 def announce_open(output_dir: Path) -> None:
@@ -59,5 +61,7 @@ def wait_until_open(output_dir: Path, timeout_seconds: float = 1800) -> None:
     deadline = time.monotonic() + timeout_seconds
     while not marker.exists() or marker.stat().st_mtime < mine:
         if time.monotonic() > deadline:
-            raise BusyError(f"waited {timeout_seconds:.0f} s for the first worker to open {output_dir}: look at its output")
+            raise BusyError(
+                f"waited {timeout_seconds:.0f} s for the first worker to open {output_dir}: look at its output"
+            )
         time.sleep(0.1)

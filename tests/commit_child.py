@@ -1,6 +1,6 @@
 """A save and a retention sweep in a process without torch: what `test_commit.py` kills at every system call.
 
-    python -m tests.commit_child FOLDER SCENARIO
+python -m tests.commit_child FOLDER SCENARIO
 """
 
 from __future__ import annotations
@@ -9,14 +9,18 @@ import sys
 from pathlib import Path
 
 from smollm2.checkpoint import FINAL_NAMES, Manifest, commit, step_name
-from smollm2.storage.retention import prune, remove_leftovers
+from smollm2.files import remove_leftovers
+from smollm2.retention import prune
 
 FINAL = FINAL_NAMES[0]
 NEW_STEP = 40
 
 # scenario -> (folder that is saved, [(folder, step) that were there before])
 SCENARIOS = {
-    "a save, and the oldest goes": (step_name(40), [(step_name(10), 10), (step_name(20), 20), (step_name(30), 30)]),
+    "a save, and the oldest goes": (
+        step_name(40),
+        [(step_name(10), 10), (step_name(20), 20), (step_name(30), 30)],
+    ),
     "the same step again, the only one": (step_name(40), [(step_name(40), 40)]),
     "a final folder replaces the last step": (FINAL, [(step_name(30), 30), (step_name(40), 40)]),
     "a final folder moves the older one aside": (FINAL, [(FINAL, 20), (step_name(40), 40)]),
@@ -33,7 +37,9 @@ def contents(step: int) -> dict:
                 if file.write(bytes([step, part]) * 2000) != 4000:
                     raise OSError(28, "No space left on device")
 
-    small = {name: f"{name} of step {step}".encode() for name in ("config.json", "state.json", "tokenizer.json")}
+    small = {
+        name: f"{name} of step {step}".encode() for name in ("config.json", "state.json", "tokenizer.json")
+    }
     return small | {"model.safetensors": tensor_file, "optim.safetensors": tensor_file}
 
 

@@ -12,10 +12,14 @@ import torch
 from smollm2.config import SmolLM2Config
 from smollm2.model import SmolLM2
 
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell that runs the tests in the background ignores Ctrl-C for all its children
+if (
+    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+):  # a shell that runs the tests in the background ignores Ctrl-C for all its children
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-torch.set_num_threads(1)  # tiny tensors: a second thread only waits, and two test runs share a machine in peace
+torch.set_num_threads(
+    1
+)  # tiny tensors: a second thread only waits, and two test runs share a machine in peace
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """A Google Drive that lies as the real one does, for the tests of the Drive tier.
 
-It stands in for `os` and `open` inside `smollm2.storage.drive_folder`, the one module that touches the remote folder. There are
+It stands in for `os` and `open` inside `smollm2.drive_folder`, the one module that touches the remote folder. There are
 two views: what the mounted folder shows (the virtual machine's cache) and what the server has. Writes reach the server
 later, in order or not, and never when the machine dies first. On top of that come bursts of errno 107 and 5, files that
 read as 0 bytes for a while, folders that turn up as "name (1)", renames taken back, a quota, and a trash that counts.
@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from smollm2.storage import drive_folder
+from smollm2 import drive_folder
 
 
 class MachineDied(BaseException):
@@ -28,11 +28,34 @@ class MachineDied(BaseException):
 class FakeDrive:
     """`tree` is what the mount shows and `server` what Google has: {path: bytes, or None for a folder}."""
 
-    def __init__(self, root: Path, seed: int = 0, *, in_order=True, tells_uploads=True, fault_rate=0.0, stale_rate=0.0, duplicate_rate=0.0, upload_seconds=(0.0, 0.0), quota=None, real_time=False):
+    def __init__(
+        self,
+        root: Path,
+        seed: int = 0,
+        *,
+        in_order=True,
+        tells_uploads=True,
+        fault_rate=0.0,
+        stale_rate=0.0,
+        duplicate_rate=0.0,
+        upload_seconds=(0.0, 0.0),
+        quota=None,
+        real_time=False,
+    ):
         self.mount, self.root = root, root / "MyDrive" / "run"
         self.random = random.Random(seed)
-        self.in_order, self.tells_uploads, self.quota, self.real_time = in_order, tells_uploads, quota, real_time
-        self.fault_rate, self.stale_rate, self.duplicate_rate, self.upload_seconds = fault_rate, stale_rate, duplicate_rate, upload_seconds
+        self.in_order, self.tells_uploads, self.quota, self.real_time = (
+            in_order,
+            tells_uploads,
+            quota,
+            real_time,
+        )
+        self.fault_rate, self.stale_rate, self.duplicate_rate, self.upload_seconds = (
+            fault_rate,
+            stale_rate,
+            duplicate_rate,
+            upload_seconds,
+        )
         self.tree: dict[str, bytes | None] = {str(self.root.parent): None}
         self.server: dict[str, bytes | None] = {}
         self.queue: list[tuple[float, str, str, bytes | None]] = []  # (not before, what, path, content)
@@ -93,7 +116,10 @@ class FakeDrive:
     def _apply(self, job) -> bool:
         _, what, path, content = job
         if what == "write":
-            if self.quota is not None and self.server_bytes() + len(content) - len(self.server.get(path) or b"") > self.quota:
+            if (
+                self.quota is not None
+                and self.server_bytes() + len(content) - len(self.server.get(path) or b"") > self.quota
+            ):
                 return False
             self.server[path] = content
             for parent in list(Path(path).parents)[:2]:
@@ -133,14 +159,23 @@ class FakeDrive:
         if renames:
             for name in sorted(self.server_folders()):
                 if self.random.random() < 0.25:
-                    self._rename_on_server(name, self.random.choice((f"{name} (1)", f"{name.removesuffix('.ckpt')} (1).ckpt")))
+                    self._rename_on_server(
+                        name, self.random.choice((f"{name} (1)", f"{name.removesuffix('.ckpt')} (1).ckpt"))
+                    )
         self.tree = {str(self.root.parent): None} | dict(self.server)
         files = [path for path, content in self.tree.items() if content]
-        self.stale_until = {path: self.now + self.random.uniform(0, 0.05 if self.real_time else 9) for path in files if self.random.random() < self.stale_rate}
+        self.stale_until = {
+            path: self.now + self.random.uniform(0, 0.05 if self.real_time else 9)
+            for path in files
+            if self.random.random() < self.stale_rate
+        }
 
     def _rename_on_server(self, name: str, other: str) -> None:
         old, new = str(self.root / name), str(self.root / other)
-        self.server = {new + path[len(old) :] if path == old or path.startswith(old + "/") else path: c for path, c in self.server.items()}
+        self.server = {
+            new + path[len(old) :] if path == old or path.startswith(old + "/") else path: c
+            for path, c in self.server.items()
+        }
         if self.random.random() < 0.5:
             self.server[old] = None  # the old name stays behind, empty
 
@@ -241,7 +276,7 @@ class FakeDrive:
     # --- putting it in place
 
     def install(self, monkeypatch, tmp_path: Path) -> None:
-        """Make `smollm2.storage.drive_folder` see this Drive under its mount point, and the real disk everywhere else."""
+        """Make `smollm2.drive_folder` see this Drive under its mount point, and the real disk everywhere else."""
         table = tmp_path / "mounts"
 
         class Os:
@@ -251,17 +286,31 @@ class FakeDrive:
                 return lambda path, *rest: getattr(self if self._inside(path) else os, name)(path, *rest)
 
             fsync = staticmethod(lambda descriptor: self._op())
-            path = SimpleNamespace(isdir=lambda path: self.tree.get(str(path), b"") is None if self._inside(path) else os.path.isdir(path), abspath=os.path.abspath)
+            path = SimpleNamespace(
+                isdir=lambda path: (
+                    self.tree.get(str(path), b"") is None if self._inside(path) else os.path.isdir(path)
+                ),
+                abspath=os.path.abspath,
+            )
 
         monkeypatch.setattr(drive_folder, "os", Os())
-        monkeypatch.setattr(drive_folder, "open", lambda path, *rest, **more: self.open(path, *rest) if self._inside(path) else open(path, *rest, **more), raising=False)  # noqa: SIM115
+        monkeypatch.setattr(
+            drive_folder,
+            "open",
+            lambda path, *rest, **more: (
+                self.open(path, *rest) if self._inside(path) else open(path, *rest, **more)  # noqa: SIM115
+            ),
+            raising=False,
+        )
         monkeypatch.setattr(drive_folder, "MOUNT_POINT", self.mount)
         monkeypatch.setattr(drive_folder, "MOUNTS_TABLE", table)
         self.set_mounted(True, table)
 
     def set_mounted(self, mounted: bool, table: Path | None = None) -> None:
         self._table = table or self._table
-        self._table.write_text(f"proc /proc proc rw 0 0\n{f'drive {self.mount} fuse.drive rw,nosuid 0 0' if mounted else ''}\n")
+        self._table.write_text(
+            f"proc /proc proc rw 0 0\n{f'drive {self.mount} fuse.drive rw,nosuid 0 0' if mounted else ''}\n"
+        )
 
 
 class _Writer:
@@ -287,4 +336,6 @@ class _Writer:
 
     def __exit__(self, kind, *_):
         with contextlib.suppress(OSError):
-            self.drive._wrote(self.name, self.content if kind is None else self.content[: len(self.content) // 2])
+            self.drive._wrote(
+                self.name, self.content if kind is None else self.content[: len(self.content) // 2]
+            )

@@ -54,32 +54,55 @@ def snapshot(target: Path) -> Path:
     """A git repository at `target` holding the working tree as it is now (tracked and new files, nothing ignored)."""
     target.mkdir(parents=True)
     if (ROOT / ".git").exists():
-        listed = subprocess.run(["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True)
+        listed = subprocess.run(
+            ["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True
+        )
         names = [name for name in listed.stdout.decode().split("\0") if name and (ROOT / name).is_file()]
         for name in names:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, target / name)
     else:
-        shutil.copytree(ROOT, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__", "output", ".*"))
+        shutil.copytree(
+            ROOT, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__", "output", ".*")
+        )
     identity = ["-c", "user.name=test", "-c", "user.email=test@example.org", "-c", "commit.gpgsign=false"]
     for words in (["init", "-q", "-b", "main"], ["add", "-A"], ["commit", "-q", "-m", "snapshot"]):
         subprocess.run(["git", *identity, *words], cwd=target, check=True, capture_output=True)
     return target
 
 
-def environment(repo: Path, home: Path, online: bool = False, colab: bool = False, drive: str = "ok") -> dict[str, str]:
+def environment(
+    repo: Path, home: Path, online: bool = False, colab: bool = False, drive: str = "ok"
+) -> dict[str, str]:
     """Variables of the kernel: no network, a home of its own, nothing of this checkout importable but the fake Colab."""
     dropped = ("PYTHONPATH", "COLAB_", "FAKECOLAB_", "SMOLLM2_TEST_DATA")
     env = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
-    env |= {"SMOLLM2_REPO": str(repo), "SMOLLM2_SMOKE": "1", "HOME": str(home), "HF_HOME": str(home / "hf"), "IPYTHONDIR": str(home / "ipython")}
-    env |= {"PYTHONDONTWRITEBYTECODE": "1", "GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "safe.directory", "GIT_CONFIG_VALUE_0": "*"}
+    env |= {
+        "SMOLLM2_REPO": str(repo),
+        "SMOLLM2_SMOKE": "1",
+        "HOME": str(home),
+        "HF_HOME": str(home / "hf"),
+        "IPYTHONDIR": str(home / "ipython"),
+    }
+    env |= {
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "GIT_CONFIG_COUNT": "1",
+        "GIT_CONFIG_KEY_0": "safe.directory",
+        "GIT_CONFIG_VALUE_0": "*",
+    }
     env["JUPYTER_PLATFORM_DIRS"] = "1"
     if not online:
         env |= {"HF_HUB_OFFLINE": "1", "PIP_NO_INDEX": "1"}
-        env |= {f"{scheme}_PROXY": NOWHERE for scheme in ("HTTP", "HTTPS", "ALL")} | {f"{s}_proxy": NOWHERE for s in ("http", "https", "all")}
+        env |= {f"{scheme}_PROXY": NOWHERE for scheme in ("HTTP", "HTTPS", "ALL")} | {
+            f"{s}_proxy": NOWHERE for s in ("http", "https", "all")
+        }
         env |= {"NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost"}
     if colab:
-        env |= {"COLAB_RELEASE_TAG": "release-colab-fake", "PYTHONPATH": str(FAKE_COLAB), "FAKECOLAB_DRIVE": drive}
+        env |= {
+            "COLAB_RELEASE_TAG": "release-colab-fake",
+            "PYTHONPATH": str(FAKE_COLAB),
+            "FAKECOLAB_DRIVE": drive,
+        }
         env["FAKECOLAB_MOUNT_POINT"] = str(home / "content" / "drive")
     return env
 
@@ -110,7 +133,9 @@ def faults(notebook) -> list[str]:
             if "\r" in text or "Warning" in text:
                 found.append(f"{cell.id}: progress bar or warning: {text[:200]!r}")
             html = output.get("data", {}).get("text/html", "")
-            if html.count("<img") != len(IMAGE.findall(html)) or any(len(alt) < 20 for alt, _ in IMAGE.findall(html)):
+            if html.count("<img") != len(IMAGE.findall(html)) or any(
+                len(alt) < 20 for alt, _ in IMAGE.findall(html)
+            ):
                 found.append(f"{cell.id}: an image without alternative text")
         if lines > MAX_OUTPUT_LINES:
             found.append(f"{cell.id}: {lines} lines of output; {MAX_OUTPUT_LINES} allowed")
@@ -118,15 +143,32 @@ def faults(notebook) -> list[str]:
     counts = {"visible checks": (len(re.findall(r"^✔ ", everything, re.M)), 6)}
     counts["figures"] = (len(images(notebook)), 3)
     counts["predictions"] = (len(re.findall(r"^\? ", everything, re.M)), 3)
-    counts["widgets"] = (sum("application/vnd.jupyter.widget-view+json" in o.get("data", {}) for c in notebook.cells for o in c.get("outputs", [])), 1)
-    found += [f"{count} {what}; at least {least} expected" for what, (count, least) in counts.items() if count < least]
+    counts["widgets"] = (
+        sum(
+            "application/vnd.jupyter.widget-view+json" in o.get("data", {})
+            for c in notebook.cells
+            for o in c.get("outputs", [])
+        ),
+        1,
+    )
+    found += [
+        f"{count} {what}; at least {least} expected"
+        for what, (count, least) in counts.items()
+        if count < least
+    ]
     return found
 
 
 def images(notebook) -> list[tuple[str, str, bytes]]:
     """(cell id, alternative text, PNG) of every figure shown."""
-    shown = [(cell.id, output.get("data", {}).get("text/html", "")) for cell in notebook.cells for output in cell.get("outputs", [])]
-    return [(cell_id, alt, base64.b64decode(data)) for cell_id, html in shown for alt, data in IMAGE.findall(html)]
+    shown = [
+        (cell.id, output.get("data", {}).get("text/html", ""))
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+    ]
+    return [
+        (cell_id, alt, base64.b64decode(data)) for cell_id, html in shown for alt, data in IMAGE.findall(html)
+    ]
 
 
 def run_notebook(stem: str, folder: Path, env: dict[str, str], timeout: int = 600):
@@ -136,18 +178,36 @@ def run_notebook(stem: str, folder: Path, env: dict[str, str], timeout: int = 60
     shutil.copy(NOTEBOOKS / source.name, source)
     assert [p.name for p in folder.iterdir()] == [source.name], f"{folder} is not empty"
     notebook = nbformat.read(source, as_version=4)
-    notebook.cells += [nbformat.v4.new_code_cell(code, id=name) for name, code in (("drive-widgets", DRIVE_CELL), ("where", WHERE_CELL))]
-    client = NotebookClient(notebook, timeout=timeout, kernel_name="python3", allow_errors=True, resources={"metadata": {"path": str(folder)}})
+    notebook.cells += [
+        nbformat.v4.new_code_cell(code, id=name)
+        for name, code in (("drive-widgets", DRIVE_CELL), ("where", WHERE_CELL))
+    ]
+    client = NotebookClient(
+        notebook,
+        timeout=timeout,
+        kernel_name="python3",
+        allow_errors=True,
+        resources={"metadata": {"path": str(folder)}},
+    )
     client.execute(env=env)
     where = text_of(notebook.cells.pop().outputs[0])
     assert str((folder / CLONE).resolve()) in where, f"the notebook did not use its own clone: {where}"
     return notebook
 
 
-def run_script(stem: str, folder: Path, env: dict[str, str], timeout: int = 600) -> subprocess.CompletedProcess:
+def run_script(
+    stem: str, folder: Path, env: dict[str, str], timeout: int = 600
+) -> subprocess.CompletedProcess:
     """`python notebooks/<stem>.py` in another folder, as somebody at a terminal would."""
     folder.mkdir(parents=True, exist_ok=True)
-    return subprocess.run([sys.executable, "-W", "error::UserWarning:smollm2", str(NOTEBOOKS / f"{stem}.py")], cwd=folder, env=env, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        [sys.executable, "-W", "error::UserWarning:smollm2", str(NOTEBOOKS / f"{stem}.py")],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
 
 
 def main() -> int:

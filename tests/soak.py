@@ -36,14 +36,13 @@ from pathlib import Path
 
 import torch
 
-from smollm2 import chores, run, training
+from smollm2 import chores, run, saver, training
 from smollm2.checkpoint import FINAL_NAMES, candidates, verify
 from smollm2.config import DataConfig, PlaceConfig, RunConfig, SmolLM2Config, TrainConfig
 from smollm2.errors import CheckpointError
 from smollm2.files import sha256_file
 from smollm2.logs import EPOCHS, SAMPLES, TRAINING, parse_line
 from smollm2.progress import Reporter
-from smollm2.storage import saver
 
 PHASES = ("start-up", "training", "saving", "validation", "exit")
 STEPS = 120
@@ -68,7 +67,14 @@ def small_config(text: Path, output_dir: Path, accumulation: int = 1, **train) -
         "max_steps": STEPS, "batch_size": 8, "micro_batch_size": 8 // accumulation, "warmup_steps": 5, "log_every": 5, "val_every": 15,
         "val_max_tokens": None, "sample_every": 30, "sample_tokens": 3, "save_every": 10, "save_every_seconds": None, "precision": "fp32",
     }  # fmt: skip
-    shape = {"vocab_size": 300, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "num_key_value_heads": 1}
+    shape = {
+        "vocab_size": 300,
+        "hidden_size": 24,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+    }
     return RunConfig(
         preset="nano",
         model=SmolLM2Config(**shape, max_position_embeddings=64),
@@ -85,7 +91,10 @@ def log_events(path: Path) -> list[dict[str, str]]:
     """The lines of a log without their timestamps; torn lines are an error."""
     if not path.exists():
         return []
-    return [{k: v for k, v in parse_line(line).items() if k != "time"} for line in path.read_text().splitlines(keepends=True)]
+    return [
+        {k: v for k, v in parse_line(line).items() if k != "time"}
+        for line in path.read_text().splitlines(keepends=True)
+    ]
 
 
 def outcome(output_dir: Path) -> dict[str, object]:
@@ -95,7 +104,10 @@ def outcome(output_dir: Path) -> dict[str, object]:
         folder = output_dir / "checkpoints" / name
         if folder.exists():
             verify(folder)
-            found |= {f"{name}/{f}": sha256_file(folder / f) for f in ("model.safetensors", "optim.safetensors", "state.json")}
+            found |= {
+                f"{name}/{f}": sha256_file(folder / f)
+                for f in ("model.safetensors", "optim.safetensors", "state.json")
+            }
     for name in (TRAINING, SAMPLES, EPOCHS):
         found[name] = log_events(output_dir / "logs" / name)
     return found
@@ -169,7 +181,13 @@ def _instrument(board: Blackboard, drop_tokens: bool) -> None:
     training.TrainingModule.training_step = step
 
 
-def start(config: RunConfig, board: Blackboard, log: Path, drop_tokens: bool = True, sabotage: Callable[[], None] | None = None) -> int:
+def start(
+    config: RunConfig,
+    board: Blackboard,
+    log: Path,
+    drop_tokens: bool = True,
+    sabotage: Callable[[], None] | None = None,
+) -> int:
     """Fork a child that trains as `config` says; returns its pid. Its exit code is that of the command line."""
     sys.stdout.flush()
     board.write(0, 0, 0)
@@ -232,13 +250,26 @@ def reference(config: RunConfig, log: Path, drop_tokens: bool = True) -> Referen
 class Soak:
     """Counts kills by phase over many runs."""
 
-    def __init__(self, folder: Path, seed: int = 0, sabotage: Callable[[], None] | None = None, drop_tokens: bool = True):
-        self.folder, self.rng, self.sabotage, self.drop_tokens = folder, random.Random(seed), sabotage, drop_tokens
+    def __init__(
+        self,
+        folder: Path,
+        seed: int = 0,
+        sabotage: Callable[[], None] | None = None,
+        drop_tokens: bool = True,
+    ):
+        self.folder, self.rng, self.sabotage, self.drop_tokens = (
+            folder,
+            random.Random(seed),
+            sabotage,
+            drop_tokens,
+        )
         self.kills: Counter[str] = Counter()
         self.runs = self.multi = 0
         self.board = Blackboard()
 
-    def disturbed_run(self, config: RunConfig, undisturbed: Reference, max_kills: int, multi: bool = False) -> int:
+    def disturbed_run(
+        self, config: RunConfig, undisturbed: Reference, max_kills: int, multi: bool = False
+    ) -> int:
         """One run, killed up to `max_kills` times, then compared; returns the number of kills."""
         output_dir = Path(config.run.output_dir)
         log, killed, step = self.folder / f"{output_dir.name}.log", 0, 0
@@ -261,7 +292,9 @@ class Soak:
             if code != 0:
                 if code is None:
                     kill(pid)
-                raise Difference(f"{output_dir.name}: ended with {code} after {killed} kills:\n{log.read_text()[-1500:]}")
+                raise Difference(
+                    f"{output_dir.name}: ended with {code} after {killed} kills:\n{log.read_text()[-1500:]}"
+                )
             compare(output_dir, undisturbed.expected)
             self.runs += 1
             shutil.rmtree(output_dir)
@@ -273,7 +306,9 @@ class Soak:
         self.kills[PHASES[self.board.read()[0]]] += 1
         after = newest_verified_step(output_dir)
         if after < before:
-            raise Difference(f"{output_dir.name}: before the kill step {before} was safe, after it only {after}")
+            raise Difference(
+                f"{output_dir.name}: before the kill step {before} was safe, after it only {after}"
+            )
         return 1
 
     def _kill_in_first_step(self, config: RunConfig, log: Path) -> int:
@@ -290,7 +325,14 @@ class Soak:
         return killed
 
 
-def fresh_run(config: RunConfig, expected: dict[str, object], folder: Path, rng: random.Random, seconds: float, max_kills: int) -> int:
+def fresh_run(
+    config: RunConfig,
+    expected: dict[str, object],
+    folder: Path,
+    rng: random.Random,
+    seconds: float,
+    max_kills: int,
+) -> int:
     """As `Soak.disturbed_run`, with a new interpreter and the real command line for every start."""
     path, killed, output_dir = folder / "config.yaml", 0, Path(config.run.output_dir)
     path.write_text(config.to_yaml())
@@ -298,7 +340,9 @@ def fresh_run(config: RunConfig, expected: dict[str, object], folder: Path, rng:
     environment = dict(os.environ, OMP_NUM_THREADS="1")
     while True:
         with open(folder / "fresh.log", "ab") as log:
-            process = subprocess.Popen(command, cwd=Path(__file__).parents[1], env=environment, stdout=log, stderr=log)
+            process = subprocess.Popen(
+                command, cwd=Path(__file__).parents[1], env=environment, stdout=log, stderr=log
+            )
             try:
                 code = process.wait(rng.uniform(0, BEYOND * seconds) if killed < max_kills else 300)
             except subprocess.TimeoutExpired:
@@ -307,7 +351,9 @@ def fresh_run(config: RunConfig, expected: dict[str, object], folder: Path, rng:
                 killed += 1
                 continue
         if code != 0:
-            raise Difference(f"colab_train.py ended with {code}:\n{(folder / 'fresh.log').read_text()[-1500:]}")
+            raise Difference(
+                f"colab_train.py ended with {code}:\n{(folder / 'fresh.log').read_text()[-1500:]}"
+            )
         compare(output_dir, expected)
         shutil.rmtree(output_dir)
         return killed
@@ -339,7 +385,13 @@ def break_random_state() -> None:
 
 
 def break_optimizer_state() -> None:
-    _forget(lambda model, state, moments: (model, state, {name: torch.zeros_like(t) for name, t in moments.items()}))
+    _forget(
+        lambda model, state, moments: (
+            model,
+            state,
+            {name: torch.zeros_like(t) for name, t in moments.items()},
+        )
+    )
 
 
 def break_commit() -> None:
@@ -357,10 +409,17 @@ def break_commit() -> None:
     saver.commit = commit
 
 
-SABOTAGES = {"data position": break_position, "random state": break_random_state, "optimizer state": break_optimizer_state, "commit protocol": break_commit}
+SABOTAGES = {
+    "data position": break_position,
+    "random state": break_random_state,
+    "optimizer state": break_optimizer_state,
+    "commit protocol": break_commit,
+}
 
 
-def caught(sabotage: Callable[[], None], text: Path, folder: Path, undisturbed: Reference, kills: int = 40) -> str | None:
+def caught(
+    sabotage: Callable[[], None], text: Path, folder: Path, undisturbed: Reference, kills: int = 40
+) -> str | None:
     """What the harness found with something broken on purpose; None when it noticed nothing (then it is worthless)."""
     soak = Soak(folder, seed=1, sabotage=sabotage)
     try:
@@ -375,9 +434,20 @@ def caught(sabotage: Callable[[], None], text: Path, folder: Path, undisturbed: 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200, help="in forked runs")
-    parser.add_argument("--fresh", type=int, default=0, help="kills of whole interpreters running colab_train.py")
-    parser.add_argument("--multi", type=int, default=0, nargs="?", const=50, help="double and triple kills in the first step after a resume")
-    parser.add_argument("--accumulation", default="1,4", help="micro-batches of one step, one run each in turn")
+    parser.add_argument(
+        "--fresh", type=int, default=0, help="kills of whole interpreters running colab_train.py"
+    )
+    parser.add_argument(
+        "--multi",
+        type=int,
+        default=0,
+        nargs="?",
+        const=50,
+        help="double and triple kills in the first step after a resume",
+    )
+    parser.add_argument(
+        "--accumulation", default="1,4", help="micro-batches of one step, one run each in turn"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no_negative", action="store_true", help="leave out the test of the harness itself")
     args = parser.parse_args()
@@ -386,9 +456,15 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
         folder = Path(name)
         text = small_text(folder / "text.txt")
-        undisturbed = {a: reference(small_config(text, folder / f"reference-{a}", a), folder / "reference.log") for a in accumulations}
+        undisturbed = {
+            a: reference(small_config(text, folder / f"reference-{a}", a), folder / "reference.log")
+            for a in accumulations
+        }
         epochs = len(undisturbed[accumulations[0]].expected[EPOCHS])
-        print(f"undisturbed: {STEPS} steps, {epochs} epochs, {undisturbed[accumulations[0]].seconds:.1f} s", flush=True)
+        print(
+            f"undisturbed: {STEPS} steps, {epochs} epochs, {undisturbed[accumulations[0]].seconds:.1f} s",
+            flush=True,
+        )
         started, soak, number = time.monotonic(), Soak(folder, args.seed), 0
         for multi, wanted in ((False, args.kills), (True, args.multi)):
             soak.kills.clear()
@@ -396,22 +472,47 @@ def main() -> int:
             while (soak.multi if multi else sum(soak.kills.values())) < wanted:
                 accumulation = accumulations[number % len(accumulations)]
                 budget = KILLS_A_RUN if multi else min(KILLS_A_RUN, wanted - sum(soak.kills.values()))
-                soak.disturbed_run(small_config(text, folder / f"run-{number}", accumulation), undisturbed[accumulation], budget, multi)
+                soak.disturbed_run(
+                    small_config(text, folder / f"run-{number}", accumulation),
+                    undisturbed[accumulation],
+                    budget,
+                    multi,
+                )
                 number += 1
             if wanted:
                 what = f"{soak.multi} double or triple kills after a resume, " if multi else ""
-                print(f"{what}{sum(soak.kills.values())} kills {dict(soak.kills)} in {soak.runs} runs: 0 differences ({time.monotonic() - started:.0f} s)", flush=True)
+                print(
+                    f"{what}{sum(soak.kills.values())} kills {dict(soak.kills)} in {soak.runs} runs: 0 differences ({time.monotonic() - started:.0f} s)",
+                    flush=True,
+                )
         if args.fresh:
             rng, killed = random.Random(args.seed), 0
-            plain = reference(small_config(text, folder / "plain"), folder / "reference.log", drop_tokens=False)
+            plain = reference(
+                small_config(text, folder / "plain"), folder / "reference.log", drop_tokens=False
+            )
             while killed < args.fresh:
-                killed += fresh_run(small_config(text, folder / "fresh"), plain.expected, folder, rng, plain.seconds + 8, args.fresh - killed)
-            print(f"{killed} kills of fresh interpreters: 0 differences ({time.monotonic() - started:.0f} s)", flush=True)
+                killed += fresh_run(
+                    small_config(text, folder / "fresh"),
+                    plain.expected,
+                    folder,
+                    rng,
+                    plain.seconds + 8,
+                    args.fresh - killed,
+                )
+            print(
+                f"{killed} kills of fresh interpreters: 0 differences ({time.monotonic() - started:.0f} s)",
+                flush=True,
+            )
         if not args.no_negative:
-            base = undisturbed.get(1) or reference(small_config(text, folder / "reference"), folder / "reference.log")
+            base = undisturbed.get(1) or reference(
+                small_config(text, folder / "reference"), folder / "reference.log"
+            )
             found = {name: caught(sabotage, text, folder, base) for name, sabotage in SABOTAGES.items()}
             for name, what in found.items():
-                print(f"broken on purpose, {name}: {'caught: ' + what[:120] if what else 'NOT CAUGHT'}", flush=True)
+                print(
+                    f"broken on purpose, {name}: {'caught: ' + what[:120] if what else 'NOT CAUGHT'}",
+                    flush=True,
+                )
             if not all(found.values()):
                 return 1
     return 0

@@ -48,14 +48,16 @@ def pace() -> Pace:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    return run_with_two_checkpoints(tmp_path_factory.mktemp("run"), eos_token_id=None)  # it never ends by itself
+    return run_with_two_checkpoints(
+        tmp_path_factory.mktemp("run"), eos_token_id=None
+    )  # it never ends by itself
 
 
 @pytest.fixture(scope="module")
 def address(checkpoint, pace):
     pytest.importorskip("gradio", reason="pip install gradio")
+    from smollm2 import serving
     from smollm2.app import launch
-    from smollm2.web import serving
 
     stream = serving.stream
 
@@ -82,7 +84,13 @@ def chromium():
         pytest.skip("no Chromium and chromedriver: apt-get install chromium chromium-driver")
     options = webdriver.ChromeOptions()
     options.binary_location = program
-    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--hide-scrollbars"):
+    for flag in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-dev-shm-usage",
+        "--disable-gpu",
+        "--hide-scrollbars",
+    ):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "SEVERE"})
     made = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
@@ -120,12 +128,16 @@ def wait_for(condition, what: str, seconds: float = 120):
 def element(browser, css: str):
     from selenium.webdriver.common.by import By
 
-    return wait_for(lambda: next((e for e in browser.find_elements(By.CSS_SELECTOR, css) if e.is_displayed()), None), css)
+    return wait_for(
+        lambda: next((e for e in browser.find_elements(By.CSS_SELECTOR, css) if e.is_displayed()), None), css
+    )
 
 
 def value(browser, name: str) -> str:
     """What stands in a text box. One call, so that a redraw cannot come between finding and reading."""
-    return browser.execute_script("return document.querySelector(arguments[0])?.value ?? ''", f"#{name} textarea")
+    return browser.execute_script(
+        "return document.querySelector(arguments[0])?.value ?? ''", f"#{name} textarea"
+    )
 
 
 def open_page(browser, address: str, dark: bool = False) -> None:
@@ -185,7 +197,9 @@ def colors(browser, css: str) -> tuple[list[int], list[int]]:
         return [getComputedStyle(arguments[0]).color, background(behind)];
     """
     found = browser.execute_script(script, element(browser, css))
-    return tuple([int(float(part)) for part in color[color.index("(") + 1 : -1].split(",")[:3]] for color in found)
+    return tuple(
+        [int(float(part)) for part in color[color.index("(") + 1 : -1].split(",")[:3]] for color in found
+    )
 
 
 def contrast(one: list[int], other: list[int]) -> float:
@@ -201,7 +215,11 @@ def contrast(one: list[int], other: list[int]) -> float:
 
 
 def complaints(browser) -> list[str]:
-    return [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE" and "favicon" not in entry["message"]]
+    return [
+        entry["message"]
+        for entry in browser.get_log("browser")
+        if entry["level"] == "SEVERE" and "favicon" not in entry["message"]
+    ]
 
 
 def test_a_text_is_typed_written_piece_by_piece_and_scored(browser, address, pace):
@@ -255,8 +273,8 @@ def is_free(address: str) -> bool:
 def test_another_checkpoint_writes_its_own_text(browser, address, checkpoint):
     from selenium.webdriver.common.keys import Keys
 
-    from smollm2.generate import complete
     from smollm2.pretrained import load_model_and_tokenizer
+    from smollm2.sampling import complete
 
     open_page(browser, address)
     open_settings(browser)
@@ -268,7 +286,9 @@ def test_another_checkpoint_writes_its_own_text(browser, address, checkpoint):
         wait_for(lambda name=name: element(browser, "#checkpoint input").get_attribute("value") == name, name)
         write(browser)
         wait_for(lambda: is_done(browser, 20), "a text")
-        expected = PROMPT + complete(*load_model_and_tokenizer(checkpoint.parent / name), PROMPT, 20, temperature=0.0, stop_ids=())
+        expected = PROMPT + complete(
+            *load_model_and_tokenizer(checkpoint.parent / name), PROMPT, 20, temperature=0.0, stop_ids=()
+        )
         texts[name] = value(browser, "text")
         assert texts[name] == expected
         click(browser, "#clear")
@@ -280,7 +300,9 @@ def test_a_request_beyond_the_limits_is_a_word_on_the_page(browser, address):
     open_page(browser, address)
     box = element(browser, "#prompt textarea")
     browser.execute_script("arguments[0].removeAttribute('maxlength')", box)  # a browser's limit binds nobody
-    browser.execute_script("arguments[0].value = 'word '.repeat(3000); arguments[0].dispatchEvent(new Event('input'))", box)
+    browser.execute_script(
+        "arguments[0].value = 'word '.repeat(3000); arguments[0].dispatchEvent(new Event('input'))", box
+    )
     write(browser)
     wait_for(lambda: "prompt:" in value(browser, "status"), "the refusal")
     assert "8000 characters" in value(browser, "status") and value(browser, "text") == ""
@@ -315,8 +337,22 @@ def test_the_desktop_page_can_be_read_by_day_and_by_night(browser, address, dark
     browser.execute_script("window.scrollTo(0, 0)")
     picture(browser, f"desktop-{'dark' if dark else 'day'}")
     assert (sum(colors(browser, "#text textarea")[1]) < 300) == dark
-    boxes = ("#prompt textarea", "#text textarea", "#status textarea", "#checkpoint input", "#settings input[type=number]")
-    for css in ("#page-title h1", "#write", "#stop", "#clear", "#text [data-testid=block-info]", "#settings .info-text", *boxes):
+    boxes = (
+        "#prompt textarea",
+        "#text textarea",
+        "#status textarea",
+        "#checkpoint input",
+        "#settings input[type=number]",
+    )
+    for css in (
+        "#page-title h1",
+        "#write",
+        "#stop",
+        "#clear",
+        "#text [data-testid=block-info]",
+        "#settings .info-text",
+        *boxes,
+    ):
         assert contrast(*colors(browser, css)) >= 4.5, (css, colors(browser, css))
     left, right = element(browser, "#text").rect, element(browser, "#checkpoint").rect
     assert left["x"] + left["width"] <= right["x"]  # two columns where there is room

@@ -76,7 +76,10 @@ def call(program: str, argv: list[str], stdin: bytes = b"") -> Outcome:
     except SystemExit as ended:
         return Outcome(ended.code or 0, out.getvalue(), err.getvalue(), time.monotonic() - began)
     except BaseException as error:
-        pytest.fail(f"{program} {argv}: a traceback instead of a message: {''.join(traceback.format_exception(error)[-3:])}", pytrace=False)
+        pytest.fail(
+            f"{program} {argv}: a traceback instead of a message: {''.join(traceback.format_exception(error)[-3:])}",
+            pytrace=False,
+        )
     finally:
         sys.stdin = before
     raise AssertionError("run_command came back")
@@ -132,7 +135,14 @@ def shop(tmp_path_factory) -> Path:
     (folder / "loop").symlink_to("loop")
     (folder / "dangling").symlink_to("nowhere")
     make_tokenizers(folder)
-    train(load_config("nano", str(folder / "tiny.yaml"), **{"data.input_file": str(folder / "good.txt"), "run.output_dir": str(folder / "run")}), Reporter())
+    train(
+        load_config(
+            "nano",
+            str(folder / "tiny.yaml"),
+            **{"data.input_file": str(folder / "good.txt"), "run.output_dir": str(folder / "run")},
+        ),
+        Reporter(),
+    )
     make_checkpoints(folder)
     return folder
 
@@ -157,7 +167,9 @@ def make_checkpoints(shop: Path) -> None:
     name = next(iter(weights))
 
     def config(**changes):
-        return lambda f: (f / "config.json").write_text(json.dumps(json.loads((f / "config.json").read_text()) | changes))
+        return lambda f: (f / "config.json").write_text(
+            json.dumps(json.loads((f / "config.json").read_text()) | changes)
+        )
 
     def tensors(change: Callable[[dict], dict]):
         return lambda f: save_file(change(dict(weights)), f / "model.safetensors")
@@ -212,8 +224,7 @@ def make_checkpoints(shop: Path) -> None:
 
 def forge(folder: Path, **changes) -> None:
     """A manifest with other content and a right hash of itself, as an attacker or a later version would write it."""
-    from smollm2.checkpoint import dump_json
-    from smollm2.files import sha256_json
+    from smollm2.files import dump_json, sha256_json
 
     body = json.loads((folder / "manifest.json").read_text()) | changes
     body.pop("sha256_of_this")
@@ -226,7 +237,9 @@ def modest_memory():
     status, peak = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
     def kilobytes(field: str) -> int:
-        return int(next(line for line in status.read_text().splitlines() if line.startswith(field)).split()[1])
+        return int(
+            next(line for line in status.read_text().splitlines() if line.startswith(field)).split()[1]
+        )
 
     if not peak.exists():
         yield
@@ -313,21 +326,38 @@ BAD_TEXTS = {
 
 @pytest.mark.parametrize("path", BAD_TEXTS)
 def test_training_refuses_a_text_that_is_none(path, refused):
-    refused("train", ["--config", "SHOP/tiny.yaml", "--input_file", path, "--output_dir", "output"], *BAD_TEXTS[path])
+    refused(
+        "train",
+        ["--config", "SHOP/tiny.yaml", "--input_file", path, "--output_dir", "output"],
+        *BAD_TEXTS[path],
+    )
 
 
 @pytest.mark.parametrize("path", BAD_TEXTS)
 def test_evaluation_refuses_a_text_that_is_none(path, refused):
-    refused("evaluate", ["--checkpoint", f"SHOP/run/checkpoints/{FINAL_NAMES[0]}", "--input_file", path], *BAD_TEXTS[path])
+    refused(
+        "evaluate",
+        ["--checkpoint", f"SHOP/run/checkpoints/{FINAL_NAMES[0]}", "--input_file", path],
+        *BAD_TEXTS[path],
+    )
 
 
-@pytest.mark.parametrize("name, words", [("short.txt", ("training tokens, but one row needs 17",)), ("one.txt", ("tokens",)), ("blank.txt", ())])
+@pytest.mark.parametrize(
+    "name, words",
+    [("short.txt", ("training tokens, but one row needs 17",)), ("one.txt", ("tokens",)), ("blank.txt", ())],
+)
 def test_training_refuses_a_text_that_is_too_short(name, words, refused):
     if name != "blank.txt":  # 1,200 blanks are tokens like others
-        refused("train", ["--config", "SHOP/tiny.yaml", "--input_file", f"SHOP/{name}", "--output_dir", "output"], *words)
+        refused(
+            "train",
+            ["--config", "SHOP/tiny.yaml", "--input_file", f"SHOP/{name}", "--output_dir", "output"],
+            *words,
+        )
 
 
-def test_the_default_input_is_named_when_it_is_missing_here_and_beside_the_program(refused, tmp_path, monkeypatch):
+def test_the_default_input_is_named_when_it_is_missing_here_and_beside_the_program(
+    refused, tmp_path, monkeypatch
+):
     monkeypatch.setattr(colab_train, "__file__", str(tmp_path / "colab_train.py"))
     refused("train", [], "input.txt", "no such file")
 
@@ -339,7 +369,11 @@ def test_a_text_without_permission_is_named(shop, refused, tmp_path):
     try:
         with somebody_else(shop, tmp_path):
             refused("train", ["--input_file", path, "--output_dir", "/dev/shm/never"], "Permission denied")
-            refused("evaluate", ["--checkpoint", f"SHOP/run/checkpoints/{FINAL_NAMES[0]}", "--input_file", path], "Permission denied")
+            refused(
+                "evaluate",
+                ["--checkpoint", f"SHOP/run/checkpoints/{FINAL_NAMES[0]}", "--input_file", path],
+                "Permission denied",
+            )
     finally:
         path.unlink()
 
@@ -350,7 +384,12 @@ def somebody_else(*folders: Path):
     if os.geteuid() != 0:
         yield
         return
-    closed = [(p, p.stat().st_mode) for folder in folders for p in (folder, *folder.parents) if p.stat().st_uid == 0 and not p.stat().st_mode & 1]
+    closed = [
+        (p, p.stat().st_mode)
+        for folder in folders
+        for p in (folder, *folder.parents)
+        if p.stat().st_uid == 0 and not p.stat().st_mode & 1
+    ]
     for path, mode in closed:
         path.chmod(mode | 0o55)
     os.seteuid(65534)
@@ -365,12 +404,27 @@ def somebody_else(*folders: Path):
 @pytest.mark.parametrize("form", ["plain", "bom", "crlf", "cr", "one line"])
 def test_forms_of_one_text_train_alike(form, shop, tmp_path, monkeypatch):
     """A byte-order mark and foreign line ends change nothing, in a path with blanks and accents and at full length."""
-    data = {"bom": b"\xef\xbb\xbf" + TEXT.encode(), "crlf": TEXT.replace("\n", "\r\n").encode(), "cr": TEXT.replace("\n", "\r").encode(), "one line": TEXT.replace("\n", " ").encode()}.get(form, TEXT.encode())
+    data = {
+        "bom": b"\xef\xbb\xbf" + TEXT.encode(),
+        "crlf": TEXT.replace("\n", "\r\n").encode(),
+        "cr": TEXT.replace("\n", "\r").encode(),
+        "one line": TEXT.replace("\n", " ").encode(),
+    }.get(form, TEXT.encode())
     folder = tmp_path / "My Drive" / "Übung 日本"
     folder.mkdir(parents=True)
     path = folder / ("n" * 251 + ".txt")
     path.write_bytes(data)
-    outcome = call("train", ["--config", str(shop / "tiny.yaml"), "--input_file", str(path), "--output_dir", str(folder / "out put")])
+    outcome = call(
+        "train",
+        [
+            "--config",
+            str(shop / "tiny.yaml"),
+            "--input_file",
+            str(path),
+            "--output_dir",
+            str(folder / "out put"),
+        ],
+    )
     assert outcome.code == 0, outcome.err
     if form != "one line":
         same = (folder / "out put" / "checkpoints" / FINAL_NAMES[0] / "model.safetensors").read_bytes()
@@ -463,7 +517,10 @@ BAD_CONFIGS = {
     "model: {num_hidden_layers: 1000000000}": ("num_hidden_layers",),
     "model: {hidden_size: 1000000000000}": ("hidden_size",),
     "model: {max_position_embeddings: 1000000000000}": ("max_position_embeddings",),
-    "model: {hidden_size: 65536, num_attention_heads: 64, num_key_value_heads: 64, num_hidden_layers: 1000}": ("memory", "smaller model"),
+    "model: {hidden_size: 65536, num_attention_heads: 64, num_key_value_heads: 64, num_hidden_layers: 1000}": (
+        "memory",
+        "smaller model",
+    ),
     "model: {head_dim: 4096, max_position_embeddings: 1048576}": ("RoPE tables", "GiB", "smaller"),
     "train: {batch_size: 1048576}": ("batch_size", "memory", "choose a smaller train.micro_batch_size"),
     "model: {rope_theta: 0}": ("rope_theta",),
@@ -482,14 +539,30 @@ BAD_CONFIGS = {
 def test_a_bad_configuration_file_is_refused(text, refused, tmp_path):
     path = tmp_path / "bad.yaml"
     path.write_text(text)
-    places = {"data.input_file": ["--input_file", "SHOP/good.txt"], "run.output_dir": ["--output_dir", "output"]}
-    argv = [word for key, words in places.items() if key.split(".")[1] not in text for word in words]  # a flag would win over the file
+    places = {
+        "data.input_file": ["--input_file", "SHOP/good.txt"],
+        "run.output_dir": ["--output_dir", "output"],
+    }
+    argv = [
+        word for key, words in places.items() if key.split(".")[1] not in text for word in words
+    ]  # a flag would win over the file
     refused("train", ["--config", path, *argv], *BAD_CONFIGS[text])
 
 
 @pytest.mark.parametrize(
     "path, word",
-    [("SHOP/none.yaml", "no such file"), ("SHOP/a folder", "not a regular file"), ("SHOP/pipe", "not a regular file"), ("/dev/zero", "not a regular file"), ("SHOP/text.gz", "not UTF-8"), ("SHOP/latin1.txt", "not UTF-8"), ("a\0b", "no such file"), ("SHOP/loop", ""), ("", "not a regular file"), ("y" * 300, "")],
+    [
+        ("SHOP/none.yaml", "no such file"),
+        ("SHOP/a folder", "not a regular file"),
+        ("SHOP/pipe", "not a regular file"),
+        ("/dev/zero", "not a regular file"),
+        ("SHOP/text.gz", "not UTF-8"),
+        ("SHOP/latin1.txt", "not UTF-8"),
+        ("a\0b", "no such file"),
+        ("SHOP/loop", ""),
+        ("", "not a regular file"),
+        ("y" * 300, ""),
+    ],
 )
 def test_a_configuration_file_that_is_none_is_refused(path, word, refused):
     refused("train", ["--config", path, "--input_file", "SHOP/good.txt"], "--config", word)
@@ -621,15 +694,30 @@ BAD_COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize("program, argv, words", BAD_COMMANDS, ids=[f"{program}-{n}" for n, (program, *_) in enumerate(BAD_COMMANDS)])
+@pytest.mark.parametrize(
+    "program, argv, words",
+    BAD_COMMANDS,
+    ids=[f"{program}-{n}" for n, (program, *_) in enumerate(BAD_COMMANDS)],
+)
 def test_a_bad_command_line_is_refused(program, argv, words, refused, shop):
     if program == "train" and argv != ["--"]:
         argv = [*TRAIN, "--output_dir", "output", *argv]
-    argv = [part for word in argv for part in (["--checkpoint", f"SHOP/run/checkpoints/{FINAL_NAMES[0]}"] if word == "MODEL" else [word])]
+    argv = [
+        part
+        for word in argv
+        for part in (
+            ["--checkpoint", f"SHOP/run/checkpoints/{FINAL_NAMES[0]}"] if word == "MODEL" else [word]
+        )
+    ]
     if program == "generate" and "--checkpoint" in argv and "--prompt" not in argv and len(argv) > 2:
         argv += ["--prompt", "x"]
     code = next((word for word in words if isinstance(word, int)), 2)
-    refused(program, argv, *[word.replace("SHOP", str(shop)) for word in words if isinstance(word, str)], code=code)
+    refused(
+        program,
+        argv,
+        *[word.replace("SHOP", str(shop)) for word in words if isinstance(word, str)],
+        code=code,
+    )
 
 
 # --- checkpoints
@@ -639,7 +727,12 @@ def broken_names() -> list[str]:
     """The names `make_checkpoints` gives, known before the fixture runs."""
     import re
 
-    source = Path(__file__).read_text(encoding="utf-8").partition("foreign = {")[2].partition("for title, damage")[0]
+    source = (
+        Path(__file__)
+        .read_text(encoding="utf-8")
+        .partition("foreign = {")[2]
+        .partition("for title, damage")[0]
+    )
     return re.findall(r'(?:^|\s)"([a-z0-9-]+)": (?:put|config|tensors|flip|lambda)', source)
 
 
@@ -647,7 +740,11 @@ def broken_names() -> list[str]:
 @pytest.mark.parametrize("program", ["generate", "evaluate"])
 def test_a_broken_checkpoint_is_refused(program, name, refused, shop):
     rest = ["--prompt", "green"] if program == "generate" else ["--input_file", "SHOP/good.txt"]
-    outcome = refused(program, ["--checkpoint", f"SHOP/broken/{name}", *rest], name if "tokenizer" not in name else "tokenizer")
+    outcome = refused(
+        program,
+        ["--checkpoint", f"SHOP/broken/{name}", *rest],
+        name if "tokenizer" not in name else "tokenizer",
+    )
     assert outcome.seconds < 10
 
 
@@ -664,7 +761,22 @@ def run_here(shop, tmp_path) -> Path:
 def resume(refused, shop: Path, run: Path, *more: str, words: tuple[str, ...], code: int = 2) -> None:
     """A refused resume changes no checkpoint, no log, nothing."""
     before = {path: facts for path, facts in files_below(run).items() if Path(path).name != ".lock"}
-    refused("train", ["--config", "SHOP/tiny.yaml", "--input_file", "SHOP/good.txt", "--output_dir", run, "--max_steps", "6", *more], *words, code=code)
+    refused(
+        "train",
+        [
+            "--config",
+            "SHOP/tiny.yaml",
+            "--input_file",
+            "SHOP/good.txt",
+            "--output_dir",
+            run,
+            "--max_steps",
+            "6",
+            *more,
+        ],
+        *words,
+        code=code,
+    )
     assert {path: facts for path, facts in files_below(run).items() if Path(path).name != ".lock"} == before
 
 
@@ -694,7 +806,9 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_from_zero(damage
     for folder in (run_here / "checkpoints").iterdir():
         path = folder / ("manifest.json" if damage == "manifest" else "optim.safetensors")
         data = path.read_bytes()
-        path.write_bytes({"empty": b"", "cut": data[:-1], "flip": bytes([data[0] ^ 1]) + data[1:]}.get(damage, b""))
+        path.write_bytes(
+            {"empty": b"", "cut": data[:-1], "flip": bytes([data[0] ^ 1]) + data[1:]}.get(damage, b"")
+        )
         if damage == "missing":
             path.unlink()
     resume(refused, shop, run_here, words=("none usable", "--resume never"), code=4)
@@ -704,12 +818,31 @@ def test_a_pickled_lightning_checkpoint_in_the_run_is_not_taken_for_ours(shop, r
     shutil.rmtree(run_here / "checkpoints")
     (run_here / "checkpoints").mkdir()
     (run_here / "checkpoints" / "last.ckpt").write_bytes(b"PK\x03\x04" + bytes(100))
-    outcome = call("train", ["--config", str(shop / "tiny.yaml"), "--input_file", str(shop / "good.txt"), "--output_dir", str(run_here)])
+    outcome = call(
+        "train",
+        [
+            "--config",
+            str(shop / "tiny.yaml"),
+            "--input_file",
+            str(shop / "good.txt"),
+            "--output_dir",
+            str(run_here),
+        ],
+    )
     assert outcome.code == 0 and "starting at step 0" in outcome.out
 
 
 def test_two_processes_never_write_one_folder(shop, run_here, refused):
-    holder = subprocess.Popen([sys.executable, "-c", f"from smollm2.storage.lock import OutputLock; l = OutputLock({str(run_here)!r}); l.__enter__(); print(1, flush=True); input()"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            f"from smollm2.lock import OutputLock; l = OutputLock({str(run_here)!r}); l.__enter__(); print(1, flush=True); input()",
+        ],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     try:
         holder.stdout.readline()
         resume(refused, shop, run_here, words=("another process", f"pid {holder.pid}"), code=3)
@@ -737,7 +870,11 @@ def test_an_output_folder_that_cannot_be_written_is_told(shop, tmp_path, refused
         ("colab_train.py", ["--max_step", "5"], 2),
         ("colab_train.py", ["--input_file", "missing.txt"], 2),
         ("colab_train.py", ["--config", "SHOP/tiny.yaml", "--input_file", "SHOP/latin1.txt"], 2),
-        ("colab_train.py", ["--config", "SHOP/tiny.yaml", "--input_file", "SHOP/good.txt", "--output_dir", "SHOP/good.txt"], 7),
+        (
+            "colab_train.py",
+            ["--config", "SHOP/tiny.yaml", "--input_file", "SHOP/good.txt", "--output_dir", "SHOP/good.txt"],
+            7,
+        ),
         ("colab_train.py", ["--input_file", b"\xff.txt"], 2),
         ("smollm2.generate", ["--checkpoint", "SHOP/pickle.bin", "--prompt", "x"], 2),
         ("smollm2.generate", ["--checkpoint", "SHOP/broken/ours-weights", "--prompt", "x"], 2),
@@ -757,9 +894,29 @@ def test_real_processes_say_one_line_too(module, argv, code, shop, tmp_path):
 def test_a_terminal_that_knows_only_ascii_is_no_reason_to_fail(shop, tmp_path):
     """LC_ALL=C and an ASCII output: the text is printed with escapes, the run ends well."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("LC_", "LANG"))}
-    environment |= {"PYTHONPATH": str(ROOT), "LC_ALL": "C", "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
-    argv = ["--config", str(shop / "tiny.yaml"), "--input_file", str(shop / "good.txt"), "--output_dir", str(tmp_path / "Übung"), "--set", "prompts=[Čau, 日本]"]
-    result = subprocess.run([sys.executable, str(ROOT / "colab_train.py"), *argv], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    environment |= {
+        "PYTHONPATH": str(ROOT),
+        "LC_ALL": "C",
+        "PYTHONIOENCODING": "ascii",
+        "OMP_NUM_THREADS": "1",
+    }
+    argv = [
+        "--config",
+        str(shop / "tiny.yaml"),
+        "--input_file",
+        str(shop / "good.txt"),
+        "--output_dir",
+        str(tmp_path / "Übung"),
+        "--set",
+        "prompts=[Čau, 日本]",
+    ]
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "colab_train.py"), *argv],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr
 
 
@@ -791,7 +948,11 @@ def mutate_text(chance: random.Random, text: str) -> bytes:
         data = "\n".join(lines)
         if kind >= 5 and data:
             position = chance.randrange(len(data))
-            data = data[:position] + chance.choice([*NASTY, ":", "{", "}", ",", " "]) + data[position + chance.randint(0, 3) :]
+            data = (
+                data[:position]
+                + chance.choice([*NASTY, ":", "{", "}", ",", " "])
+                + data[position + chance.randint(0, 3) :]
+            )
     raw = bytearray(data.encode("utf-8", "surrogateescape"))
     if chance.random() < 0.15 and raw:
         raw[chance.randrange(len(raw))] = chance.randrange(256)
@@ -814,7 +975,10 @@ def mutate_command(chance: random.Random, argv: list[str]) -> list[str]:
         elif kind == 4:
             argv.insert(at, chance.choice(argv))
         else:
-            argv += ["--set", f"{chance.choice(['train.', 'model.', 'data.', 'run.', ''])}{chance.choice(['max_steps', 'learning_rate', 'hidden_size', 'prompts', 'resume', 'x'])}={chance.choice(NASTY)}"]
+            argv += [
+                "--set",
+                f"{chance.choice(['train.', 'model.', 'data.', 'run.', ''])}{chance.choice(['max_steps', 'learning_rate', 'hidden_size', 'prompts', 'resume', 'x'])}={chance.choice(NASTY)}",
+            ]
         argv = argv or ["--help"]
     return argv
 
@@ -843,7 +1007,18 @@ def test_random_mistakes_end_in_one_line_or_in_a_valid_run(block, shop, tmp_path
     for case in range(50):
         monkeypatch.setattr(smollm2.training, "train", stand_in)
         path.write_bytes(mutate_text(chance, CONFIG) if case % 2 else CONFIG.encode())
-        argv = ["--config", str(path), "--input_file", str(shop / "good.txt"), "--output_dir", "output", "--max_steps", "2", "--seed", "3"]
+        argv = [
+            "--config",
+            str(path),
+            "--input_file",
+            str(shop / "good.txt"),
+            "--output_dir",
+            "output",
+            "--max_steps",
+            "2",
+            "--seed",
+            "3",
+        ]
         argv = argv if case % 2 else mutate_command(chance, argv)
         before = files_below(tmp_path)
         try:
@@ -879,7 +1054,10 @@ def call_or_accept(argv: list[str]) -> Outcome:
     except Accepted:
         raise
     except BaseException as error:
-        pytest.fail(f"{argv}: a traceback instead of a message: {''.join(traceback.format_exception(error)[-3:])}", pytrace=False)
+        pytest.fail(
+            f"{argv}: a traceback instead of a message: {''.join(traceback.format_exception(error)[-3:])}",
+            pytrace=False,
+        )
     raise AssertionError("run_command came back")
 
 
@@ -887,8 +1065,19 @@ def is_small(config, folder: Path) -> bool:
     from smollm2.parameters import parameter_count
 
     inside = Path(config.run.output_dir) == Path("output")
-    cheap = config.train.max_steps <= 4 and not config.train.continue_steps and config.train.sample_tokens < 50 and not config.train.compile
-    return inside and cheap and parameter_count(config.model) < 100_000 and config.train.batch_size * config.data.sequence_length < 1000 and config.run.devices == 1 == config.run.num_nodes
+    cheap = (
+        config.train.max_steps <= 4
+        and not config.train.continue_steps
+        and config.train.sample_tokens < 50
+        and not config.train.compile
+    )
+    return (
+        inside
+        and cheap
+        and parameter_count(config.model) < 100_000
+        and config.train.batch_size * config.data.sequence_length < 1000
+        and config.run.devices == 1 == config.run.num_nodes
+    )
 
 
 def try_out(train, config) -> Outcome:

@@ -62,7 +62,9 @@ def test_colab_is_recognised(fake_colab):
 
 def test_only_absent_packages_are_installed_and_present_ones_are_pinned(tmp_path, monkeypatch, capsys):
     requirements = tmp_path / "requirements.txt"
-    requirements.write_text("# run time\ntorch>=2.11  # here\npyyaml>=6\nno-such-package-zz>=1,<2\nnvidia-ml-py>=12\n")
+    requirements.write_text(
+        "# run time\ntorch>=2.11  # here\npyyaml>=6\nno-such-package-zz>=1,<2\nnvidia-ml-py>=12\n"
+    )
     monkeypatch.setattr(colab.shutil, "which", lambda name: None)
     seen = {}
 
@@ -72,7 +74,9 @@ def test_only_absent_packages_are_installed_and_present_ones_are_pinned(tmp_path
 
     monkeypatch.setattr(colab.subprocess, "run", pip)
     assert colab.install_missing(requirements) == ["no-such-package-zz>=1,<2"]
-    assert seen["command"][-1] == "no-such-package-zz>=1,<2" and not any("torch" in word for word in seen["command"])
+    assert seen["command"][-1] == "no-such-package-zz>=1,<2" and not any(
+        "torch" in word for word in seen["command"]
+    )
     assert f"torch=={torch.__version__.split('+')[0]}" in seen["pins"]
     assert "--upgrade" not in seen["command"] and "installed no-such-package-zz" in capsys.readouterr().out
 
@@ -80,7 +84,9 @@ def test_only_absent_packages_are_installed_and_present_ones_are_pinned(tmp_path
 def test_on_colab_the_setup_cell_needs_lightning_alone(monkeypatch):
     absent_on_colab = {"pytorch_lightning", "lightning", "torchmetrics"}
     monkeypatch.setattr(colab, "_has", lambda module: module not in absent_on_colab)
-    assert [line.split(">")[0] for line in colab.missing_requirements(ROOT / "requirements.txt")] == ["pytorch-lightning"]
+    assert [line.split(">")[0] for line in colab.missing_requirements(ROOT / "requirements.txt")] == [
+        "pytorch-lightning"
+    ]
 
 
 def test_a_failed_install_says_what_and_why(tmp_path, monkeypatch):
@@ -100,7 +106,10 @@ def test_colab_module_starts_before_anything_is_installed():
 def test_doctor_says_precision_and_why(capsys):
     rows = colab.doctor()
     assert rows["torch"] == torch.__version__ or rows["torch"] in torch.__version__
-    assert rows["precision"].split(":")[0] in ("fp32", "bf16", "fp16") and len(rows["precision"].split(":")[1]) > 10
+    assert (
+        rows["precision"].split(":")[0] in ("fp32", "bf16", "fp16")
+        and len(rows["precision"].split(":")[1]) > 10
+    )
     assert rows["Colab"] == "no" and "not mounted" in rows["Drive"]
     assert len(capsys.readouterr().out.splitlines()) == len(rows) <= 25
 
@@ -110,7 +119,9 @@ def test_doctor_says_precision_and_why(capsys):
 
 def test_drive_is_mounted_proven_and_chosen(fake_colab, monkeypatch, tmp_path, capsys):
     chosen, waits = choose("ok", monkeypatch, tmp_path)
-    assert chosen.drive_dir == fake_colab / "MyDrive" / "smollm2" == chosen.folder and chosen.drive_dir.is_dir()
+    assert (
+        chosen.drive_dir == fake_colab / "MyDrive" / "smollm2" == chosen.folder and chosen.drive_dir.is_dir()
+    )
     assert chosen.output_dir == tmp_path / "output" and waits == []
     assert list(chosen.drive_dir.iterdir()) == [], "the probe is removed"
     assert "KEPT ON DRIVE" in capsys.readouterr().out
@@ -120,9 +131,15 @@ def test_drive_is_mounted_proven_and_chosen(fake_colab, monkeypatch, tmp_path, c
 
 @pytest.mark.parametrize(
     ("drill", "words", "tries"),
-    [("refused", "allow pop-ups", 3), ("timeout", "did not answer in time", 3), ("enterprise", "cannot mount Drive", 1)],
+    [
+        ("refused", "allow pop-ups", 3),
+        ("timeout", "did not answer in time", 3),
+        ("enterprise", "cannot mount Drive", 1),
+    ],
 )
-def test_a_mount_that_fails_is_told_in_plain_words_and_the_lesson_goes_on(drill, words, tries, fake_colab, monkeypatch, tmp_path, capsys):
+def test_a_mount_that_fails_is_told_in_plain_words_and_the_lesson_goes_on(
+    drill, words, tries, fake_colab, monkeypatch, tmp_path, capsys
+):
     chosen, waits = choose(drill, monkeypatch, tmp_path)
     out = capsys.readouterr().out
     assert chosen.drive_dir is None and chosen.folder == tmp_path / "output" and words in chosen.reason
@@ -155,9 +172,18 @@ def test_without_drive_or_colab_the_folder_is_local_and_says_so(fake_colab, monk
 
 
 @pytest.mark.parametrize(
-    ("drill", "number"), [("errno107:0", None), ("errno107:3", None), ("quota:0", None), ("errno107:8", errno.ENOTCONN), ("vanish:8", errno.ENOENT)]
+    ("drill", "number"),
+    [
+        ("errno107:0", None),
+        ("errno107:3", None),
+        ("quota:0", None),
+        ("errno107:8", errno.ENOTCONN),
+        ("vanish:8", errno.ENOENT),
+    ],
 )
-def test_drive_that_dies_after_mounting_is_noticed_at_once_or_raises_a_plain_oserror_later(drill, number, tmp_path):
+def test_drive_that_dies_after_mounting_is_noticed_at_once_or_raises_a_plain_oserror_later(
+    drill, number, tmp_path
+):
     """In a process of its own: the fake's audit hook cannot be taken off again."""
     code = (
         "from smollm2 import colab\n"
@@ -169,9 +195,15 @@ def test_drive_that_dies_after_mounting_is_noticed_at_once_or_raises_a_plain_ose
         "    print('LATER', error.errno, colab.explain(error))\n"
     )
     (tmp_path / "content").mkdir()
-    env = os.environ | {"COLAB_RELEASE_TAG": "x", "FAKECOLAB_DRIVE": drill, "FAKECOLAB_MOUNT_POINT": str(tmp_path / "content" / "drive")}
+    env = os.environ | {
+        "COLAB_RELEASE_TAG": "x",
+        "FAKECOLAB_DRIVE": drill,
+        "FAKECOLAB_MOUNT_POINT": str(tmp_path / "content" / "drive"),
+    }
     env["PYTHONPATH"] = os.pathsep.join([str(FAKE), str(ROOT)])
-    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+    ).stdout
     if number is None:  # Drive mounts and lists, but does not take the test file: not chosen
         assert "DIED" in out and "KEPT ON THIS MACHINE ONLY" in out and "Trying again" in out
     else:
@@ -195,7 +227,14 @@ def test_a_secret_comes_from_the_panel_or_the_environment(fake_colab, monkeypatc
     assert colab.secret("HF_TOKEN") == "from-environment"
 
 
-@pytest.mark.parametrize(("mode", "words"), [("", "no such secret"), ("denied", "switch 'Notebook access' is off"), ("timeout", "no Colab screen answered")])
+@pytest.mark.parametrize(
+    ("mode", "words"),
+    [
+        ("", "no such secret"),
+        ("denied", "switch 'Notebook access' is off"),
+        ("timeout", "no Colab screen answered"),
+    ],
+)
 def test_an_absent_secret_is_none_with_a_reason(mode, words, fake_colab, monkeypatch, capsys):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setenv("FAKECOLAB_SECRETS", mode)
@@ -209,7 +248,10 @@ def test_an_absent_secret_is_none_with_a_reason(mode, words, fake_colab, monkeyp
 def test_a_check_prints_difference_and_tolerance_and_fails_with_the_likely_mistake(capsys):
     lesson.check("norms", torch.tensor([1e-7, -3e-6]), 1e-5)
     lesson.check("weights", torch.zeros(3))
-    assert capsys.readouterr().out == "✔ norms: max|difference| = 3e-06 (tolerance 1e-05)\n✔ weights: max|difference| = 0 (exact)\n"
+    assert (
+        capsys.readouterr().out
+        == "✔ norms: max|difference| = 3e-06 (tolerance 1e-05)\n✔ weights: max|difference| = 0 (exact)\n"
+    )
     with pytest.raises(lesson.CheckFailed, match=r"norms: .* = 0.5, allowed is 1e-05. Likely: eps outside"):
         lesson.check("norms", -0.5, 1e-5, likely="eps outside")
     for bad in (math.nan, torch.tensor([0.0, math.nan]), math.inf):
@@ -217,11 +259,23 @@ def test_a_check_prints_difference_and_tolerance_and_fails_with_the_likely_mista
             lesson.check("finite", bad, 1e9)
 
 
-@pytest.mark.parametrize("nothing", [0, False, np.int64(0), np.zeros(3, dtype=np.uint16), torch.zeros(2, dtype=torch.long), torch.zeros(2, dtype=torch.bool)])
+@pytest.mark.parametrize(
+    "nothing",
+    [
+        0,
+        False,
+        np.int64(0),
+        np.zeros(3, dtype=np.uint16),
+        torch.zeros(2, dtype=torch.long),
+        torch.zeros(2, dtype=torch.bool),
+    ],
+)
 def test_a_check_of_counts_or_of_a_yes_or_no_prints_its_name_alone(nothing, capsys):
     lesson.check("no file is missing", nothing)
     assert capsys.readouterr().out == "✔ no file is missing\n"
-    with pytest.raises(lesson.CheckFailed, match=r"^✘ no file is missing: not so, off by 1\. Likely: a typo$"):
+    with pytest.raises(
+        lesson.CheckFailed, match=r"^✘ no file is missing: not so, off by 1\. Likely: a typo$"
+    ):
         lesson.check("no file is missing", nothing + 1, likely="a typo")
 
 
@@ -232,7 +286,17 @@ def test_a_planted_bug_must_be_found(capsys):
         lesson.check_fails("bug", lambda: lesson.check("x", 0.0))
 
 
-@pytest.mark.parametrize(("guess", "answer", "expected"), [(100, 105, 1.0), (60, 100, 0.5), (300, 100, 0.0), ("Gate ", "gate", 1.0), ("up", "gate", 0.0), (0, 0, 1.0)])
+@pytest.mark.parametrize(
+    ("guess", "answer", "expected"),
+    [
+        (100, 105, 1.0),
+        (60, 100, 0.5),
+        (300, 100, 0.0),
+        ("Gate ", "gate", 1.0),
+        ("up", "gate", 0.0),
+        (0, 0, 1.0),
+    ],
+)
 def test_predictions_are_scored(guess, answer, expected, capsys):
     lesson.forget()
     lesson.predict("how many?", guess, answer, why="because")
@@ -252,7 +316,12 @@ def test_a_guess_that_is_no_number_is_answered_in_words(capsys):
     lesson.forget()
     lesson.predict("how many?", "a lot", 4242, why="secret reason")
     out = capsys.readouterr().out
-    assert "'a lot' is no number" in out and "4,242" not in out and "secret" not in out and lesson.points() == (0, 1)
+    assert (
+        "'a lot' is no number" in out
+        and "4,242" not in out
+        and "secret" not in out
+        and lesson.points() == (0, 1)
+    )
 
 
 def test_large_answers_are_written_with_commas(capsys):

@@ -21,13 +21,13 @@ from pathlib import Path
 
 import pytest
 
-from smollm2 import checkpoint, files
+from smollm2 import checkpoint, files, retention, saver
 from smollm2.checkpoint import Manifest, candidates, newest_usable, step_name, verify
 from smollm2.errors import OutputLost
+from smollm2.files import remove_leftovers
 from smollm2.logs import TRAINING, read_log
 from smollm2.progress import Reporter
-from smollm2.storage import retention, saver
-from smollm2.storage.retention import prune, remove_leftovers
+from smollm2.retention import prune
 from smollm2.training import train
 from tests.commit_child import FINAL, NEW_STEP, SCENARIOS, save
 from tests.soak import Blackboard, compare, outcome, reference, small_config, small_text, start, wait
@@ -35,7 +35,9 @@ from tests.soak import Blackboard, compare, outcome, reference, small_config, sm
 CALLS = ("write", "fsync", "rename", "unlink", "unlinkat", "mkdir", "rmdir", "ftruncate")
 ROOT = Path(__file__).parents[1]
 
-needs_strace = pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed: no system call can be interrupted")
+needs_strace = pytest.mark.skipif(
+    not shutil.which("strace"), reason="strace is not installed: no system call can be interrupted"
+)
 
 
 def prepared(folder: Path, scenario: str) -> Path:
@@ -49,7 +51,9 @@ def run_child(folder: Path, scenario: str, *injection: str) -> int:
     """Exit code of a save and a sweep in a process of its own under strace; its system calls are in `<folder>.strace`."""
     tracer = ["strace", "-qq", "-o", f"{folder}.strace", "-e", f"trace={','.join(CALLS)}", *injection]
     command = [*tracer, sys.executable, "-m", "tests.commit_child", str(folder), scenario]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, env=dict(os.environ, PYTHONDONTWRITEBYTECODE="1")).returncode
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, env=dict(os.environ, PYTHONDONTWRITEBYTECODE="1")
+    ).returncode
 
 
 def system_calls(folder: Path, scenario: str) -> list[tuple[str, int]]:
@@ -76,14 +80,18 @@ def expect_intact(folder: Path, scenario: str) -> Manifest:
 
 
 @needs_strace
-@pytest.mark.parametrize("scenario", [pytest.param(s, marks=[pytest.mark.slow] if i else []) for i, s in enumerate(SCENARIOS)])
+@pytest.mark.parametrize(
+    "scenario", [pytest.param(s, marks=[pytest.mark.slow] if i else []) for i, s in enumerate(SCENARIOS)]
+)
 def test_killed_before_any_system_call_a_verified_checkpoint_remains(tmp_path, scenario):
     calls = system_calls(tmp_path / "undisturbed", scenario)
     assert len(calls) > 20 and {"write", "fsync", "rename", "mkdir"} <= {name for name, _ in calls}
     for name, number in calls:
         folder = prepared(tmp_path / f"{name}-{number}", scenario)
         # strace itself ends by the signal that ended its child
-        assert run_child(folder, scenario, "-e", f"inject={name}:signal=KILL:when={number}") == -signal.SIGKILL, (name, number)
+        assert (
+            run_child(folder, scenario, "-e", f"inject={name}:signal=KILL:when={number}") == -signal.SIGKILL
+        ), (name, number)
         expect_intact(folder, scenario)
         save_again(folder, scenario)
         shutil.rmtree(folder)
@@ -97,7 +105,12 @@ def save_again(folder: Path, scenario: str) -> None:
 
 @needs_strace
 @pytest.mark.parametrize(
-    ("error", "every"), [("ENOSPC", 4), ("EIO", 4), *(pytest.param(e, 1, marks=pytest.mark.slow) for e in ("ENOSPC", "EIO", "EROFS", "EDQUOT"))]
+    ("error", "every"),
+    [
+        ("ENOSPC", 4),
+        ("EIO", 4),
+        *(pytest.param(e, 1, marks=pytest.mark.slow) for e in ("ENOSPC", "EIO", "EROFS", "EDQUOT")),
+    ],
 )
 def test_a_failing_call_leaves_the_last_good_checkpoint(tmp_path, error, every):
     scenario = "a save, and the oldest goes"
@@ -155,7 +168,9 @@ def short(text: Path, folder: Path):
 
 
 @pytest.mark.parametrize("failing", [(1,), (3, 4), (2, 5, 7)])
-def test_a_disk_that_is_full_now_and_then_does_not_stop_training(text, tmp_path, monkeypatch, undisturbed, failing):
+def test_a_disk_that_is_full_now_and_then_does_not_stop_training(
+    text, tmp_path, monkeypatch, undisturbed, failing
+):
     saves = 0
 
     def full_disk(path, data):
@@ -167,12 +182,16 @@ def test_a_disk_that_is_full_now_and_then_does_not_stop_training(text, tmp_path,
 
     monkeypatch.setattr(checkpoint, "write_durably", full_disk)
     assert train(short(text, tmp_path / "output"), heard := Heard()).step == 40
-    assert sum("failed (No space left on device); training goes on" in line for line in heard.messages) == len(failing)
+    assert sum(
+        "failed (No space left on device); training goes on" in line for line in heard.messages
+    ) == len(failing)
     compare(tmp_path / "output", undisturbed)
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS], ids=["full", "failing", "read-only"])
-def test_a_disk_that_stays_broken_ends_the_run_with_its_own_exit_code(text, tmp_path, monkeypatch, undisturbed, code):
+def test_a_disk_that_stays_broken_ends_the_run_with_its_own_exit_code(
+    text, tmp_path, monkeypatch, undisturbed, code
+):
     real, saves = os.fsync, 0
 
     def fsync(descriptor):
@@ -216,7 +235,10 @@ def test_an_output_directory_that_vanishes_ends_the_run_with_exit_code_7(text, t
 
     with pytest.raises(OutputLost) as stop:
         train(short(text, tmp_path / "output"), Vanishing())
-    assert stop.value.exit_code == 7 and newest_usable(candidates(tmp_path / "elsewhere" / "checkpoints")).step >= 5
+    assert (
+        stop.value.exit_code == 7
+        and newest_usable(candidates(tmp_path / "elsewhere" / "checkpoints")).step >= 5
+    )
 
 
 def test_a_checkpoint_that_cannot_be_removed_does_not_stop_training(text, tmp_path, monkeypatch):
@@ -228,7 +250,9 @@ def test_a_checkpoint_that_cannot_be_removed_does_not_stop_training(text, tmp_pa
     assert any("older checkpoints could not be removed: Permission denied" in line for line in heard.messages)
 
 
-needs_mount = pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="only root can mount a small disk")
+needs_mount = pytest.mark.skipif(
+    os.geteuid() != 0 or not shutil.which("mount"), reason="only root can mount a small disk"
+)
 
 
 @pytest.fixture
@@ -236,7 +260,9 @@ def small_disk(tmp_path):
     """A file system of 1 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True
+    ).returncode:
         pytest.skip("mounting is not allowed here")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
@@ -259,15 +285,27 @@ def test_on_a_disk_that_fills_up_the_last_good_checkpoint_loads(text, small_disk
 @needs_mount
 @pytest.mark.slow
 @pytest.mark.parametrize("recovers", [False, True])
-def test_a_disk_that_others_fill_during_a_real_run_is_told_in_plain_lines(text, small_disk, tmp_path, recovers):
+def test_a_disk_that_others_fill_during_a_real_run_is_told_in_plain_lines(
+    text, small_disk, tmp_path, recovers
+):
     """`colab_train.py` on a disk that another program fills while it trains, logs and draws curves: never a traceback.
     It trains on when there is room again, and else ends with its own exit code; the last good checkpoint loads."""
     subprocess.run(["mount", "-o", "remount,size=2m", small_disk], check=True)
-    config = small_config(text, small_disk / "output", max_steps=100_000, save_every=50, log_every=1, val_every=10**6, sample_every=10**6)
+    config = small_config(
+        text,
+        small_disk / "output",
+        max_steps=100_000,
+        save_every=50,
+        log_every=1,
+        val_every=10**6,
+        sample_every=10**6,
+    )
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     command = [sys.executable, "-u", "colab_train.py", "--config", str(tmp_path / "config.yaml")]
     environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     said = []
     for line in process.stdout:
         said.append(line)
@@ -283,7 +321,9 @@ def test_a_disk_that_others_fill_during_a_real_run_is_told_in_plain_lines(text, 
     assert process.wait() == (143 if recovers else 7), output
     assert "Traceback" not in output and "Exception" not in output
     assert output.count("the lines wait in memory") == 1 or recovers
-    assert output.count("failed (No space left on device); training goes on") in ((1, 2) if recovers else (3,))
+    assert output.count("failed (No space left on device); training goes on") in (
+        (1, 2) if recovers else (3,)
+    )
     assert recovers or [line for line in said if line.startswith("error: ")] == said[-1:]
     newest = newest_usable(candidates(small_disk / "output/checkpoints"))
     assert newest.step >= 50
@@ -300,27 +340,48 @@ def test_a_disk_that_others_fill_during_a_real_run_is_told_in_plain_lines(text, 
 @needs_mount
 def test_a_disk_that_cannot_hold_the_checkpoints_is_told_before_training(text, small_disk, tmp_path):
     """Of 0.2 MB each, 5 do not fit on a disk of 1 MiB: a warning with figures; with 0.75 MB taken not even two do: an error."""
-    train(small_config(text, small_disk / "one", max_steps=10, save_every=5), heard := Heard())  # ends before there are so many
+    train(
+        small_config(text, small_disk / "one", max_steps=10, save_every=5), heard := Heard()
+    )  # ends before there are so many
     (warning,) = (line for line in heard.messages if "warning" in line)
-    assert "one checkpoint takes 0.2 MB" in warning and "the 5 that a whole run keeps do not fit; free 0." in warning
+    assert (
+        "one checkpoint takes 0.2 MB" in warning
+        and "the 5 that a whole run keeps do not fit; free 0." in warning
+    )
     assert heard.messages.index(warning) < heard.messages.index("starting at step 0 of 10")
     shutil.rmtree(small_disk / "one")
     (small_disk / "others").write_bytes(bytes(750_000))
-    with pytest.raises(OutputLost, match=r"MB free for .*, and one checkpoint takes 0\.2 MB: not even two fit.*; free 0\.\d MB, or") as stop:
+    with pytest.raises(
+        OutputLost,
+        match=r"MB free for .*, and one checkpoint takes 0\.2 MB: not even two fit.*; free 0\.\d MB, or",
+    ) as stop:
         train(short(text, small_disk / "one"), Reporter())
     assert stop.value.exit_code == 7 and not (small_disk / "one").exists(), "nothing was written"
 
 
 @pytest.mark.parametrize(
     ("free", "here", "told"),
-    [(9, 0, ""), (5, 0, ""), (4.9, 0, "the 5 that"), (2, 0, "the 5 that"), (1.9, 0, "not even two fit"), (3, 2, ""), (2.9, 2, "do not fit; free 0.1 MB or"), (1, 4, ""), (0.9, 4, "no room for the next one"), (0.9, 1, "no room for the next one")],
+    [
+        (9, 0, ""),
+        (5, 0, ""),
+        (4.9, 0, "the 5 that"),
+        (2, 0, "the 5 that"),
+        (1.9, 0, "not even two fit"),
+        (3, 2, ""),
+        (2.9, 2, "do not fit; free 0.1 MB or"),
+        (1, 4, ""),
+        (0.9, 4, "no room for the next one"),
+        (0.9, 1, "no room for the next one"),
+    ],
 )
 def test_the_room_that_a_run_needs(tmp_path, monkeypatch, free, here, told):
     for step in range(here):
         (tmp_path / step_name(step)).mkdir()
         (tmp_path / step_name(step) / "model.safetensors").write_bytes(bytes(10**6))
     (tmp_path / "step-00000009.ckpt.tmp-1").mkdir()
-    monkeypatch.setattr(retention.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**8, 0, int(free * 10**6)))
+    monkeypatch.setattr(
+        retention.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**8, 0, int(free * 10**6))
+    )
     said = []
     try:
         retention.check_space(tmp_path, 10**6, 5, said.append)
@@ -348,14 +409,18 @@ def test_a_read_only_disk_is_named_at_the_start(text, small_disk):
 def test_a_real_run_killed_at_any_call_of_a_save_ends_in_the_same_bits(text, tmp_path, call):
     """Training stops itself before the fourth save; strace attaches and kills at call 1, 2, ... until one survives the sweep."""
     settings = {"max_steps": 30, "save_every": 5, "val_every": 30, "sample_every": 30}
-    undisturbed = reference(small_config(text, tmp_path / "undisturbed", **settings), tmp_path / "log", drop_tokens=False)
+    undisturbed = reference(
+        small_config(text, tmp_path / "undisturbed", **settings), tmp_path / "log", drop_tokens=False
+    )
 
     def stop_before_fourth_save() -> None:
         commit_, prune_ = saver.commit, saver.prune
 
         def commit(parent, name, *rest):
             if name == step_name(20):
-                signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)  # this thread, so that it is here that it stops
+                signal.pthread_kill(
+                    threading.get_ident(), signal.SIGSTOP
+                )  # this thread, so that it is here that it stops
             return commit_(parent, name, *rest)
 
         def prune(*arguments):
@@ -368,11 +433,26 @@ def test_a_real_run_killed_at_any_call_of_a_save_ends_in_the_same_bits(text, tmp
 
     for number in range(1, 100):
         config = small_config(text, tmp_path / f"{call}-{number}", **settings)
-        pid = start(config, Blackboard(), tmp_path / "log", drop_tokens=False, sabotage=stop_before_fourth_save)
+        pid = start(
+            config, Blackboard(), tmp_path / "log", drop_tokens=False, sabotage=stop_before_fourth_save
+        )
         while not os.WIFSTOPPED(os.waitpid(pid, os.WUNTRACED)[1]):
             pass
         tracer = subprocess.Popen(
-            ["strace", "-f", "-p", str(pid), "-o", "/dev/null", "-e", f"trace={call}", "-e", f"inject={call}:signal=KILL:when={number}"], stderr=subprocess.PIPE, text=True
+            [
+                "strace",
+                "-f",
+                "-p",
+                str(pid),
+                "-o",
+                "/dev/null",
+                "-e",
+                f"trace={call}",
+                "-e",
+                f"inject={call}:signal=KILL:when={number}",
+            ],
+            stderr=subprocess.PIPE,
+            text=True,
         )
         assert "attached" in tracer.stderr.readline()
         time.sleep(0.05)

@@ -38,7 +38,14 @@ def test_every_preset_loads_and_says_its_name():
 def test_the_135m_preset_is_the_official_pretraining_configuration(test_data):
     official = yaml.safe_load((test_data / "official/config_smollm2_135M.yaml").read_text())
     theirs, ours = official["model"]["model_config"], load_config("smollm2-135m").model
-    same = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"]
+    same = [
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+    ]
     same += ["max_position_embeddings", "rope_theta", "rms_norm_eps", "tie_word_embeddings"]
     assert {name: theirs[name] for name in same} == {name: getattr(ours, name) for name in same}
     assert ours == SmolLM2Config()
@@ -53,7 +60,9 @@ def test_the_released_config_json_is_read_and_its_theta_kept(test_data):
 
 def test_precedence_is_preset_then_file_then_set_then_flag(config_file):
     path = config_file("train:\n  max_steps: 2\n  seed: 2\n  log_every: 2\n")
-    config = load_config("nano", path, ["train.seed=3", "log_every=3"], **{"train.log_every": 4, "train.keep_last": None})
+    config = load_config(
+        "nano", path, ["train.seed=3", "log_every=3"], **{"train.log_every": 4, "train.keep_last": None}
+    )
     assert (config.train.max_steps, config.train.seed, config.train.log_every) == (2, 3, 4)
     assert config.train.batch_size == load_config("nano").train.batch_size
     assert config.train.keep_last == load_config("nano").train.keep_last  # None: the flag was not given
@@ -62,12 +71,18 @@ def test_precedence_is_preset_then_file_then_set_then_flag(config_file):
 def test_a_file_may_name_its_preset(config_file):
     config = load_config(None, config_file("preset: smollm2-135m\n"))
     assert config.preset == "smollm2-135m" and config.model.hidden_size == 576
-    config = load_config("nano", config_file("preset: smollm2-135m\n"))  # a flag beats the file, as everywhere
+    config = load_config(
+        "nano", config_file("preset: smollm2-135m\n")
+    )  # a flag beats the file, as everywhere
     assert config.preset == "nano" and config.model.hidden_size == 192
 
 
 def test_what_a_run_wrote_gives_the_same_configuration_again(config_file):
-    for config in (RunConfig(), load_config("nano", None, ["train.seed=3"]), RunConfig(model=SmolLM2Config(num_hidden_layers=2))):
+    for config in (
+        RunConfig(),
+        load_config("nano", None, ["train.seed=3"]),
+        RunConfig(model=SmolLM2Config(num_hidden_layers=2)),
+    ):
         assert load_config(None, config_file(config.to_yaml())) == config
 
 
@@ -80,22 +95,42 @@ def test_auto_judges_settings_by_the_preset_this_machine_gets(monkeypatch, prese
 
     trained = []
     monkeypatch.setattr(smollm2.device, "choose_preset", lambda asked: (preset, "a stand-in"))
-    monkeypatch.setattr(smollm2.training, "train", lambda config: trained.append(config) or SimpleNamespace(table=str, stopped_by=None))
-    with pytest.raises(ConfigError, match=r"exceeds model\.max_position_embeddings 256") if is_refused else contextlib.nullcontext():
+    monkeypatch.setattr(
+        smollm2.training,
+        "train",
+        lambda config: trained.append(config) or SimpleNamespace(table=str, stopped_by=None),
+    )
+    with (
+        pytest.raises(ConfigError, match=r"exceeds model\.max_position_embeddings 256")
+        if is_refused
+        else contextlib.nullcontext()
+    ):
         colab_train.main(["--set", "data.sequence_length=1024"])
     assert [config.preset for config in trained] == ([] if is_refused else [preset])
 
 
-def test_from_another_folder_the_shipped_text_is_read_and_named_unless_one_was_asked_for(monkeypatch, tmp_path, config_file, capsys):
+def test_from_another_folder_the_shipped_text_is_read_and_named_unless_one_was_asked_for(
+    monkeypatch, tmp_path, config_file, capsys
+):
     import colab_train
     import smollm2.training
 
     trained, shipped = [], str(Path(colab_train.__file__).with_name("input.txt"))
-    monkeypatch.setattr(smollm2.training, "train", lambda config: trained.append(config.data.input_file) or SimpleNamespace(table=str, stopped_by=None))
+    monkeypatch.setattr(
+        smollm2.training,
+        "train",
+        lambda config: trained.append(config.data.input_file) or SimpleNamespace(table=str, stopped_by=None),
+    )
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a folder").mkdir()
     named = config_file("preset: nano\ndata: {input_file: input.txt}\n")
-    for asked in ([], ["--input_file", "input.txt"], ["--set", "data.input_file=input.txt"], ["--config", str(named)], ["--dataset", "a folder"]):
+    for asked in (
+        [],
+        ["--input_file", "input.txt"],
+        ["--set", "data.input_file=input.txt"],
+        ["--config", str(named)],
+        ["--dataset", "a folder"],
+    ):
         colab_train.main(["--preset", "nano", *asked])
     (tmp_path / "input.txt").write_text("a text of one's own")
     colab_train.main(["--preset", "nano"])
@@ -111,15 +146,21 @@ def test_a_preset_is_no_setting():
 
 
 def test_what_is_written_is_what_is_read_back(config_file):
-    config = load_config("smollm2-135m", None, ["train.learning_rate=3e-4", "model.rope_theta=100000", "data.tokenizer=x/y"])
+    config = load_config(
+        "smollm2-135m", None, ["train.learning_rate=3e-4", "model.rope_theta=100000", "data.tokenizer=x/y"]
+    )
     assert RunConfig(**read_yaml(config_file(config.to_yaml()))) == config
 
 
 @pytest.mark.parametrize("text", ["3e-4", "3E-4", "3.0e-4", "0.0003", "3e-04", "+3e-4"])
 def test_scientific_notation_is_a_number(config_file, text):
     """PyYAML alone reads 3e-4 as a word."""
-    assert load_config("nano", config_file(f"train:\n  learning_rate: {text}\n")).train.learning_rate == pytest.approx(3e-4, rel=1e-12)
-    assert load_config("nano", None, [f"train.learning_rate={text}"]).train.learning_rate == pytest.approx(3e-4, rel=1e-12)
+    assert load_config(
+        "nano", config_file(f"train:\n  learning_rate: {text}\n")
+    ).train.learning_rate == pytest.approx(3e-4, rel=1e-12)
+    assert load_config("nano", None, [f"train.learning_rate={text}"]).train.learning_rate == pytest.approx(
+        3e-4, rel=1e-12
+    )
 
 
 @pytest.mark.parametrize(
@@ -266,7 +307,9 @@ def test_config_json_keeps_theta_in_both_forms(theta):
     assert fields["rope_theta"] == fields["rope_parameters"]["rope_theta"] == theta
     assert SmolLM2Config.from_hf_dict(fields) == config
     for absent in ("rope_theta", "rope_parameters"):
-        assert SmolLM2Config.from_hf_dict({k: v for k, v in fields.items() if k != absent}).rope_theta == theta
+        assert (
+            SmolLM2Config.from_hf_dict({k: v for k, v in fields.items() if k != absent}).rope_theta == theta
+        )
 
 
 @pytest.mark.parametrize(
@@ -300,7 +343,10 @@ def test_a_foreign_config_json_is_refused_by_name(change):
 
 @pytest.mark.parametrize(("value", "expected"), [(2, 2), ([5, 6], 5), ([], None), (None, None)])
 def test_a_list_of_end_tokens_gives_its_first(value, expected):
-    assert SmolLM2Config.from_hf_dict(SmolLM2Config().to_hf_dict() | {"eos_token_id": value}).eos_token_id == expected
+    assert (
+        SmolLM2Config.from_hf_dict(SmolLM2Config().to_hf_dict() | {"eos_token_id": value}).eos_token_id
+        == expected
+    )
 
 
 def test_a_config_json_of_something_else_is_refused():

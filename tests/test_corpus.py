@@ -50,7 +50,9 @@ def where_runs_occur(pieces: list[str], length: int) -> dict[tuple[str, ...], se
 def test_size(text, pieces):
     assert 1_000_000 <= len(text) <= 1_400_000
     assert len(pieces) >= 1_000
-    assert all(400 <= len(piece) <= 2_500 for piece in pieces), [p[:40] for p in pieces if not 400 <= len(p) <= 2_500]
+    assert all(400 <= len(piece) <= 2_500 for piece in pieces), [
+        p[:40] for p in pieces if not 400 <= len(p) <= 2_500
+    ]
 
 
 def test_every_character_is_printable_ascii_and_no_line_ends_in_a_blank(text):
@@ -84,11 +86,24 @@ def test_no_first_name_is_everywhere(pieces):
     """Capitalised words inside a sentence that never occur in small letters: names, days, months, places."""
     common = set(re.findall(r"\b[a-z]+\b", "\n".join(pieces)))
     calendar = {"monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"}
-    calendar |= {"january", "february", "april", "june", "july", "august", "september", "october", "november", "december"}
+    calendar |= {
+        "january",
+        "february",
+        "april",
+        "june",
+        "july",
+        "august",
+        "september",
+        "october",
+        "november",
+        "december",
+    }
     calendar |= {"mr", "mrs", "earth", "venus", "mars", "english", "africa", "europe"}
     names: Counter[str] = Counter()
     for piece in pieces:
-        names.update({w for w in re.findall(r"(?<=[a-z,] )[A-Z][a-z]+", piece) if w.lower() not in common | calendar})
+        names.update(
+            {w for w in re.findall(r"(?<=[a-z,] )[A-Z][a-z]+", piece) if w.lower() not in common | calendar}
+        )
     name, count = names.most_common(1)[0]
     assert count / len(pieces) <= 0.03, (name, count)
 

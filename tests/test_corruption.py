@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from smollm2.checkpoint import MANIFEST, candidates, dump_json, load_tensors, newest_usable, step_name, verify
+from smollm2 import SmolLM2
+from smollm2.checkpoint import MANIFEST, candidates, newest_usable, step_name, verify
 from smollm2.errors import CheckpointError, NoUsableCheckpoint
-from smollm2.files import sha256_file, sha256_json
-from smollm2.pretrained import MODEL_FILES, load_model
+from smollm2.files import dump_json, load_tensors, sha256_file, sha256_json
 from smollm2.progress import Reporter
 from smollm2.state import read_state
 from smollm2.training import train
+from smollm2.weights import MODEL_FILES
 from tests.soak import compare, outcome, small_config, small_text
 
 NEWER, OLDER = step_name(20), step_name(10)
@@ -70,7 +71,12 @@ def forge(folder: Path, change: Callable[[dict], object]) -> None:
 def relist(folder: Path, name: str) -> None:
     """Make the manifest agree with a changed file."""
     path = folder / name
-    forge(folder, lambda body: body["files"].update({name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}}))
+    forge(
+        folder,
+        lambda body: body["files"].update(
+            {name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}}
+        ),
+    )
 
 
 def bit_flip(rng, bad, good):
@@ -155,14 +161,23 @@ def not_a_regular_file(rng, bad, good):
 def edited_manifest(rng, bad, good):
     body = json.loads((bad / MANIFEST).read_bytes())
     key = rng.choice(["step", "run_id", "format", "facts", "files", "sha256_of_this"])
-    body[key] = {"step": 999, "run_id": "another", "format": 2, "facts": {}, "files": {}, "sha256_of_this": "0" * 64}[key]
+    body[key] = {
+        "step": 999,
+        "run_id": "another",
+        "format": 2,
+        "facts": {},
+        "files": {},
+        "sha256_of_this": "0" * 64,
+    }[key]
     (bad / MANIFEST).write_bytes(dump_json(body))
     return f"manifest: {key} edited"
 
 
 def reformatted_manifest(rng, bad, good):
     body = json.loads((bad / MANIFEST).read_bytes())
-    (bad / MANIFEST).write_text(json.dumps(body, indent=rng.choice([None, 0, 2, 4]), sort_keys=rng.random() < 0.5))
+    (bad / MANIFEST).write_text(
+        json.dumps(body, indent=rng.choice([None, 0, 2, 4]), sort_keys=rng.random() < 0.5)
+    )
     return "manifest reformatted"
 
 
@@ -170,7 +185,9 @@ ODD_VALUES = [None, True, -1, 0.5, 2**70, "", "x", [], [1], {}, {"a": 1}, "é" *
 
 
 def forged_wrong_type(rng, bad, good):
-    where = rng.choice(["run_id", "step", "files", "facts", "format", "entry", "bytes", "sha256", "fingerprint"])
+    where = rng.choice(
+        ["run_id", "step", "files", "facts", "format", "entry", "bytes", "sha256", "fingerprint"]
+    )
     allowed = {"run_id": str, "facts": dict, "fingerprint": dict}
     value = rng.choice([v for v in ODD_VALUES if where not in allowed or not isinstance(v, allowed[where])])
     name = rng.choice(["model.safetensors", "state.json"])
@@ -192,13 +209,31 @@ def forged_wrong_type(rng, bad, good):
 
 
 def forged_name(rng, bad, good):
-    name = rng.choice(["../" + OLDER + "/model.safetensors", "..", "/etc/hostname", "a/b", "", ".", "a..b", MANIFEST, "x" * 300, "a\0b", "\ud800", ".hidden", "C:\\x"])
+    name = rng.choice(
+        [
+            "../" + OLDER + "/model.safetensors",
+            "..",
+            "/etc/hostname",
+            "a/b",
+            "",
+            ".",
+            "a..b",
+            MANIFEST,
+            "x" * 300,
+            "a\0b",
+            "\ud800",
+            ".hidden",
+            "C:\\x",
+        ]
+    )
     forge(bad, lambda body: body["files"].update({name: body["files"]["model.safetensors"]}))
     return f"forged: file name {name[:40]!r}"
 
 
 def forged_table(rng, bad, good):
-    name = rng.choice(["model.safetensors", "optim.safetensors", "state.json", "config.json", "tokenizer.json"])
+    name = rng.choice(
+        ["model.safetensors", "optim.safetensors", "state.json", "config.json", "tokenizer.json"]
+    )
     forge(bad, lambda body: body["files"].pop(name) and None)
     return f"forged: {name} not listed"
 
@@ -242,12 +277,20 @@ def forged_state(rng, bad, good):
     """state.json edited, and both digests made to agree with it."""
     state = json.loads((bad / "state.json").read_bytes())
     keys = [k for k in state if k != "config"]
-    key, value = rng.choice(keys), rng.choice([v for v in ODD_VALUES if v not in ({}, [])] + [float("nan"), float("inf")])
+    key, value = (
+        rng.choice(keys),
+        rng.choice([v for v in ODD_VALUES if v not in ({}, [])] + [float("nan"), float("inf")]),
+    )
     if key == "log_lines" and value == {"a": 1}:
         value = {"a": "1"}
     if key == "pending" and value == []:
         value = "val"
-    if key in ("position", "schedule_start", "schedule_total", "micro_batch_size") and isinstance(value, int) and value is not True and value >= 0:
+    if (
+        key in ("position", "schedule_start", "schedule_total", "micro_batch_size")
+        and isinstance(value, int)
+        and value is not True
+        and value >= 0
+    ):
         value = -value
     if key == "init_from" and isinstance(value, str):  # the name of any folder
         value = [value]
@@ -255,7 +298,12 @@ def forged_state(rng, bad, good):
         value = f"a/b\nlicence: {value}"
     if key in ("preset", "text") and isinstance(value, str):  # any name in one line
         value = f"a\nlicence: {value}"
-    if rng.random() < 0.3 and key not in ("init_from", "base_model", "preset", "text"):  # without these it is a state of an earlier version
+    if rng.random() < 0.3 and key not in (
+        "init_from",
+        "base_model",
+        "preset",
+        "text",
+    ):  # without these it is a state of an earlier version
         del state[key]
     else:
         state[key] = value
@@ -278,7 +326,10 @@ MUTATIONS = (
 
 
 def fingerprint(folder: Path) -> dict:
-    return {p.name: (p.lstat().st_mode, p.read_bytes() if p.is_file() and not p.is_symlink() else b"") for p in folder.iterdir()}
+    return {
+        p.name: (p.lstat().st_mode, p.read_bytes() if p.is_file() and not p.is_symlink() else b"")
+        for p in folder.iterdir()
+    }
 
 
 def mutate_many(pair: Path, count: int, seed: int) -> Counter:
@@ -294,7 +345,11 @@ def mutate_many(pair: Path, count: int, seed: int) -> Counter:
             said: list[str] = []
             found = newest_usable(candidates(pair), said.append, check=read_state)
             assert found.folder == good, f"silently loaded: {what}"
-            assert len(said) == 1 and said[0].startswith(f"checkpoint {NEWER} is not usable: ") and said[0].endswith("; trying the one before"), what
+            assert (
+                len(said) == 1
+                and said[0].startswith(f"checkpoint {NEWER} is not usable: ")
+                and said[0].endswith("; trying the one before")
+            ), what
             assert len(said[0]) < 400 and "Error" not in said[0], (what, said)
             kinds[mutation.__name__] += 1
         shutil.rmtree(bad)
@@ -324,9 +379,9 @@ def test_damaged_weights_are_never_opened_for_generation(pair):
         data[where // 8] ^= 1 << where % 8
         (pair / NEWER / name).write_bytes(data)
         with pytest.raises(CheckpointError, match=NEWER):
-            load_model(pair / NEWER)
+            SmolLM2.from_pretrained(pair / NEWER)
         shutil.copyfile(pristine / name, pair / NEWER / name)
-    load_model(pair / NEWER)
+    SmolLM2.from_pretrained(pair / NEWER)
 
 
 def test_files_outside_the_manifest_are_named_and_never_read(pair):
@@ -343,15 +398,21 @@ def test_when_no_checkpoint_is_usable_training_does_not_start_from_zero(text, fi
         with open(folder / "optim.safetensors", "rb+") as file:
             file.seek(-1, os.SEEK_END)
             file.write(b"?")
-    before = {p: p.read_bytes() for p in (tmp_path / "output").rglob("*") if p.is_file() and p.name != ".lock"}
+    before = {
+        p: p.read_bytes() for p in (tmp_path / "output").rglob("*") if p.is_file() and p.name != ".lock"
+    }
     said: list[str] = []
     reporter = Reporter()
     reporter.message = said.append
     with pytest.raises(NoUsableCheckpoint, match=f"{len(folders)} checkpoint.*--resume never") as stop:
         train(thirty(text, tmp_path / "output"), reporter)
     assert stop.value.exit_code == 4
-    assert sum("optim.safetensors: sha256 differs from the manifest: damaged" in line for line in said) == len(folders)
-    assert before == {p: p.read_bytes() for p in (tmp_path / "output").rglob("*") if p.is_file() and p.name != ".lock"}
+    assert sum(
+        "optim.safetensors: sha256 differs from the manifest: damaged" in line for line in said
+    ) == len(folders)
+    assert before == {
+        p: p.read_bytes() for p in (tmp_path / "output").rglob("*") if p.is_file() and p.name != ".lock"
+    }
 
 
 def test_a_run_whose_newest_checkpoint_is_damaged_ends_in_the_same_bits(text, finished, tmp_path):
@@ -364,7 +425,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_ends_in_the_same_bits(text, fi
 
 
 def test_a_damaged_folder_does_not_push_out_a_good_one(text, finished, tmp_path):
-    from smollm2.storage.retention import prune
+    from smollm2.retention import prune
 
     folder = tmp_path / "checkpoints"
     for name in (OLDER, NEWER):
@@ -394,15 +455,47 @@ def set_nan(name):
 
 FORGERIES = {
     "weights that are not finite": ("model.safetensors", set_nan("model.norm.weight"), "not finite"),
-    "a missing weight": ("model.safetensors", lambda t: t.pop("model.norm.weight"), "model.norm.weight: file absent"),
-    "a weight too many": ("model.safetensors", lambda t: t.update(extra=np.zeros(3, np.float32)), "extra: file"),
-    "another shape": ("model.safetensors", lambda t: t.update({"model.norm.weight": np.zeros(7, np.float32)}), r"\(7,\)"),
-    "integers": ("model.safetensors", lambda t: t.update({"model.norm.weight": np.zeros(24, np.int64)}), "expected floating point"),
-    "moments that are not finite": ("optim.safetensors", set_nan("exp_avg.model.norm.weight"), "moments do not fit"),
-    "a missing moment": ("optim.safetensors", lambda t: t.pop("exp_avg.model.norm.weight"), "moments do not fit"),
-    "moments of another type": ("optim.safetensors", lambda t: t.update({"exp_avg.model.norm.weight": np.zeros(24, np.float16)}), "moments do not fit"),
+    "a missing weight": (
+        "model.safetensors",
+        lambda t: t.pop("model.norm.weight"),
+        "model.norm.weight: file absent",
+    ),
+    "a weight too many": (
+        "model.safetensors",
+        lambda t: t.update(extra=np.zeros(3, np.float32)),
+        "extra: file",
+    ),
+    "another shape": (
+        "model.safetensors",
+        lambda t: t.update({"model.norm.weight": np.zeros(7, np.float32)}),
+        r"\(7,\)",
+    ),
+    "integers": (
+        "model.safetensors",
+        lambda t: t.update({"model.norm.weight": np.zeros(24, np.int64)}),
+        "expected floating point",
+    ),
+    "moments that are not finite": (
+        "optim.safetensors",
+        set_nan("exp_avg.model.norm.weight"),
+        "moments do not fit",
+    ),
+    "a missing moment": (
+        "optim.safetensors",
+        lambda t: t.pop("exp_avg.model.norm.weight"),
+        "moments do not fit",
+    ),
+    "moments of another type": (
+        "optim.safetensors",
+        lambda t: t.update({"exp_avg.model.norm.weight": np.zeros(24, np.float16)}),
+        "moments do not fit",
+    ),
     "no random state": ("optim.safetensors", lambda t: t.pop("rng.torch"), "no usable random state"),
-    "a random state of another size": ("optim.safetensors", lambda t: t.update({"rng.torch": np.zeros(9, np.uint8)}), "no usable random state"),
+    "a random state of another size": (
+        "optim.safetensors",
+        lambda t: t.update({"rng.torch": np.zeros(9, np.uint8)}),
+        "no usable random state",
+    ),
 }
 
 

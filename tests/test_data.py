@@ -52,7 +52,27 @@ def set_chunk(patch: pytest.MonkeyPatch, chunk: int) -> None:
 
 def awkward_texts(count: int) -> list[str]:
     draw = random.Random(21)
-    parts = ["a", "word", " ", "  ", "\n", "\n\n", "\t", "1", "23", "é", "漢字", "😀", ".", "'s", "\u00a0", "\u3000", "\x1c", "\r\n", f"\n{END_OF_TEXT}\n"]
+    parts = [
+        "a",
+        "word",
+        " ",
+        "  ",
+        "\n",
+        "\n\n",
+        "\t",
+        "1",
+        "23",
+        "é",
+        "漢字",
+        "😀",
+        ".",
+        "'s",
+        "\u00a0",
+        "\u3000",
+        "\x1c",
+        "\r\n",
+        f"\n{END_OF_TEXT}\n",
+    ]
     parts += [END_OF_TEXT, f"{END_OF_TEXT}\n", "<|endof"]
     return ["".join(draw.choices(parts, k=draw.randrange(1, 80))) for _ in range(count)]
 
@@ -70,7 +90,12 @@ def test_reading_in_pieces_changes_nothing(monkeypatch, text_file, chunk):
 def test_crlf_cr_and_a_byte_order_mark_make_no_difference(monkeypatch, text_file, chunk):
     set_chunk(monkeypatch, chunk)
     lines = "one\ntwo\n\nthree é\n"
-    for variant in (lines, lines.replace("\n", "\r\n"), lines.replace("\n", "\r"), "\ufeff" + lines.replace("\n", "\r\n")):
+    for variant in (
+        lines,
+        lines.replace("\n", "\r\n"),
+        lines.replace("\n", "\r"),
+        "\ufeff" + lines.replace("\n", "\r\n"),
+    ):
         assert "".join(read_text(text_file(variant))) == lines
     assert "".join(read_text(text_file("end\r"))) == "end\n"
     assert "".join(read_text(text_file("a\r\r\n\n\r"))) == "a\n\n\n\n"
@@ -104,7 +129,9 @@ def refusal(path) -> str:
     ],
     ids=repr,
 )
-def test_text_that_is_not_utf8_is_refused_with_its_byte_offset(monkeypatch, text_file, chunk, content, offset, byte):
+def test_text_that_is_not_utf8_is_refused_with_its_byte_offset(
+    monkeypatch, text_file, chunk, content, offset, byte
+):
     set_chunk(monkeypatch, chunk)
     assert f"not UTF-8 at byte offset {offset:,} (byte 0x{byte})" in refusal(text_file(content))
 
@@ -160,7 +187,9 @@ def tokens_of(tokenizer, texts) -> list[int]:
 def test_a_separator_line_becomes_the_end_of_text_token(tokenizer):
     text = f"one\n{END_OF_TEXT}\ntwo\n{END_OF_TEXT}\n"
     assert tokens_of(tokenizer, [text]) == [*tokenizer.encode("one\n"), 0, *tokenizer.encode("two\n"), 0]
-    assert tokens_of(tokenizer, [text.removesuffix("\n")]) == tokens_of(tokenizer, [text])  # the last line may lack its newline
+    assert tokens_of(tokenizer, [text.removesuffix("\n")]) == tokens_of(
+        tokenizer, [text]
+    )  # the last line may lack its newline
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 17, 60])
@@ -216,7 +245,11 @@ def test_a_separator_counts_only_as_a_whole_line(monkeypatch):
     assert list(documents([text])) == [(f"x{END_OF_TEXT}\ny\n", True), ("z", False)]
     monkeypatch.setattr(text_module, "_cut", lambda part: 1 if part.startswith("x") else 0)
     set_chunk(monkeypatch, 1)  # the second piece begins with a separator, but not at a line's start
-    assert list(documents([text[:16], text[16:]])) == [("x", False), (f"{END_OF_TEXT}\ny\n", True), ("z", False)]
+    assert list(documents([text[:16], text[16:]])) == [
+        ("x", False),
+        (f"{END_OF_TEXT}\ny\n", True),
+        ("z", False),
+    ]
 
 
 def test_separators_without_an_end_of_text_token_are_an_error(tokenizer):
@@ -229,7 +262,9 @@ def test_separators_without_an_end_of_text_token_are_an_error(tokenizer):
         tokens_of(nameless, [f"one\n{END_OF_TEXT}\ntwo\n"])
 
 
-def test_a_tokenizer_without_end_of_text_ends_documents_with_the_models_own_token(text_file, tokenizer, tmp_path):
+def test_a_tokenizer_without_end_of_text_ends_documents_with_the_models_own_token(
+    text_file, tokenizer, tmp_path
+):
     llama, path = metaspace_tokenizer(), text_file(f"the king said\n{END_OF_TEXT}\n" * 100)
     made = prepare_tokens(path, llama, tmp_path, 0.1, end_id=2)
     assert (made.train.tokens == 2).sum() + (made.val.tokens == 2).sum() == 100
@@ -240,14 +275,24 @@ def test_a_tokenizer_without_end_of_text_ends_documents_with_the_models_own_toke
 
 def test_a_run_from_a_llama_model_says_how_documents_end_and_what_is_lost(tmp_path):
     tokenizer, said, text = metaspace_tokenizer(), [], tmp_path / "text.txt"
-    source = save_folder(tmp_path / "base", tiny_model(vocab_size=tokenizer.vocab_size, bos_token_id=1, eos_token_id=2), tokenizer)
+    source = save_folder(
+        tmp_path / "base",
+        tiny_model(vocab_size=tokenizer.vocab_size, bos_token_id=1, eos_token_id=2),
+        tokenizer,
+    )
     text.write_text(f"the king said: come hither é.\n{END_OF_TEXT}\n" * 200)
     config = small_config(text, tmp_path / "out", max_steps=1)
     reporter = Reporter()
     reporter.message = said.append
-    train(config.model_copy(update={"run": config.run.model_copy(update={"init_from": str(source)})}), reporter)
+    train(
+        config.model_copy(update={"run": config.run.model_copy(update={"init_from": str(source)})}), reporter
+    )
     assert "documents end with <end> (id 2), the model's own: its tokenizer has no <|endoftext|>" in said
-    assert [line for line in said if line.startswith("note: ") and "('é.')" in line and "bits per byte of this run are too good" in line]
+    assert [
+        line
+        for line in said
+        if line.startswith("note: ") and "('é.')" in line and "bits per byte of this run are too good" in line
+    ]
 
 
 def test_tiny_shakespeare_gives_the_reference_counts(test_data, tmp_path):
@@ -297,30 +342,45 @@ def test_the_sidecar_counts_what_is_there(text_file, tokenizer, tmp_path):
     sidecar = json.loads((made.folder / "tokens.json").read_text())
     assert sidecar["dtype"] == "uint16" and sidecar["source"]["bytes"] == len(TEXT.encode())
     for name, split in {"train": made.train, "val": made.val}.items():
-        assert sidecar["splits"][name] == {"tokens": len(split.tokens), "bytes": split.text_bytes, "sha256": sha256_file(made.folder / f"{name}.bin")}
+        assert sidecar["splits"][name] == {
+            "tokens": len(split.tokens),
+            "bytes": split.text_bytes,
+            "sha256": sha256_file(made.folder / f"{name}.bin"),
+        }
         assert (made.folder / f"{name}.bin").stat().st_size == 2 * len(split.tokens)
     assert made.train.text_bytes + made.val.text_bytes == len(TEXT.encode())
     decoded = "".join(tokenizer.decode(split.tokens) for split in (made.train, made.val))
     assert decoded == TEXT
 
 
-def test_the_cache_is_used_again_and_another_text_tokenizer_or_split_makes_another(text_file, tokenizer, tmp_path, monkeypatch):
+def test_the_cache_is_used_again_and_another_text_tokenizer_or_split_makes_another(
+    text_file, tokenizer, tmp_path, monkeypatch
+):
     path = text_file(TEXT)
     first = prepare_tokens(path, tokenizer, tmp_path / "c", 0.1)
     assert prepare_tokens(path, tokenizer, tmp_path / "c", 0.2).folder != first.folder
     assert prepare_tokens(path, Tokenizer.train([TEXT], 300), tmp_path / "c", 0.1).folder != first.folder
-    assert prepare_tokens(text_file(TEXT + "more", "b.txt"), tokenizer, tmp_path / "c", 0.1).folder != first.folder
+    assert (
+        prepare_tokens(text_file(TEXT + "more", "b.txt"), tokenizer, tmp_path / "c", 0.1).folder
+        != first.folder
+    )
     monkeypatch.setattr(data, "_write_split", None)  # tokenising again would now fail
     assert prepare_tokens(path, tokenizer, tmp_path / "c", 0.1).sha256 == first.sha256
 
 
-@pytest.mark.parametrize("damage", ["flip", "flip val", "truncate", "remove", "sidecar", "sidecar number", "sidecar list", "without hashes"])
+@pytest.mark.parametrize(
+    "damage",
+    ["flip", "flip val", "truncate", "remove", "sidecar", "sidecar number", "sidecar list", "without hashes"],
+)
 def test_a_damaged_cache_is_noticed_and_rebuilt(text_file, tokenizer, tmp_path, capsys, damage):
     """One flipped bit is enough, in the tokens or in the counts beside them; a cache of before there were hashes goes too."""
     path = text_file(TEXT)
     made = prepare_tokens(path, tokenizer, tmp_path / "c", 0.1)
     expected = made.train.tokens.tolist(), made.val.tokens.tolist(), made.val.text_bytes
-    target, sidecar = made.folder / ("val.bin" if damage == "flip val" else "train.bin"), made.folder / "tokens.json"
+    target, sidecar = (
+        made.folder / ("val.bin" if damage == "flip val" else "train.bin"),
+        made.folder / "tokens.json",
+    )
     facts = json.loads(sidecar.read_text())
     if damage.startswith("flip"):
         raw = bytearray(target.read_bytes())
@@ -342,7 +402,9 @@ def test_a_damaged_cache_is_noticed_and_rebuilt(text_file, tokenizer, tmp_path, 
     again = prepare_tokens(path, tokenizer, tmp_path / "c", 0.1)
     assert (again.train.tokens.tolist(), again.val.tokens.tolist(), again.val.text_bytes) == expected
     (line,) = capsys.readouterr().out.splitlines()
-    assert ("an earlier version" if damage == "without hashes" else "damaged") in line and line.endswith("tokenising again")
+    assert ("an earlier version" if damage == "without hashes" else "damaged") in line and line.endswith(
+        "tokenising again"
+    )
     prepare_tokens(path, tokenizer, tmp_path / "c", 0.1)
     assert capsys.readouterr().out == "", "the new one is whole"
 
@@ -369,7 +431,9 @@ def test_an_empty_file_is_called_empty(text_file, tokenizer, tmp_path):
         prepare_tokens(text_file(""), tokenizer, tmp_path / "c", 0.1)
 
 
-@pytest.mark.parametrize(("text", "expected"), [("a few words only", "one row needs 65"), ("x", "one row needs 65")])
+@pytest.mark.parametrize(
+    ("text", "expected"), [("a few words only", "one row needs 65"), ("x", "one row needs 65")]
+)
 def test_a_text_shorter_than_a_row_is_one_clear_error(text_file, tokenizer, tmp_path, text, expected):
     path = text_file(text)
     with pytest.raises(DataError, match=expected) as caught:
@@ -397,7 +461,9 @@ def test_every_row_is_used_once_an_epoch_and_none_straddles_the_end(count, lengt
 def test_batch_n_is_a_pure_function_of_seed_and_n(count, length, batch):
     forward = [BatchOrder(count, length, batch, 5).starts(n) for n in range(20)]
     used = BatchOrder(count, length, batch, 5)
-    assert [used.starts(n) for n in reversed(range(20))] == forward[::-1]  # in any order, from one object or many
+    assert [used.starts(n) for n in reversed(range(20))] == forward[
+        ::-1
+    ]  # in any order, from one object or many
     if count > 500:
         assert [BatchOrder(count, length, batch, 6).starts(n) for n in range(20)] != forward
 
@@ -410,7 +476,9 @@ def test_the_order_is_the_same_on_every_machine():
 
 def test_every_epoch_has_another_order():
     order = BatchOrder(10_000, 16, 4, seed=5)
-    epochs = [[order.row_start(e * order.rows_per_epoch + i) for i in range(order.rows_per_epoch)] for e in range(3)]
+    epochs = [
+        [order.row_start(e * order.rows_per_epoch + i) for i in range(order.rows_per_epoch)] for e in range(3)
+    ]
     assert epochs[0] != epochs[1] != epochs[2]
     assert len({min(epoch) % 16 for epoch in epochs}) > 1  # and other row boundaries
 
@@ -439,7 +507,9 @@ def test_the_global_batch_does_not_depend_on_the_number_of_workers(workers):
     tokens = np.arange(500, dtype=np.uint16)
     order = BatchOrder(500, 16, 4, seed=5)
     parts = [BatchStream(tokens, order, 0, rank, workers).batch(7).tolist() for rank in range(workers)]
-    assert sorted(row for part in parts for row in part) == sorted(BatchStream(tokens, order, 0).batch(7).tolist())
+    assert sorted(row for part in parts for row in part) == sorted(
+        BatchStream(tokens, order, 0).batch(7).tolist()
+    )
 
 
 def test_epoch_of_counts_rows():

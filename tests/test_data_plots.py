@@ -10,7 +10,16 @@ from smollm2 import plots
 from smollm2.notebook import data_plots
 from smollm2.tokenizer import Tokenizer
 
-TEXTS = ["", "a", "price: $5 and $6", "one token: $_$", "日本語 🙂 Ωμέγα\n\ttab\0end", "x" * 500, "<|endoftext|>", "{\\frac a b} _ ^ %"]
+TEXTS = [
+    "",
+    "a",
+    "price: $5 and $6",
+    "one token: $_$",
+    "日本語 🙂 Ωμέγα\n\ttab\0end",
+    "x" * 500,
+    "<|endoftext|>",
+    "{\\frac a b} _ ^ %",
+]
 
 
 @pytest.fixture(scope="module")
@@ -49,5 +58,7 @@ def test_a_packed_row_is_covered_from_end_to_end():
     fig = data_plots.packed_rows({"packed": [[0, 0, border, 1], [1, 1, 1, 1]], "padded": [[0, 0, padding]]})
     packed, padded = ([bar.get_width() for bar in ax.patches] for ax in fig.axes)
     assert packed == [2, 1, 1, 4] and padded == [2, 1]
-    assert [text.get_text() for text in fig.axes[0].texts] == ["0", "1", "1"], "a reader who sees no colours reads the number of the piece"
+    assert [text.get_text() for text in fig.axes[0].texts] == ["0", "1", "1"], (
+        "a reader who sees no colours reads the number of the piece"
+    )
     plots.png_bytes(fig)

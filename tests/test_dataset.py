@@ -37,7 +37,12 @@ def read(source: Path, out: Path, tokens: int = 10_000) -> tuple[list[str], str]
 
 def test_a_text_file_is_one_document_and_its_own_separators_count(tmp_path):
     source = folder_of(
-        tmp_path / "in", a="one\n\n\ntwo\n", b="three\n<|endoftext|>\nfour\n<|endoftext|>\n", c="\n", d="\ufefffive\r\n<|endoftext|>\r\n", e="not <|endoftext|>"
+        tmp_path / "in",
+        a="one\n\n\ntwo\n",
+        b="three\n<|endoftext|>\nfour\n<|endoftext|>\n",
+        c="\n",
+        d="\ufefffive\r\n<|endoftext|>\r\n",
+        e="not <|endoftext|>",
     )
     found, said = read(source, tmp_path / "out")
     assert found == ["one\n\n\ntwo\n", "three\n", "four\n", "five\n", "not <|endoftext|>\n"]

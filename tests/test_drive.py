@@ -16,14 +16,15 @@ from pathlib import Path
 import pytest
 from fake_drive import FakeDrive, MachineDied
 
-from smollm2.checkpoint import FINAL_NAMES, candidates, commit, dump_json, step_name, verify
+from smollm2 import drive, drive_folder, drive_restore, lease
+from smollm2.checkpoint import FINAL_NAMES, candidates, commit, step_name, verify
+from smollm2.drive import DriveMirror, newest_on_drive
 from smollm2.errors import BusyError, ConfigError, DataError, NoUsableCheckpoint
+from smollm2.files import dump_json
 from smollm2.progress import Reporter, TerminalReporter
+from smollm2.retention import prune
 from smollm2.settings import load_config
 from smollm2.state import TrainState
-from smollm2.storage import drive, drive_folder, drive_restore, lease
-from smollm2.storage.drive import DriveMirror, newest_on_drive
-from smollm2.storage.retention import prune
 
 RUN_ID = "0123456789abcdef"
 ROOT = Path(__file__).parents[1]
@@ -34,7 +35,9 @@ ROOT = Path(__file__).parents[1]
 
 def files_of(step: int, best: int = 0) -> dict[str, bytes]:
     weights = hashlib.shake_256(b"%d" % step).digest(4000)
-    state = TrainState(step=step, best={"step": best, "bits_per_byte": 1.0} if best else {}).to_json() | {"python_rng": PYTHON_RNG}
+    state = TrainState(step=step, best={"step": best, "bits_per_byte": 1.0} if best else {}).to_json() | {
+        "python_rng": PYTHON_RNG
+    }
     files = {"config.json": b"{}\n", "model.safetensors": weights, "optim.safetensors": weights[::-1] * 2}
     return files | {"state.json": dump_json(state), "tokenizer.json": b'{"a": 1}'}
 
@@ -53,7 +56,14 @@ def save(output: Path, step: int, best: int = 0, name: str | None = None):
 
 def restore(fake: FakeDrive, output: Path, said: list[str]):
     (output / "checkpoints").mkdir(parents=True, exist_ok=True)
-    return newest_on_drive(fake.root, output / "checkpoints", candidates(output / "checkpoints"), said.append, sleep=fake.advance, take_over=True)
+    return newest_on_drive(
+        fake.root,
+        output / "checkpoints",
+        candidates(output / "checkpoints"),
+        said.append,
+        sleep=fake.advance,
+        take_over=True,
+    )
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
@@ -66,7 +76,10 @@ def whole_steps_on_server(fake: FakeDrive) -> dict[int, str]:
     for name, files in fake.server_folders().items():
         raw = files.get("manifest.json", b"")
         table = json.loads(raw) if raw.endswith(b"}\n") else None  # else it was cut off
-        if table and all(name in files and hashlib.sha256(files[name]).hexdigest() == facts["sha256"] for name, facts in table["files"].items()):
+        if table and all(
+            name in files and hashlib.sha256(files[name]).hexdigest() == facts["sha256"]
+            for name, facts in table["files"].items()
+        ):
             found[table["step"]] = name
     return found
 
@@ -85,7 +98,9 @@ def fake(tmp_path, monkeypatch):
 
 
 def mirror_of(fake: FakeDrive, said: list[str], copied: list[int] | None = None) -> DriveMirror:
-    return DriveMirror(fake.root, said.append, (copied if copied is not None else []).append, pause=fake.advance, start=False)
+    return DriveMirror(
+        fake.root, said.append, (copied if copied is not None else []).append, pause=fake.advance, start=False
+    )
 
 
 def copy(mirror: DriveMirror, manifest, turns: int = 1) -> None:
@@ -102,7 +117,9 @@ def bytes_on_drive(step: int) -> int:
     return sum(map(len, files_of(step, step).values())) + 1000 + 50 * (step // 10) + 200
 
 
-@pytest.mark.parametrize("seed", [pytest.param(seed, marks=pytest.mark.slow) if seed >= 8 else seed for seed in range(100)])
+@pytest.mark.parametrize(
+    "seed", [pytest.param(seed, marks=pytest.mark.slow) if seed >= 8 else seed for seed in range(100)]
+)
 def test_a_lying_drive_never_stops_training_and_loses_nothing_confirmed(seed, tmp_path, monkeypatch):
     fake = FakeDrive(
         tmp_path / "drive",
@@ -121,7 +138,9 @@ def test_a_lying_drive_never_stops_training_and_loses_nothing_confirmed(seed, tm
     for machine in range(4):
         output = tmp_path / f"machine-{machine}"
         whole = whole_steps_on_server(fake)
-        assert not confirmed or max(whole, default=0) >= confirmed, "a confirmed checkpoint was deleted before a newer one arrived"
+        assert not confirmed or max(whole, default=0) >= confirmed, (
+            "a confirmed checkpoint was deleted before a newer one arrived"
+        )
         try:
             newest = restore(fake, output, said)
         except NoUsableCheckpoint:
@@ -167,7 +186,9 @@ def test_a_lying_drive_never_stops_training_and_loses_nothing_confirmed(seed, tm
 
 def test_the_hundred_seeds_met_every_kind_of_trouble(tmp_path, monkeypatch):
     """The fake is no use if its faults never happen."""
-    fake = FakeDrive(tmp_path / "drive", 3, fault_rate=0.01, stale_rate=0.3, duplicate_rate=0.3, upload_seconds=(0, 40))
+    fake = FakeDrive(
+        tmp_path / "drive", 3, fault_rate=0.01, stale_rate=0.3, duplicate_rate=0.3, upload_seconds=(0, 40)
+    )
     fake.install(monkeypatch, tmp_path)
     said, late = [], 0
     mirror = mirror_of(fake, said)
@@ -177,7 +198,12 @@ def test_the_hundred_seeds_met_every_kind_of_trouble(tmp_path, monkeypatch):
         fake.advance(50)
     text = "\n".join(said)
     assert {errno.EIO, errno.ENOTCONN} <= fake.errors_raised
-    assert "no longer connected" in text and "Input/output error" in text and "vanished" in text and "came back" in text
+    assert (
+        "no longer connected" in text
+        and "Input/output error" in text
+        and "vanished" in text
+        and "came back" in text
+    )
     assert "copying works again" in text
     assert any(" (1)" in path for path in fake.server) or "vanished" in text
     assert late > 10, "uploads lag behind, so that a death loses some"
@@ -192,14 +218,16 @@ def test_a_copy_is_whole_verified_and_found_again(fake, tmp_path):
     manifest = save(tmp_path / "one", 30)
     copy(mirror, manifest)
     assert copied == [30]
-    (name, files), = fake.server_folders().items()
+    ((name, files),) = fake.server_folders().items()
     assert name.startswith(f"step-00000030-{RUN_ID}-")
     assert {file: files[file] for file in manifest.files} == files_of(30)
     assert files["manifest.json"] == (manifest.folder / "manifest.json").read_bytes()
     newest = restore(fake, tmp_path / "two", [])
     assert newest.folder == tmp_path / "two" / "checkpoints" / step_name(30)
     assert verify(newest.folder).files == manifest.files and bytes_of(newest.folder) == files_of(30)
-    assert (tmp_path / "two" / "logs" / "training_loss.txt").read_bytes() == (tmp_path / "one" / "logs" / "training_loss.txt").read_bytes()
+    assert (tmp_path / "two" / "logs" / "training_loss.txt").read_bytes() == (
+        tmp_path / "one" / "logs" / "training_loss.txt"
+    ).read_bytes()
 
 
 def test_manifest_is_written_last(fake, tmp_path):
@@ -208,20 +236,31 @@ def test_manifest_is_written_last(fake, tmp_path):
     fake._wrote = lambda name, content: (order.append(Path(name).name), wrote(name, content))
     copy(mirror_of(fake, []), save(tmp_path, 10))
     assert order[-1] == "manifest.json" and order.count("manifest.json") == 1
-    assert set(order) == {f"{n}" for n in files_of(10)} | {"training_loss.txt", "logs.json", "manifest.json"} | {n for n in order if n.startswith("lease-")}
+    assert set(order) == {f"{n}" for n in files_of(10)} | {
+        "training_loss.txt",
+        "logs.json",
+        "manifest.json",
+    } | {n for n in order if n.startswith("lease-")}
 
 
 def test_a_copy_that_does_not_read_back_is_not_called_copied(fake, tmp_path):
     copied, said = [], []
     mirror = mirror_of(fake, said, copied)
     wrote = fake._wrote
-    fake._wrote = lambda name, content: wrote(name, content[:-1] + b"?" if name.endswith("model.safetensors") else content)
+    fake._wrote = lambda name, content: wrote(
+        name, content[:-1] + b"?" if name.endswith("model.safetensors") else content
+    )
     copy(mirror, save(tmp_path, 10), 2)
-    assert copied == [] and "other bytes came back than were written: model.safetensors: sha256 differs" in said[0]
+    assert (
+        copied == []
+        and "other bytes came back than were written: model.safetensors: sha256 differs" in said[0]
+    )
     fake._wrote = wrote
     mirror.turn()
     assert copied == [10] and "works again" in said[-1]
-    assert whole_steps_on_server(fake) == {10: mirror.copied.path.name} and len(fake.server_folders()) == 1, "the bad copy is gone"
+    assert whole_steps_on_server(fake) == {10: mirror.copied.path.name} and len(fake.server_folders()) == 1, (
+        "the bad copy is gone"
+    )
 
 
 def test_a_damaged_local_checkpoint_is_not_spread(fake, tmp_path):
@@ -290,7 +329,10 @@ def test_errors_are_told_once_and_tried_again_after_5_seconds_up_to_5_minutes(fa
     assert mirror._delay == 5 and len(said) == 4, "a new trouble is told again, and waits 5 seconds first"
 
 
-@pytest.mark.parametrize("number", [errno.ENOTCONN, errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE, errno.ETIMEDOUT])
+@pytest.mark.parametrize(
+    "number",
+    [errno.ENOTCONN, errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE, errno.ETIMEDOUT],
+)
 def test_no_errno_reaches_training(number, fake, tmp_path):
     said = []
     mirror = DriveMirror(fake.root, said.append, lambda step: None, pause=lambda s: None)
@@ -330,7 +372,12 @@ def test_nothing_is_made_under_a_mount_point_without_its_mount(fake, tmp_path):
 def test_a_mount_table_of_another_file_system_is_not_drive(monkeypatch, tmp_path):
     table = tmp_path / "mounts"
     monkeypatch.setattr(drive_folder, "MOUNTS_TABLE", table)
-    for line, expected in (("drive /content/drive fuse.drive rw 0 0", True), ("overlay /content/drive overlay rw 0 0", False), ("drive /content/drive2 fuse.drive rw 0 0", False), ("", False)):
+    for line, expected in (
+        ("drive /content/drive fuse.drive rw 0 0", True),
+        ("overlay /content/drive overlay rw 0 0", False),
+        ("drive /content/drive2 fuse.drive rw 0 0", False),
+        ("", False),
+    ):
         table.write_text(line + "\n")
         assert drive_folder.is_drive_mounted() is expected, line
     table.unlink()
@@ -347,11 +394,18 @@ def test_three_stay_and_the_best_is_among_them(fake, tmp_path):
     mirror = mirror_of(fake, [])
     for step in range(10, 90, 10):
         copy(mirror, save(tmp_path, step, best=20))
-    assert sorted(whole_steps_on_server(fake)) == [20, 60, 70, 80]  # three before the last copy began, and that
+    assert sorted(whole_steps_on_server(fake)) == [
+        20,
+        60,
+        70,
+        80,
+    ]  # three before the last copy began, and that
     assert fake.trash_bytes == 0, "files are emptied before they are deleted"
 
 
-def test_a_checkpoint_that_drive_has_not_uploaded_is_no_reason_to_delete_an_uploaded_one(tmp_path, monkeypatch):
+def test_a_checkpoint_that_drive_has_not_uploaded_is_no_reason_to_delete_an_uploaded_one(
+    tmp_path, monkeypatch
+):
     fake = FakeDrive(tmp_path / "drive", in_order=False)
     fake.install(monkeypatch, tmp_path)
     mirror = mirror_of(fake, [])
@@ -380,7 +434,15 @@ def test_folders_of_people_and_of_other_runs_are_never_touched(fake, tmp_path):
     for step in range(10, 100, 10):
         copy(mirror, save(tmp_path, step))
     kept = fake.server_folders()
-    assert all(kept[name] == {"a.txt": b"mine"} for name in ("photos", "step-00000001.ckpt", "my best.ckpt", f"step-00000001-{'f' * 16}-01234567.ckpt"))
+    assert all(
+        kept[name] == {"a.txt": b"mine"}
+        for name in (
+            "photos",
+            "step-00000001.ckpt",
+            "my best.ckpt",
+            f"step-00000001-{'f' * 16}-01234567.ckpt",
+        )
+    )
 
 
 def test_resuming_from_drive_copies_nothing_twice(fake, tmp_path):
@@ -403,13 +465,28 @@ def test_a_final_folder_is_recognisable_by_people(fake, tmp_path):
 def put(fake: FakeDrive, name: str, step: int, **changed: bytes) -> None:
     """A checkpoint on Drive under any name, with some files other than they should be (None: missing)."""
     manifest = save(Path(fake.mount.parent) / "made", step)
-    files = {path.name: path.read_bytes() for path in manifest.folder.iterdir()} | drive_folder.with_table({}) | changed
+    files = (
+        {path.name: path.read_bytes() for path in manifest.folder.iterdir()}
+        | drive_folder.with_table({})
+        | changed
+    )
     fake.tree.setdefault(str(fake.root), None)
     fake.tree[str(fake.root / name)] = None
-    fake.tree |= {str(fake.root / name / file): content for file, content in files.items() if content is not None}
+    fake.tree |= {
+        str(fake.root / name / file): content for file, content in files.items() if content is not None
+    }
 
 
-@pytest.mark.parametrize("name", ["step-00000040-x (1).ckpt", "step-00000001.ckpt", "keep this one", "final_model.ckpt (1)", "Kopie von step-00000002.ckpt"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "step-00000040-x (1).ckpt",
+        "step-00000001.ckpt",
+        "keep this one",
+        "final_model.ckpt (1)",
+        "Kopie von step-00000002.ckpt",
+    ],
+)
 def test_identity_comes_from_the_manifest_never_from_the_name(name, fake, tmp_path):
     put(fake, "step-00000099-a.ckpt", 10)
     put(fake, name, 40)
@@ -437,8 +514,12 @@ def test_damage_on_drive_falls_back_loudly_to_the_one_before(damage, fake, tmp_p
     said = []
     newest = restore(fake, tmp_path / "new", said)
     assert newest.step == 30 and bytes_of(newest.folder) == files_of(30)
-    assert len(said) == 2 and "step-00000040-a.ckpt on Drive is not usable" in said[0] and "step 30" in said[1]
-    assert [path.name for path in (tmp_path / "new" / "checkpoints").iterdir()] == [step_name(30)], "nothing of the damaged one stays"
+    assert (
+        len(said) == 2 and "step-00000040-a.ckpt on Drive is not usable" in said[0] and "step 30" in said[1]
+    )
+    assert [path.name for path in (tmp_path / "new" / "checkpoints").iterdir()] == [step_name(30)], (
+        "nothing of the damaged one stays"
+    )
 
 
 def test_none_usable_is_an_error_never_a_start_from_zero(fake, tmp_path):
@@ -456,7 +537,9 @@ def test_this_machine_wins_on_an_equal_step_and_the_newer_tier_otherwise(fake, t
     save(tmp_path / "equal", 40)
     ops = fake.ops
     said = []
-    assert restore(fake, tmp_path / "equal", said).step == 40 and said == [], f"nothing was copied ({fake.ops - ops} operations)"
+    assert restore(fake, tmp_path / "equal", said).step == 40 and said == [], (
+        f"nothing was copied ({fake.ops - ops} operations)"
+    )
     save(tmp_path / "newer", 50)
     assert restore(fake, tmp_path / "newer", []).step == 50
     save(tmp_path / "older", 30)
@@ -464,7 +547,10 @@ def test_this_machine_wins_on_an_equal_step_and_the_newer_tier_otherwise(fake, t
     damaged = save(tmp_path / "damaged", 40)
     (damaged.folder / "model.safetensors").write_bytes(b"")
     said = []
-    assert bytes_of(restore(fake, tmp_path / "damaged", said).folder) == files_of(40) and "on this machine is not usable" in said[0]
+    assert (
+        bytes_of(restore(fake, tmp_path / "damaged", said).folder) == files_of(40)
+        and "on this machine is not usable" in said[0]
+    )
 
 
 def test_a_drive_that_needs_a_moment_is_given_one(fake, tmp_path):
@@ -482,7 +568,10 @@ def test_an_unreachable_drive_stops_a_machine_that_has_nothing_and_no_other(fake
         restore(fake, tmp_path / "new", [])
     save(tmp_path / "has", 20)
     said = []
-    assert restore(fake, tmp_path / "has", said).step == 20 and "continuing with what is on this machine" in said[0]
+    assert (
+        restore(fake, tmp_path / "has", said).step == 20
+        and "continuing with what is on this machine" in said[0]
+    )
     fake.set_mounted(False)
     with pytest.raises(ConfigError, match="not mounted"):
         restore(fake, tmp_path / "new", [])
@@ -525,7 +614,14 @@ def test_lost_logs_are_told_and_do_not_stop_a_resume(fake, tmp_path):
 
 
 def other_lease(fake: FakeDrive, **changes) -> None:
-    facts = {"host": "elsewhere", "pid": 7, "boot": "b", "began": "1", "since": time.time() - 900, "heartbeat": time.time() - 20} | changes
+    facts = {
+        "host": "elsewhere",
+        "pid": 7,
+        "boot": "b",
+        "began": "1",
+        "since": time.time() - 900,
+        "heartbeat": time.time() - 20,
+    } | changes
     fake.tree |= {str(fake.root): None, str(fake.root / "lease-other.json"): json.dumps(facts).encode()}
 
 
@@ -533,10 +629,16 @@ def test_a_second_runtime_is_refused_with_a_way_out(fake, tmp_path):
     other_lease(fake)
     (tmp_path / "c").mkdir()
     said = []
-    with pytest.raises(BusyError, match=r"pid 7 on elsewhere.*last seen 2\d s ago.*run.take_over=true") as error:
+    with pytest.raises(
+        BusyError, match=r"pid 7 on elsewhere.*last seen 2\d s ago.*run.take_over=true"
+    ) as error:
         newest_on_drive(fake.root, tmp_path / "c", [], said.append, sleep=fake.advance)
     assert error.value.exit_code == 3
-    assert newest_on_drive(fake.root, tmp_path / "c", [], said.append, sleep=fake.advance, take_over=True) is None and "taking over" in said[0]
+    assert (
+        newest_on_drive(fake.root, tmp_path / "c", [], said.append, sleep=fake.advance, take_over=True)
+        is None
+        and "taking over" in said[0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -553,7 +655,9 @@ def test_a_dead_runtime_is_not_in_the_way(dead, fake, tmp_path):
     assert newest_on_drive(fake.root, tmp_path, [], print, sleep=fake.advance) is None
 
 
-@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"null", b'{"host": 1}', b"\xff", b'{"heartbeat": "soon"}', b"[" * 5000])
+@pytest.mark.parametrize(
+    "raw", [b"", b"{", b"[]", b"null", b'{"host": 1}', b"\xff", b'{"heartbeat": "soon"}', b"[" * 5000]
+)
 def test_an_unreadable_lease_is_passed_over(raw, fake):
     fake.tree |= {str(fake.root): None, str(fake.root / "lease-other.json"): raw}
     assert lease.live_leases(fake.root) == []
@@ -577,7 +681,9 @@ def test_the_lease_is_kept_fresh_and_given_back(fake, tmp_path, monkeypatch):
         time.sleep(0.01)
     path = str(mirror._lease.path)
     first = json.loads(fake.tree[path])
-    assert {key: first[key] for key in ("host", "pid", "boot")} == {key: lease.this_process()[key] for key in ("host", "pid", "boot")}
+    assert {key: first[key] for key in ("host", "pid", "boot")} == {
+        key: lease.this_process()[key] for key in ("host", "pid", "boot")
+    }
     mirror._lease._next_beat = 0.1
     mirror.submit(save(tmp_path, 20))
     mirror.close()
@@ -606,7 +712,10 @@ def test_close_tells_what_is_not_confirmed(fake, tmp_path):
     began = time.monotonic()
     mirror.close(0.5)
     assert time.monotonic() - began < 3
-    assert "NOT on Drive: step 10 is only on this machine, Drive has nothing" in said[-1] and "errno 107" in said[-1]
+    assert (
+        "NOT on Drive: step 10 is only on this machine, Drive has nothing" in said[-1]
+        and "errno 107" in said[-1]
+    )
 
 
 def test_a_drive_that_hangs_does_not_hang_the_end(fake, tmp_path):
@@ -621,7 +730,9 @@ def test_a_drive_that_hangs_does_not_hang_the_end(fake, tmp_path):
     assert time.monotonic() - began < 3 and "copying takes too long" in said[-1]
     release.set()
     mirror._thread.join(10)
-    assert not mirror._thread.is_alive() and not whole_steps_on_server(fake), "an abandoned copy is not finished behind a person's back"
+    assert not mirror._thread.is_alive() and not whole_steps_on_server(fake), (
+        "an abandoned copy is not finished behind a person's back"
+    )
 
 
 def test_an_upload_that_drive_does_not_confirm_is_told(tmp_path, monkeypatch):
@@ -659,20 +770,50 @@ def test_both_numbers_are_said_when_they_change_and_not_more_often():
 # --- with real training
 
 TINY = [
-    *("vocab_size=300", "hidden_size=16", "intermediate_size=32", "num_hidden_layers=1", "num_attention_heads=2", "num_key_value_heads=1"),
-    *("max_position_embeddings=32", "sequence_length=16", "data.tokenizer_vocab_size=300", "batch_size=4", "warmup_steps=3", "val_max_tokens=200"),
-    *("train.val_every=10", "train.sample_every=10", "train.sample_tokens=4", "train.save_every=3", "train.log_every=1", "train.precision=fp32"),
+    *(
+        "vocab_size=300",
+        "hidden_size=16",
+        "intermediate_size=32",
+        "num_hidden_layers=1",
+        "num_attention_heads=2",
+        "num_key_value_heads=1",
+    ),
+    *(
+        "max_position_embeddings=32",
+        "sequence_length=16",
+        "data.tokenizer_vocab_size=300",
+        "batch_size=4",
+        "warmup_steps=3",
+        "val_max_tokens=200",
+    ),
+    *(
+        "train.val_every=10",
+        "train.sample_every=10",
+        "train.sample_tokens=4",
+        "train.save_every=3",
+        "train.log_every=1",
+        "train.precision=fp32",
+    ),
 ]
 
 
 def tiny_run(text: Path, output: Path, **flags):
-    return load_config("nano", None, TINY, **{"data.input_file": str(text), "run.output_dir": str(output), "train.max_steps": 30} | flags)
+    return load_config(
+        "nano",
+        None,
+        TINY,
+        **{"data.input_file": str(text), "run.output_dir": str(output), "train.max_steps": 30} | flags,
+    )
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("text") / "input.txt"
-    path.write_text("".join(f"{n} green bottles hanging on the wall, and {n * 7 % 13} of them fall.\n" for n in range(300)))
+    path.write_text(
+        "".join(
+            f"{n} green bottles hanging on the wall, and {n * 7 % 13} of them fall.\n" for n in range(300)
+        )
+    )
     return path
 
 
@@ -688,7 +829,9 @@ def uninterrupted(text, tmp_path_factory) -> dict:
 def outcome(output: Path) -> dict:
     """All bytes of the final checkpoint, and the loss log without its clock."""
     lines = (output / "logs" / "training_loss.txt").read_text().splitlines()
-    return bytes_of(output / "checkpoints" / FINAL_NAMES[0]) | {"losses": [line.split(" ", 1)[1] for line in lines]}
+    return bytes_of(output / "checkpoints" / FINAL_NAMES[0]) | {
+        "losses": [line.split(" ", 1)[1] for line in lines]
+    }
 
 
 class Notes(Reporter):
@@ -710,12 +853,22 @@ def hurry(monkeypatch):
         monkeypatch.setattr(module, name, value)
 
 
-@pytest.mark.parametrize("seed", [pytest.param(seed, marks=pytest.mark.slow) if seed >= 2 else seed for seed in range(25)])
-def test_a_fresh_machine_with_only_the_drive_folder_ends_with_the_same_bits(seed, text, uninterrupted, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "seed", [pytest.param(seed, marks=pytest.mark.slow) if seed >= 2 else seed for seed in range(25)]
+)
+def test_a_fresh_machine_with_only_the_drive_folder_ends_with_the_same_bits(
+    seed, text, uninterrupted, tmp_path, monkeypatch
+):
     from smollm2.training import train
 
     hurry(monkeypatch)
-    options = {"stale_rate": 0.05, "duplicate_rate": 0.1, "upload_seconds": (0, 0.05), "real_time": True, "in_order": seed % 2 == 0}
+    options = {
+        "stale_rate": 0.05,
+        "duplicate_rate": 0.1,
+        "upload_seconds": (0, 0.05),
+        "real_time": True,
+        "in_order": seed % 2 == 0,
+    }
     fake = FakeDrive(tmp_path / "drive", seed, fault_rate=0.01, **options)
     fake.install(monkeypatch, tmp_path)
     death, server = 40 + 25 * seed % 500, {}  # what Google has when the machine dies at this operation
@@ -730,7 +883,9 @@ def test_a_fresh_machine_with_only_the_drive_folder_ends_with_the_same_bits(seed
     fresh.install(monkeypatch, tmp_path)
     fresh.server = dict(server)
     fresh.next_machine()
-    fresh.tree = {path: content for path, content in fresh.tree.items() if "lease-" not in path}  # five minutes later
+    fresh.tree = {
+        path: content for path, content in fresh.tree.items() if "lease-" not in path
+    }  # five minutes later
     whole = whole_steps_on_server(fresh)
     notes = Notes()
     config = tiny_run(text, tmp_path / "second", **{"run.drive_dir": str(fresh.root)})
@@ -739,9 +894,14 @@ def test_a_fresh_machine_with_only_the_drive_folder_ends_with_the_same_bits(seed
             train(config, notes)
         return
     result = train(config, notes)
-    assert any(line.startswith("starting at step 0 of 30" if not whole else f"continuing from step-{max(whole):08d}") for line in notes.lines), notes.lines
+    assert any(
+        line.startswith("starting at step 0 of 30" if not whole else f"continuing from step-{max(whole):08d}")
+        for line in notes.lines
+    ), notes.lines
     ends = outcome(tmp_path / "second")
-    if any("logs beside" in line for line in notes.lines):  # the log copies did not reach the server: said; the rest is exact
+    if any(
+        "logs beside" in line for line in notes.lines
+    ):  # the log copies did not reach the server: said; the rest is exact
         ends |= {name: uninterrupted[name] for name in ("losses", "state.json")}  # the state counts log lines
     assert ends == uninterrupted
     assert result.drive_step == 30 and "copied to Drive: step 30" in result.table()
@@ -765,8 +925,14 @@ def test_training_ends_well_when_drive_goes_away_for_good(text, uninterrupted, t
     fake._op = unplug
     result = train(tiny_run(text, tmp_path / "first", **{"run.drive_dir": str(fake.root)}), notes)
     assert outcome(tmp_path / "first") == uninterrupted and result.step == 30 and result.drive_step < 30
-    assert sum("training goes on" in line for line in notes.lines) <= 2 and "NOT on Drive: step 30" in notes.lines[-1]
-    assert f"copied to Drive: {'step ' + str(result.drive_step) if result.drive_step else 'nothing yet'}" in result.table()
+    assert (
+        sum("training goes on" in line for line in notes.lines) <= 2
+        and "NOT on Drive: step 30" in notes.lines[-1]
+    )
+    assert (
+        f"copied to Drive: {'step ' + str(result.drive_step) if result.drive_step else 'nothing yet'}"
+        in result.table()
+    )
 
 
 def test_resume_never_does_not_continue_or_hide_what_is_on_drive(text, tmp_path):
@@ -779,7 +945,14 @@ def test_resume_never_does_not_continue_or_hide_what_is_on_drive(text, tmp_path)
     with pytest.raises(ConfigError, match=r"--resume never, but --drive_dir .* holds 3 checkpoint"):
         train(tiny_run(text, tmp_path / "output", **settings, **{"run.resume": "never"}), Reporter())
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
-    result = train(tiny_run(text, tmp_path / "output", **settings | {"run.resume": "never", "run.drive_dir": str(tmp_path / "other")}), Reporter())
+    result = train(
+        tiny_run(
+            text,
+            tmp_path / "output",
+            **settings | {"run.resume": "never", "run.drive_dir": str(tmp_path / "other")},
+        ),
+        Reporter(),
+    )
     assert result.drive_step == 6 and (tmp_path / "output" / "previous-1").is_dir()
 
 
@@ -790,14 +963,28 @@ def test_a_run_that_was_found_on_drive_is_said_to_lie_there_and_the_advice_works
     train(tiny_run(text, tmp_path / "output", **settings), Reporter())
     advice = "or choose another --output_dir and another --drive_dir$"
     for name, place in (("fresh", "--drive_dir .*drive"), ("output", "--output_dir .*output")):
-        with pytest.raises(ConfigError, match=rf"the run in {place} was made with other settings \(train\.seed: .* -> 5\): put them back, {advice}"):
+        with pytest.raises(
+            ConfigError,
+            match=rf"the run in {place} was made with other settings \(train\.seed: .* -> 5\): put them back, {advice}",
+        ):
             train(tiny_run(text, tmp_path / name, **settings, **{"train.seed": 5}), Reporter())
     assert not (tmp_path / "fresh").exists()
     changed = tmp_path / "other.txt"
     changed.write_text(text.read_text() + "one more line\n")
     with pytest.raises(DataError, match=f"is not the text this run was trained on.*{advice}"):
         train(tiny_run(changed, tmp_path / "fresh", **settings), Reporter())
-    assert train(tiny_run(text, tmp_path / "fresh", **settings | {"run.drive_dir": str(tmp_path / "second")}, **{"train.seed": 5}), Reporter()).drive_step == 6
+    assert (
+        train(
+            tiny_run(
+                text,
+                tmp_path / "fresh",
+                **settings | {"run.drive_dir": str(tmp_path / "second")},
+                **{"train.seed": 5},
+            ),
+            Reporter(),
+        ).drive_step
+        == 6
+    )
 
 
 @pytest.mark.parametrize("where", ["checkpoints", ".", "checkpoints/deeper"])
@@ -805,7 +992,10 @@ def test_the_runs_own_folder_is_no_second_place(where, text, tmp_path):
     from smollm2.training import train
 
     with pytest.raises(ConfigError, match="run's own folder"):
-        train(tiny_run(text, tmp_path / "output", **{"run.drive_dir": str(tmp_path / "output" / where)}), Reporter())
+        train(
+            tiny_run(text, tmp_path / "output", **{"run.drive_dir": str(tmp_path / "output" / where)}),
+            Reporter(),
+        )
     assert not (tmp_path / "output").exists()
 
 
@@ -822,13 +1012,34 @@ def test_an_output_folder_in_drives_place_is_refused_while_drive_is_not_mounted(
 @pytest.mark.parametrize("seconds", [7.5, 8.5, 9.5])
 def test_killed_processes_and_a_lost_machine_end_with_the_same_bits(seconds, text, uninterrupted, tmp_path):
     """kill -9 of a real process, its whole output folder lost, and a rerun with nothing but the Drive folder."""
-    command = [sys.executable, "colab_train.py", "--preset", "nano", "--input_file", str(text), "--max_steps", "30", "--drive_dir", str(tmp_path / "drive")]
+    command = [
+        sys.executable,
+        "colab_train.py",
+        "--preset",
+        "nano",
+        "--input_file",
+        str(text),
+        "--max_steps",
+        "30",
+        "--drive_dir",
+        str(tmp_path / "drive"),
+    ]
     for setting in TINY:
         command += ["--set", setting]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    first = subprocess.Popen([*command, "--output_dir", str(tmp_path / "first")], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = subprocess.Popen(
+        [*command, "--output_dir", str(tmp_path / "first")],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.monotonic() + 60
-    while not list((tmp_path / "drive").glob("*/manifest.json")) and time.monotonic() < deadline and first.poll() is None:
+    while (
+        not list((tmp_path / "drive").glob("*/manifest.json"))
+        and time.monotonic() < deadline
+        and first.poll() is None
+    ):
         time.sleep(0.02)
     time.sleep(seconds % 1 / 4)
     first.send_signal(signal.SIGKILL)
@@ -836,7 +1047,13 @@ def test_killed_processes_and_a_lost_machine_end_with_the_same_bits(seconds, tex
     copied = [entry.step for entry in drive_folder.entries(tmp_path / "drive") if entry.manifest]
     if not copied:
         pytest.skip("killed before the first manifest was whole")
-    second = subprocess.run([*command, "--output_dir", str(tmp_path / "second")], cwd=ROOT, env=environment, capture_output=True, text=True)
+    second = subprocess.run(
+        [*command, "--output_dir", str(tmp_path / "second")],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert second.returncode == 0, second.stderr
     assert "copied from Drive" in second.stdout or max(copied) == 30
     assert outcome(tmp_path / "second") == uninterrupted

@@ -63,7 +63,9 @@ def test_a_model_that_knows_nothing_needs_log2_of_the_vocabulary_a_token():
 def test_the_default_block_is_the_whole_context():
     model = tiny_model(max_position_embeddings=50).eval()
     tokens = tokens_of(model, 120)
-    assert score_tokens(model, tokens, 120).loss == pytest.approx(nats_token_by_token(model, tokens, 50) / 120, rel=1e-5)
+    assert score_tokens(model, tokens, 120).loss == pytest.approx(
+        nats_token_by_token(model, tokens, 50) / 120, rel=1e-5
+    )
 
 
 def test_a_part_can_be_scored_and_its_bytes_are_in_proportion():
@@ -130,11 +132,17 @@ def test_a_text_that_the_tokenizer_cannot_hold_has_no_bits_per_byte(tmp_path, ca
     tokenizer, path = metaspace_tokenizer(), tmp_path / "text.txt"
     model = tiny_model(vocab_size=tokenizer.vocab_size)
     path.write_text("the king said é\n" * 50)
-    with pytest.raises(DataError, match=r"text\.txt: 12 % of the bytes .* \('é'\), expected at most 0\.1%: .*byte-level"):
+    with pytest.raises(
+        DataError, match=r"text\.txt: 12 % of the bytes .* \('é'\), expected at most 0\.1%: .*byte-level"
+    ):
         score_file(model, tokenizer, path)
     path.write_text("the king said: come hither, " * 100 + "é")
     assert score_file(model, tokenizer, path).bytes == 2802
-    assert "note: " in (said := capsys.readouterr()).err and "0.071 % of the bytes" in said.err and said.out == ""
+    assert (
+        "note: " in (said := capsys.readouterr()).err
+        and "0.071 % of the bytes" in said.err
+        and said.out == ""
+    )
 
 
 def test_a_saved_model_scores_the_same_after_loading_and_in_transformers(checkpoint):
@@ -151,21 +159,42 @@ def test_compression_is_the_compressors_own_size(checkpoint):
     path = checkpoint / "text.txt"
     sizes = compression_bits_per_byte(path, "all")
     raw = TEXT.encode()
-    assert sizes == {"gzip -9": 8 * len(gzip.compress(raw, 9, mtime=0)) / len(raw), "xz": 8 * len(lzma.compress(raw)) / len(raw)}
+    assert sizes == {
+        "gzip -9": 8 * len(gzip.compress(raw, 9, mtime=0)) / len(raw),
+        "xz": 8 * len(lzma.compress(raw)) / len(raw),
+    }
     assert compression_bits_per_byte(path, "val") != sizes
 
 
 def test_the_command_prints_one_json_line(checkpoint):
-    command = [sys.executable, "-m", "smollm2.evaluate", "--checkpoint", checkpoint / "checkpoint", "--input_file", checkpoint / "text.txt"]
-    done = subprocess.run([*map(str, command), "--split", "val", "--json"], capture_output=True, text=True, check=True)
+    command = [
+        sys.executable,
+        "-m",
+        "smollm2.evaluate",
+        "--checkpoint",
+        checkpoint / "checkpoint",
+        "--input_file",
+        checkpoint / "text.txt",
+    ]
+    done = subprocess.run(
+        [*map(str, command), "--split", "val", "--json"], capture_output=True, text=True, check=True
+    )
     result = json.loads(done.stdout)
     assert done.stdout.count("\n") == 1 and set(result) == {"loss", "bits_per_byte", "tokens", "bytes"}
-    model, tokenizer = SmolLM2.from_pretrained(checkpoint / "checkpoint"), Tokenizer.from_file(checkpoint / "checkpoint")
-    assert result["loss"] == pytest.approx(score_file(model, tokenizer, checkpoint / "text.txt", "val").loss, rel=1e-6)
+    model, tokenizer = (
+        SmolLM2.from_pretrained(checkpoint / "checkpoint"),
+        Tokenizer.from_file(checkpoint / "checkpoint"),
+    )
+    assert result["loss"] == pytest.approx(
+        score_file(model, tokenizer, checkpoint / "text.txt", "val").loss, rel=1e-6
+    )
 
 
 def test_the_command_in_words_names_split_and_units(checkpoint, capsys):
-    assert main(["--checkpoint", str(checkpoint / "checkpoint"), "--input_file", str(checkpoint / "text.txt")]) == 0
+    assert (
+        main(["--checkpoint", str(checkpoint / "checkpoint"), "--input_file", str(checkpoint / "text.txt")])
+        == 0
+    )
     assert "bits/byte" in (out := capsys.readouterr().out) and "nats/token" in out and "(all)" in out
 
 
@@ -181,13 +210,27 @@ def test_bad_input_is_one_line_and_an_exit_code(checkpoint, tmp_path):
         with pytest.raises((DataError, CheckpointError), match=expected) as caught:
             main(["--checkpoint", str(model), "--input_file", str(text)])
         assert "\n" not in str(caught.value)
-    command = [sys.executable, "-m", "smollm2.evaluate", "--checkpoint", str(tmp_path), "--input_file", str(empty), "--splitt", "all"]
+    command = [
+        sys.executable,
+        "-m",
+        "smollm2.evaluate",
+        "--checkpoint",
+        str(tmp_path),
+        "--input_file",
+        str(empty),
+        "--splitt",
+        "all",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "did you mean '--split'" in done.stderr
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr and done.stdout == ""
 
 
-@pytest.mark.parametrize("source", ["x" * 5000, "a/b/c", "./absent", "output/final.pt", "~/model", "tests/absent", ""], ids=lambda s: s[:12])
+@pytest.mark.parametrize(
+    "source",
+    ["x" * 5000, "a/b/c", "./absent", "output/final.pt", "~/model", "tests/absent", ""],
+    ids=lambda s: s[:12],
+)
 def test_a_source_that_cannot_be_a_checkpoint_is_one_clear_line(source):
     with pytest.raises(CheckpointError) as caught:
         SmolLM2.from_pretrained(source)

@@ -15,13 +15,14 @@ from check_export_compat import HARD_STRINGS, compare
 from tiny_models import metaspace_tokenizer, real_data, save_folder, tiny_model, tiny_tokenizer
 
 from smollm2 import SmolLM2, Tokenizer
-from smollm2.checkpoint import commit, dump_json
+from smollm2.checkpoint import commit
 from smollm2.errors import CheckpointError, ConfigError, UserError
 from smollm2.export import export, main
-from smollm2.generate import prompt_ids
+from smollm2.files import dump_json
 from smollm2.gguf_file import halves_to_pairs
-from smollm2.pretrained import model_files
-from smollm2.storage.saver import tensor_file
+from smollm2.sampling import prompt_ids
+from smollm2.saver import tensor_file
+from smollm2.weights import model_files
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,10 @@ def run_checkpoint(root: Path, template: str | None = None) -> Path:
     (root / "checkpoints").mkdir(parents=True)
     commit(root / "checkpoints", "step-00000030.ckpt", files, "run", 30, {})
     (root / "logs").mkdir()
-    lines = [f"2026-11-23T19:00:00Z step={step} train_loss={5 - step / 10} lr=0.003 tokens={step * 2048}" for step in range(10, 60, 10)]
+    lines = [
+        f"2026-11-23T19:00:00Z step={step} train_loss={5 - step / 10} lr=0.003 tokens={step * 2048}"
+        for step in range(10, 60, 10)
+    ]
     lines.insert(3, "2026-11-23T19:00:01Z step=30 val_loss=2.5 val_bits_per_byte=2.3456 val_tokens=1000")
     lines.append("2026-11-23T19:00:09Z step=60 train_lo")  # torn by a kill
     (root / "logs" / "training_loss.txt").write_text("\n".join(lines))
@@ -87,7 +91,11 @@ def test_the_wrong_theta_would_be_noticed(checkpoint, tmp_path):
 
 def test_the_real_tokenizer_keeps_its_ids_and_its_bytes(tmp_path):
     tokenizer = Tokenizer.from_file(real_data("tokenizer"))
-    source = save_folder(tmp_path / "in", tiny_model(vocab_size=49152, hidden_size=16, num_attention_heads=2, num_key_value_heads=1), tokenizer)
+    source = save_folder(
+        tmp_path / "in",
+        tiny_model(vocab_size=49152, hidden_size=16, num_attention_heads=2, num_key_value_heads=1),
+        tokenizer,
+    )
     out = export(source, tmp_path / "out")
     assert (out / "tokenizer.json").read_bytes() == tokenizer.raw
     assert compare(out, length=64)["tokens"] == []
@@ -111,11 +119,20 @@ def test_the_card_holds_the_runs_own_figures(tmp_path):
     out = export(run_checkpoint(tmp_path / "run"), tmp_path / "out")
     card = (out / "README.md").read_text()
     assert card.startswith("---\nlicense: mit\n")
-    for figure in ("| optimizer steps | 30 |", "| tokens seen | 61,440 |", "2.3456", "2.1250", "| last training loss (nats a token) | 2 |", "0.003"):
+    for figure in (
+        "| optimizer steps | 30 |",
+        "| tokens seen | 61,440 |",
+        "2.3456",
+        "2.1250",
+        "| last training loss (nats a token) | 2 |",
+        "0.003",
+    ):
         assert figure in card
     assert "step=40" not in card and str(tmp_path) not in card
     assert (out / "training_loss.png").read_bytes().startswith(b"\x89PNG") and "(training_loss.png)" in card
-    assert json.loads((out / "config.json").read_text())["max_position_embeddings"] == 128  # what was trained, not what would fit
+    assert (
+        json.loads((out / "config.json").read_text())["max_position_embeddings"] == 128
+    )  # what was trained, not what would fit
     assert SmolLM2.from_pretrained(out).config.max_position_embeddings == 128
 
 
@@ -123,7 +140,10 @@ def test_a_folder_without_a_run_gets_a_card_without_figures(checkpoint, tmp_path
     out = export(checkpoint, tmp_path / "out")
     card = (out / "README.md").read_text()
     assert "## Training" not in card and ".png" not in card and not (out / "training_loss.png").exists()
-    assert 'TEMPLATE """{{ .Prompt }}"""' in (out / "Modelfile").read_text() and "FROM ." in (out / "Modelfile").read_text()
+    assert (
+        'TEMPLATE """{{ .Prompt }}"""' in (out / "Modelfile").read_text()
+        and "FROM ." in (out / "Modelfile").read_text()
+    )
 
 
 def test_an_instruct_folder_keeps_its_chat_template_and_special_tokens(tmp_path):
@@ -132,14 +152,20 @@ def test_an_instruct_folder_keeps_its_chat_template_and_special_tokens(tmp_path)
         added = dict(tokenizer_fields["added_tokens"][0], id=380 + offset, content=word)
         tokenizer_fields["added_tokens"].append(added)
     tokenizer = Tokenizer(json.dumps(tokenizer_fields).encode())
-    source = save_folder(tmp_path / "in", tiny_model(bos_token_id=380, eos_token_id=381, pad_token_id=381), tokenizer)
+    source = save_folder(
+        tmp_path / "in", tiny_model(bos_token_id=380, eos_token_id=381, pad_token_id=381), tokenizer
+    )
     template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant{{ '\\n' }}"
     (source / "chat_template.jinja").write_text(template)
     out = export(source, tmp_path / "out", gguf="f16")
     from transformers import PreTrainedTokenizerFast
 
     theirs = PreTrainedTokenizerFast.from_pretrained(out)
-    assert (theirs.bos_token, theirs.eos_token, theirs.pad_token) == ("<|im_start|>", "<|im_end|>", "<|im_end|>")
+    assert (theirs.bos_token, theirs.eos_token, theirs.pad_token) == (
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|im_end|>",
+    )
     shown = theirs.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
     assert shown == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert ".Messages" in (out / "Modelfile").read_text() and "<|im_end|>" in (out / "Modelfile").read_text()
@@ -203,9 +229,24 @@ def test_a_damaged_checkpoint_is_not_exported(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dry_run_says_what_would_be_uploaded_and_needs_no_network(checkpoint, tmp_path, capsys, monkeypatch):
+def test_a_dry_run_says_what_would_be_uploaded_and_needs_no_network(
+    checkpoint, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a dry run opened a connection"))
-    assert main(["--checkpoint", str(checkpoint), "--out", str(tmp_path / "out"), "--push", "someone/model", "--dry_run"]) == 0
+    assert (
+        main(
+            [
+                "--checkpoint",
+                str(checkpoint),
+                "--out",
+                str(tmp_path / "out"),
+                "--push",
+                "someone/model",
+                "--dry_run",
+            ]
+        )
+        == 0
+    )
     assert "would upload" in (said := capsys.readouterr().out) and "someone/model" in said
     with pytest.raises(UserError, match="OWNER/NAME"):
         main(["--checkpoint", str(checkpoint), "--out", str(tmp_path / "out"), "--push", "no-owner"])
@@ -214,8 +255,22 @@ def test_a_dry_run_says_what_would_be_uploaded_and_needs_no_network(checkpoint, 
 
 
 def test_the_command_line_reports_mistakes_in_one_line(tmp_path):
-    command = [sys.executable, "-m", "smollm2.export", "--checkpoint", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "smollm2.export",
+        "--checkpoint",
+        str(tmp_path / "nowhere"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
@@ -226,13 +281,18 @@ def test_the_command_line_reports_mistakes_in_one_line(tmp_path):
 def gguf_logits(out: Path, kind: str, ids: torch.Tensor) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(out, gguf_file=f"model-{kind}.gguf", dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        out, gguf_file=f"model-{kind}.gguf", dtype=torch.float32
+    ).eval()
     with torch.no_grad():
         return model(ids).logits
 
 
 def wide_folder(tmp_path: Path, theta: float = 1e5) -> Path:
-    return save_folder(tmp_path / "in", tiny_model(rope_theta=theta, hidden_size=128, intermediate_size=160, initializer_range=0.09))
+    return save_folder(
+        tmp_path / "in",
+        tiny_model(rope_theta=theta, hidden_size=128, intermediate_size=160, initializer_range=0.09),
+    )
 
 
 def test_gguf_rows_are_reordered_as_llama_cpp_rotates():
@@ -253,7 +313,9 @@ def test_gguf_f16_continues_a_text_as_we_do(tmp_path, theta):
     ids = torch.randint(1, 400, (1, 200), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         difference = (theirs(ids).logits.log_softmax(-1) - ours(ids).log_softmax(-1)).abs().max()
-        continued = theirs.generate(ids, max_new_tokens=32, do_sample=False, eos_token_id=None, pad_token_id=0)
+        continued = theirs.generate(
+            ids, max_new_tokens=32, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
     print(f"\nf16, theta {theta:,.0f}: largest difference of a log-probability {difference:.4f}")
     assert difference < 0.01
     expected = ours.generate(ids, 32, stop_ids=())
@@ -267,7 +329,9 @@ def test_a_gguf_file_that_an_export_replaces_is_named(tmp_path, capsys):
     for kind in ("q8_0", "q8_0", "f16"):
         main(["--checkpoint", str(folder), "--out", str(tmp_path / "out"), "--gguf", kind])
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("removed")]
-    assert said == ["removed with the earlier export: model-q8_0.gguf (an export replaces the whole folder; another --out keeps both)"]
+    assert said == [
+        "removed with the earlier export: model-q8_0.gguf (an export replaces the whole folder; another --out keeps both)"
+    ]
     assert [path.name for path in (tmp_path / "out").glob("*.gguf")] == ["model-f16.gguf"]
 
 
@@ -300,7 +364,9 @@ def test_llama_cpp_reads_the_same_tokens_and_says_the_same(tmp_path, which, kind
     xllamacpp = pytest.importorskip("xllamacpp", reason="pip install xllamacpp")
     tokenizer = tiny_tokenizer() if which == "trained here" else Tokenizer.from_file(real_data("tokenizer"))
     vocabulary = tokenizer.vocab_size
-    model = tiny_model(rope_theta=1e5, hidden_size=128, intermediate_size=160, vocab_size=vocabulary, initializer_range=0.09)
+    model = tiny_model(
+        rope_theta=1e5, hidden_size=128, intermediate_size=160, vocab_size=vocabulary, initializer_range=0.09
+    )
     source = save_folder(tmp_path / "in", model, tokenizer)
     out = export(source, tmp_path / "out", gguf=kind)
     params = xllamacpp.CommonParams()
@@ -309,12 +375,16 @@ def test_llama_cpp_reads_the_same_tokens_and_says_the_same(tmp_path, which, kind
     server = xllamacpp.Server(params)
 
     def post(path: str, body: dict) -> dict:
-        request = urllib.request.Request(server.listening_address + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            server.listening_address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
         with urllib.request.urlopen(request, timeout=120) as answer:
             return json.load(answer)
 
     for text in HARD_STRINGS:
-        assert post("/tokenize", {"content": text, "add_special": False, "parse_special": True})["tokens"] == tokenizer.encode(text), repr(text)
+        assert post("/tokenize", {"content": text, "add_special": False, "parse_special": True})[
+            "tokens"
+        ] == tokenizer.encode(text), repr(text)
     ids = torch.randint(17, vocabulary, (1, 200), generator=torch.Generator().manual_seed(1))
     settings = {"n_predict": 32, "temperature": 0.0, "n_probs": 5, "ignore_eos": True}
     steps = post("/completion", {"prompt": ids[0].tolist(), **settings})["completion_probabilities"]
@@ -327,5 +397,7 @@ def test_llama_cpp_reads_the_same_tokens_and_says_the_same(tmp_path, which, kind
     theirs = torch.tensor([[top["logprob"] for top in step["top_logprobs"]] for step in steps])
     places = torch.tensor([[top["id"] for top in step["top_logprobs"]] for step in steps])
     difference = float((logprobs.gather(1, places) - theirs).abs().max())
-    print(f"\n{kind}, tokenizer {which}: {equal} of 32 greedy tokens equal, largest difference of a log-probability {difference:.4f}")
+    print(
+        f"\n{kind}, tokenizer {which}: {equal} of 32 greedy tokens equal, largest difference of a log-probability {difference:.4f}"
+    )
     assert difference < tolerance

@@ -8,10 +8,18 @@ import pytest
 import torch
 from conftest import random_ids, tiny_model, transformers_twin
 
-import smollm2.generate as generate_module
+import smollm2.model as model_module
 from smollm2.errors import UserError
-from smollm2.generate import check_sampling, complete, generate, next_token_probabilities, prompt_ids, stream, stream_text
 from smollm2.model import SmolLM2
+from smollm2.sampling import (
+    check_sampling,
+    complete,
+    generate,
+    next_token_probabilities,
+    prompt_ids,
+    stream,
+    stream_text,
+)
 from smollm2.tokenizer import Tokenizer
 
 
@@ -32,7 +40,9 @@ def test_a_real_model_gives_the_reference_loss_and_logits(stories):
             loss = model.loss(ids[:, :-1], ids[:, 1:]).item()
         top = logits[0, -1].topk(10)
         assert top.indices.tolist() == prompt["last_logits_top10_indices"]
-        torch.testing.assert_close(top.values, torch.tensor(prompt["last_logits_top10_values"]), atol=2e-5, rtol=0)
+        torch.testing.assert_close(
+            top.values, torch.tensor(prompt["last_logits_top10_values"]), atol=2e-5, rtol=0
+        )
         assert loss == pytest.approx(prompt["loss"], abs=1e-5)
         assert logits.abs().mean().item() == pytest.approx(prompt["all_logits_abs_mean"], abs=2e-6)
         assert logits[0, -1].mean().item() == pytest.approx(prompt["last_logits_mean"], abs=2e-6)
@@ -47,8 +57,12 @@ def test_a_real_models_prompt_and_text_are_those_of_transformers(stories, test_d
     expected = theirs("The cat", return_tensors="pt")
     assert prompt_ids(model, tokenizer, "The cat") == expected.input_ids[0].tolist() == [1, 80, 247, 476]
     assert prompt_ids(model, tokenizer, "") == theirs("").input_ids
-    ids = AutoModelForCausalLM.from_pretrained(folder).generate(**expected, max_new_tokens=150, do_sample=False)[0]
-    assert "The cat" + complete(model, tokenizer, "The cat", 150, temperature=0.0) == theirs.decode(ids, skip_special_tokens=True)
+    ids = AutoModelForCausalLM.from_pretrained(folder).generate(
+        **expected, max_new_tokens=150, do_sample=False
+    )[0]
+    assert "The cat" + complete(model, tokenizer, "The cat", 150, temperature=0.0) == theirs.decode(
+        ids, skip_special_tokens=True
+    )
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -58,7 +72,10 @@ def test_a_real_model_continues_as_the_reference_does(stories, use_cache):
         ids = torch.tensor([prompt["input_ids"]])
         new = len(prompt["greedy_ids"]) - ids.shape[1]
         assert new == 48
-        assert model.generate(ids, max_new_tokens=new, temperature=0.0, use_cache=use_cache)[0].tolist() == prompt["greedy_ids"]
+        assert (
+            model.generate(ids, max_new_tokens=new, temperature=0.0, use_cache=use_cache)[0].tolist()
+            == prompt["greedy_ids"]
+        )
 
 
 def test_the_real_models_text_is_the_reference_text(stories, test_data):
@@ -73,7 +90,15 @@ def lively_model(**changes) -> SmolLM2:
     return tiny_model(tie_word_embeddings=False, initializer_range=0.3, eos_token_id=None, **changes)
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}, {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.02, "seed": 4}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 1.0, "seed": 3},
+        {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.02, "seed": 4},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("new", [1, 20, 90])  # 90: the context of 40 overflows twice
 def test_the_cache_changes_no_token(options, new):
     model = lively_model(max_position_embeddings=40)
@@ -88,7 +113,9 @@ def test_greedy_tokens_equal_transformers():
     model = lively_model()
     ids = random_ids(model, batch=2, time=5)
     twin = transformers_twin(model)
-    theirs = twin.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=60, do_sample=False, pad_token_id=0)
+    theirs = twin.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=60, do_sample=False, pad_token_id=0
+    )
     assert torch.equal(model.generate(ids, max_new_tokens=60), theirs)
 
 
@@ -97,12 +124,12 @@ def test_a_cache_that_mixes_up_positions_is_caught(monkeypatch):
     ids = random_ids(model, batch=1, time=9)
     expected = model.generate(ids, max_new_tokens=30)
 
-    class Mixed(generate_module.KVCache):
+    class Mixed(model_module.KVCache):
         def update(self, layer, k, v):
             keys, values = super().update(layer, k, v)
             return keys.roll(1, dims=2), values  # every value under the key of its neighbour
 
-    monkeypatch.setattr(generate_module, "KVCache", Mixed)
+    monkeypatch.setattr(model_module, "KVCache", Mixed)
     assert not torch.equal(model.generate(ids, max_new_tokens=30), expected)
 
 
@@ -111,7 +138,9 @@ def test_a_prompt_as_long_as_the_context_can_be_continued():
     for time in (15, 16, 17, 40):
         ids = random_ids(model, batch=1, time=time)
         out = model.generate(ids, max_new_tokens=3)
-        assert out.shape == (1, time + 3) and torch.equal(out, model.generate(ids, max_new_tokens=3, use_cache=False))
+        assert out.shape == (1, time + 3) and torch.equal(
+            out, model.generate(ids, max_new_tokens=3, use_cache=False)
+        )
 
 
 def test_every_row_stops_at_its_own_end_of_text():
@@ -168,13 +197,23 @@ def test_extreme_temperatures_give_a_distribution(temperature):
 
 
 def test_filters_equal_transformers():
-    from transformers import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+    from transformers import (
+        LogitsProcessorList,
+        MinPLogitsWarper,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
 
     torch.manual_seed(9)
     logits = torch.randn(5, 200) * 3
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(0.8), TopKLogitsWarper(40), TopPLogitsWarper(0.9), MinPLogitsWarper(0.05)])
+    warpers = LogitsProcessorList(
+        [TemperatureLogitsWarper(0.8), TopKLogitsWarper(40), TopPLogitsWarper(0.9), MinPLogitsWarper(0.05)]
+    )
     expected = warpers(None, logits).softmax(-1)
-    torch.testing.assert_close(next_token_probabilities(logits, 0.8, top_k=40, top_p=0.9, min_p=0.05), expected)
+    torch.testing.assert_close(
+        next_token_probabilities(logits, 0.8, top_k=40, top_p=0.9, min_p=0.05), expected
+    )
 
 
 def test_sampled_frequencies_follow_the_distribution():
@@ -236,7 +275,9 @@ def test_empty_and_misshapen_prompts_are_refused():
 @pytest.fixture(scope="module")
 def talker():
     tokenizer = Tokenizer.train(["the cat sat on the mat. " * 20], 300)
-    return tiny_model(vocab_size=tokenizer.vocab_size, max_position_embeddings=64, eos_token_id=None), tokenizer
+    return tiny_model(
+        vocab_size=tokenizer.vocab_size, max_position_embeddings=64, eos_token_id=None
+    ), tokenizer
 
 
 def test_streamed_pieces_join_to_the_whole_text(talker):
@@ -244,7 +285,9 @@ def test_streamed_pieces_join_to_the_whole_text(talker):
     for seed in range(5):
         options = {"temperature": 1.5, "seed": seed}  # random bytes: characters often begin and do not end
         ids = torch.tensor([[0, *tokenizer.encode("the cat")]])
-        expected = tokenizer.decode(model.generate(ids, max_new_tokens=150, **options)[0, ids.shape[1] :], skip_special_tokens=True)
+        expected = tokenizer.decode(
+            model.generate(ids, max_new_tokens=150, **options)[0, ids.shape[1] :], skip_special_tokens=True
+        )
         assert "".join(stream_text(model, tokenizer, "the cat", 150, **options)) == expected
         assert complete(model, tokenizer, "the cat", 150, **options) == expected
 
@@ -257,7 +300,9 @@ def test_text_appears_as_it_is_made_and_not_at_the_end(talker):
 
 def test_an_empty_prompt_begins_a_new_document(talker):
     model, tokenizer = talker
-    expected = tokenizer.decode(model.generate(torch.tensor([[0]]), max_new_tokens=8)[0, 1:], skip_special_tokens=True)
+    expected = tokenizer.decode(
+        model.generate(torch.tensor([[0]]), max_new_tokens=8)[0, 1:], skip_special_tokens=True
+    )
     assert complete(model, tokenizer, "", 8) == expected
 
 
@@ -269,5 +314,8 @@ def test_a_prompt_longer_than_the_context_is_one_clear_error(talker):
 
 def test_stream_stops_where_the_caller_stops():
     model = tiny_model(eos_token_id=None)
-    tokens = [int(token) for (token, _), _ in zip(stream(model, random_ids(model, 1, 3), 10**9), range(4), strict=False)]
+    tokens = [
+        int(token)
+        for (token, _), _ in zip(stream(model, random_ids(model, 1, 3), 10**9), range(4), strict=False)
+    ]
     assert len(tokens) == 4

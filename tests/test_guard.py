@@ -30,16 +30,30 @@ def text(tmp_path_factory) -> Path:
 
 
 def config(text: Path, folder: Path, **settings):
-    return small_config(text, folder, **({"max_steps": 40, "val_every": 40, "sample_every": 40, "save_every": 5, "keep_last": 20} | settings))
+    return small_config(
+        text,
+        folder,
+        **(
+            {"max_steps": 40, "val_every": 40, "sample_every": 40, "save_every": 5, "keep_last": 20}
+            | settings
+        ),
+    )
 
 
 def expect_finite_files(folder: Path) -> None:
     checkpoints = candidates(folder / "checkpoints")
     for path in checkpoints:
         for file in path.glob("*.safetensors"):
-            assert all(torch.isfinite(t).all() for t in load_file(file).values() if t.is_floating_point()), file
-        assert "NaN" not in (path / "state.json").read_text() and "Infinity" not in (path / "state.json").read_text()
-    assert all(math.isfinite(float(event.get("train_loss", 0))) for event in read_log(folder / "logs" / TRAINING))
+            assert all(torch.isfinite(t).all() for t in load_file(file).values() if t.is_floating_point()), (
+                file
+            )
+        assert (
+            "NaN" not in (path / "state.json").read_text()
+            and "Infinity" not in (path / "state.json").read_text()
+        )
+    assert all(
+        math.isfinite(float(event.get("train_loss", 0))) for event in read_log(folder / "logs" / TRAINING)
+    )
 
 
 def state_of(folder: Path, name: str = FINAL) -> dict:
@@ -67,7 +81,9 @@ def poison(monkeypatch, at: dict[int, str] | None, value: float = math.nan) -> N
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_ten_poisoned_steps_are_skipped_and_the_rest_is_as_if_their_batches_had_not_been(text, tmp_path, monkeypatch, seed):
+def test_ten_poisoned_steps_are_skipped_and_the_rest_is_as_if_their_batches_had_not_been(
+    text, tmp_path, monkeypatch, seed
+):
     rng = random.Random(seed)
     bad = {position: rng.choice(["loss", "gradient"]) for position in rng.sample(range(0, 50, 2), 10)}
     with monkeypatch.context() as patch:
@@ -75,9 +91,17 @@ def test_ten_poisoned_steps_are_skipped_and_the_rest_is_as_if_their_batches_had_
         assert train(config(text, tmp_path / "poisoned"), Reporter()).step == 40
     expect_finite_files(tmp_path / "poisoned")
     state = state_of(tmp_path / "poisoned")
-    skips = [event for event in read_log(tmp_path / "poisoned/logs" / CHECKPOINTS) if event.get("event") == "skipped"]
-    assert (state["step"], state["position"]) == (40, 40 + len(skips)) and state["guard"]["total"] == len(skips)
-    assert {int(event["position"]) for event in skips} == {position for position in bad if position < state["position"]}
+    skips = [
+        event
+        for event in read_log(tmp_path / "poisoned/logs" / CHECKPOINTS)
+        if event.get("event") == "skipped"
+    ]
+    assert (state["step"], state["position"]) == (40, 40 + len(skips)) and state["guard"]["total"] == len(
+        skips
+    )
+    assert {int(event["position"]) for event in skips} == {
+        position for position in bad if position < state["position"]
+    }
 
     with monkeypatch.context() as patch:  # the same run over a stream without those batches
         good = [n for n in range(200) if n not in bad]
@@ -85,14 +109,22 @@ def test_ten_poisoned_steps_are_skipped_and_the_rest_is_as_if_their_batches_had_
         patch.setattr(data.BatchStream, "batch", lambda self, n: original(self, good[n]))
         train(config(text, tmp_path / "without"), Reporter())
     for file in ("model.safetensors", "optim.safetensors"):
-        assert sha256_file(tmp_path / "poisoned/checkpoints" / FINAL / file) == sha256_file(tmp_path / "without/checkpoints" / FINAL / file)
+        assert sha256_file(tmp_path / "poisoned/checkpoints" / FINAL / file) == sha256_file(
+            tmp_path / "without/checkpoints" / FINAL / file
+        )
 
 
-@pytest.mark.parametrize(("bad", "cause"), [([17, 18, 19], "3 in a row"), (list(range(1, 36, 3)), "11 of the last 1000")])
-def test_too_many_skips_end_the_run_with_exit_code_5_and_leave_the_last_checkpoint(text, tmp_path, monkeypatch, bad, cause):
+@pytest.mark.parametrize(
+    ("bad", "cause"), [([17, 18, 19], "3 in a row"), (list(range(1, 36, 3)), "11 of the last 1000")]
+)
+def test_too_many_skips_end_the_run_with_exit_code_5_and_leave_the_last_checkpoint(
+    text, tmp_path, monkeypatch, bad, cause
+):
     with monkeypatch.context() as patch:
         poison(patch, dict.fromkeys(bad, "gradient"))
-        with pytest.raises(NumericStop, match=f"updates skipped: {cause}.*the last checkpoint is untouched") as stop:
+        with pytest.raises(
+            NumericStop, match=f"updates skipped: {cause}.*the last checkpoint is untouched"
+        ) as stop:
             train(config(text, tmp_path / "output"), Reporter())
     assert stop.value.exit_code == 5
     expect_finite_files(tmp_path / "output")
@@ -127,8 +159,12 @@ def test_weights_that_are_not_finite_reach_no_disk(text, tmp_path, monkeypatch):
 
     module = []
     original = TrainingModule.configure_optimizers
-    monkeypatch.setattr(TrainingModule, "configure_optimizers", lambda self: module.append(self) or original(self))
-    with pytest.raises(NumericStop, match=r"model.norm.weight holds numbers that are not finite|updates skipped") as stop:
+    monkeypatch.setattr(
+        TrainingModule, "configure_optimizers", lambda self: module.append(self) or original(self)
+    )
+    with pytest.raises(
+        NumericStop, match=r"model.norm.weight holds numbers that are not finite|updates skipped"
+    ) as stop:
         train(config(text, tmp_path / "output"), Poisoning())
     assert stop.value.exit_code == 5
     expect_finite_files(tmp_path / "output")
@@ -140,16 +176,26 @@ def test_weights_that_are_not_finite_reach_no_disk(text, tmp_path, monkeypatch):
 
 def test_an_fp16_scale_that_overflows_comes_down_and_training_goes_on(text, tmp_path, monkeypatch):
     original = torch.amp.GradScaler
-    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled, init_scale: original(device, enabled=enabled, init_scale=2.0**30))
+    monkeypatch.setattr(
+        torch.amp,
+        "GradScaler",
+        lambda device, enabled, init_scale: original(device, enabled=enabled, init_scale=2.0**30),
+    )
     assert train(config(text, tmp_path / "output", precision="fp16"), Reporter()).step == 40
     state = state_of(tmp_path / "output")
     skips = state["guard"]["total"]
     assert 3 <= skips < MAX_SCALER_SKIPS and state["position"] == 40 + skips
-    assert state["scaler"]["scale"] == 2.0 ** (30 - skips) and state["guard"]["recent"] == [] and state["guard"]["overflows_in_a_row"] == 0
+    assert (
+        state["scaler"]["scale"] == 2.0 ** (30 - skips)
+        and state["guard"]["recent"] == []
+        and state["guard"]["overflows_in_a_row"] == 0
+    )
     expect_finite_files(tmp_path / "output")
 
 
-def test_an_fp16_loop_of_overflows_ends_at_the_floor_of_the_scale_with_exit_code_5(text, tmp_path, monkeypatch):
+def test_an_fp16_loop_of_overflows_ends_at_the_floor_of_the_scale_with_exit_code_5(
+    text, tmp_path, monkeypatch
+):
     scales = []
 
     class Watching(Reporter):
@@ -159,7 +205,9 @@ def test_an_fp16_loop_of_overflows_ends_at_the_floor_of_the_scale_with_exit_code
 
     module = []
     original = TrainingModule.configure_optimizers
-    monkeypatch.setattr(TrainingModule, "configure_optimizers", lambda self: module.append(self) or original(self))
+    monkeypatch.setattr(
+        TrainingModule, "configure_optimizers", lambda self: module.append(self) or original(self)
+    )
     poison(monkeypatch, None, math.inf)
     with pytest.raises(NumericStop, match=r"overflowed 20 times in a row.*train.precision=bf16") as stop:
         train(config(text, tmp_path / "output", precision="fp16"), Watching())
@@ -173,7 +221,9 @@ def test_the_fp16_scale_is_resumed_exactly(text, tmp_path, monkeypatch):
     assert state_of(tmp_path / "whole")["scaler"] == {"scale": 2.0**14, "_growth_tracker": 40 - 21}
     train(config(text, tmp_path / "parts", precision="fp16", max_steps=20, continue_steps=20), Reporter())
     for file in ("model.safetensors", "optim.safetensors"):
-        assert sha256_file(tmp_path / "parts/checkpoints" / FINAL_NAMES[1] / file) == sha256_file(tmp_path / "whole/checkpoints" / FINAL / file)
+        assert sha256_file(tmp_path / "parts/checkpoints" / FINAL_NAMES[1] / file) == sha256_file(
+            tmp_path / "whole/checkpoints" / FINAL / file
+        )
     assert state_of(tmp_path / "parts", FINAL_NAMES[1])["scaler"] == state_of(tmp_path / "whole")["scaler"]
 
 
@@ -223,9 +273,14 @@ def test_the_state_of_the_guard_survives_json():
 
 def test_a_spike_in_a_run_is_skipped(text, tmp_path, monkeypatch):
     poison(monkeypatch, {80: "loss"}, value=100.0)
-    train(config(text, tmp_path / "output", max_steps=85, on_spike="skip", learning_rate=1e-4, save_every=40), Reporter())
+    train(
+        config(text, tmp_path / "output", max_steps=85, on_spike="skip", learning_rate=1e-4, save_every=40),
+        Reporter(),
+    )
     state = state_of(tmp_path / "output")
-    assert state["guard"]["recent"] == [80] and state["position"] == 86 and len(state["guard"]["losses"]) == 85
+    assert (
+        state["guard"]["recent"] == [80] and state["position"] == 86 and len(state["guard"]["losses"]) == 85
+    )
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -269,10 +324,20 @@ def test_out_of_memory_in_any_micro_batch_halves_it_and_redoes_the_window(text, 
         assert train(config(text, tmp_path / "output", **settings), Reporter()).step == 12
     assert len(windows) == 12 and all(sum(rows) == 8 for rows in windows)
     assert [max(rows) for rows in windows] == [4] * (at // 2) + [2] * (12 - at // 2)
-    halved = [event for event in read_log(tmp_path / "output/logs" / CHECKPOINTS) if event.get("event") == "micro_batch_halved"]
-    assert len(halved) == 1 and int(halved[0]["step"]) == at // 2 and state_of(tmp_path / "output")["micro_batch_size"] == 2
+    halved = [
+        event
+        for event in read_log(tmp_path / "output/logs" / CHECKPOINTS)
+        if event.get("event") == "micro_batch_halved"
+    ]
+    assert (
+        len(halved) == 1
+        and int(halved[0]["step"]) == at // 2
+        and state_of(tmp_path / "output")["micro_batch_size"] == 2
+    )
 
-    with monkeypatch.context() as patch:  # the same run with the micro-batch changed by hand before that window: the same bits
+    with (
+        monkeypatch.context() as patch
+    ):  # the same run with the micro-batch changed by hand before that window: the same bits
         original = training.TrainingModule.training_step
 
         def step(self, batch, batch_idx):
@@ -289,7 +354,9 @@ def test_out_of_memory_at_micro_batch_1_ends_the_run_with_exit_code_6(text, tmp_
     train(config(text, tmp_path / "output", max_steps=10), Reporter())
     before = outcome(tmp_path / "output")
     no_memory(monkeypatch, None)
-    with pytest.raises(MemoryStop, match=r"out of memory at micro-batch 1 .*2.00 GiB.*the last checkpoint is untouched") as stop:
+    with pytest.raises(
+        MemoryStop, match=r"out of memory at micro-batch 1 .*2.00 GiB.*the last checkpoint is untouched"
+    ) as stop:
         train(config(text, tmp_path / "output", max_steps=20), Reporter())
     assert stop.value.exit_code == 6 and outcome(tmp_path / "output") == before
 

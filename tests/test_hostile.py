@@ -25,13 +25,14 @@ import torch
 
 import colab_train
 from smollm2 import SmolLM2, evaluate, export, generate
-from smollm2.checkpoint import FINAL_NAMES, commit, load_tensors
+from smollm2.checkpoint import FINAL_NAMES, commit
 from smollm2.conversation import render_chat
+from smollm2.drive import newest_on_drive
 from smollm2.errors import CheckpointError, UserError, run_command
+from smollm2.files import load_tensors
 from smollm2.notebook.own_run import own_checkpoints
 from smollm2.progress import Reporter
 from smollm2.settings import load_config
-from smollm2.storage.drive import newest_on_drive
 from smollm2.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -103,7 +104,17 @@ def payloads(canary: str) -> dict[str, bytes]:
         "marshal": pickle.dumps(Calls(exec, Calls(marshal.loads, marshal.dumps(compile(code, "x", "exec"))))),
         "nested": pickle.dumps(Calls(pickle.loads, plain)),
         "torch-zip": zipped("archive", plain),
-        "torch-zip-lightning": zipped("last", pickle.dumps({"pytorch-lightning_version": "2.6.6", "state_dict": {}, "hyper_parameters": {"_instantiator": run}}, 2)),
+        "torch-zip-lightning": zipped(
+            "last",
+            pickle.dumps(
+                {
+                    "pytorch-lightning_version": "2.6.6",
+                    "state_dict": {},
+                    "hyper_parameters": {"_instantiator": run},
+                },
+                2,
+            ),
+        ),
         "torch-legacy": legacy(plain),
         "numpy-object": numpy_object(plain),
         "stdlib-gadget": pickle.dumps(Calls(timeit.timeit, code, "pass", timeit.default_timer, 1)),
@@ -119,7 +130,9 @@ def detonate(data: bytes) -> None:
 
     for load in (
         lambda: pickle.loads(data),  # noqa: S301 - the point of it
-        lambda: torch.load(io.BytesIO(data), weights_only=False),  # reason: plays the careless program, to prove that the payload is live
+        lambda: torch.load(
+            io.BytesIO(data), weights_only=False
+        ),  # reason: plays the careless program, to prove that the payload is live
         lambda: numpy.load(io.BytesIO(data), allow_pickle=True),
     ):
         with contextlib.suppress(Exception):
@@ -146,13 +159,22 @@ def good(tmp_path_factory) -> Path:
     from smollm2.training import train
 
     folder = tmp_path_factory.mktemp("good")
-    (folder / "input.txt").write_text("".join(f"{n} green bottles hanging on the wall.\n" for n in range(200)))
+    (folder / "input.txt").write_text(
+        "".join(f"{n} green bottles hanging on the wall.\n" for n in range(200))
+    )
     (folder / "tiny.yaml").write_text(
         "preset: nano\nmodel: {vocab_size: 300, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 1, max_position_embeddings: 32}\n"
         "data: {sequence_length: 16, tokenizer_vocab_size: 300}\n"
         "train: {max_steps: 2, batch_size: 2, warmup_steps: 1, val_every: 9, sample_every: 9, sample_tokens: 1, save_every: 1, precision: fp32, prompts: [a], val_max_tokens: 20}\n"
     )
-    train(load_config("nano", str(folder / "tiny.yaml"), **{"data.input_file": str(folder / "input.txt"), "run.output_dir": str(folder / "run")}), Reporter())
+    train(
+        load_config(
+            "nano",
+            str(folder / "tiny.yaml"),
+            **{"data.input_file": str(folder / "input.txt"), "run.output_dir": str(folder / "run")},
+        ),
+        Reporter(),
+    )
     return folder
 
 
@@ -169,7 +191,9 @@ def signed(file: str) -> Callable[[Path, bytes], Path]:
     """The payload with a manifest that vouches for it: SHA-256 finds accidents, not attackers."""
 
     def place(folder: Path, data: bytes) -> Path:
-        contents = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"} | {file: data}
+        contents = {
+            path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"
+        } | {file: data}
         shutil.rmtree(folder)
         commit(folder.parent, folder.name, contents, "0" * 16, 2, {})
         return folder
@@ -189,11 +213,23 @@ def instead_of_weights(name: str) -> Callable[[Path, bytes], Path]:
 
 def beside(folder: Path, data: bytes) -> Path:
     """Strays in an otherwise good folder, with a configuration that asks for code."""
-    for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "data.pkl", "last.ckpt"):
+    for name in (
+        "pytorch_model.bin",
+        "training_args.bin",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "data.pkl",
+        "last.ckpt",
+    ):
         (folder / name).write_bytes(data)
     (folder / "manifest.json").unlink()
     config = (folder / "config.json").read_text()
-    (folder / "config.json").write_text(config.replace("{", '{"auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}, ', 1))
+    (folder / "config.json").write_text(
+        config.replace(
+            "{", '{"auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}, ', 1
+        )
+    )
     canary = os.environ["CANARY"]
     (folder / "evil.py").write_text(touch(canary))
     (folder / "setup.py").write_text(touch(canary))
@@ -219,10 +255,27 @@ def as_file(suffix: str) -> Callable[[Path, bytes], Path]:
 
 
 PLACES: dict[str, Callable[[Path, bytes], Path]] = {
-    **{f"file{suffix}": as_file(suffix) for suffix in (".ckpt", ".pt", ".bin", ".pth", ".pkl", ".safetensors")},
+    **{
+        f"file{suffix}": as_file(suffix)
+        for suffix in (".ckpt", ".pt", ".bin", ".pth", ".pkl", ".safetensors")
+    },
     **{f"only {name}": instead_of_weights(name) for name in ("pytorch_model.bin", "model.pt", "last.ckpt")},
-    **{f"as {name}": replaced(name) for name in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "optim.safetensors", "state.json", "manifest.json")},
-    **{f"signed {name}": signed(name) for name in ("model.safetensors", "config.json", "tokenizer.json", "optim.safetensors", "state.json")},
+    **{
+        f"as {name}": replaced(name)
+        for name in (
+            "model.safetensors",
+            "config.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "optim.safetensors",
+            "state.json",
+            "manifest.json",
+        )
+    },
+    **{
+        f"signed {name}": signed(name)
+        for name in ("model.safetensors", "config.json", "tokenizer.json", "optim.safetensors", "state.json")
+    },
     "beside": beside,
     "sharded": sharded,
 }
@@ -244,7 +297,16 @@ def python(function, *arguments) -> None:
 
 
 def train_with(good: Path, output: Path, *more: object) -> None:
-    command(colab_train.main, "--config", good / "tiny.yaml", "--input_file", good / "input.txt", "--output_dir", output, *more)
+    command(
+        colab_train.main,
+        "--config",
+        good / "tiny.yaml",
+        "--input_file",
+        good / "input.txt",
+        "--output_dir",
+        output,
+        *more,
+    )
 
 
 def resume(good: Path, target: Path, work: Path) -> None:
@@ -266,7 +328,7 @@ def restore(good: Path, target: Path, work: Path) -> None:
 
 
 def serve(good: Path, target: Path, work: Path) -> None:
-    from smollm2.web.serving import Models
+    from smollm2.serving import Models
 
     python(lambda: Models(target).get())
 
@@ -280,8 +342,24 @@ def from_tokenizer_file(good: Path, target: Path, work: Path) -> None:
 
 def as_text_or_configuration(good: Path, target: Path, work: Path) -> None:
     for path in [target] if target.is_file() else sorted(target.iterdir()):
-        command(colab_train.main, "--input_file", path, "--output_dir", work / "run", "--config", good / "tiny.yaml") if path.suffix != ".json" else None
-        command(colab_train.main, "--config", path, "--input_file", good / "nothing.txt", "--output_dir", work / "run")
+        command(
+            colab_train.main,
+            "--input_file",
+            path,
+            "--output_dir",
+            work / "run",
+            "--config",
+            good / "tiny.yaml",
+        ) if path.suffix != ".json" else None
+        command(
+            colab_train.main,
+            "--config",
+            path,
+            "--input_file",
+            good / "nothing.txt",
+            "--output_dir",
+            work / "run",
+        )
 
 
 def load_everything(good: Path, target: Path, work: Path) -> None:
@@ -290,14 +368,24 @@ def load_everything(good: Path, target: Path, work: Path) -> None:
 
 
 ENTRIES: dict[str, Callable[[Path, Path, Path], None]] = {
-    "generate": lambda good, target, work: command(generate.main, "--checkpoint", target, "--prompt", "9 green", "--max_new_tokens", 2),
-    "chat": lambda good, target, work: command(generate.main, "--checkpoint", target, "--prompt", "9", "--chat", "--max_new_tokens", 2),
-    "evaluate": lambda good, target, work: command(evaluate.main, "--checkpoint", target, "--input_file", good / "input.txt", "--split", "val"),
+    "generate": lambda good, target, work: command(
+        generate.main, "--checkpoint", target, "--prompt", "9 green", "--max_new_tokens", 2
+    ),
+    "chat": lambda good, target, work: command(
+        generate.main, "--checkpoint", target, "--prompt", "9", "--chat", "--max_new_tokens", 2
+    ),
+    "evaluate": lambda good, target, work: command(
+        evaluate.main, "--checkpoint", target, "--input_file", good / "input.txt", "--split", "val"
+    ),
     "from_pretrained": lambda good, target, work: python(SmolLM2.from_pretrained, target),
-    "export": lambda good, target, work: command(export.main, "--checkpoint", target, "--out", work / "out", "--gguf", "f16"),
+    "export": lambda good, target, work: command(
+        export.main, "--checkpoint", target, "--out", work / "out", "--gguf", "f16"
+    ),
     "app": serve,
     "own_run": lambda good, target, work: python(own_checkpoints, [target, target.parent], lambda text: None),
-    "init_from": lambda good, target, work: train_with(good, work / "run", "--max_steps", "1", "--set", f"run.init_from={target}"),
+    "init_from": lambda good, target, work: train_with(
+        good, work / "run", "--max_steps", "1", "--set", f"run.init_from={target}"
+    ),
     "resume": resume,
     "drive": restore,
     "tokenizer": from_tokenizer_file,
@@ -311,7 +399,7 @@ def attack(good, tmp_path, monkeypatch) -> Callable[[str, str, str], None]:
     canary = tmp_path / "canary"
     monkeypatch.setenv("CANARY", str(canary))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("smollm2.storage.drive_restore.RETRY_PAUSES", (0.0,))
+    monkeypatch.setattr("smollm2.drive_restore.RETRY_PAUSES", (0.0,))
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch.load was called"))
     everything = payloads(str(canary))
 
@@ -407,10 +495,19 @@ def find_problems(text: str) -> list[str]:
     for node in ast.walk(ast.parse(text)):
         line = getattr(node, "lineno", 0)
         if isinstance(node, ast.Import):
-            problems += [f"{line}: import {name.name}" for name in node.names if name.name.split(".")[0] in FORBIDDEN_MODULES]
+            problems += [
+                f"{line}: import {name.name}"
+                for name in node.names
+                if name.name.split(".")[0] in FORBIDDEN_MODULES
+            ]
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in FORBIDDEN_MODULES:
             problems.append(f"{line}: from {node.module}")
-        elif isinstance(node, ast.Attribute) and node.attr == "load" and isinstance(node.value, ast.Name) and node.value.id in ("torch", "np", "numpy", "jit"):
+        elif (
+            isinstance(node, ast.Attribute)
+            and node.attr == "load"
+            and isinstance(node.value, ast.Name)
+            and node.value.id in ("torch", "np", "numpy", "jit")
+        ):
             problems.append(f"{line}: {node.value.id}.load")
         elif isinstance(node, ast.Call):
             name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
@@ -418,11 +515,17 @@ def find_problems(text: str) -> list[str]:
                 problems.append(f"{line}: {name}()")
             if name in ("full_load", "unsafe_load", "load_from_checkpoint", "load_checkpoint"):
                 problems.append(f"{line}: {name}()")
-            if name == "load" and getattr(getattr(node.func, "value", None), "id", "") == "yaml" and not any(k.arg == "Loader" for k in node.keywords):
+            if (
+                name == "load"
+                and getattr(getattr(node.func, "value", None), "id", "") == "yaml"
+                and not any(k.arg == "Loader" for k in node.keywords)
+            ):
                 problems.append(f"{line}: yaml.load() without a Loader")
         elif isinstance(node, ast.keyword):
             risky = {"weights_only": False, "allow_pickle": True, "trust_remote_code": None, "shell": True}
-            if node.arg in risky and (risky[node.arg] is None or getattr(node.value, "value", ...) is risky[node.arg]):
+            if node.arg in risky and (
+                risky[node.arg] is None or getattr(node.value, "value", ...) is risky[node.arg]
+            ):
                 problems.append(f"{getattr(node.value, 'lineno', 0)}: {node.arg}={ast.unparse(node.value)}")
     return problems
 
@@ -444,4 +547,3 @@ def find_problems(text: str) -> list[str]:
 )
 def test_the_search_finds_what_it_looks_for(line):
     assert find_problems(line)
-

@@ -19,8 +19,8 @@ import torch
 from tiny_models import save_folder, tiny_model, tiny_tokenizer
 
 from smollm2 import SmolLM2, hub
-from smollm2.checkpoint import dump_json
 from smollm2.errors import UserError
+from smollm2.files import dump_json
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 STALL, RETRY = 1.0, 0.6  # seconds; the real limits are 60 and 20
@@ -47,7 +47,9 @@ class FakeHub:
 
             def answer(self, body: bool) -> None:
                 hub_self.requests.append((self.command, self.path))
-                if hub_self.behaviour == "stall" or (hub_self.behaviour == "stall body" and body and "/resolve/" in self.path):
+                if hub_self.behaviour == "stall" or (
+                    hub_self.behaviour == "stall body" and body and "/resolve/" in self.path
+                ):
                     if body and hub_self.behaviour == "stall body":
                         self.headers_for(self.path.split("/")[-1], 10**6)
                     hub_self.stop.wait(30)
@@ -123,7 +125,15 @@ def fake_hub(tmp_path, monkeypatch):
     fake = FakeHub({path.name: path.read_bytes() for path in folder.iterdir()})
     monkeypatch.setenv("HF_ENDPOINT", fake.address)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    for variable in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_TOKEN", "HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy"):
+    for variable in (
+        "HF_HUB_OFFLINE",
+        "HF_HUB_CACHE",
+        "HF_TOKEN",
+        "HTTP_PROXY",
+        "http_proxy",
+        "HTTPS_PROXY",
+        "https_proxy",
+    ):
         monkeypatch.delenv(variable, raising=False)
     yield fake
     fake.close()
@@ -142,10 +152,17 @@ def impatient(monkeypatch):
 
 def test_files_are_downloaded_into_the_cache_and_load(fake_hub, tmp_path):
     model = SmolLM2.from_pretrained("owner/model")
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), SmolLM2.from_pretrained(tmp_path / "made").parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            model.parameters(), SmolLM2.from_pretrained(tmp_path / "made").parameters(), strict=True
+        )
+    )
     path = hub.fetch("owner/model", "tokenizer.json")
     assert path.read_bytes() == fake_hub.files["tokenizer.json"] and path.is_relative_to(hub.cache_dir())
-    assert hub.fetch_files("owner/model", ["config.json"], optional=["nothing.here"]).keys() == {"config.json"}
+    assert hub.fetch_files("owner/model", ["config.json"], optional=["nothing.here"]).keys() == {
+        "config.json"
+    }
 
 
 def test_a_pinned_commit_in_the_cache_needs_no_network_and_no_process(fake_hub, monkeypatch):
@@ -161,7 +178,9 @@ def test_the_official_models_are_pinned_by_whole_commits():
     from smollm2.tokenizer import SMOLLM2_TOKENIZER
 
     assert hub.REVISIONS[SMOLLM2_TOKENIZER]
-    assert all(revision is None or (len(revision) == 40 and int(revision, 16)) for revision in hub.REVISIONS.values())
+    assert all(
+        revision is None or (len(revision) == 40 and int(revision, 16)) for revision in hub.REVISIONS.values()
+    )
 
 
 @pytest.mark.parametrize("behaviour", ["stall", "stall body", "trickle", "truncate", "error", "refuse"])
@@ -175,11 +194,19 @@ def test_a_broken_hub_ends_in_one_clear_line(fake_hub, impatient, behaviour):
         hub.fetch("owner/model", "model.safetensors")
     message = str(caught.value)
     assert time.monotonic() - started < STALL + RETRY + hub.CACHE_SECONDS
-    assert "owner/model" in message and fake_hub.address in message and "model.safetensors is not in the local cache" in message
+    assert (
+        "owner/model" in message
+        and fake_hub.address in message
+        and "model.safetensors is not in the local cache" in message
+    )
     assert "\n" not in message and len(message) < 900
     if behaviour in ("stall", "stall body", "trickle"):
         assert "ended as stalled" in message
-    left = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
+    left = [
+        " ".join(child.cmdline())
+        for child in psutil.Process().children(recursive=True)
+        if child.status() != psutil.STATUS_ZOMBIE
+    ]
     assert not [line for line in left if "smollm2.hub" in line]
 
 
@@ -216,7 +243,10 @@ def test_the_real_limits_end_within_90_seconds():
     from importlib import reload
 
     fresh = reload(hub)
-    assert fresh.STALL_SECONDS == 60 and fresh.STALL_SECONDS + fresh.RETRY_STALL_SECONDS + fresh.CACHE_SECONDS <= 89
+    assert (
+        fresh.STALL_SECONDS == 60
+        and fresh.STALL_SECONDS + fresh.RETRY_STALL_SECONDS + fresh.CACHE_SECONDS <= 89
+    )
 
 
 def test_what_the_hub_does_not_have_is_said_at_once(fake_hub):
@@ -238,8 +268,19 @@ def test_offline_is_respected(fake_hub, monkeypatch):
 def test_a_command_reports_a_hub_that_is_out_of_reach_in_one_line(fake_hub):
     fake_hub.close()
     command = [sys.executable, "-m", "smollm2.generate", "--checkpoint", "owner/model", "--prompt", "a"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, env=dict(os.environ), timeout=60)
-    assert done.returncode == 2 and done.stderr.startswith("error: owner/model: ") and done.stderr.count("\n") == 1
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        env=dict(os.environ),
+        timeout=60,
+    )
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith("error: owner/model: ")
+        and done.stderr.count("\n") == 1
+    )
 
 
 # --- official weights -------------------------------------------------------------------------------------------------
@@ -265,7 +306,11 @@ def official_layout(folder: Path, fields: dict) -> Path:
     torch.manual_seed(1)
     model = SmolLM2(SmolLM2Config.from_hf_dict(fields))
     folder.mkdir(parents=True)
-    save_file({name: p.detach().bfloat16() for name, p in model.named_parameters()}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {name: p.detach().bfloat16() for name, p in model.named_parameters()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     (folder / "config.json").write_bytes(dump_json(fields))
     tiny_tokenizer().save(folder, 8192)
     return folder

@@ -31,7 +31,10 @@ def test_attention_and_hidden_states_are_those_of_transformers(seen):
     assert len(inside.attention) == len(theirs.attentions) == model.config.num_hidden_layers
     for mine, other in zip(inside.attention, theirs.attentions, strict=True):
         torch.testing.assert_close(mine, other, rtol=0, atol=1e-5)
-    hidden = [*inside.hidden[:-1], model.model.norm(inside.hidden[-1])]  # transformers gives the last one behind the final norm
+    hidden = [
+        *inside.hidden[:-1],
+        model.model.norm(inside.hidden[-1]),
+    ]  # transformers gives the last one behind the final norm
     for mine, other in zip(hidden, theirs.hidden_states, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
 
@@ -54,7 +57,9 @@ def test_token_probabilities_multiply_to_the_loss(seen):
     model, ids, _ = seen
     chances = token_probabilities(model, ids)
     with torch.inference_mode():
-        torch.testing.assert_close(-chances.log().mean(), model.loss(ids[:, :-1], ids[:, 1:]), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            -chances.log().mean(), model.loss(ids[:, :-1], ids[:, 1:]), rtol=1e-5, atol=1e-5
+        )
 
 
 def test_more_tokens_than_the_context_are_refused(seen):

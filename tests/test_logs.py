@@ -31,27 +31,59 @@ def run_dir(tmp_path_factory) -> Path:
 
 def test_every_line_is_a_time_a_step_and_key_value_pairs(run_dir):
     files = {path.name for path in (run_dir / "logs").glob("*.txt")}
-    assert files == {"training_loss.txt", "generation_samples.txt", "checkpoint_events.txt", "epoch_completion.txt", "gpu_metrics.txt"}
+    assert files == {
+        "training_loss.txt",
+        "generation_samples.txt",
+        "checkpoint_events.txt",
+        "epoch_completion.txt",
+        "gpu_metrics.txt",
+    }
     for name in files:
         lines = (run_dir / "logs" / name).read_text().splitlines(keepends=True)
         assert lines, name
         for line in lines:
             fields = logs.parse_line(line)
-            assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", fields["time"]) and int(fields["step"]) >= 0
+            assert (
+                re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", fields["time"]) and int(fields["step"]) >= 0
+            )
 
 
 def test_each_log_holds_what_its_name_says(run_dir):
-    read = {name: logs.read_log(run_dir / "logs" / f"{name}.txt") for name in ("training_loss", "generation_samples", "checkpoint_events", "epoch_completion", "gpu_metrics")}
+    read = {
+        name: logs.read_log(run_dir / "logs" / f"{name}.txt")
+        for name in (
+            "training_loss",
+            "generation_samples",
+            "checkpoint_events",
+            "epoch_completion",
+            "gpu_metrics",
+        )
+    }
     steps = [int(event["step"]) for event in read["training_loss"] if "train_loss" in event]
     assert steps == [1, *range(10, 131, 10)]
-    assert all(float(e["lr"]) >= 0 and int(e["tokens"]) == int(e["step"]) * 8 * 32 for e in read["training_loss"] if "lr" in e)
+    assert all(
+        float(e["lr"]) >= 0 and int(e["tokens"]) == int(e["step"]) * 8 * 32
+        for e in read["training_loss"]
+        if "lr" in e
+    )
     validations = [e for e in read["training_loss"] if "val_loss" in e]
-    assert [int(e["step"]) for e in validations] == [50, 100, 130] and all(float(e["val_bits_per_byte"]) > 0 for e in validations)
+    assert [int(e["step"]) for e in validations] == [50, 100, 130] and all(
+        float(e["val_bits_per_byte"]) > 0 for e in validations
+    )
     prompts = {e["prompt"] for e in read["generation_samples"]}
-    assert len(prompts) == 3 and len(read["generation_samples"]) == 9 and all("text" in e for e in read["generation_samples"])
+    assert (
+        len(prompts) == 3
+        and len(read["generation_samples"]) == 9
+        and all("text" in e for e in read["generation_samples"])
+    )
     assert {"saved"} <= {e["event"] for e in read["checkpoint_events"]}
-    assert read["epoch_completion"][0]["epoch"] == "1" and float(read["epoch_completion"][0]["mean_train_loss"]) > 0
-    assert all(e["device"] == "cpu" and int(e["rss_bytes"]) > 1e7 and "note" in e for e in read["gpu_metrics"])
+    assert (
+        read["epoch_completion"][0]["epoch"] == "1"
+        and float(read["epoch_completion"][0]["mean_train_loss"]) > 0
+    )
+    assert all(
+        e["device"] == "cpu" and int(e["rss_bytes"]) > 1e7 and "note" in e for e in read["gpu_metrics"]
+    )
 
 
 def test_tensorboard_opens_the_events(run_dir):
@@ -68,20 +100,43 @@ def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+    }
 
 
 def test_a_machine_that_goes_on_from_drive_shows_tensorboard_every_earlier_step_once(run_dir):
     output = run_dir.with_name("fresh")
     config = RunConfig(**yaml.safe_load((run_dir / "config.yaml").read_text()))
-    config = config.model_copy(update={"run": config.run.model_copy(update={"output_dir": str(output)}), "train": config.train.model_copy(update={"continue_steps": 20})})
+    config = config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"output_dir": str(output)}),
+            "train": config.train.model_copy(update={"continue_steps": 20}),
+        }
+    )
     train(config, Reporter())
     before, after = curves(run_dir / "logs"), curves(output / "logs")
-    assert set(after) == set(before) == {"train/loss", "train/lr", "train/gradient_norm", "train/tokens_per_second", "val/loss", "val/bits_per_byte"}
+    assert (
+        set(after)
+        == set(before)
+        == {
+            "train/loss",
+            "train/lr",
+            "train/gradient_norm",
+            "train/tokens_per_second",
+            "val/loss",
+            "val/bits_per_byte",
+        }
+    )
     for tag, points in before.items():
-        assert [step for step, _ in after[tag]] == [*(step for step, _ in points), *((140, 150) if tag.startswith("train") else (150,))], tag
+        assert [step for step, _ in after[tag]] == [
+            *(step for step, _ in points),
+            *((140, 150) if tag.startswith("train") else (150,)),
+        ], tag
         rounding = 0.06 if tag == "train/tokens_per_second" else 1e-6
-        assert [value for _, value in after[tag]][: len(points)] == pytest.approx([value for _, value in points], rel=1e-5, abs=rounding), tag
+        assert [value for _, value in after[tag]][: len(points)] == pytest.approx(
+            [value for _, value in points], rel=1e-5, abs=rounding
+        ), tag
 
 
 def test_a_resume_shows_tensorboard_no_step_twice_and_none_behind_the_checkpoint(tmp_path):
@@ -92,7 +147,9 @@ def test_a_resume_shows_tensorboard_no_step_twice_and_none_behind_the_checkpoint
             text.write(logs.TRAINING, step, train_loss=1 / step)
             text.scalars(step, train_loss=1 / step)
     text.rewind(4, [])
-    assert curves(tmp_path) == {"train/loss": [(step, pytest.approx(1 / step, abs=1e-6)) for step in range(1, 5)]}
+    assert curves(tmp_path) == {
+        "train/loss": [(step, pytest.approx(1 / step, abs=1e-6)) for step in range(1, 5)]
+    }
 
 
 def test_rewind_drops_what_lies_behind_torn_lines_and_pending_events(tmp_path):

@@ -30,7 +30,9 @@ def test_a_hand_made_case_gives_the_hand_computed_loss():
     # two classes, logits (2, 0) and (0, 1): -ln p = ln(1 + e^-2) for class 0, ln(1 + e^1) for class 0
     hidden, weight = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.eye(2)
     by_hand = (math.log(1 + math.exp(-2)) + math.log(1 + math.e)) / 2
-    assert linear_cross_entropy(hidden, weight, torch.tensor([0, 0])).item() == pytest.approx(by_hand, abs=1e-6)
+    assert linear_cross_entropy(hidden, weight, torch.tensor([0, 0])).item() == pytest.approx(
+        by_hand, abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("block", [1, 7, 16, 50, 1000])
@@ -130,7 +132,11 @@ def test_measuring_computes_no_gradients(monkeypatch, mode):
     """An evaluation is forward passes only: the two products of the gradients would double its time."""
     products = []
     monkeypatch.setattr(torch.Tensor, "addmm_", lambda self, *args: products.append(self.shape))
-    hidden, weight, targets = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True), torch.arange(6)
+    hidden, weight, targets = (
+        torch.randn(6, 4, requires_grad=True),
+        torch.randn(9, 4, requires_grad=True),
+        torch.arange(6),
+    )
     with mode():
         measured = linear_cross_entropy(hidden, weight, targets)
     assert products == [] and not measured.requires_grad
@@ -152,5 +158,13 @@ def test_doubly_shifted_targets_are_caught():
 def test_a_wrong_normalisation_is_caught(monkeypatch):
     """Counting ignored rows in the mean must turn the comparison red."""
     hidden, weight, targets = random_case(ignored=20)
-    monkeypatch.setattr(loss_module, "IGNORE_INDEX", -1)  # -100 is then taken for a class: clamped to 0 and counted
-    assert abs(linear_cross_entropy(hidden, weight, targets).item() - F.cross_entropy(hidden @ weight.T, targets).item()) > 1e-3
+    monkeypatch.setattr(
+        loss_module, "IGNORE_INDEX", -1
+    )  # -100 is then taken for a class: clamped to 0 and counted
+    assert (
+        abs(
+            linear_cross_entropy(hidden, weight, targets).item()
+            - F.cross_entropy(hidden @ weight.T, targets).item()
+        )
+        > 1e-3
+    )

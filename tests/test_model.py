@@ -19,8 +19,19 @@ SHAPES = [
     {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72},
     {"num_attention_heads": 8, "num_key_value_heads": 1, "hidden_size": 64, "rope_theta": 100000.0},
     {"num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": False},
-    {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16, "rope_theta": 100000.0},  # heads * head_dim != hidden_size
-    {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 64, "tie_word_embeddings": False, "rope_theta": 100000.0},
+    {
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "head_dim": 16,
+        "rope_theta": 100000.0,
+    },  # heads * head_dim != hidden_size
+    {
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "hidden_size": 64,
+        "tie_word_embeddings": False,
+        "rope_theta": 100000.0,
+    },
     {"num_attention_heads": 6, "num_key_value_heads": 2, "num_hidden_layers": 4, "rms_norm_eps": 1e-2},
 ]
 
@@ -49,7 +60,13 @@ def test_loss_and_every_gradient_equal_transformers(shape):
     reference.backward()
     theirs = dict(twin.named_parameters())
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, theirs[name].grad, atol=2e-6, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            parameter.grad,
+            theirs[name].grad,
+            atol=2e-6,
+            rtol=1e-4,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
 
 
 def test_autocast_keeps_the_loss_and_gradients_close_to_fp32():
@@ -91,7 +108,6 @@ def test_a_model_on_the_meta_device_can_be_counted_without_memory():
     assert logits.shape == (1, 8, 49152) and logits.device.type == "meta"
 
 
-
 def test_no_token_sees_the_future():
     assert not leaks_from_the_future()
 
@@ -126,7 +142,9 @@ def interleaved_rope(x, cos, sin):
 def attention_with(expand, is_causal=True):
     def attend(q, k, v, mask=None):
         groups = q.shape[1] // k.shape[1]
-        return F.scaled_dot_product_attention(q, expand(k, groups), expand(v, groups), attn_mask=mask, is_causal=is_causal and mask is None)
+        return F.scaled_dot_product_attention(
+            q, expand(k, groups), expand(v, groups), attn_mask=mask, is_causal=is_causal and mask is None
+        )
 
     return attend
 
@@ -144,7 +162,11 @@ def test_interleaved_rope_is_caught(monkeypatch):
 
 def test_rope_turned_backwards_is_caught(monkeypatch):
     correct = network.apply_rope
-    monkeypatch.setattr(network, "apply_rope", lambda x, cos, sin: correct(x, cos, -sin) if x.shape[2] == 2 else correct(x, cos, sin))
+    monkeypatch.setattr(
+        network,
+        "apply_rope",
+        lambda x, cos, sin: correct(x, cos, -sin) if x.shape[2] == 2 else correct(x, cos, sin),
+    )
     assert largest_difference_from_transformers() > 1e-3
 
 
@@ -154,13 +176,19 @@ def test_repeat_instead_of_repeat_interleave_is_caught(monkeypatch):
 
 
 def test_a_missing_mask_is_caught(monkeypatch):
-    monkeypatch.setattr(network, "attend", attention_with(lambda x, n: x.repeat_interleave(n, dim=1), is_causal=False))
+    monkeypatch.setattr(
+        network, "attend", attention_with(lambda x, n: x.repeat_interleave(n, dim=1), is_causal=False)
+    )
     assert leaks_from_the_future() and largest_difference_from_transformers() > 1e-3
 
 
 def test_a_wrong_theta_is_caught(monkeypatch):
     correct = network.rope_tables
-    monkeypatch.setattr(network, "rope_tables", lambda config, device=None: correct(config.model_copy(update={"rope_theta": 1e4}), device))
+    monkeypatch.setattr(
+        network,
+        "rope_tables",
+        lambda config, device=None: correct(config.model_copy(update={"rope_theta": 1e4}), device),
+    )
     assert largest_difference_from_transformers(rope_theta=1e5) > 1e-3
 
 
@@ -174,7 +202,11 @@ def excess_over_uniform(model: SmolLM2, seed: int) -> float:
         return model.loss(ids[:, :-1], ids[:, 1:]).item() - math.log(model.config.vocab_size)
 
 
-@pytest.mark.parametrize("shape", [{"vocab_size": 49152}, {"initializer_range": 1 / 24}, load_config("nano").model.model_dump()], ids=["wide", "tiny", "nano"])
+@pytest.mark.parametrize(
+    "shape",
+    [{"vocab_size": 49152}, {"initializer_range": 1 / 24}, load_config("nano").model.model_dump()],
+    ids=["wide", "tiny", "nano"],
+)
 def test_a_fresh_model_starts_within_half_a_nat_of_ln_vocabulary(shape):
     torch.manual_seed(1)
     assert abs(excess_over_uniform(SmolLM2(tiny_config(**shape)), seed=1)) < 0.5
@@ -186,7 +218,9 @@ def test_the_excess_of_a_fresh_model_is_half_the_variance_of_its_logits():
     excess = []
     for seed in range(4):
         torch.manual_seed(seed)
-        model = SmolLM2(tiny_config(vocab_size=8192, hidden_size=192, intermediate_size=512, initializer_range=192**-0.5))
+        model = SmolLM2(
+            tiny_config(vocab_size=8192, hidden_size=192, intermediate_size=512, initializer_range=192**-0.5)
+        )
         excess.append(excess_over_uniform(model, seed))
     assert sum(excess) / len(excess) == pytest.approx(0.5, abs=0.1)
 
@@ -194,7 +228,9 @@ def test_the_excess_of_a_fresh_model_is_half_the_variance_of_its_logits():
 @pytest.mark.slow
 def test_a_fresh_135m_starts_half_a_nat_above_ln_vocabulary():
     torch.manual_seed(0)
-    assert excess_over_uniform(SmolLM2(SmolLM2Config()), seed=0) == pytest.approx(0.5, abs=0.15)  # seeds: 0.39 to 0.53
+    assert excess_over_uniform(SmolLM2(SmolLM2Config()), seed=0) == pytest.approx(
+        0.5, abs=0.15
+    )  # seeds: 0.39 to 0.53
 
 
 def test_initialisation_scales_the_residual_writers_once():
@@ -245,7 +281,13 @@ def test_more_tokens_than_the_context_is_an_error_that_names_both():
 
 def test_the_default_configuration_is_smollm2_135m():
     config = SmolLM2Config()
-    shape = (config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    shape = (
+        config.hidden_size,
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+    )
     assert shape == (576, 30, 9, 3, 64)
     assert (config.intermediate_size, config.vocab_size, config.tie_word_embeddings) == (1536, 49152, True)
     assert (config.max_position_embeddings, config.rope_theta, config.rms_norm_eps) == (2048, 10000.0, 1e-5)

@@ -21,7 +21,9 @@ def by_the_formula(text: bytes, context: bytes, symbol: int, length: int) -> flo
     return (after[symbol] + len(after) * shorter) / (after.total() + len(after)) if after else shorter
 
 
-@pytest.mark.parametrize("context", [b"", b"t", b"the ", b"xyz", b"cat sat on the", "東".encode(), bytes(8), b"\xff" * 8])
+@pytest.mark.parametrize(
+    "context", [b"", b"t", b"the ", b"xyz", b"cat sat on the", "東".encode(), bytes(8), b"\xff" * 8]
+)
 @pytest.mark.parametrize("order", [1, 3, 8])
 def test_after_any_context_the_probabilities_sum_to_one_and_none_is_zero(context, order):
     chances = NGram(TEXT, order).probabilities(context)
@@ -56,7 +58,9 @@ def test_an_unseen_byte_costs_many_bits_and_a_seen_text_few():
 
 def test_the_longest_context_keeps_all_its_bytes_apart():
     model = NGram(b"\xffbcdefgX" * 9 + b"abcdefgY" * 9, 8)
-    assert model.probabilities(b"\xffbcdefg")[ord("X")] > 0.8 and model.probabilities(b"abcdefg")[ord("Y")] > 0.8
+    assert (
+        model.probabilities(b"\xffbcdefg")[ord("X")] > 0.8 and model.probabilities(b"abcdefg")[ord("Y")] > 0.8
+    )
 
 
 def test_empty_things_are_refused_or_cost_nothing():

@@ -94,7 +94,9 @@ def test_notebook_is_byte_for_byte_what_its_source_builds(path):
 def test_an_edited_notebook_or_setup_cell_is_noticed(tmp_path):
     path = tmp_path / SOURCES[0].name
     path.write_bytes(SOURCES[0].read_bytes())
-    path.with_suffix(".ipynb").write_bytes(SOURCES[0].with_suffix(".ipynb").read_bytes().replace(b"Build the model", b"Build a model"))
+    path.with_suffix(".ipynb").write_bytes(
+        SOURCES[0].with_suffix(".ipynb").read_bytes().replace(b"Build the model", b"Build a model")
+    )
     assert builder.check(path) == [f"{path.stem}.ipynb is not what {path.name} builds"]
     path.write_text(path.read_text().replace("colab.doctor()", "colab.doctor() or None"))
     assert any("set-up cell differs" in problem for problem in builder.check(path))
@@ -121,12 +123,17 @@ def test_an_edit_made_in_colab_comes_back_into_the_source(tmp_path, monkeypatch)
     monkeypatch.setattr(builder, "FOLDER", tmp_path)
     path = NOTEBOOKS / f"{STEMS[0]}.ipynb"
     notebook = json.loads(path.read_text(encoding="utf-8"))
-    notebook["nbformat_minor"] = 0  # as "Save a copy to GitHub" writes it: no cell ids, more metadata, outputs
+    notebook["nbformat_minor"] = (
+        0  # as "Save a copy to GitHub" writes it: no cell ids, more metadata, outputs
+    )
     for cell in notebook["cells"]:
         del cell["id"]
         cell["metadata"]["outputId"] = "x"
         if cell["cell_type"] == "code":
-            cell["outputs"], cell["execution_count"] = [{"output_type": "stream", "name": "stdout", "text": ["hi"]}], 3
+            cell["outputs"], cell["execution_count"] = (
+                [{"output_type": "stream", "name": "stdout", "text": ["hi"]}],
+                3,
+            )
     notebook["metadata"]["widgets"] = {"application/vnd.jupyter.widget-state+json": {}}
     saved = tmp_path / path.name
     saved.write_text(json.dumps(notebook), encoding="utf-8")
@@ -157,7 +164,9 @@ def test_the_setup_cell_is_the_same_in_all_notebooks():
 def run_setup(folder, address, tail=""):
     folder.mkdir(exist_ok=True)
     code = builder.SETUP_CELL.format(address=address).split("\n\ncolab.install_missing")[0] + tail
-    env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "SMOLLM2_REPO")} | {"GIT_TERMINAL_PROMPT": "0"}
+    env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "SMOLLM2_REPO")} | {
+        "GIT_TERMINAL_PROMPT": "0"
+    }
     return subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True)
 
 
@@ -165,8 +174,12 @@ def test_the_setup_cell_fetches_the_project_once_and_finds_it_again(tmp_path, re
     folder = tmp_path / "empty"
     first = run_setup(folder, repository, "\nprint(REPO)")
     assert first.stdout.strip() == str(folder / "smollm2-from-scratch"), first.stderr
-    assert [path.name for path in folder.iterdir()] == ["smollm2-from-scratch"], "no half-finished clone is left"
-    assert run_setup(folder, "nowhere", "\nprint(REPO)").stdout == first.stdout  # a second Run all needs no network
+    assert [path.name for path in folder.iterdir()] == ["smollm2-from-scratch"], (
+        "no half-finished clone is left"
+    )
+    assert (
+        run_setup(folder, "nowhere", "\nprint(REPO)").stdout == first.stdout
+    )  # a second Run all needs no network
     inside = folder / "smollm2-from-scratch" / "notebooks"
     assert run_setup(inside, "nowhere", "\nprint(REPO)").stdout == first.stdout
 
@@ -185,11 +198,15 @@ def test_badge_and_links_name_the_one_address(stem):
     links = re.findall(r"https://colab\.research\.google\.com/github/([^\s)\"]+)", text)
     assert links and links[0] == f"{address}/blob/main/notebooks/{stem}.ipynb"
     for link in links:
-        assert link.startswith(f"{address}/blob/main/notebooks/") and (NOTEBOOKS / Path(link).name).is_file(), link
+        assert (
+            link.startswith(f"{address}/blob/main/notebooks/") and (NOTEBOOKS / Path(link).name).is_file()
+        ), link
     for name in re.findall(r"\]\(([^):]+\.ipynb)\)", text):
         assert (NOTEBOOKS / name).is_file(), name
     images = re.findall(r"<img[^>]*>|!\[[^\]]*\]\([^)]*\)", text)
-    assert len(images) == 1 and 'alt="Open In Colab"' in images[0], "draw figures in code: the badge is the only picture from outside"
+    assert len(images) == 1 and 'alt="Open In Colab"' in images[0], (
+        "draw figures in code: the badge is the only picture from outside"
+    )
 
 
 @pytest.mark.parametrize("stem", STEMS)
@@ -209,7 +226,9 @@ def test_lesson_has_checks_figures_predictions_a_widget_and_folded_answers(stem)
     assert "widgets." in code
     assert text.count("<details>") == text.count("</details>") >= 2 and "## Exercises" in text
     title = next(source(cell) for cell in cells(stem) if cell["id"] == "title")
-    assert "Each `?`" in title and "Each `✔`" in title, "a reader who begins here meets both signs without a word"
+    assert "Each `?`" in title and "Each `✔`" in title, (
+        "a reader who begins here meets both signs without a word"
+    )
     assert "You will be able to" in text and re.search(r"\bminutes?\b.*\b(CPU|GPU|T4)\b", text, re.S)
     assert stem == "06_evaluate_and_share" or "## Next" in text
     assert not re.search(r"^guess = (?!None)", code, re.M), "a guess is the reader's: leave None"
@@ -241,7 +260,9 @@ def prepare(tmp_path, repository, **options):
 def printed(notebook):
     """All that a reader sees: streams, plain text, and the HTML beside it (the training panel's notes are only there)."""
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    return "\n".join(runner.text_of(output) + "\n" + output.get("data", {}).get("text/html", "") for output in outputs)
+    return "\n".join(
+        runner.text_of(output) + "\n" + output.get("data", {}).get("text/html", "") for output in outputs
+    )
 
 
 @pytest.mark.slow
@@ -264,7 +285,9 @@ def test_source_runs_as_a_plain_script(stem, tmp_path, repository):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("base", ["folder", "nobody/nothing"])
-def test_the_form_that_fine_tunes_scores_before_and_after_or_says_why_not(base, tmp_path, monkeypatch, capsys):
+def test_the_form_that_fine_tunes_scores_before_and_after_or_says_why_not(
+    base, tmp_path, monkeypatch, capsys
+):
     """The cell itself, with a small trained folder as its base and the CPU taken for a GPU: CI has neither the weights nor a GPU."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
@@ -273,19 +296,39 @@ def test_the_form_that_fine_tunes_scores_before_and_after_or_says_why_not(base, 
     code = source(next(cell for cell in cells(stem, "code") if cell["id"] == "fine-tune"))
     if base == "folder":
         base = str(save_folder(tmp_path / "base", tiny_model(vocab_size=tiny_tokenizer().vocab_size)))
-    for before, after in (("FINE_TUNE = False", "FINE_TUNE = True"), ("HuggingFaceTB/SmolLM2-135M", base), ("100,", "20,"), ("1e-4", "1e-2")):
+    for before, after in (
+        ("FINE_TUNE = False", "FINE_TUNE = True"),
+        ("HuggingFaceTB/SmolLM2-135M", base),
+        ("100,", "20,"),
+        ("1e-4", "1e-2"),
+    ):
         assert before in code
         code = code.replace(before, after, 1)
     text = tmp_path / "text.txt"
     text.write_bytes((ROOT / "input.txt").read_bytes()[:60_000])
-    names = {"SMOKE": False, "TEXT": text, "Path": Path, "place": SimpleNamespace(output_dir="output"), "load_config": load_config, "train": train}
-    names |= {"model": SimpleNamespace(device=SimpleNamespace(type="cuda")), "UserError": UserError, "score_file": score_file, "LivePanel": LivePanel}
+    names = {
+        "SMOKE": False,
+        "TEXT": text,
+        "Path": Path,
+        "place": SimpleNamespace(output_dir="output"),
+        "load_config": load_config,
+        "train": train,
+    }
+    names |= {
+        "model": SimpleNamespace(device=SimpleNamespace(type="cuda")),
+        "UserError": UserError,
+        "score_file": score_file,
+        "LivePanel": LivePanel,
+    }
     exec(code, names | {"load_model_and_tokenizer": lambda name, device: load_model_and_tokenizer(name)})
     said = capsys.readouterr().out
     if base == "nobody/nothing":
         assert "out of reach" in said and said.rstrip().endswith("So: nothing is fine-tuned.")
     else:
-        before, after = map(float, re.search(r"held out: ([\d.]+) bits per byte before, ([\d.]+) after 20 steps", said).groups())
+        before, after = map(
+            float,
+            re.search(r"held out: ([\d.]+) bits per byte before, ([\d.]+) after 20 steps", said).groups(),
+        )
         assert after < before - 0.3 and (tmp_path / "output/fine-tuned/checkpoints/final_model.ckpt").is_dir()
 
 
@@ -296,7 +339,9 @@ def test_notebook_runs_on_a_colab_with_drive(stem, tmp_path, repository):
     notebook = runner.run_notebook(stem, tmp_path / "empty", prepare(tmp_path, repository, colab=True))
     assert runner.faults(notebook) == []
     assert "Colab  yes" in printed(notebook)
-    assert ("KEPT ON DRIVE" in printed(notebook)) == stem.startswith("04"), "notebook 04 asks for Drive; no other does"
+    assert ("KEPT ON DRIVE" in printed(notebook)) == stem.startswith("04"), (
+        "notebook 04 asks for Drive; no other does"
+    )
     assert stem[:2] != "04" or "copied to Drive: step 45" in printed(notebook)
 
 
@@ -305,6 +350,8 @@ def test_notebook_runs_on_a_colab_with_drive(stem, tmp_path, repository):
 @pytest.mark.parametrize("drill", DRILLS)
 def test_training_notebook_survives_what_drive_does(drill, tmp_path, repository):
     stem = next(stem for stem in STEMS if stem.startswith("04"))
-    notebook = runner.run_notebook(stem, tmp_path / "empty", prepare(tmp_path, repository, colab=True, drive=drill))
+    notebook = runner.run_notebook(
+        stem, tmp_path / "empty", prepare(tmp_path, repository, colab=True, drive=drill)
+    )
     assert runner.faults(notebook) == []
     assert re.search(DRILLS[drill], printed(notebook), re.S), "the drill did not happen, or nobody was told"

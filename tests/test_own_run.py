@@ -10,19 +10,29 @@ import pytest
 import torch
 from tiny_models import tiny_model, tiny_tokenizer
 
+from smollm2 import SmolLM2
 from smollm2.checkpoint import commit
 from smollm2.notebook.own_run import best_seen, own_checkpoints, own_run, small_run, untrained
-from smollm2.pretrained import load_model, model_files
-from smollm2.storage.saver import tensor_file
+from smollm2.saver import tensor_file
+from smollm2.weights import model_files
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def save(parent: Path, name: str, step: int, run_id: str = "run-a", age_seconds: float = 0.0, best: dict | None = None) -> Path:
+def save(
+    parent: Path,
+    name: str,
+    step: int,
+    run_id: str = "run-a",
+    age_seconds: float = 0.0,
+    best: dict | None = None,
+) -> Path:
     parent.mkdir(parents=True, exist_ok=True)
     model = tiny_model(vocab_size=tiny_tokenizer().vocab_size)
     files = model_files(model.config) | tiny_tokenizer().files(512)
-    files["model.safetensors"] = tensor_file({name: p.detach() for name, p in model.named_parameters() if name != "lm_head.weight"})
+    files["model.safetensors"] = tensor_file(
+        {name: p.detach() for name, p in model.named_parameters() if name != "lm_head.weight"}
+    )
     if best is not None:
         files["state.json"] = json.dumps({"step": step, "best": best}).encode()
     folder = commit(parent, name, files, run_id, step, {}).folder
@@ -56,7 +66,10 @@ def test_a_damaged_checkpoint_is_named_and_left_out(tmp_path):
     assert len(said) == 1 and "step-00000002.ckpt: left out" in said[0]
 
 
-@pytest.mark.parametrize(("best", "step"), [({"step": 2, "bits_per_byte": 1.5}, 2), ({"step": 4, "bits_per_byte": 1.5}, 10), ({}, 10), (None, 10)])
+@pytest.mark.parametrize(
+    ("best", "step"),
+    [({"step": 2, "bits_per_byte": 1.5}, 2), ({"step": 4, "bits_per_byte": 1.5}, 10), ({}, 10), (None, 10)],
+)
 def test_the_best_checkpoint_is_the_one_the_run_noted_where_it_is_kept(tmp_path, best, step):
     for name, at in (("step-00000002.ckpt", 2), ("step-00000007.ckpt", 7), ("final_model.ckpt", 10)):
         save(tmp_path, name, at, best=best)
@@ -67,7 +80,10 @@ def test_the_small_run_never_stands_in_the_way_of_the_real_one(tmp_path):
     for smoke in (False, True):
         config = small_run("input.txt", tmp_path / "output", smoke)
         assert config.run.output_dir == str(tmp_path / "output" / "small")
-        assert config.train.max_steps <= 300 and config.train.keep_last > config.train.max_steps / config.train.save_every
+        assert (
+            config.train.max_steps <= 300
+            and config.train.keep_last > config.train.max_steps / config.train.save_every
+        )
 
 
 @pytest.mark.slow
@@ -78,7 +94,7 @@ def test_where_there_is_no_run_one_is_trained_and_found_again(tmp_path, capsys):
     assert "training a small one" in capsys.readouterr().out and len(first) >= 5
     assert [c.folder for c in own_run(text, tmp_path / "output", smoke=True)] == [c.folder for c in first]
     assert "training" not in capsys.readouterr().out
-    start, early = untrained(first[0]), load_model(first[0].folder)
+    start, early = untrained(first[0]), SmolLM2.from_pretrained(first[0].folder)
     name = "model.layers.0.mlp.up_proj.weight"
     change = (start.state_dict()[name] - early.state_dict()[name]).abs().max()
     assert 0 < change < 0.1, "step 0 is the start of this very run"

@@ -80,7 +80,16 @@ def test_the_panel_says_what_a_person_wants_to_know(screen):
     panel.validation(40, 5.4321, 2.3456)
     panel.sample(40, "Once", " upon\n a time")
     panel.refresh()
-    for fact in ("40 of 100", "0.175 nats per token", "3.00e-03", "5,120 tokens per second", "GiB", "0:06", "5.432", "2.346 bits per byte (step 40)"):
+    for fact in (
+        "40 of 100",
+        "0.175 nats per token",
+        "3.00e-03",
+        "5,120 tokens per second",
+        "GiB",
+        "0:06",
+        "5.432",
+        "2.346 bits per byte (step 40)",
+    ):
         assert fact in screen.text and fact in screen.html, fact
     assert "on this machine: step 30, copied to Drive: step 20" in screen.html
     assert "device: CPU" in screen.html and "upon a time" in screen.html
@@ -92,18 +101,25 @@ def test_no_theme_can_put_dark_stripes_behind_the_dark_numbers(screen):
     panel = screen.panel()
     train(screen, panel)
     rows = re.findall(r'<tr(?: style="([^"]*)")?>', screen.html)
-    assert len(rows) >= 6 and all("background:#fff" in style for style in rows)  # Jupyter's dark theme stripes rows that name none
+    assert len(rows) >= 6 and all(
+        "background:#fff" in style for style in rows
+    )  # Jupyter's dark theme stripes rows that name none
     assert all("color:#" in style for style in re.findall(r'<td(?: style="([^"]*)")?>', screen.html))
 
 
 def test_a_run_that_is_finished_shows_no_empty_numbers(screen):
     panel = screen.panel()
     panel.message("finished: the run is at step 45")
-    assert screen.text.splitlines()[0] == "step: not training" and "nothing yet" not in screen.text  # it has not looked
+    assert (
+        screen.text.splitlines()[0] == "step: not training" and "nothing yet" not in screen.text
+    )  # it has not looked
     panel.saved(45, 45)
     panel.refresh()
     assert "copied to Drive: step 45" in screen.text
-    assert not re.search(r"loss|rate|tokens per second|time left", screen.text) and "finished: the run is at step 45" in screen.html
+    assert (
+        not re.search(r"loss|rate|tokens per second|time left", screen.text)
+        and "finished: the run is at step 45" in screen.html
+    )
 
 
 def test_samples_form_a_timeline_of_the_first_and_the_last_ones(screen):
@@ -197,4 +213,6 @@ def test_plain_python_gets_plain_lines(capsys):
     panel.refresh()
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "device: CPU" and lines[1].startswith("step 1/2  loss 7.123")
-    assert any("2.0000 bits/byte" in line for line in lines) and any(line.endswith("sample: The end") for line in lines)
+    assert any("2.0000 bits/byte" in line for line in lines) and any(
+        line.endswith("sample: The end") for line in lines
+    )

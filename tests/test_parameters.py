@@ -32,22 +32,37 @@ def test_the_default_model_has_exactly_134_515_008_parameters():
 def test_every_preset_has_as_many_parameters_as_transformers_counts(preset):
     config = load_config(preset).model
     ours = sum(p.numel() for p in meta_model(config).parameters())
-    assert ours == transformers_count(config) == parameter_count(config) == sum(row.count for row in parameter_table(config))
+    assert (
+        ours
+        == transformers_count(config)
+        == parameter_count(config)
+        == sum(row.count for row in parameter_table(config))
+    )
 
 
-@pytest.mark.parametrize(("preset", "total"), [("smollm2-135m", 134_515_008), ("smollm2-360m", 361_821_120), ("smollm2-1.7b", 1_711_376_384)])
+@pytest.mark.parametrize(
+    ("preset", "total"),
+    [("smollm2-135m", 134_515_008), ("smollm2-360m", 361_821_120), ("smollm2-1.7b", 1_711_376_384)],
+)
 def test_the_presets_are_the_published_sizes(preset, total):
     assert parameter_count(load_config(preset).model) == total
 
 
 def test_the_groups_of_the_135m_are_those_of_the_design():
     totals = group_totals(parameter_table(SmolLM2Config()))
-    assert totals == {"embedding": 28_311_552, "attention": 30 * 884_736, "MLP": 30 * 2_654_208, "norms": 30 * 1_152 + 576}
+    assert totals == {
+        "embedding": 28_311_552,
+        "attention": 30 * 884_736,
+        "MLP": 30 * 2_654_208,
+        "norms": 30 * 1_152 + 576,
+    }
     # one forgotten matrix a layer is the whole difference to the 107,972,928 that is often quoted
     assert 134_515_008 - 30 * 576 * 1536 == 107_972_928
 
 
-@pytest.mark.parametrize("shape", [{}, {"tie_word_embeddings": False}, {"head_dim": 16}, {"num_key_value_heads": 6}], ids=str)
+@pytest.mark.parametrize(
+    "shape", [{}, {"tie_word_embeddings": False}, {"head_dim": 16}, {"num_key_value_heads": 6}], ids=str
+)
 def test_each_row_equals_its_formula_and_its_tensor(shape):
     model = tiny_model(**shape)
     tensors = dict(model.named_parameters())
@@ -56,7 +71,10 @@ def test_each_row_equals_its_formula_and_its_tensor(shape):
     for row in rows:
         assert row.shape == tuple(tensors[row.name].shape)
         assert row.count == tensors[row.name].numel()
-        assert eval(row.formula.replace(" x ", " * "), {"__builtins__": {}}, model.config.model_dump()) == row.count
+        assert (
+            eval(row.formula.replace(" x ", " * "), {"__builtins__": {}}, model.config.model_dump())
+            == row.count
+        )
     assert sum(row.count for row in rows) == sum(p.numel() for p in model.parameters())
 
 

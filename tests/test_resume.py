@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from smollm2 import saver
 from smollm2.checkpoint import FINAL_NAMES, step_name, verify
 from smollm2.errors import BusyError, ConfigError, DataError
 from smollm2.files import sha256_file
+from smollm2.lock import OutputLock
 from smollm2.logs import CHECKPOINTS, EPOCHS, SAMPLES, TRAINING, TextLogs, read_log
 from smollm2.progress import Reporter
-from smollm2.storage import saver
-from smollm2.storage.lock import OutputLock
 from smollm2.training import train
 from tests.soak import (
     SABOTAGES,
@@ -46,7 +46,9 @@ def text(tmp_path_factory) -> Path:
 
 
 def fifty(text: Path, folder: Path, **train_settings):
-    return small_config(text, folder, **({"max_steps": 50, "val_every": 10, "sample_every": 10} | train_settings))
+    return small_config(
+        text, folder, **({"max_steps": 50, "val_every": 10, "sample_every": 10} | train_settings)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -68,14 +70,18 @@ class Heard(Reporter):
 
 def same_result(folder: Path, name: str, other: Path, other_name: str) -> None:
     for file in ("model.safetensors", "optim.safetensors", "state.json", "config.json", "tokenizer.json"):
-        assert sha256_file(folder / "checkpoints" / name / file) == sha256_file(other / "checkpoints" / other_name / file), file
+        assert sha256_file(folder / "checkpoints" / name / file) == sha256_file(
+            other / "checkpoints" / other_name / file
+        ), file
     for file in (TRAINING, SAMPLES, EPOCHS):
         assert log_events(folder / "logs" / file) == log_events(other / "logs" / file), file
 
 
 def test_forty_steps_and_ten_more_equal_fifty_bit_for_bit(text, finished, tmp_path):
     result = train(fifty(text, tmp_path / "output", max_steps=40, continue_steps=10), Reporter())
-    assert result.checkpoint.name == CONTINUED and verify(tmp_path / "output" / "checkpoints" / FINAL).step == 40
+    assert (
+        result.checkpoint.name == CONTINUED and verify(tmp_path / "output" / "checkpoints" / FINAL).step == 40
+    )
     same_result(tmp_path / "output", CONTINUED, finished, FINAL)
 
 
@@ -90,14 +96,21 @@ def test_every_checkpoint_opens_in_transformers_with_the_same_logits(finished):
         ids = torch.tensor([AutoTokenizer.from_pretrained(folder)("the same words")["input_ids"]])
         theirs = AutoModelForCausalLM.from_pretrained(folder)
         with torch.no_grad():
-            torch.testing.assert_close(SmolLM2.from_pretrained(folder)(ids), theirs(ids).logits, atol=2e-6, rtol=0)
+            torch.testing.assert_close(
+                SmolLM2.from_pretrained(folder)(ids), theirs(ids).logits, atol=2e-6, rtol=0
+            )
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_killed_anywhere_a_run_ends_in_the_same_bits(text, tmp_path, accumulation):
     undisturbed = reference(small_config(text, tmp_path / "undisturbed", accumulation), tmp_path / "log")
     soak = Soak(tmp_path, seed=accumulation)
-    soak.disturbed_run(small_config(text, tmp_path / "disturbed", accumulation), undisturbed, max_kills=4, multi=accumulation == 4)
+    soak.disturbed_run(
+        small_config(text, tmp_path / "disturbed", accumulation),
+        undisturbed,
+        max_kills=4,
+        multi=accumulation == 4,
+    )
     assert sum(soak.kills.values()) >= 1
 
 
@@ -124,11 +137,15 @@ def plant_kill(name_prefix: str, after: bool):
     return plant
 
 
-@pytest.mark.parametrize("after", [False, True], ids=["before the final folder", "before the old ones are pruned"])
+@pytest.mark.parametrize(
+    "after", [False, True], ids=["before the final folder", "before the old ones are pruned"]
+)
 def test_killed_between_the_last_save_and_the_end_the_rest_is_made_up(text, finished, tmp_path, after):
     config = fifty(text, tmp_path / "output", keep_last=10)
     killed_at(config, tmp_path / "log", plant_kill("final", after))
-    assert (tmp_path / "output/checkpoints" / step_name(50)).exists() and (tmp_path / "output/checkpoints" / FINAL).exists() == after
+    assert (tmp_path / "output/checkpoints" / step_name(50)).exists() and (
+        tmp_path / "output/checkpoints" / FINAL
+    ).exists() == after
     assert train(config, Reporter()).step == 50
     same_result(tmp_path / "output", FINAL, finished, FINAL)
 
@@ -138,7 +155,11 @@ def test_a_finished_run_can_be_extended_and_killed_meanwhile(text, finished, tmp
         shutil.copytree(finished, tmp_path / name)
     train(fifty(text, tmp_path / "whole", max_steps=80), heard := Heard())
     assert any("new cycle of 30 steps" in line for line in heard.messages)
-    killed_at(fifty(text, tmp_path / "killed", max_steps=80), tmp_path / "log", plant_kill("step-00000070", after=True))
+    killed_at(
+        fifty(text, tmp_path / "killed", max_steps=80),
+        tmp_path / "log",
+        plant_kill("step-00000070", after=True),
+    )
     assert train(fifty(text, tmp_path / "killed", max_steps=80), Reporter()).step == 80
     compare(tmp_path / "killed", outcome(tmp_path / "whole"))
     assert verify(tmp_path / "killed" / "checkpoints" / FINAL).step == 80
@@ -204,7 +225,10 @@ def test_torn_lines_and_lines_behind_the_checkpoint_go(tmp_path):
     with open(tmp_path / TRAINING, "ab") as file:
         file.write(b"2026-11-23T19:00:00Z step=1")
     logs.rewind(10, ["val"])
-    assert [(event["step"], "val_loss" in event) for event in read_log(tmp_path / TRAINING)] == [("5", False), ("10", False)]
+    assert [(event["step"], "val_loss" in event) for event in read_log(tmp_path / TRAINING)] == [
+        ("5", False),
+        ("10", False),
+    ]
 
 
 def test_every_training_step_runs_compiled_whatever_was_sampled_before_it(tmp_path, monkeypatch):
@@ -217,7 +241,14 @@ def test_every_training_step_runs_compiled_whatever_was_sampled_before_it(tmp_pa
         return lambda *args: (calls.append(torch.is_grad_enabled()), graph.forward(*args))[1]
 
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend=backend))
-    config = small_config(small_text(tmp_path / "text.txt"), tmp_path / "output", max_steps=6, val_every=2, sample_every=1, compile=True)
+    config = small_config(
+        small_text(tmp_path / "text.txt"),
+        tmp_path / "output",
+        max_steps=6,
+        val_every=2,
+        sample_every=1,
+        compile=True,
+    )
     config = config.model_copy(update={"model": config.model.model_copy(update={"num_hidden_layers": 12})})
     train(config, Reporter())
     assert len(graphs) == 1, "one graph serves all layers"
@@ -243,10 +274,27 @@ def test_the_soak_notices_what_is_broken_on_purpose(text, tmp_path, broken):
 def test_thirty_kills_and_three_fresh_interpreters(text, tmp_path):
     import random
 
-    undisturbed = {a: reference(small_config(text, tmp_path / f"undisturbed-{a}", a), tmp_path / "log") for a in (1, 4)}
+    undisturbed = {
+        a: reference(small_config(text, tmp_path / f"undisturbed-{a}", a), tmp_path / "log") for a in (1, 4)
+    }
     soak = Soak(tmp_path)
     while sum(soak.kills.values()) < 30:
         accumulation = (1, 4)[soak.runs % 2]
-        soak.disturbed_run(small_config(text, tmp_path / f"run-{soak.runs}", accumulation), undisturbed[accumulation], 8, multi=soak.runs % 3 == 0)
+        soak.disturbed_run(
+            small_config(text, tmp_path / f"run-{soak.runs}", accumulation),
+            undisturbed[accumulation],
+            8,
+            multi=soak.runs % 3 == 0,
+        )
     plain = reference(small_config(text, tmp_path / "plain"), tmp_path / "log", drop_tokens=False)
-    assert fresh_run(small_config(text, tmp_path / "fresh"), plain.expected, tmp_path, random.Random(0), plain.seconds + 8, 3) <= 3
+    assert (
+        fresh_run(
+            small_config(text, tmp_path / "fresh"),
+            plain.expected,
+            tmp_path,
+            random.Random(0),
+            plain.seconds + 8,
+            3,
+        )
+        <= 3
+    )

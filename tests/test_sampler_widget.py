@@ -8,10 +8,10 @@ import torch
 from tiny_models import tiny_model, tiny_tokenizer
 
 from smollm2 import widgets
-from smollm2.generate import complete, next_token_probabilities
 from smollm2.notebook import sampler as sampler_module
 from smollm2.notebook import token_view
 from smollm2.notebook.sampler import Sampler
+from smollm2.sampling import complete, next_token_probabilities
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +56,14 @@ def test_every_slider_writes_at_both_ends(panel, name):
     control = getattr(panel, name)
     for value in (control.min, control.max):
         control.value = value
-        panel.new_tokens.value = min(panel.new_tokens.value, 80)  # beyond the context of 64: the older half is forgotten
+        panel.new_tokens.value = min(
+            panel.new_tokens.value, 80
+        )  # beyond the context of 64: the older half is forgotten
         written(panel)
         assert "data:image/png" in panel.picture.value
-        assert f"{panel.new_tokens.value} tokens" in panel.status.value or "ended its text" in panel.status.value
+        assert (
+            f"{panel.new_tokens.value} tokens" in panel.status.value or "ended its text" in panel.status.value
+        )
 
 
 def test_all_filters_off_and_all_at_their_strictest(panel):
@@ -215,7 +219,10 @@ def test_the_bars_show_the_distribution_that_is_drawn_from(model_and_tokenizer):
     assert greedy.sum() == 1 and greedy.argmax() == logits.argmax()
     fig, alt = token_view.bars(tokenizer, logits, options, "next")
     widths = [bar.get_width() for bar in fig.axes[0].containers[1]]
-    assert widths[0] == pytest.approx(float(next_token_probabilities(logits, 0.7, 5).max()), abs=1e-6) and widths[5:] == [0.0] * 5
+    assert (
+        widths[0] == pytest.approx(float(next_token_probabilities(logits, 0.7, 5).max()), abs=1e-6)
+        and widths[5:] == [0.0] * 5
+    )
     assert "5 tokens can still be drawn" in alt
 
 

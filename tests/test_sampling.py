@@ -20,7 +20,8 @@ from tiny_models import save_folder, tiny_model, tiny_tokenizer
 from smollm2 import Tokenizer
 from smollm2.conversation import Conversation, read_prompt, render_chat
 from smollm2.errors import CheckpointError, UserError
-from smollm2.generate import generate, main, next_token_probabilities
+from smollm2.generate import main
+from smollm2.sampling import generate, next_token_probabilities
 
 ROOT = Path(__file__).parent.parent
 DRAWS = 20_000
@@ -39,12 +40,18 @@ SETTINGS = [
 ]
 
 
-def warped(logits: torch.Tensor, temperature: float = 1.0, top_k=None, top_p=None, min_p=None) -> torch.Tensor:
+def warped(
+    logits: torch.Tensor, temperature: float = 1.0, top_k=None, top_p=None, min_p=None
+) -> torch.Tensor:
     """transformers' own distribution for the same settings, in its own order."""
     from transformers.generation import logits_process as theirs
 
     scores = theirs.TemperatureLogitsWarper(temperature)(None, logits)
-    for warper, value in ((theirs.TopKLogitsWarper, top_k), (theirs.TopPLogitsWarper, top_p), (theirs.MinPLogitsWarper, min_p)):
+    for warper, value in (
+        (theirs.TopKLogitsWarper, top_k),
+        (theirs.TopPLogitsWarper, top_p),
+        (theirs.MinPLogitsWarper, min_p),
+    ):
         scores = warper(value)(None, scores) if value is not None else scores
     return scores.softmax(-1)
 
@@ -74,9 +81,14 @@ def chi_square_p_value(counts: torch.Tensor, expected: torch.Tensor) -> float:
     bins = torch.cat((counts[~rare].double(), counts[rare].double().sum()[None]))
     means = torch.cat((expected[~rare].double(), expected[rare].double().sum()[None]))
     if means[-1] < 5:
-        bins, means = torch.cat((bins[:-2], bins[-2:].sum()[None])), torch.cat((means[:-2], means[-2:].sum()[None]))
+        bins, means = (
+            torch.cat((bins[:-2], bins[-2:].sum()[None])),
+            torch.cat((means[:-2], means[-2:].sum()[None])),
+        )
     statistic = ((bins - means) ** 2 / means).sum()
-    return float(torch.special.gammaincc(torch.tensor((len(bins) - 1) / 2, dtype=torch.float64), statistic / 2))
+    return float(
+        torch.special.gammaincc(torch.tensor((len(bins) - 1) / 2, dtype=torch.float64), statistic / 2)
+    )
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -140,7 +152,14 @@ def command(checkpoint: Path, *arguments: str) -> list[str]:
 def say(checkpoint: Path, *arguments: str, stdin: str | bytes | None = None) -> subprocess.CompletedProcess:
     data = stdin.encode() if isinstance(stdin, str) else stdin
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
-    return subprocess.run(command(checkpoint, *arguments), input=data or b"", capture_output=True, cwd=ROOT, env=environment, timeout=120)
+    return subprocess.run(
+        command(checkpoint, *arguments),
+        input=data or b"",
+        capture_output=True,
+        cwd=ROOT,
+        env=environment,
+        timeout=120,
+    )
 
 
 def test_the_same_seed_says_the_same_in_another_process_and_another_seed_does_not(checkpoint, capsys):
@@ -170,7 +189,10 @@ def test_the_prompt_can_come_from_a_pipe(checkpoint, capsys):
 
 
 def test_a_pipe_that_is_not_text_is_one_line(monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9 au lait"), encoding="utf-8", errors="surrogateescape"))
+    monkeypatch.setattr(
+        "sys.stdin",
+        io.TextIOWrapper(io.BytesIO(b"caf\xe9 au lait"), encoding="utf-8", errors="surrogateescape"),
+    )
     with pytest.raises(UserError, match=r"standard input: not UTF-8 text \(byte 3\)"):
         read_prompt()
 
@@ -192,7 +214,9 @@ def test_mistakes_are_one_line(checkpoint, arguments, message):
 
 
 def test_turns_grow_one_text_until_ctrl_d(checkpoint):
-    done = say(checkpoint, "--interactive", "--max_new_tokens", "5", "--seed", "1", stdin="The king\n\n/new\nOnce\n")
+    done = say(
+        checkpoint, "--interactive", "--max_new_tokens", "5", "--seed", "1", stdin="The king\n\n/new\nOnce\n"
+    )
     assert done.returncode == 0 and b"Traceback" not in done.stderr
     assert done.stdout.decode().count("> ") == 5 and done.stdout.endswith(b"\n")
 
@@ -203,7 +227,9 @@ def test_a_conversation_continues_its_text_and_forgets_the_oldest():
     ids = talk.ask("The king")
     talk.answer(" said")
     longer = talk.ask("come")
-    assert tokenizer.decode(longer) == "<|endoftext|>The king said\ncome" and ids[0] == tokenizer.end_of_text_id
+    assert (
+        tokenizer.decode(longer) == "<|endoftext|>The king said\ncome" and ids[0] == tokenizer.end_of_text_id
+    )
     talk.answer(" and speak of the year 1599" * 20)
     assert len(talk.ask("")) == 48 and talk.forgotten > 0
 
@@ -211,28 +237,64 @@ def test_a_conversation_continues_its_text_and_forgets_the_oldest():
 def test_a_chat_reads_what_transformers_template_writes(chat_checkpoint):
     from transformers import PreTrainedTokenizerFast
 
-    messages = [{"role": "user", "content": "Hi <b>you</b>"}, {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "1+1?"}]
+    messages = [
+        {"role": "user", "content": "Hi <b>you</b>"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "1+1?"},
+    ]
     theirs = PreTrainedTokenizerFast.from_pretrained(chat_checkpoint)
     expected = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert render_chat(CHAT_TEMPLATE, messages) == expected
-    talk = Conversation.chat(tiny_model(bos_token_id=380, eos_token_id=381), chat_tokenizer(), chat_checkpoint)
+    talk = Conversation.chat(
+        tiny_model(bos_token_id=380, eos_token_id=381), chat_tokenizer(), chat_checkpoint
+    )
     talk.ask(messages[0]["content"])
     talk.answer("Hello")
     assert talk.ask("1+1?") == theirs(expected, add_special_tokens=False).input_ids
     assert talk.stop_ids == (381,)
 
 
-@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{{ ''.__class__.__mro__ }}", "{% for %}", "{{ messages.append(1) }}", "{{ 1 / 0 }}"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('no') }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{% for %}",
+        "{{ messages.append(1) }}",
+        "{{ 1 / 0 }}",
+    ],
+)
 def test_a_hostile_chat_template_is_an_error_and_not_code(template):
     with pytest.raises(CheckpointError, match="chat template does not run"):
         render_chat(template, [{"role": "user", "content": "a"}])
 
 
 def test_a_chat_answers_from_the_command_line(chat_checkpoint, capsys):
-    main(["--checkpoint", str(chat_checkpoint), "--chat", "--prompt", "Hello", "--max_new_tokens", "5", "--temperature", "0"])
+    main(
+        [
+            "--checkpoint",
+            str(chat_checkpoint),
+            "--chat",
+            "--prompt",
+            "Hello",
+            "--max_new_tokens",
+            "5",
+            "--temperature",
+            "0",
+        ]
+    )
     said = capsys.readouterr().out
     assert said.strip() and "im_start" not in said and "Hello\n" not in said
-    turns = say(chat_checkpoint, "--chat", "--interactive", "--max_new_tokens", "5", "--seed", "1", stdin="Hi\nAnd you?\n")
+    turns = say(
+        chat_checkpoint,
+        "--chat",
+        "--interactive",
+        "--max_new_tokens",
+        "5",
+        "--seed",
+        "1",
+        stdin="Hi\nAnd you?\n",
+    )
     assert turns.returncode == 0 and turns.stdout.decode().count("> ") == 3
 
 
@@ -262,7 +324,9 @@ def test_ctrl_c_stops_an_answer_and_then_the_program_without_a_traceback(checkpo
         process.send_signal(signal.SIGINT)
         read_until(lambda said: b" [stopped]" in said and said.endswith(b"> "))
         seen.clear()
-        while not select.select([leader], [], [], 3)[0]:  # a signal between the prompt and the first look at the keyboard waits for the next one
+        while not select.select([leader], [], [], 3)[
+            0
+        ]:  # a signal between the prompt and the first look at the keyboard waits for the next one
             process.send_signal(signal.SIGINT)
         read_until(lambda _: False)  # until the program closes its side
         assert process.wait(60) == 130

@@ -14,10 +14,10 @@ import pytest
 
 from smollm2.checkpoint import candidates, newest_usable
 from smollm2.errors import BusyError
+from smollm2.lock import OutputLock
 from smollm2.logs import CHECKPOINTS, read_log
 from smollm2.progress import Reporter
 from smollm2.signals import StopSignals
-from smollm2.storage.lock import OutputLock
 from smollm2.training import train
 from tests.soak import Blackboard, compare, kill, outcome, reference, small_config, small_text, start, wait
 
@@ -40,7 +40,9 @@ def command(config, folder: Path) -> subprocess.Popen:
     path.write_text(config.to_yaml())
     arguments = [sys.executable, "-u", "colab_train.py", "--config", str(path)]
     environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
-    return subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def read_until(process: subprocess.Popen, word: str) -> None:
@@ -51,7 +53,9 @@ def read_until(process: subprocess.Popen, word: str) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_finishes_the_step_saves_and_the_rerun_continues_exactly(text, undisturbed, tmp_path, number):
+def test_a_signal_finishes_the_step_saves_and_the_rerun_continues_exactly(
+    text, undisturbed, tmp_path, number
+):
     if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
         pytest.skip("under nohup a lost terminal is ignored, as asked")
     config, board = small_config(text, tmp_path / "output", save_every=1000), Blackboard()
@@ -61,7 +65,9 @@ def test_a_signal_finishes_the_step_saves_and_the_rerun_continues_exactly(text, 
         os.kill(pid, number)
         assert wait(pid) == 128 + number, (tmp_path / "log").read_text()
         newest = newest_usable(candidates(tmp_path / "output/checkpoints"))
-        assert board.read()[2] <= newest.step <= board.read()[2] + 1, "the step that was under way is the one that is saved"
+        assert board.read()[2] <= newest.step <= board.read()[2] + 1, (
+            "the step that was under way is the one that is saved"
+        )
     assert wait(start(config, board, tmp_path / "log", drop_tokens=False)) == 0
     compare(tmp_path / "output", undisturbed.expected)
 
@@ -72,7 +78,10 @@ def test_a_signal_before_the_first_step_or_during_validation_loses_nothing(text,
         pid = start(config, board, tmp_path / "log", drop_tokens=False)
         wait(pid, until=lambda phase=phase: board.read()[0] == phase and (tmp_path / "output/logs").exists())
         os.kill(pid, signal.SIGTERM)
-        assert wait(pid) in (143, -signal.SIGTERM)  # the latter: before the run has begun there is nothing to save
+        assert wait(pid) in (
+            143,
+            -signal.SIGTERM,
+        )  # the latter: before the run has begun there is nothing to save
     assert wait(start(config, board, tmp_path / "log", drop_tokens=False)) == 0
     compare(tmp_path / "output", undisturbed.expected)
 
@@ -83,15 +92,34 @@ def test_the_command_line_says_what_it_does_and_exits_with_143_and_a_second_comm
     read_until(first, "step 1/")
     second = command(config, tmp_path)
     said, _ = second.communicate(timeout=120)
-    assert second.returncode == 3 and f"is being written by another process (pid {first.pid} on " in said and "Traceback" not in said
+    assert (
+        second.returncode == 3
+        and f"is being written by another process (pid {first.pid} on " in said
+        and "Traceback" not in said
+    )
     first.send_signal(signal.SIGTERM)
     said, _ = first.communicate(timeout=60)
-    assert first.returncode == 143 and "SIGTERM: finishing this step and saving ..." in said and "Traceback" not in said
+    assert (
+        first.returncode == 143
+        and "SIGTERM: finishing this step and saving ..." in said
+        and "Traceback" not in said
+    )
     assert read_log(tmp_path / "output/logs" / CHECKPOINTS)[-1]["event"] in ("saved", "removed")
 
 
 def test_ctrl_c_twice_stops_at_once_and_leaves_the_last_checkpoint(text, tmp_path):
-    process = command(small_config(text, tmp_path / "output", max_steps=100_000, val_every=20, sample_every=20, sample_tokens=40, prompts=["a"] * 500), tmp_path)
+    process = command(
+        small_config(
+            text,
+            tmp_path / "output",
+            max_steps=100_000,
+            val_every=20,
+            sample_every=20,
+            sample_tokens=40,
+            prompts=["a"] * 500,
+        ),
+        tmp_path,
+    )
     read_until(process, "step 20: held-out")  # a long round of samples begins
     process.send_signal(signal.SIGINT)
     read_until(process, "SIGINT: finishing this step")
@@ -130,11 +158,15 @@ def test_under_nohup_a_lost_terminal_is_ignored(monkeypatch):
         signal.signal(signal.SIGHUP, before)
 
 
-def interrupted_start(environment: dict[str, str], until: str, seconds: float, folder: Path) -> tuple[int, str]:
+def interrupted_start(
+    environment: dict[str, str], until: str, seconds: float, folder: Path
+) -> tuple[int, str]:
     """(exit code, what stands on standard error) of a command that gets Ctrl-C `seconds` after it said `until`."""
     command = [sys.executable, "-u", str(ROOT / "colab_train.py"), "--output_dir", str(folder / "output")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS="1") | environment, **pipes)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS="1") | environment, **pipes
+    )
     read_until(process, until)
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
@@ -153,7 +185,9 @@ def test_ctrl_c_while_modules_are_loaded_is_one_word_and_130(seconds, tmp_path):
 
 @pytest.mark.parametrize("ends_as", ["raise RuntimeError('half-made module') from None", "pass"])
 def test_a_module_that_changes_or_loses_ctrl_c_while_it_is_loaded_does_not_matter(ends_as, tmp_path):
-    (tmp_path / "torch.py").write_text(f"import time\nprint('in it', flush=True)\ntry:\n    time.sleep(30)\nexcept KeyboardInterrupt:\n    {ends_as}\n")
+    (tmp_path / "torch.py").write_text(
+        f"import time\nprint('in it', flush=True)\ntry:\n    time.sleep(30)\nexcept KeyboardInterrupt:\n    {ends_as}\n"
+    )
     assert interrupted_start({"PYTHONPATH": str(tmp_path)}, "in it", 0.0, tmp_path) == (130, "\nstopped\n")
 
 
@@ -171,7 +205,10 @@ def test_after_kill_9_the_lock_is_free_within_a_second(text, tmp_path):
 
 
 def test_of_many_processes_that_start_at_once_one_runs(text, tmp_path):
-    config, boards = small_config(text, tmp_path / "output", max_steps=10_000), [Blackboard() for _ in range(4)]
+    config, boards = (
+        small_config(text, tmp_path / "output", max_steps=10_000),
+        [Blackboard() for _ in range(4)],
+    )
     pids = [start(config, board, tmp_path / f"log-{i}", drop_tokens=False) for i, board in enumerate(boards)]
     deadline = time.monotonic() + 60
     codes: dict[int, int | None] = {}
@@ -191,14 +228,22 @@ def test_in_a_notebook_a_stopped_run_returns_and_the_handlers_are_put_back(text,
 
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     result = train(small_config(text, tmp_path / "output"), Stopping())
-    assert (result.stopped_by, result.step, result.checkpoint.name) == (signal.SIGINT, 4, "step-00000004.ckpt")
+    assert (result.stopped_by, result.step, result.checkpoint.name) == (
+        signal.SIGINT,
+        4,
+        "step-00000004.ckpt",
+    )
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
     assert train(small_config(text, tmp_path / "output", max_steps=10), Reporter()).step == 10
 
 
 def test_training_on_another_thread_works_without_signal_handlers(text, tmp_path):
     results = []
-    thread = threading.Thread(target=lambda: results.append(train(small_config(text, tmp_path / "output", max_steps=10), Reporter())))
+    thread = threading.Thread(
+        target=lambda: results.append(
+            train(small_config(text, tmp_path / "output", max_steps=10), Reporter())
+        )
+    )
     thread.start()
     thread.join(120)
     assert results and results[0].step == 10 and outcome(tmp_path / "output")

@@ -48,7 +48,12 @@ def test_a_runtime_that_is_really_there_is_not_overrun(tmp_path):
 
 def test_another_process_on_this_machine_is_not_waited_for(tmp_path):
     with pytest.raises(BusyError):
-        keep_training(with_drive(tmp_path), Run(BusyError("output is being written by process 7")), print, lambda _: pytest.fail("slept"))
+        keep_training(
+            with_drive(tmp_path),
+            Run(BusyError("output is being written by process 7")),
+            print,
+            lambda _: pytest.fail("slept"),
+        )
 
 
 def test_training_goes_on_here_when_drive_is_gone(tmp_path):
@@ -59,7 +64,13 @@ def test_training_goes_on_here_when_drive_is_gone(tmp_path):
     assert result.run.drive_dir is None and "WITHOUT" in said[0] and "Transport endpoint" in said[1]
 
 
-@pytest.mark.parametrize("error", [ConfigError("--drive_dir holds checkpoints of another run"), NoUsableCheckpoint("2 checkpoints, none usable")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConfigError("--drive_dir holds checkpoints of another run"),
+        NoUsableCheckpoint("2 checkpoints, none usable"),
+    ],
+)
 def test_errors_that_drive_does_not_explain_are_not_hidden(tmp_path, error):
     run = Run(error)
     with pytest.raises(type(error)):
@@ -77,7 +88,14 @@ def test_a_folder_that_can_still_be_made_is_no_problem(tmp_path):
 
 def test_every_checkpoint_is_listed_and_a_damaged_one_is_called_so(tmp_path):
     for step in (1, 2):
-        commit(tmp_path, f"step-{step:08d}.ckpt", {"config.json": b"{}", "model.safetensors": b"x" * 100}, "run", step, {})
+        commit(
+            tmp_path,
+            f"step-{step:08d}.ckpt",
+            {"config.json": b"{}", "model.safetensors": b"x" * 100},
+            "run",
+            step,
+            {},
+        )
     (tmp_path / "step-00000002.ckpt" / "model.safetensors").write_bytes(b"y" * 100)
     new, old = kept([("here", tmp_path), ("nowhere", tmp_path / "none")])
     assert (old["step"], old["state"], old["bytes"]) == (1, "whole", 102)
@@ -91,7 +109,11 @@ def fake_colab(monkeypatch):
     drive.flush_and_unmount = lambda: calls.append("flush")
     runtime.unassign = lambda: calls.append("unassign")
     monkeypatch.setattr(colab, "is_colab", lambda: True)
-    monkeypatch.setattr(colab.importlib, "import_module", lambda name: {"google.colab.drive": drive, "google.colab.runtime": runtime}[name])
+    monkeypatch.setattr(
+        colab.importlib,
+        "import_module",
+        lambda name: {"google.colab.drive": drive, "google.colab.runtime": runtime}[name],
+    )
     return drive, calls
 
 

@@ -41,7 +41,9 @@ class Kernel:
         from jupyter_client.manager import start_new_kernel
 
         env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        self.manager, self.client = start_new_kernel(kernel_name="python3", cwd=str(folder), env=env, startup_timeout=120)
+        self.manager, self.client = start_new_kernel(
+            kernel_name="python3", cwd=str(folder), env=env, startup_timeout=120
+        )
 
     def run(self, code, on_message=lambda message: None, timeout=240):
         """Execute and return (reply, printed text, messages)."""
@@ -69,7 +71,9 @@ class Kernel:
 
 @pytest.fixture
 def kernel(tmp_path):
-    (tmp_path / "text.txt").write_text("The cat sat on the mat, and the dog sat on the cat. " * 400, encoding="utf-8")
+    (tmp_path / "text.txt").write_text(
+        "The cat sat on the mat, and the dog sat on the cat. " * 400, encoding="utf-8"
+    )
     kernel = Kernel(tmp_path)
     yield kernel
     kernel.close()
@@ -79,7 +83,11 @@ def test_an_interrupted_training_cell_saves_returns_and_the_notebook_goes_on(ker
     pressed = []
 
     def press_stop(message):
-        shown = message["content"].get("data", {}).get("text/plain", "") if "display_data" in message["msg_type"] else ""
+        shown = (
+            message["content"].get("data", {}).get("text/plain", "")
+            if "display_data" in message["msg_type"]
+            else ""
+        )
         step = re.search(r"^step: (\d+) of", shown)
         if step and int(step[1]) >= 3 and not pressed:
             pressed.append(int(step[1]))

@@ -49,9 +49,18 @@ def without_missing(text: str) -> str:
 
 def random_texts(count: int = 200) -> list[str]:
     draw = random.Random(11)
-    alphabet = [chr(c) for c in range(128)] + list("äßéñ漢字😀🧡\u0301\u200d \u00a0\u3000\n\r\t") + ["<|endoftext|", "12", "  "]
+    alphabet = (
+        [chr(c) for c in range(128)]
+        + list("äßéñ漢字😀🧡\u0301\u200d \u00a0\u3000\n\r\t")
+        + ["<|endoftext|", "12", "  "]
+    )
     texts = ["".join(draw.choices(alphabet, k=draw.randrange(1, 60))) for _ in range(count)]
-    return texts + ["".join(chr(draw.choice([draw.randrange(0xD800), draw.randrange(0xE000, 0x110000)])) for _ in range(40)) for _ in range(50)]
+    return texts + [
+        "".join(
+            chr(draw.choice([draw.randrange(0xD800), draw.randrange(0xE000, 0x110000)])) for _ in range(40)
+        )
+        for _ in range(50)
+    ]
 
 
 @pytest.mark.parametrize("text", list(REFERENCE_IDS), ids=repr)
@@ -60,7 +69,12 @@ def test_the_real_tokenizer_gives_the_reference_ids(real, text):
 
 
 def test_the_real_tokenizer_has_49152_entries_and_its_end_of_text(real):
-    assert (real.vocab_size, real.end_of_text_id, real.token(0), real.token_id("<|im_start|>")) == (49152, 0, END_OF_TEXT, 1)
+    assert (real.vocab_size, real.end_of_text_id, real.token(0), real.token_id("<|im_start|>")) == (
+        49152,
+        0,
+        END_OF_TEXT,
+        1,
+    )
 
 
 def test_a_saved_folder_gives_the_same_ids_through_transformers(real, trained, tmp_path):
@@ -68,7 +82,7 @@ def test_a_saved_folder_gives_the_same_ids_through_transformers(real, trained, t
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     from smollm2.config import SmolLM2Config
-    from smollm2.pretrained import model_files
+    from smollm2.weights import model_files
 
     for name, tokenizer in {"real": real, "trained": trained}.items():
         folder = tmp_path / name
@@ -80,7 +94,11 @@ def test_a_saved_folder_gives_the_same_ids_through_transformers(real, trained, t
             for text in [*REFERENCE_IDS, *AWKWARD, *random_texts(30)]:
                 assert theirs(text)["input_ids"] == tokenizer.encode(text), (name, cls.__name__, text)
                 assert theirs.decode(tokenizer.encode(text)) == tokenizer.decode(tokenizer.encode(text))
-            assert (theirs.eos_token_id, theirs.bos_token_id, theirs.model_max_length) == (tokenizer.end_of_text_id, 0, 2048)
+            assert (theirs.eos_token_id, theirs.bos_token_id, theirs.model_max_length) == (
+                tokenizer.end_of_text_id,
+                0,
+                2048,
+            )
 
 
 def test_a_saved_tokenizer_is_byte_for_byte_the_original(real, tmp_path, test_data):
@@ -93,7 +111,12 @@ def test_the_trap_would_be_seen(real, tmp_path):
     """Without the digit split the ids differ: the comparison above can fail."""
     broken = json.loads(real.raw)
     assert broken["pre_tokenizer"]["type"] == "Sequence"
-    broken["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    broken["pre_tokenizer"] = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
     assert Tokenizer(json.dumps(broken).encode()).encode("\n\n1.") != REFERENCE_IDS["\n\n1."]
 
 
@@ -127,7 +150,9 @@ def test_training_is_reproducible():
     assert Tokenizer.train(texts, 300).raw == Tokenizer.train(texts, 300).raw
 
 
-@pytest.mark.parametrize("run", ["\n" * 400_000, "a" * 400_000, "_-" * 200_000], ids=lambda run: repr(run[:2]))
+@pytest.mark.parametrize(
+    "run", ["\n" * 400_000, "a" * 400_000, "_-" * 200_000], ids=lambda run: repr(run[:2])
+)
 def test_a_long_run_of_one_character_does_not_stop_the_training(run):
     began = time.monotonic()
     tokenizer = Tokenizer.train(["some words before. ", run, " and behind"], 300)
@@ -153,7 +178,14 @@ def test_batches_are_encoded_as_single_texts(real):
 def test_padding_and_truncation_stored_in_a_file_are_switched_off(trained):
     stored = json.loads(trained.raw)
     stored["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
-    stored["padding"] = {"strategy": {"Fixed": 50}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": END_OF_TEXT}
+    stored["padding"] = {
+        "strategy": {"Fixed": 50},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": END_OF_TEXT,
+    }
     text = "the cat sat on the mat"
     assert Tokenizer(json.dumps(stored).encode()).encode(text) == trained.encode(text)
 
@@ -192,7 +224,12 @@ def test_streamed_text_continues_the_prompt_as_if_both_were_decoded_at_once(trai
     """A Metaspace decoder strips the first blank it meets: neither the continuation's nor that of any later piece may go."""
     draw = random.Random(13)
     for tokenizer in (metaspace_tokenizer(), trained):
-        for before in ([], [1], [1, *tokenizer.encode("The king")], tokenizer.encode("and speak of the year " * 30)):
+        for before in (
+            [],
+            [1],
+            [1, *tokenizer.encode("The king")],
+            tokenizer.encode("and speak of the year " * 30),
+        ):
             after = [draw.randrange(3, tokenizer.vocab_size) for _ in range(length)]
             after[length // 2] = tokenizer.begin_ids[0]  # a special token in the middle is hidden
             decoder = StreamDecoder(tokenizer, before=before)
@@ -207,9 +244,18 @@ def test_long_runs_of_byte_tokens_are_streamed_whole(prompt):
     import tokenizers as hf
 
     entries = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "a"]
-    made = hf.Tokenizer(hf.models.BPE({name: i for i, name in enumerate(entries)}, [], unk_token="<unk>", byte_fallback=True))
-    made.normalizer = hf.normalizers.Sequence([hf.normalizers.Prepend("\u2581"), hf.normalizers.Replace(" ", "\u2581")])
-    steps = [hf.decoders.Replace("\u2581", " "), hf.decoders.ByteFallback(), hf.decoders.Fuse(), hf.decoders.Strip(" ", 1, 0)]
+    made = hf.Tokenizer(
+        hf.models.BPE({name: i for i, name in enumerate(entries)}, [], unk_token="<unk>", byte_fallback=True)
+    )
+    made.normalizer = hf.normalizers.Sequence(
+        [hf.normalizers.Prepend("\u2581"), hf.normalizers.Replace(" ", "\u2581")]
+    )
+    steps = [
+        hf.decoders.Replace("\u2581", " "),
+        hf.decoders.ByteFallback(),
+        hf.decoders.Fuse(),
+        hf.decoders.Strip(" ", 1, 0),
+    ]
     made.decoder = hf.decoders.Sequence(steps)
     tokenizer = Tokenizer(made.to_str().encode())
     before = tokenizer.encode(prompt)
@@ -217,26 +263,39 @@ def test_long_runs_of_byte_tokens_are_streamed_whole(prompt):
         after = tokenizer.encode(text)
         decoder = StreamDecoder(tokenizer, before=before)
         pieces = [*map(decoder.push, after), decoder.flush()]
-        assert "".join(pieces) == tokenizer.decode(before + after)[len(prompt) :] and "\ufffd" not in "".join(pieces)
+        assert "".join(pieces) == tokenizer.decode(before + after)[len(prompt) :] and "\ufffd" not in "".join(
+            pieces
+        )
         assert len(decoder.ids) <= decoder.WINDOW
 
 
 def test_a_document_begins_as_the_tokenizers_own_file_says(real):
     llama = metaspace_tokenizer()
-    assert llama.begin_ids == [1] and llama.encode("The king") == metaspace_tokenizer().encode("The king") and 1 not in llama.encode("a")
+    assert (
+        llama.begin_ids == [1]
+        and llama.encode("The king") == metaspace_tokenizer().encode("The king")
+        and 1 not in llama.encode("a")
+    )
     assert real.begin_ids == [0] and real.encode("\n\n1.") == REFERENCE_IDS["\n\n1."]
 
 
 def test_a_document_ends_with_end_of_text_or_the_models_own_special_token(trained):
     llama = metaspace_tokenizer()
     assert (trained.end_id(7), llama.end_id(2)) == (0, 2)
-    assert [llama.end_id(i) for i in (0, 5, None)] == [None] * 3  # the unknown token, a common one, none: no end at all
+    assert [llama.end_id(i) for i in (0, 5, None)] == [
+        None
+    ] * 3  # the unknown token, a common one, none: no end at all
 
 
 def test_what_a_tokenizer_cannot_hold_is_counted_in_bytes(trained, real):
-    assert trained.not_kept(["any 漢字 \x00 ", "text\n"]) == (0.0, "") == real.not_kept([" 1\n\n2 ", "\ufffd"])
+    assert (
+        trained.not_kept(["any 漢字 \x00 ", "text\n"]) == (0.0, "") == real.not_kept([" 1\n\n2 ", "\ufffd"])
+    )
     share, words = metaspace_tokenizer().not_kept(["the king é", "the sun é漢"])
-    assert share == 7 / 24 and words == "29 % of the bytes are characters that do not come back from the tokenizer ('é漢')"
+    assert (
+        share == 7 / 24
+        and words == "29 % of the bytes are characters that do not come back from the tokenizer ('é漢')"
+    )
     assert real.not_kept(["a\x04bc"])[0] == 1 / 4  # dropped without a token
 
 
@@ -248,7 +307,9 @@ def test_an_added_token_is_named_by_its_exact_content():
 # --- files and choices --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"not json", b"\xff\xfe", b'{"version": "1.0"}', b"[1]", b"null"], ids=repr)
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b"not json", b"\xff\xfe", b'{"version": "1.0"}', b"[1]", b"null"], ids=repr
+)
 def test_a_file_that_is_no_tokenizer_is_one_clear_error(tmp_path, content):
     path = tmp_path / "tokenizer.json"
     path.write_bytes(content)
@@ -282,7 +343,11 @@ def test_auto_without_the_hub_trains_one_and_says_why(monkeypatch):
 
     monkeypatch.setattr(hub, "fetch", out_of_reach)
     tokenizer, reason = choose_tokenizer("auto", 320, None, lambda: iter(["some text " * 100]))
-    assert tokenizer.vocab_size <= 320 and "cannot be fetched (Hub out of reach)" in reason and "--tokenizer PATH" in reason
+    assert (
+        tokenizer.vocab_size <= 320
+        and "cannot be fetched (Hub out of reach)" in reason
+        and "--tokenizer PATH" in reason
+    )
 
 
 def test_a_path_is_taken_as_asked(trained, tmp_path):

@@ -36,7 +36,11 @@ def test_workers_share_the_rows_of_the_same_global_batch():
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}
 SRUN = {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_JOB_NAME": "train"}
-SHELL_OF_A_JOB = {"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_JOB_NAME": "bash"}  # Lightning's children inherit it
+SHELL_OF_A_JOB = {
+    "SLURM_NTASKS": "1",
+    "SLURM_PROCID": "0",
+    "SLURM_JOB_NAME": "bash",
+}  # Lightning's children inherit it
 
 
 @pytest.fixture
@@ -95,21 +99,64 @@ def test_two_processes_reach_the_same_losses_in_two_phases(tmp_path):
     """The second phase matters: every worker must resume from what the first one committed."""
     config = {
         "preset": "nano",
-        "model": {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+        "model": {
+            "vocab_size": 512,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+        },
         "data": {"sequence_length": 32, "tokenizer_vocab_size": 512},
-        "train": {"batch_size": 8, "warmup_steps": 5, "val_every": 50, "sample_every": 50, "sample_tokens": 8, "precision": "fp32", "log_every": 1},
+        "train": {
+            "batch_size": 8,
+            "warmup_steps": 5,
+            "val_every": 50,
+            "sample_every": 50,
+            "sample_tokens": 8,
+            "precision": "fp32",
+            "log_every": 1,
+        },
     }
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
     (tmp_path / "text.txt").write_text((ROOT / "input.txt").read_text()[:60_000])
     losses = {}
     for devices in (1, 2):
-        command = [sys.executable, str(ROOT / "colab_train.py"), "--config", "tiny.yaml", "--input_file", "text.txt"]
-        command += ["--set", "save_every_seconds=0.01", "--output_dir", f"out{devices}", "--max_steps", "12", "--continue_steps", "4", "--devices", str(devices)]
-        done = subprocess.run(command, cwd=tmp_path, env=dict(os.environ, OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=300)
+        command = [
+            sys.executable,
+            str(ROOT / "colab_train.py"),
+            "--config",
+            "tiny.yaml",
+            "--input_file",
+            "text.txt",
+        ]
+        command += [
+            "--set",
+            "save_every_seconds=0.01",
+            "--output_dir",
+            f"out{devices}",
+            "--max_steps",
+            "12",
+            "--continue_steps",
+            "4",
+            "--devices",
+            str(devices),
+        ]
+        done = subprocess.run(
+            command,
+            cwd=tmp_path,
+            env=dict(os.environ, OMP_NUM_THREADS="1"),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         assert done.returncode == 0, done.stderr[-2000:]
         events = read_log(tmp_path / f"out{devices}" / "logs" / "training_loss.txt")
         losses[devices] = [float(event["train_loss"]) for event in events if "train_loss" in event]
-        saves = [event for event in read_log(tmp_path / f"out{devices}" / "logs" / "checkpoint_events.txt") if event["event"] == "saved"]
+        saves = [
+            event
+            for event in read_log(tmp_path / f"out{devices}" / "logs" / "checkpoint_events.txt")
+            if event["event"] == "saved"
+        ]
         assert len(saves) >= 14  # by the clock, also with several workers
     assert len(losses[1]) == 16
     np.testing.assert_allclose(losses[1], losses[2], atol=2e-4)
@@ -123,14 +170,44 @@ def test_a_signal_to_one_of_two_processes_stops_both_in_good_order(tmp_path, ran
 
     config = {
         "preset": "nano",
-        "model": {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+        "model": {
+            "vocab_size": 512,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+        },
         "data": {"sequence_length": 32, "tokenizer_vocab_size": 512},
-        "train": {"batch_size": 8, "warmup_steps": 5, "precision": "fp32", "max_steps": 100000, "continue_steps": 50, "val_every": 100000},
+        "train": {
+            "batch_size": 8,
+            "warmup_steps": 5,
+            "precision": "fp32",
+            "max_steps": 100000,
+            "continue_steps": 50,
+            "val_every": 100000,
+        },
     }
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
     (tmp_path / "text.txt").write_text((ROOT / "input.txt").read_text()[:60_000])
-    command = [sys.executable, "-u", str(ROOT / "colab_train.py"), "--config", "tiny.yaml", "--input_file", "text.txt", "--devices", "2"]
-    with subprocess.Popen(command, cwd=tmp_path, env=dict(os.environ, OMP_NUM_THREADS="1"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
+    command = [
+        sys.executable,
+        "-u",
+        str(ROOT / "colab_train.py"),
+        "--config",
+        "tiny.yaml",
+        "--input_file",
+        "text.txt",
+        "--devices",
+        "2",
+    ]
+    with subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=dict(os.environ, OMP_NUM_THREADS="1"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as run:
         said = ""
         while "step 1/" not in said:
             said += run.stdout.readline()
@@ -140,5 +217,9 @@ def test_a_signal_to_one_of_two_processes_stops_both_in_good_order(tmp_path, ran
         said += run.communicate(timeout=120)[0]
     assert run.returncode == 143 and "Traceback" not in said, said[-2000:]
     assert said.count("talk to it") == 1
-    (saved,) = [event for event in read_log(tmp_path / "output/logs/checkpoint_events.txt") if event["event"] == "saved"]
+    (saved,) = [
+        event
+        for event in read_log(tmp_path / "output/logs/checkpoint_events.txt")
+        if event["event"] == "saved"
+    ]
     assert 1 <= int(saved["step"]) < 100000

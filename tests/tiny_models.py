@@ -17,7 +17,6 @@ TEXT = [
 ]
 
 
-
 def real_data(*parts: str) -> Path:
     """A path in the folder of real artefacts; skips the test where there is none."""
     root = os.environ.get("SMOLLM2_TEST_DATA")
@@ -35,11 +34,20 @@ def metaspace_tokenizer(vocab_size: int = 300) -> Tokenizer:
     import tokenizers as hf
 
     made = hf.Tokenizer(hf.models.BPE(unk_token="<unk>"))
-    made.normalizer = hf.normalizers.Sequence([hf.normalizers.Prepend("\u2581"), hf.normalizers.Replace(" ", "\u2581")])
-    made.decoder = hf.decoders.Sequence([hf.decoders.Replace("\u2581", " "), hf.decoders.Fuse(), hf.decoders.Strip(" ", 1, 0)])
+    made.normalizer = hf.normalizers.Sequence(
+        [hf.normalizers.Prepend("\u2581"), hf.normalizers.Replace(" ", "\u2581")]
+    )
+    made.decoder = hf.decoders.Sequence(
+        [hf.decoders.Replace("\u2581", " "), hf.decoders.Fuse(), hf.decoders.Strip(" ", 1, 0)]
+    )
     words = [hf.AddedToken(word, special=True, normalized=True) for word in ("<unk>", "<begin>", "<end>")]
-    made.train_from_iterator(TEXT[1].split(".") * 3, hf.trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=words, show_progress=False))
-    made.post_processor = hf.processors.TemplateProcessing(single="<begin> $A", special_tokens=[("<begin>", 1)])
+    made.train_from_iterator(
+        TEXT[1].split(".") * 3,
+        hf.trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=words, show_progress=False),
+    )
+    made.post_processor = hf.processors.TemplateProcessing(
+        single="<begin> $A", special_tokens=[("<begin>", 1)]
+    )
     return Tokenizer(made.to_str().encode())
 
 

@@ -14,7 +14,11 @@ TINTS = ["#cfe6f5", "#fde7c2", "#cdebdf", "#f8d5c2", "#ead9e6"]  # pale: black t
 CHARACTERS_PER_LINE = 72
 BORDER, PADDING = -1, -2  # of a token that belongs to no document
 _STYLES = {
-    BORDER: {"color": plots.BLACK, "edgecolor": plots.BLACK, "linewidth": 1.5},  # one token is narrower than a pixel
+    BORDER: {
+        "color": plots.BLACK,
+        "edgecolor": plots.BLACK,
+        "linewidth": 1.5,
+    },  # one token is narrower than a pixel
     PADDING: {"color": "white", "edgecolor": plots.GREY, "linewidth": 0.5, "hatch": "///"},
 }
 
@@ -69,7 +73,9 @@ def token_strip(tokenizer: Tokenizer, ids: list[int], title: str) -> plots.Figur
     for row, line in enumerate(lines):
         left = 0.0
         for index in line:
-            ax.add_patch(Rectangle((left, -row - 0.9), widths[index] - 0.15, 0.8, color=TINTS[index % len(TINTS)]))
+            ax.add_patch(
+                Rectangle((left, -row - 0.9), widths[index] - 0.15, 0.8, color=TINTS[index % len(TINTS)])
+            )
             middle = left + widths[index] / 2 - 0.07
             style = {"ha": "center", "va": "center", "parse_math": False}
             ax.text(middle, -row - 0.35, labels[index], fontsize=9, family="monospace", **style)
@@ -93,12 +99,21 @@ def packed_rows(batches: dict[str, list[list[int]]]) -> plots.Figure:
 
     `batches[title][r][t]` is the document number of a token, or `BORDER`, or `PADDING`.
     """
-    height, width = max(map(len, batches.values())), max(len(row) for rows in batches.values() for row in rows)
+    height, width = (
+        max(map(len, batches.values())),
+        max(len(row) for rows in batches.values() for row in rows),
+    )
     fig, axes = plots.figure(9, 0.9 + 0.22 * height, columns=len(batches), sharey=True, squeeze=False)
     for ax, (title, rows) in zip(axes[0], batches.items(), strict=True):
         for row, numbers in enumerate(rows):
             for number, begin, end in runs(numbers):
-                ax.barh(row, end - begin, left=begin, height=0.8, **_STYLES.get(number, {"color": TINTS[number % len(TINTS)]}))
+                ax.barh(
+                    row,
+                    end - begin,
+                    left=begin,
+                    height=0.8,
+                    **_STYLES.get(number, {"color": TINTS[number % len(TINTS)]}),
+                )
                 if number >= 0 and end - begin > width / 16:  # wide enough for its number
                     ax.text((begin + end) / 2, row, str(number), ha="center", va="center", fontsize=8)
         ax.set_yticks(range(height), [f"row {r}" for r in range(height)])

@@ -27,10 +27,15 @@ class Inside:
     logits: torch.Tensor
 
 
-def attention_probabilities(attention: Attention, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def attention_probabilities(
+    attention: Attention, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
     """How much each position (row) reads from each earlier one: x (B, T, C), already normed -> (B, H, T, T), fp32."""
     batch, time, _ = x.shape
-    q, k = (p(x).view(batch, time, -1, attention.head_dim).transpose(1, 2) for p in (attention.q_proj, attention.k_proj))
+    q, k = (
+        p(x).view(batch, time, -1, attention.head_dim).transpose(1, 2)
+        for p in (attention.q_proj, attention.k_proj)
+    )
     q, k = apply_rope(q, cos, sin).float(), apply_rope(k, cos, sin).float()
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = q @ k.mT / attention.head_dim**0.5
@@ -47,7 +52,9 @@ def look_inside(model: SmolLM2, input_ids: torch.Tensor) -> Inside:
     cos, sin = decoder.cos[:time], decoder.sin[:time]
     hidden, attention = [decoder.embed_tokens(input_ids.to(model.device))], []
     for layer in decoder.layers:
-        attention.append(attention_probabilities(layer.self_attn, layer.input_layernorm(hidden[-1]), cos, sin))
+        attention.append(
+            attention_probabilities(layer.self_attn, layer.input_layernorm(hidden[-1]), cos, sin)
+        )
         hidden.append(layer(hidden[-1], cos, sin))
     return Inside(hidden, attention, model.lm_head(decoder.norm(hidden[-1])))
 

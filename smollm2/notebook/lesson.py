@@ -49,7 +49,11 @@ def check(name: str, difference, tolerance: float = 0.0, likely: str = "") -> No
     size = largest(difference)
     if not size <= tolerance:  # written so that NaN fails
         hint = f" Likely: {likely}" if likely else ""
-        found = f"not so, off by {_figure(size)}" if counts(difference) else f"max|difference| = {_figure(size)}, allowed is {_figure(tolerance)}"
+        found = (
+            f"not so, off by {_figure(size)}"
+            if counts(difference)
+            else f"max|difference| = {_figure(size)}, allowed is {_figure(tolerance)}"
+        )
         raise CheckFailed(f"✘ {name}: {found}.{hint}")
     if counts(difference):
         print(f"✔ {name}")
@@ -113,7 +117,9 @@ def points() -> tuple[float, int]:
 def score() -> None:
     """Print the points of this notebook so far."""
     reached, asked = points()
-    print(f"Predictions: {reached:g} of {asked} points. A guess can be changed and its cell run again at any time.")
+    print(
+        f"Predictions: {reached:g} of {asked} points. A guess can be changed and its cell run again at any time."
+    )
 
 
 def quiet() -> None:

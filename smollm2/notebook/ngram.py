@@ -68,7 +68,9 @@ class NGram:
         """(len(text),) float64: the bits that each byte costs, having read those before it in `text`."""
         data = np.frombuffer(text, np.uint8)
         result = np.full(len(data), 1 / 256)
-        for length in range(min(self._checked(order), len(data))):  # the first bytes have shorter contexts only
+        for length in range(
+            min(self._checked(order), len(data))
+        ):  # the first bytes have shorter contexts only
             result[length:] = self._step(length, _packed(data, length + 1), result[length:])
         return -np.log2(result)
 

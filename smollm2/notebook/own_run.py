@@ -12,9 +12,9 @@ from ..config import RunConfig
 from ..errors import CheckpointError
 from ..model import SmolLM2
 from ..origin import recorded
-from ..pretrained import MODEL_FILES, read_config
 from ..progress import Reporter
 from ..settings import load_config, read_yaml
+from ..weights import MODEL_FILES, read_config
 
 SMALL = "small"  # the run made here: a folder of its own, so that it never stands in the way of notebook 04's
 PLACES = ("*.ckpt", "*/*.ckpt", "*/checkpoints/*.ckpt")
@@ -48,8 +48,18 @@ def own_checkpoints(folders: Iterable[str | Path], say: Callable[[str], None] = 
 
 def small_run(input_file: str | Path, output_dir: str | Path = "output", smoke: bool = False) -> RunConfig:
     """The `nano` preset for a minute on a CPU (`smoke`: a few seconds), with checkpoints along the way to look at later."""
-    settings = {"train.max_steps": 300, "train.save_every": 50, "train.val_every": 100, "train.val_max_tokens": 16384, "train.keep_last": 20}
-    settings |= {"train.sample_every": 10**6, "data.input_file": str(input_file), "run.output_dir": str(Path(output_dir) / SMALL)}
+    settings = {
+        "train.max_steps": 300,
+        "train.save_every": 50,
+        "train.val_every": 100,
+        "train.val_max_tokens": 16384,
+        "train.keep_last": 20,
+    }
+    settings |= {
+        "train.sample_every": 10**6,
+        "data.input_file": str(input_file),
+        "run.output_dir": str(Path(output_dir) / SMALL),
+    }
     return load_config("nano", **settings | (SMOKE if smoke else {}))
 
 
@@ -57,13 +67,21 @@ class FewLines(Reporter):
     """One line for each validation: enough to see that it learns."""
 
     def start(self, step: int, total: int, tokens_per_step: int) -> None:
-        print(f"no run of yours is here yet: training a small one, {total} steps of {tokens_per_step:,} tokens ...", flush=True)
+        print(
+            f"no run of yours is here yet: training a small one, {total} steps of {tokens_per_step:,} tokens ...",
+            flush=True,
+        )
 
     def validation(self, step: int, loss: float, bits_per_byte: float) -> None:
         print(f"step {step}: {bits_per_byte:.3f} bits per byte on the held-out text", flush=True)
 
 
-def own_run(input_file: str | Path, output_dir: str | Path = "output", others: Iterable[str | Path] = (), smoke: bool = False) -> list[Manifest]:
+def own_run(
+    input_file: str | Path,
+    output_dir: str | Path = "output",
+    others: Iterable[str | Path] = (),
+    smoke: bool = False,
+) -> list[Manifest]:
     """`own_checkpoints` of `output_dir` and `others`; where there are none, of a `small_run` trained now."""
     folders = [output_dir, *others]
     checkpoints = own_checkpoints(folders)
@@ -73,7 +91,9 @@ def own_run(input_file: str | Path, output_dir: str | Path = "output", others: I
         train(small_run(input_file, output_dir, smoke), FewLines())
         checkpoints = own_checkpoints(folders)
     last = checkpoints[-1]
-    print(f"your run: {len(checkpoints)} checkpoints, steps {checkpoints[0].step} to {last.step}, the last in {last.folder}")
+    print(
+        f"your run: {len(checkpoints)} checkpoints, steps {checkpoints[0].step} to {last.step}, the last in {last.folder}"
+    )
     return checkpoints
 
 
@@ -87,8 +107,12 @@ def untrained(checkpoint: Manifest) -> SmolLM2 | None:
     """The model of step 0 of the run: what its seed drew before the first update. None where it began from other weights."""
     state = recorded(checkpoint.folder)
     train = (state.get("config") or {}).get("train") or {}
-    settings = checkpoint.folder.resolve().parent.parent / "config.yaml"  # early checkpoints do not say where their run began
-    began_from = state.get("init_from") or ((read_yaml(settings).get("run") or {}).get("init_from") if settings.is_file() else None)
+    settings = (
+        checkpoint.folder.resolve().parent.parent / "config.yaml"
+    )  # early checkpoints do not say where their run began
+    began_from = state.get("init_from") or (
+        (read_yaml(settings).get("run") or {}).get("init_from") if settings.is_file() else None
+    )
     if began_from or "seed" not in train:
         return None
     torch.manual_seed(train["seed"])

@@ -60,7 +60,9 @@ class LivePanel(Reporter):
     latest state once more: the last copy to Drive ends after training does.
     """
 
-    def __init__(self, logs: str | Path | None = None, seconds_between_updates: float = 1.0, clock=time.monotonic):
+    def __init__(
+        self, logs: str | Path | None = None, seconds_between_updates: float = 1.0, clock=time.monotonic
+    ):
         self.logs, self.clock = logs and Path(logs), clock
         self.seconds_between_updates = seconds_between_updates
         self.losses: list[tuple[int, float]] = []
@@ -79,7 +81,9 @@ class LivePanel(Reporter):
         if self._plain:
             return self._plain.message(text)
         self.messages.append(text)
-        if not self._training:  # while training this may be a signal handler or another thread: the next step shows it
+        if (
+            not self._training
+        ):  # while training this may be a signal handler or another thread: the next step shows it
             self._refresh_when_due()
 
     def start(self, step: int, total: int, tokens_per_step: int) -> None:
@@ -88,7 +92,9 @@ class LivePanel(Reporter):
         if step and not self.losses:
             self._read_history(step)
         self.current, self.total, self._first, self._began = step, total, step, self.clock()
-        if step and self.local_step is None:  # a run only ever resumes from a verified checkpoint on this machine
+        if (
+            step and self.local_step is None
+        ):  # a run only ever resumes from a verified checkpoint on this machine
             self.local_step = step
         self._training = True
         self._refresh_when_due()
@@ -111,7 +117,10 @@ class LivePanel(Reporter):
         self.samples.setdefault(prompt, []).append((step, text))
 
     def saved(self, local_step: int, drive_step: int | None) -> None:
-        self.local_step, self.drive_step = local_step, drive_step  # called by the thread that writes: shown later
+        self.local_step, self.drive_step = (
+            local_step,
+            drive_step,
+        )  # called by the thread that writes: shown later
 
     def end(self) -> None:
         if self._plain:
@@ -165,8 +174,13 @@ class LivePanel(Reporter):
             step, held_out, bits = self.validations[-1]
             rows["held out"] = f"{held_out:.3f} nats per token, {bits:.3f} bits per byte (step {step:,})"
         if self.total:
-            rows |= {"learning rate": f"{self.learning_rate:.2e}", "speed": f"{self.tokens_per_second:,.0f} tokens per second"}
-            rows["time left"] = clock_time((self.clock() - self._began) / done * left) if done and left else "-"
+            rows |= {
+                "learning rate": f"{self.learning_rate:.2e}",
+                "speed": f"{self.tokens_per_second:,.0f} tokens per second",
+            }
+            rows["time left"] = (
+                clock_time((self.clock() - self._began) / done * left) if done and left else "-"
+            )
         rows["memory"] = memory_in_use()
         if self.local_step is not None:
             rows["safe"] = safe_words(self.local_step, self.drive_step).removeprefix("safe ")
@@ -224,7 +238,10 @@ class LivePanel(Reporter):
             return left + across * x / last, top + down * (high - y) / max(high - low, 1e-9)
 
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*p) for p in train))
-        marks = "".join(f'<path d="M{x:.1f} {y - 5:.1f}l5 5l-5 5l-5 -5z" fill="{plots.ORANGE}"/>' for x, y in (place(*p) for p in held_out))
+        marks = "".join(
+            f'<path d="M{x:.1f} {y - 5:.1f}l5 5l-5 5l-5 -5z" fill="{plots.ORANGE}"/>'
+            for x, y in (place(*p) for p in held_out)
+        )
         grid, ticks = "", ""
         for value in (low, (low + high) / 2, high):
             y = place(0, value)[1]

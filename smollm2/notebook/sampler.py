@@ -15,8 +15,8 @@ import torch
 
 from .. import plots, widgets
 from ..errors import UserError
-from ..generate import prompt_ids, stream
 from ..model import SmolLM2
+from ..sampling import prompt_ids, stream
 from ..tokenizer import StreamDecoder, Tokenizer
 from .token_view import LEGEND, bars, coloured, legend
 
@@ -26,7 +26,14 @@ REDRAW_SECONDS = 0.1  # between two updates of the text while it streams
 class Sampler:
     """The panel's controls and callbacks. `box` is the widget; `ids`, `probabilities` and `text` hold what was written."""
 
-    def __init__(self, model: SmolLM2, tokenizer: Tokenizer, prompt: str = "Once upon a time", new_tokens: int = 40, seconds: float = 60.0):
+    def __init__(
+        self,
+        model: SmolLM2,
+        tokenizer: Tokenizer,
+        prompt: str = "Once upon a time",
+        new_tokens: int = 40,
+        seconds: float = 60.0,
+    ):
         self.model, self.tokenizer, self.seconds = model, tokenizer, seconds
         self.prompt = widgets.text("prompt", prompt)
         self.temperature = widgets.float_slider("temperature (0: greedy)", 0.0, 2.0, 0.8, 0.05)
@@ -36,7 +43,16 @@ class Sampler:
         self.new_tokens = widgets.slider("new tokens", 1, 256, new_tokens)
         self.seed = widgets.slider("seed", 0, 99, 0)
         self.stop_text = widgets.text("stop at text", "")
-        self.controls = [self.prompt, self.temperature, self.top_k, self.top_p, self.min_p, self.new_tokens, self.seed, self.stop_text]
+        self.controls = [
+            self.prompt,
+            self.temperature,
+            self.top_k,
+            self.top_p,
+            self.min_p,
+            self.new_tokens,
+            self.seed,
+            self.stop_text,
+        ]
         for control in self.controls:
             control.style.description_width = "12em"
         self.write_button = ipywidgets.Button(description="Write", icon="pencil", button_style="primary")
@@ -53,7 +69,12 @@ class Sampler:
     def options(self) -> dict:
         """The settings as `smollm2.generate.stream` takes them."""
         top_p = self.top_p.value if self.top_p.value < 1.0 else None
-        return {"temperature": self.temperature.value, "top_k": self.top_k.value or None, "top_p": top_p, "min_p": self.min_p.value or None}
+        return {
+            "temperature": self.temperature.value,
+            "top_k": self.top_k.value or None,
+            "top_p": top_p,
+            "min_p": self.min_p.value or None,
+        }
 
     def refresh(self, _change=None) -> None:
         """A setting or the prompt changed: the bars show the token after the prompt again."""
@@ -81,11 +102,18 @@ class Sampler:
         self._run(self.seed.value + 1_000_003 * len(self.ids))
 
     def _run(self, seed: int) -> None:
-        decoder, began, drawn_at, reason = StreamDecoder(self.tokenizer, before=self.ids), time.monotonic(), 0.0, "length reached"
+        decoder, began, drawn_at, reason = (
+            StreamDecoder(self.tokenizer, before=self.ids),
+            time.monotonic(),
+            0.0,
+            "length reached",
+        )
         context = torch.tensor([self.ids[-(self.model.config.max_position_embeddings - 1) :]])
         first, count = len(self.text), 0
         try:
-            for tokens, logits in stream(self.model, context, self.new_tokens.value, seed=seed, **self.options()):
+            for tokens, logits in stream(
+                self.model, context, self.new_tokens.value, seed=seed, **self.options()
+            ):
                 token = int(tokens)
                 if token == self.model.config.eos_token_id:
                     reason = "the model ended its text"
@@ -109,7 +137,9 @@ class Sampler:
         self.text += decoder.flush()
         seconds = time.monotonic() - began
         self.more_button.disabled = False
-        self._say(f"{count} tokens in {seconds:.1f} s ({count / max(seconds, 1e-9):.0f} a second); {reason}. {LEGEND}.")
+        self._say(
+            f"{count} tokens in {seconds:.1f} s ({count / max(seconds, 1e-9):.0f} a second); {reason}. {LEGEND}."
+        )
         self._draw_page()
         self._draw_bars()
 
@@ -126,7 +156,9 @@ class Sampler:
     @torch.inference_mode()
     def figure(self) -> tuple[plots.Figure, str]:
         """The next token after what is on the page, as (figure, alt text)."""
-        context = torch.tensor([self.ids[-self.model.config.max_position_embeddings :]], device=self.model.device)
+        context = torch.tensor(
+            [self.ids[-self.model.config.max_position_embeddings :]], device=self.model.device
+        )
         logits = self.model(context)[0, -1]
         return bars(self.tokenizer, logits, self.options(), "What comes next")
 

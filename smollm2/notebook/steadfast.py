@@ -14,9 +14,9 @@ from pathlib import Path
 
 from ..checkpoint import candidates, read_manifest, verify
 from ..config import RunConfig
+from ..drive_folder import check_place
 from ..errors import BusyError, CheckpointError, UserError
-from ..storage.drive_folder import check_place
-from ..storage.lease import LIVE_SECONDS
+from ..lease import LIVE_SECONDS
 
 PAUSE_SECONDS = 15.0
 
@@ -34,7 +34,12 @@ def drive_problem(drive_dir: str | Path) -> str | None:
     return None
 
 
-def keep_training(config: RunConfig, train: Callable[[RunConfig], object], say: Callable[[str], None] = print, sleep: Callable[[float], None] = time.sleep):
+def keep_training(
+    config: RunConfig,
+    train: Callable[[RunConfig], object],
+    say: Callable[[str], None] = print,
+    sleep: Callable[[float], None] = time.sleep,
+):
     """`train(config)`; with `run.drive_dir` it waits while another runtime's claim on that folder is fresh (five minutes
     at most), and trains on this machine only when Drive does not answer. Errors that Drive does not explain pass."""
     waited, drive_dir = 0.0, config.run.drive_dir
@@ -45,14 +50,18 @@ def keep_training(config: RunConfig, train: Callable[[RunConfig], object], say: 
             if not drive_dir or str(drive_dir) not in str(error) or waited > LIVE_SECONDS + PAUSE_SECONDS:
                 raise
             if not waited:
-                say(f"{error}. Waiting for that: a runtime that died keeps its claim for {LIVE_SECONDS / 60:.0f} minutes ...")
+                say(
+                    f"{error}. Waiting for that: a runtime that died keeps its claim for {LIVE_SECONDS / 60:.0f} minutes ..."
+                )
             waited += PAUSE_SECONDS
             sleep(PAUSE_SECONDS)
         except UserError as error:
             problem = config.run.drive_dir and drive_problem(config.run.drive_dir)
             if not problem:
                 raise
-            say(f"Drive does not answer ({problem}), so this run goes on WITHOUT it, on this machine only. What is on Drive stays as it is.")
+            say(
+                f"Drive does not answer ({problem}), so this run goes on WITHOUT it, on this machine only. What is on Drive stays as it is."
+            )
             say(f"The message was: {str(error)[:200]}")
             config = config.model_copy(update={"run": config.run.model_copy(update={"drive_dir": None})})
 
@@ -64,13 +73,33 @@ def kept(folders: Iterable[tuple[str, str | Path]]) -> list[dict[str, object]]:
         try:
             paths = candidates(folder)
         except OSError as error:
-            rows.append({"place": place, "name": str(folder), "step": None, "bytes": 0, "sha256": "", "state": f"out of reach: {error.strerror}"})
+            rows.append(
+                {
+                    "place": place,
+                    "name": str(folder),
+                    "step": None,
+                    "bytes": 0,
+                    "sha256": "",
+                    "state": f"out of reach: {error.strerror}",
+                }
+            )
             continue
         for path in paths:
-            row: dict[str, object] = {"place": place, "name": path.name, "step": None, "bytes": 0, "sha256": "", "state": "whole"}
+            row: dict[str, object] = {
+                "place": place,
+                "name": path.name,
+                "step": None,
+                "bytes": 0,
+                "sha256": "",
+                "state": "whole",
+            }
             try:
                 manifest = read_manifest(path)
-                row |= {"step": manifest.step, "bytes": manifest.bytes, "sha256": manifest.files["model.safetensors"]["sha256"]}
+                row |= {
+                    "step": manifest.step,
+                    "bytes": manifest.bytes,
+                    "sha256": manifest.files["model.safetensors"]["sha256"],
+                }
                 verify(path)
             except (CheckpointError, OSError, KeyError) as error:
                 row["state"] = f"NOT usable: {str(error)[:60]}"

@@ -9,7 +9,16 @@ from pathlib import Path
 from google.colab import _message
 
 _ops = {"left": None, "kind": "", "root": "", "quota": None}
-_EVENTS = {"open", "os.listdir", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.scandir", "os.truncate"}
+_EVENTS = {
+    "open",
+    "os.listdir",
+    "os.mkdir",
+    "os.remove",
+    "os.rename",
+    "os.rmdir",
+    "os.scandir",
+    "os.truncate",
+}
 _hooked = False
 
 
@@ -27,13 +36,22 @@ def _size(folder):
 
 
 def _watch(event, arguments):
-    if not _ops["root"] or event not in _EVENTS or not arguments or not isinstance(arguments[0], str | bytes | os.PathLike):
+    if (
+        not _ops["root"]
+        or event not in _EVENTS
+        or not arguments
+        or not isinstance(arguments[0], str | bytes | os.PathLike)
+    ):
         return
     if not os.fsdecode(arguments[0]).startswith(_ops["root"] + os.sep):
         return
     if _ops["quota"] is not None:
         root, _ops["root"] = _ops["root"], ""  # measuring must not watch itself
-        full = event == "open" and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR) and _size(root) >= _ops["quota"]
+        full = (
+            event == "open"
+            and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR)
+            and _size(root) >= _ops["quota"]
+        )
         _ops["root"] = root
         if full:
             raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), arguments[0])
@@ -54,11 +72,15 @@ def mount(mountpoint, force_remount=False, timeout_ms=120000, readonly=False):
     global _hooked
     drill, _, amount = os.environ.get("FAKECOLAB_DRIVE", "ok").partition(":")
     if drill == "enterprise":
-        raise NotImplementedError("google.colab.drive is unsupported in this environment.")  # what the real one does on Colab Enterprise
+        raise NotImplementedError(
+            "google.colab.drive is unsupported in this environment."
+        )  # what the real one does on Colab Enterprise
     if drill == "refused":
         raise _message.MessageError("Error: credential propagation was unsuccessful")
     if (Path(mountpoint) / "My Drive").is_dir() and not force_remount:
-        print(f'Drive already mounted at {mountpoint}; to attempt to forcibly remount, call drive.mount("{mountpoint}", force_remount=True).')
+        print(
+            f'Drive already mounted at {mountpoint}; to attempt to forcibly remount, call drive.mount("{mountpoint}", force_remount=True).'
+        )
         return
     marker = _marker(mountpoint)
     if not marker.exists() and Path(mountpoint).is_dir() and os.listdir(mountpoint):

@@ -13,20 +13,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from ..checkpoint import FINAL_NAMES, Manifest, candidates, read_manifest
-from ..errors import CheckpointError, OutputLost
-
-
-def remove_leftovers(checkpoint_dir: str | Path) -> None:
-    """Remove what a killed save left behind. An `.old-` folder is put back when its successor never arrived."""
-    for path in sorted(Path(checkpoint_dir).glob("*.old-*")):
-        target = path.with_name(path.name.split(".old-")[0])
-        if target.exists():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            os.rename(path, target)
-    for path in Path(checkpoint_dir).glob("*.tmp-*"):
-        shutil.rmtree(path, ignore_errors=True)
+from .checkpoint import FINAL_NAMES, Manifest, candidates, read_manifest
+from .errors import CheckpointError, OutputLost
 
 
 def remove(folder: Path) -> None:
@@ -56,7 +44,9 @@ def prune(checkpoint_dir: str | Path, keep_last: int, best_step: int | None, new
     return removed
 
 
-def check_space(checkpoint_dir: str | Path, bytes_each: int, count: int, say: Callable[[str], None] = print) -> None:
+def check_space(
+    checkpoint_dir: str | Path, bytes_each: int, count: int, say: Callable[[str], None] = print
+) -> None:
     """Before training: can the disk hold `count` checkpoints of `bytes_each` at the same time, those that lie there included?
 
     A warning when it cannot; raises `OutputLost` when there is no room for even a good one and the next.
@@ -67,7 +57,9 @@ def check_space(checkpoint_dir: str | Path, bytes_each: int, count: int, say: Ca
         return
     here = [path.stat().st_size for folder in candidates(checkpoint_dir) for path in folder.iterdir()]
     needed, free = count * bytes_each - sum(here), usage.free
-    figures = f"{_megabytes(free)} free for {checkpoint_dir}, and one checkpoint takes {_megabytes(bytes_each)}"
+    figures = (
+        f"{_megabytes(free)} free for {checkpoint_dir}, and one checkpoint takes {_megabytes(bytes_each)}"
+    )
     least = bytes_each if here else 2 * bytes_each
     if free < least:
         raise OutputLost(
@@ -75,7 +67,9 @@ def check_space(checkpoint_dir: str | Path, bytes_each: int, count: int, say: Ca
             f"free {_megabytes(least - free)}, or choose another --output_dir or a smaller model"
         )
     if free < needed:
-        say(f"warning: {figures}: the {count} that a whole run keeps do not fit; free {_megabytes(needed - free)} or lower train.keep_last")
+        say(
+            f"warning: {figures}: the {count} that a whole run keeps do not fit; free {_megabytes(needed - free)} or lower train.keep_last"
+        )
 
 
 def _megabytes(count: int) -> str:

@@ -10,7 +10,7 @@ import json
 
 from starlette.responses import JSONResponse
 
-from ..errors import UserError
+from .errors import UserError
 
 MAX_BODY_BYTES = 64 * 1024
 BODY_SECONDS = 10.0  # a body that drips in more slowly is refused
@@ -24,9 +24,32 @@ class Refused(UserError):
         self.status = status
 
 
-OPEN_PATHS = {"/", "/config", "/config/", "/theme.css", "/login", "/login/", "/logout", "/manifest.json", "/favicon.ico", "/robots.txt", "/health"}
+OPEN_PATHS = {
+    "/",
+    "/config",
+    "/config/",
+    "/theme.css",
+    "/login",
+    "/login/",
+    "/logout",
+    "/manifest.json",
+    "/favicon.ico",
+    "/robots.txt",
+    "/health",
+}
 OPEN_FOLDERS = ("/assets/", "/static/", "/svelte/", "/api/", "/gradio_api/heartbeat/")
-GRADIO_CALLS = ("queue/join", "queue/data", "cancel", "reset", "app_id", "startup-events", "login_check", "user", "theme.css", "info")
+GRADIO_CALLS = (
+    "queue/join",
+    "queue/data",
+    "cancel",
+    "reset",
+    "app_id",
+    "startup-events",
+    "login_check",
+    "user",
+    "theme.css",
+    "info",
+)
 
 
 class Gate:
@@ -50,15 +73,21 @@ class Gate:
         try:
             body = await asyncio.wait_for(read_body(scope, receive), BODY_SECONDS)
         except TimeoutError:
-            return await JSONResponse({"error": f"the body took longer than {BODY_SECONDS:.0f} s"}, 408, {"Connection": "close"})(scope, receive, send)
+            return await JSONResponse(
+                {"error": f"the body took longer than {BODY_SECONDS:.0f} s"}, 408, {"Connection": "close"}
+            )(scope, receive, send)
         except Refused as refused:
-            return await JSONResponse({"error": str(refused)}, refused.status, {"Connection": "close"})(scope, receive, send)
+            return await JSONResponse({"error": str(refused)}, refused.status, {"Connection": "close"})(
+                scope, receive, send
+            )
         if body is None:
             return None  # the client left
         if call and scope["method"] == "POST":
             fields = json_table(body)
             data = fields.get("data") if fields is not None else None
-            if fields is None or (call == "queue/join" and not (isinstance(data, list) and len(data) == self.inputs)):
+            if fields is None or (
+                call == "queue/join" and not (isinstance(data, list) and len(data) == self.inputs)
+            ):
                 return await JSONResponse({"error": "not what the page sends"}, 422)(scope, receive, send)
         was_read = False
 

@@ -8,10 +8,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import OutputLost
-from ..files import remove_temporaries
+from .errors import OutputLost
+from .files import remove_leftovers
 from .lock import OutputLock
-from .retention import remove_leftovers
 
 
 class OutputFolder:
@@ -30,7 +29,9 @@ class OutputFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OutputLost(f"--output_dir {self.path}: {error.strerror}; expected a folder that can be written") from None
+            raise OutputLost(
+                f"--output_dir {self.path}: {error.strerror}; expected a folder that can be written"
+            ) from None
         self._lock.__enter__()
         if isinstance(self._lock, OutputLock):
             self._made = absent
@@ -44,7 +45,7 @@ class OutputFolder:
         self.checkpoints.mkdir(exist_ok=True)
         remove_leftovers(self.checkpoints)
         for folder in (self.path, self.path / "logs"):
-            remove_temporaries(folder)
+            remove_leftovers(folder)
 
     def archive(self, say: Callable[[str], None]) -> None:
         """`--resume never`: what an earlier run wrote moves aside; nothing is deleted."""

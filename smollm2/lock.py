@@ -14,7 +14,7 @@ import socket
 import time
 from pathlib import Path
 
-from ..errors import BusyError, OutputLost
+from .errors import BusyError, OutputLost
 
 _held: set[str] = set()  # lockf does not exclude a process from itself
 
@@ -39,11 +39,15 @@ class OutputLock:
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 self._file.close()
-                raise OutputLost(f"{self.path}: {error.strerror}; --output_dir must be on a file system that has locks, e.g. this machine's own disk") from None
+                raise OutputLost(
+                    f"{self.path}: {error.strerror}; --output_dir must be on a file system that has locks, e.g. this machine's own disk"
+                ) from None
             self._file.seek(0)
             owner = self._file.read()
             self._file.close()
-            raise BusyError(f"{self.path.parent} is being written by another process ({_describe(owner)}); wait for it, stop it, or choose another --output_dir") from None
+            raise BusyError(
+                f"{self.path.parent} is being written by another process ({_describe(owner)}); wait for it, stop it, or choose another --output_dir"
+            ) from None
         self._file.seek(0)
         self._file.truncate()
         self._file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}))

@@ -25,7 +25,12 @@ MAX_LEASE_BYTES = 4096
 
 def this_process() -> dict:
     """What tells this process from every other one on any machine, also when a process id is used again."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "boot": _boot_id(), "began": _start_ticks(os.getpid())}
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "boot": _boot_id(),
+        "began": _start_ticks(os.getpid()),
+    }
 
 
 def _boot_id() -> str:

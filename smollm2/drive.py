@@ -16,15 +16,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from ..checkpoint import MANIFEST, Manifest
-from ..errors import CheckpointError
-from ..files import CHUNK_BYTES, sha256_bytes
-from ..logs import ALL_LOGS
 from . import drive_folder
+from .checkpoint import MANIFEST, Manifest
 from .drive_errors import explain
 from .drive_folder import Entry, NotThere, check_read_back, compared, entries, erase, write_once
 from .drive_restore import newest_on_drive
+from .errors import CheckpointError
+from .files import CHUNK_BYTES, sha256_bytes
 from .lease import HEARTBEAT_SECONDS, Lease, describe, live_leases
+from .logs import ALL_LOGS
 
 __all__ = ["DriveMirror", "newest_on_drive"]
 
@@ -103,12 +103,20 @@ class DriveMirror:
     def _join(self, seconds: float | None) -> None:
         began, told = time.monotonic(), False
         while self._thread.is_alive():
-            limit = seconds if seconds is not None else CLOSE_SECONDS_IN_TROUBLE if self._trouble else CLOSE_SECONDS
+            limit = (
+                seconds
+                if seconds is not None
+                else CLOSE_SECONDS_IN_TROUBLE
+                if self._trouble
+                else CLOSE_SECONDS
+            )
             waited = time.monotonic() - began
             if waited >= limit:
                 break
             if waited > 2 and not told:
-                self.say(f"waiting for Drive, {limit:.0f} s at most (Ctrl-C leaves at once; nothing on this machine is lost) ...")
+                self.say(
+                    f"waiting for Drive, {limit:.0f} s at most (Ctrl-C leaves at once; nothing on this machine is lost) ..."
+                )
                 told = True
             self._thread.join(min(0.5, limit - waited))
 
@@ -144,10 +152,14 @@ class DriveMirror:
             return None
         except _SourceGone:
             if self._pending is job:
-                self.say(f"Drive: {job.folder.name} was removed here before it could be copied; the next checkpoint will be")
+                self.say(
+                    f"Drive: {job.folder.name} was removed here before it could be copied; the next checkpoint will be"
+                )
         except CheckpointError as error:
             self.say(f"Drive: {job.folder.name} is damaged on this machine and was not copied: {error}")
-        except Exception as error:  # whatever the remote side or its driver comes up with: training must not hear of it
+        except (
+            Exception
+        ) as error:  # whatever the remote side or its driver comes up with: training must not hear of it
             return self._failed(job, error)
         else:
             self._succeeded(job)
@@ -164,14 +176,18 @@ class DriveMirror:
             who = f"{lease['host']}/{lease['pid']}"
             if who not in self._warned_of:
                 self._warned_of.add(who)
-                self.say(f"Drive: another runtime writes to {self.folder} too ({describe(lease)}); nothing is lost, but stop one of them")
+                self.say(
+                    f"Drive: another runtime writes to {self.folder} too ({describe(lease)}); nothing is lost, but stop one of them"
+                )
 
     def _failed(self, job: Manifest | None, error: Exception) -> float:
         self._delay = min(max(2 * self._delay, FIRST_RETRY_SECONDS), LAST_RETRY_SECONDS)
         reason = str(error) if isinstance(error, NotThere) else explain(error)
         if reason != self._trouble:
             safe = f"step {job.step} is safe on this machine and " if job else ""
-            self.say(f"Drive: {reason}. {safe}training goes on; copying is tried again (after 5 s, at last every 5 min)")
+            self.say(
+                f"Drive: {reason}. {safe}training goes on; copying is tried again (after 5 s, at last every 5 min)"
+            )
         self._trouble = reason
         return self._delay
 
@@ -214,7 +230,9 @@ class DriveMirror:
             self._unfinished.add(target)
             drive_folder.make_folder(target)
             for name, facts in sorted(job.files.items()):
-                write_once(target / name, compared(self._chunks(files[name]), name, facts))  # damage must not spread
+                write_once(
+                    target / name, compared(self._chunks(files[name]), name, facts)
+                )  # damage must not spread
                 self._read_back(target / name, facts)
             logs = drive_folder.with_table(_read_local_logs(job.folder.parent.parent / "logs"))
             for name, data in (logs | {MANIFEST: job.to_bytes()}).items():
@@ -242,7 +260,11 @@ class DriveMirror:
     def _find_twin(self, job: Manifest, there: list[Entry]) -> Entry | None:
         """The same checkpoint on Drive already, every byte of it: after a resume nothing need be copied."""
         for entry in there:
-            if entry.manifest and (entry.manifest.run_id, entry.step, entry.manifest.files) == (job.run_id, job.step, job.files):
+            if entry.manifest and (entry.manifest.run_id, entry.step, entry.manifest.files) == (
+                job.run_id,
+                job.step,
+                job.files,
+            ):
                 if self._is_intact(entry):
                     return entry
                 there[there.index(entry)] = Entry(entry.path, None, "damaged")
@@ -264,14 +286,18 @@ class DriveMirror:
         until a copy has overtaken it. Folders of other runs, and of people, are never touched.
         """
         for path in sorted(self._unfinished):
-            finished = [entry for entry in there if entry.path == path and entry.manifest and self._is_intact(entry)]
+            finished = [
+                entry for entry in there if entry.path == path and entry.manifest and self._is_intact(entry)
+            ]
             if not finished:  # else only Drive's answer was lost, and it may be the newest that Drive has
                 erase(path)
                 there = [entry for entry in there if entry.path != path]
             self._unfinished.discard(path)
         ours = [entry for entry in there if entry.is_ours(run_id)]
         whole = [entry for entry in ours if entry.manifest]
-        unproven = [entry for entry in ours if not entry.manifest and (not whole or entry.step > whole[0].step)]
+        unproven = [
+            entry for entry in ours if not entry.manifest and (not whole or entry.step > whole[0].step)
+        ]
         uploaded = [entry for entry in whole if not drive_folder.is_uploading(entry.path)]
         best = [entry for entry in whole if entry.step == best_step]
         keep: list[Entry] = []
@@ -292,7 +318,9 @@ class DriveMirror:
             self._pause(2.0)
             if not drive_folder.is_uploading(self.copied.path):
                 return
-        self.say(f"Drive has NOT confirmed the upload of step {self.copied.step} yet: keep this runtime for some minutes")
+        self.say(
+            f"Drive has NOT confirmed the upload of step {self.copied.step} yet: keep this runtime for some minutes"
+        )
 
 
 def _hold(job: Manifest, held: contextlib.ExitStack) -> dict[str, BinaryIO]:

@@ -18,16 +18,18 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoint import FINAL_NAMES, MANIFEST, MAX_MANIFEST_BYTES, Manifest, dump_json, parse_manifest, step_name, strict_json
-from ..errors import CheckpointError
-from ..files import CHUNK_BYTES, sha256_bytes
+from .checkpoint import FINAL_NAMES, MANIFEST, MAX_MANIFEST_BYTES, Manifest, parse_manifest, step_name
 from .drive_errors import MOUNT_POINT
+from .errors import CheckpointError
+from .files import CHUNK_BYTES, dump_json, sha256_bytes, strict_json
 
 MOUNTS_TABLE = Path("/proc/mounts")
 UPLOAD_ID = "user.drive.id"  # extended attribute; ids beginning with "local" are not yet on Google's side
 LOGS = "logs.json"  # table of contents of the log copies in a checkpoint folder
 MAX_LOGS_BYTES = 64 * 2**20
-_OUR_NAME = re.compile(r"(?:final_[a-z_]+-)?step-\d{8,}-(?P<run>[A-Za-z0-9]{1,16})-[0-9a-f]{8}(?:\.ckpt| \(\d+\))+")  # " (1)" is Drive's doing
+_OUR_NAME = re.compile(
+    r"(?:final_[a-z_]+-)?step-\d{8,}-(?P<run>[A-Za-z0-9]{1,16})-[0-9a-f]{8}(?:\.ckpt| \(\d+\))+"
+)  # " (1)" is Drive's doing
 
 
 class NotThere(OSError):
@@ -41,7 +43,9 @@ def is_drive_mounted() -> bool:
     except OSError:
         return False
     fields = [line.split(" ") for line in lines]
-    return any(len(row) > 2 and row[1] == str(MOUNT_POINT) and row[2].startswith("fuse.drive") for row in fields)
+    return any(
+        len(row) > 2 and row[1] == str(MOUNT_POINT) and row[2].startswith("fuse.drive") for row in fields
+    )
 
 
 def is_below_mount_point(path: str | Path) -> bool:
@@ -52,7 +56,9 @@ def check_place(folder: Path) -> None:
     """Raises `NotThere` where the folder could only be made on this machine's own disk, in Drive's place: what is
     written there is lost with the machine, and Drive refuses to mount over it."""
     if is_below_mount_point(folder) and not is_drive_mounted():
-        raise NotThere(f"Google Drive is not mounted at {MOUNT_POINT}: mount it in a notebook cell (from google.colab import drive; drive.mount('{MOUNT_POINT}'))")
+        raise NotThere(
+            f"Google Drive is not mounted at {MOUNT_POINT}: mount it in a notebook cell (from google.colab import drive; drive.mount('{MOUNT_POINT}'))"
+        )
     if not os.path.isdir(folder.absolute().parent):
         raise NotThere(f"{folder.absolute().parent} does not exist (is it a mount that went away?)")
 
@@ -99,7 +105,11 @@ class Entry:
     def is_ours(self, run_id: str) -> bool:
         """Whether a mirror of this run made it, and so may remove it. All else in the folder belongs to somebody."""
         match = _OUR_NAME.fullmatch(self.path.name)
-        return bool(match) and match["run"] == _short(run_id) and (self.manifest is None or self.manifest.run_id == run_id)
+        return (
+            bool(match)
+            and match["run"] == _short(run_id)
+            and (self.manifest is None or self.manifest.run_id == run_id)
+        )
 
 
 def entries(folder: Path) -> list[Entry]:
@@ -215,7 +225,9 @@ def erase(folder: Path) -> None:
             erase_file(folder / name)
     try:
         os.rmdir(folder)
-    except OSError as error:  # the person keeps something of their own in it, or the mount still shows what is gone
+    except (
+        OSError
+    ) as error:  # the person keeps something of their own in it, or the mount still shows what is gone
         if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):
             raise
 

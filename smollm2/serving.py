@@ -26,14 +26,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from ..checkpoint import candidates
-from ..device import choose_device, inference_dtype
-from ..errors import CheckpointError, UserError
-from ..generate import prompt_ids, stream
-from ..notebook.token_view import piece
-from ..pretrained import load_model_and_tokenizer, resolve
-from ..tokenizer import StreamDecoder
+from .checkpoint import candidates
+from .device import choose_device, inference_dtype
+from .errors import CheckpointError, UserError
 from .gate import Refused
+from .notebook.token_view import piece
+from .pretrained import load_model_and_tokenizer
+from .sampling import prompt_ids, stream
+from .tokenizer import StreamDecoder
+from .weights import resolve
 
 MAX_PROMPT_CHARACTERS = 8000
 MAX_NEW_TOKENS = 512
@@ -74,7 +75,11 @@ def parse(fields: dict | bytes) -> Ask:
         return Ask.model_validate(fields) if isinstance(fields, dict) else Ask.model_validate_json(fields)
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False)[0]
-        where = str(problem["loc"][0])[:40] if problem["loc"] and problem["loc"][0] in Ask.model_fields else "request"
+        where = (
+            str(problem["loc"][0])[:40]
+            if problem["loc"] and problem["loc"][0] in Ask.model_fields
+            else "request"
+        )
         raise Refused(f"{where}: {problem['msg'][:200]}") from None
 
 
@@ -85,7 +90,9 @@ class Models:
         folder = resolve(checkpoint)
         self.first = folder.name if Path(checkpoint).is_dir() else str(checkpoint)
         siblings = candidates(folder.parent) if Path(checkpoint).is_dir() else []
-        self.folders = {self.first: folder} | {path.name: path for path in siblings if (path / "model.safetensors").is_file()}
+        self.folders = {self.first: folder} | {
+            path.name: path for path in siblings if (path / "model.safetensors").is_file()
+        }
         self._lock = threading.Lock()
         self._loaded: tuple[str, object, object] | None = None
 
@@ -99,9 +106,16 @@ class Models:
                 self._loaded = None  # free the old one first: two may not fit
                 device = choose_device()
                 try:
-                    self._loaded = (name, *load_model_and_tokenizer(self.folders[name], dtype=inference_dtype(device), device=device))
+                    self._loaded = (
+                        name,
+                        *load_model_and_tokenizer(
+                            self.folders[name], dtype=inference_dtype(device), device=device
+                        ),
+                    )
                 except (CheckpointError, OSError):
-                    raise Refused(f"checkpoint: {name} cannot be read any more; choose another", 404) from None
+                    raise Refused(
+                        f"checkpoint: {name} cannot be read any more; choose another", 404
+                    ) from None
             return self._loaded[1:]
 
 
@@ -155,7 +169,13 @@ class Writer:
             ids = await anyio.to_thread.run_sync(prompt_ids, model, tokenizer, ask.prompt)
         except UserError as error:
             raise Refused(f"prompt: {error}") from None
-        options = {"temperature": ask.temperature, "top_k": ask.top_k, "top_p": ask.top_p, "min_p": ask.min_p, "seed": ask.seed}
+        options = {
+            "temperature": ask.temperature,
+            "top_k": ask.top_k,
+            "top_p": ask.top_p,
+            "min_p": ask.min_p,
+            "seed": ask.seed,
+        }
         # one token more than asked for, never shown: its logits are what could come next
         tokens = stream(model, torch.tensor([ids]), ask.max_new_tokens + 1, stop_ids=(), **options)
         decoder, text, count = StreamDecoder(tokenizer, before=ids), "", 0
@@ -164,7 +184,13 @@ class Writer:
             is_end = int(token) == model.config.eos_token_id
             is_late = time.monotonic() - began > WALL_SECONDS
             if is_end or is_late or count == ask.max_new_tokens:
-                reason = "the text ended" if is_end else f"stopped after {WALL_SECONDS:.0f} s" if is_late else "length reached"
+                reason = (
+                    "the text ended"
+                    if is_end
+                    else f"stopped after {WALL_SECONDS:.0f} s"
+                    if is_late
+                    else "length reached"
+                )
                 yield Step(text + decoder.flush(), count, likely_tokens(tokenizer, logits[0]), reason)
                 return
             if count == 0:
@@ -181,7 +207,9 @@ def is_allowed(request: Request, auth: tuple[str, str] | None) -> bool:
     if auth is None:
         return True
     expected = base64.b64encode(":".join(auth).encode()).decode()
-    return hmac.compare_digest(request.headers.get("authorization", "").encode(), f"Basic {expected}".encode())
+    return hmac.compare_digest(
+        request.headers.get("authorization", "").encode(), f"Basic {expected}".encode()
+    )
 
 
 def api_routes(writer: Writer, auth: tuple[str, str] | None = None) -> list[Route]:

@@ -11,14 +11,24 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
-from ..checkpoint import FINAL_NAMES, Manifest, claimed_step, commit, read_manifest, resume_point, step_name
-from ..errors import BusyError, CheckpointError, ConfigError, NoUsableCheckpoint
-from ..files import replace_durably
-from ..logs import ALL_LOGS, REWOUND
-from ..state import read_state
+from .checkpoint import FINAL_NAMES, Manifest, claimed_step, commit, read_manifest, resume_point, step_name
 from .drive_errors import MOUNT_POINT, explain
-from .drive_folder import Entry, NotThere, check_place, chunks_of, compared, entries, is_below_mount_point, is_drive_mounted, read_logs
+from .drive_folder import (
+    Entry,
+    NotThere,
+    check_place,
+    chunks_of,
+    compared,
+    entries,
+    is_below_mount_point,
+    is_drive_mounted,
+    read_logs,
+)
+from .errors import BusyError, CheckpointError, ConfigError, NoUsableCheckpoint
+from .files import replace_durably
 from .lease import LIVE_SECONDS, describe, live_leases
+from .logs import ALL_LOGS, REWOUND
+from .state import read_state
 
 RETRY_PAUSES = (2.0, 8.0)  # Drive may need a moment before it shows what it has
 
@@ -60,7 +70,9 @@ def newest_on_drive(
                 return _usable_here(source, say, check)
             manifest = _patiently(lambda: _restore(source, checkpoint_dir), sleep, CheckpointError)  # noqa: B023 - called at once
             manifest = resume_point(manifest.folder, say, check)
-            say(f"checkpoint {source.path.name} copied from Drive: step {manifest.step}, {manifest.bytes:,} bytes, each one verified")
+            say(
+                f"checkpoint {source.path.name} copied from Drive: step {manifest.step}, {manifest.bytes:,} bytes, each one verified"
+            )
             _restore_logs(source.path, manifest, say, sleep)
             return manifest
         except CheckpointError as error:
@@ -106,7 +118,9 @@ def check_places(output_dir: str | Path, drive_dir: str | Path | None, resume: s
 def _check_apart(drive_dir: Path, checkpoint_dir: Path) -> None:
     one, other = drive_dir.resolve(), checkpoint_dir.resolve()
     if one in (other, other.parent) or other in one.parents:
-        raise ConfigError(f"--drive_dir {drive_dir} is the run's own folder; expected a second place, e.g. a folder on a mounted Drive")
+        raise ConfigError(
+            f"--drive_dir {drive_dir} is the run's own folder; expected a second place, e.g. a folder on a mounted Drive"
+        )
     if drive_dir.exists() and not drive_dir.is_dir():
         raise ConfigError(f"--drive_dir {drive_dir}: found a file, expected a folder")
 
@@ -153,7 +167,9 @@ def _check_same_run(drive_dir: Path, local: list[Path], there: list[Entry]) -> N
         return
 
 
-def _patiently(action: Callable[[], Result], sleep: Callable[[float], None], errors=(OSError, CheckpointError)) -> Result:
+def _patiently(
+    action: Callable[[], Result], sleep: Callable[[float], None], errors=(OSError, CheckpointError)
+) -> Result:
     """`action()`, tried again twice: what Drive shows can be late or fail for a moment."""
     for pause in RETRY_PAUSES:
         try:
@@ -175,7 +191,9 @@ def _restore(entry: Entry, checkpoint_dir: Path) -> Manifest:
     OSError means that this machine's disk is full or failing."""
     manifest = entry.look_again().manifest
     files = {name: _copier(entry.path / name, facts) for name, facts in manifest.files.items()}
-    return commit(checkpoint_dir, step_name(manifest.step), files, manifest.run_id, manifest.step, manifest.facts)
+    return commit(
+        checkpoint_dir, step_name(manifest.step), files, manifest.run_id, manifest.step, manifest.facts
+    )
 
 
 def _copier(source: Path, facts: dict) -> Callable[[Path], None]:
@@ -197,7 +215,9 @@ def _restore_logs(source: Path, manifest: Manifest, say: Say, sleep: Callable[[f
     try:
         logs = _patiently(lambda: read_logs(source, ALL_LOGS), sleep)
     except (OSError, CheckpointError) as error:
-        say(f"the logs beside {source.name} could not be read ({explain(error) if isinstance(error, OSError) else error}); the logs on this machine begin at step {manifest.step}")
+        say(
+            f"the logs beside {source.name} could not be read ({explain(error) if isinstance(error, OSError) else error}); the logs on this machine begin at step {manifest.step}"
+        )
         return
     known_lines = read_state(manifest).log_lines
     folder = manifest.folder.parent.parent / "logs"

@@ -11,7 +11,9 @@ from pathlib import Path
 MOUNT_POINT = Path("/content/drive")
 
 UNSUPPORTED = NotImplementedError  # the type that Colab's own `drive.mount` raises on Colab Enterprise; nothing here is unfinished
-FOLDER_IN_THE_WAY = "must not already contain files"  # in what it raises where a plain folder lies at the mount point
+FOLDER_IN_THE_WAY = (
+    "must not already contain files"  # in what it raises where a plain folder lies at the mount point
+)
 
 
 def is_final(error: BaseException) -> bool:
@@ -29,7 +31,9 @@ def explain(error: BaseException) -> str:
     if "credential propagation" in text or "consent" in text.lower():
         return "Google did not get permission: allow pop-ups, choose the account of this Colab tab and tick every box, then run this cell again"
     if isinstance(error, TimeoutError) or "timeout" in text.lower() or "timed out" in text.lower():
-        return "Drive did not answer in time (a root folder with thousands of files does that); try again later"
+        return (
+            "Drive did not answer in time (a root folder with thousands of files does that); try again later"
+        )
     words = {
         errno.ENOTCONN: "Drive is mounted but no longer connected (errno 107); Runtime > Restart session, then mount again",
         errno.EDQUOT: "your Drive is full; empty its trash",
