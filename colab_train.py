@@ -28,16 +28,17 @@ FLAGS = {
     "dataset": (
         "data.dataset",
         str,
-        "a Hub dataset (or local folder) with a 'text' column instead of --input_file",
+        "a Hub dataset ID[:CONFIG][@SPLIT], or files of one, instead of --input_file",
     ),
     "devices": ("run.devices", int, "GPUs or processes on this machine"),
     "num_nodes": ("run.num_nodes", int, "machines (with torchrun or SLURM)"),
 }
+AUTOMATIC = ("nano", "smollm2-135m")  # what `--preset auto` chooses among: on a CPU, on a GPU
 
 
 def prepare(argv: list[str] | None):
     """The configuration and the function that trains with it. Nothing is written here."""
-    from smollm2.errors import ArgumentParser
+    from smollm2.errors import ArgumentParser, ConfigError
 
     parser = ArgumentParser(description="Train SmolLM2 from scratch; run it again to continue.")
     parser.add_argument(
@@ -59,45 +60,45 @@ def prepare(argv: list[str] | None):
     args = parser.parse_args(argv)
     print("SmolLM2 from scratch: loading PyTorch ...", flush=True)
 
-    from smollm2.errors import ConfigError
     from smollm2.settings import load_config, read_yaml
 
-    asked = (
-        args.preset
-        if args.preset != "auto" or args.config is None
-        else read_yaml(args.config).get("preset", "auto")
-    )
+    asked = args.preset
+    if asked == "auto" and args.config is not None:
+        asked = read_yaml(args.config).get("preset", "auto")
     flags = {dotted: getattr(args, name) for name, (dotted, _, _) in FLAGS.items()}
-    mistakes = []
-    for preset in (
-        ("nano", "smollm2-135m") if asked == "auto" else (asked,)
-    ):  # mistakes are told before torch is imported
+    configs, mistakes = {}, []
+    for preset in AUTOMATIC if asked == "auto" else (asked,):  # what is too long for nano may fit the 135M
         try:
-            config = load_config(preset, args.config, args.overrides, **flags)
-            break
-        except ConfigError as error:  # what is too long for nano may fit the 135M, which a GPU will choose
+            configs[preset] = load_config(preset, args.config, args.overrides, **flags)
+        except ConfigError as error:
             mistakes.append(error)
-    else:
+    if not configs:  # mistakes are told before torch is imported
         raise mistakes[0]
-
-    shipped = os.path.join(os.path.dirname(os.path.abspath(__file__)), "input.txt")
-    is_chosen = "input_file" in config.data.model_fields_set or config.data.dataset
-    if not is_chosen and not os.path.exists(config.data.input_file) and os.path.exists(shipped):
-        print(
-            f"text: {shipped}, which lies beside this program: there is no {config.data.input_file} in this folder",
-            flush=True,
-        )
-        flags["data.input_file"] = shipped
 
     from smollm2.device import choose_preset
 
     preset, why = choose_preset(asked)
     print(f"preset: {preset} ({why})", flush=True)
-    config = load_config(preset, args.config, args.overrides, **flags)
+    if preset not in configs:
+        raise mistakes[0]
 
     from smollm2.training import train
 
-    return config, train
+    return with_shipped_text(configs[preset]), train
+
+
+def with_shipped_text(config):
+    """Called from another folder: the `input.txt` beside this program, where none was named and none is there."""
+    shipped = os.path.join(os.path.dirname(os.path.abspath(__file__)), "input.txt")
+    data = config.data
+    is_chosen = "input_file" in data.model_fields_set or data.dataset
+    if is_chosen or os.path.exists(data.input_file) or not os.path.exists(shipped):
+        return config
+    print(
+        f"text: {shipped}, which lies beside this program: there is no {data.input_file} in this folder",
+        flush=True,
+    )
+    return config.model_copy(update={"data": data.model_copy(update={"input_file": shipped})})
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -109,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from smollm2.workers import is_first_worker
 
-    if is_first_worker():
+    if is_first_worker(config.run):
         print()
         print(result.table())
     return 128 + result.stopped_by if result.stopped_by else 0

@@ -151,3 +151,27 @@ def check_memory(config: RunConfig, device: torch.device) -> None:
             f"train.batch_size: steps of {rows:,} x {config.data.sequence_length:,} tokens need {needed / 2**30:,.0f} GiB of this machine's memory, "
             f"which has {total / 2**30:,.0f} GiB; choose a smaller train.micro_batch_size, train.batch_size or data.sequence_length"
         )
+
+
+@contextlib.contextmanager
+def plain_defaults():
+    """Inside it new tensors are fp32 on the CPU, whatever default an earlier cell of a notebook has set."""
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    torch.set_default_dtype(torch.float32)
+    if device.type != "cpu":
+        torch.set_default_device(None)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+        if device.type != "cpu":
+            torch.set_default_device(device)
+
+
+def why_not_compiled(device: torch.device) -> str | None:
+    """Why torch.compile does not work here (slim images have no compiler), in a line; None when it does."""
+    try:
+        torch.compile(lambda x: x + 1, dynamic=False)(torch.zeros(8, device=device))
+    except Exception as error:  # each backend has errors of its own
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
+    return None

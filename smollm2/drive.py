@@ -20,13 +20,13 @@ from . import drive_folder
 from .checkpoint import MANIFEST, Manifest
 from .drive_errors import explain
 from .drive_folder import Entry, NotThere, check_read_back, compared, entries, erase, write_once
-from .drive_restore import newest_on_drive
+from .drive_restore import check_places, newest_on_drive
 from .errors import CheckpointError
 from .files import CHUNK_BYTES, sha256_bytes
 from .lease import HEARTBEAT_SECONDS, Lease, describe, live_leases
 from .logs import ALL_LOGS
 
-__all__ = ["DriveMirror", "newest_on_drive"]
+__all__ = ["DriveMirror", "check_places", "newest_on_drive"]
 
 KEEP = 3  # checkpoints on Drive before a copy starts, the best one included: with the copy in flight never more than 4
 FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 5.0, 300.0

@@ -27,7 +27,8 @@ from .drive_folder import (
 from .errors import BusyError, CheckpointError, ConfigError, NoUsableCheckpoint
 from .files import replace_durably
 from .lease import LIVE_SECONDS, describe, live_leases
-from .logs import ALL_LOGS, REWOUND
+from .logs import ALL_LOGS
+from .logs import COUNTED as REWOUND
 from .state import read_state
 
 RETRY_PAUSES = (2.0, 8.0)  # Drive may need a moment before it shows what it has

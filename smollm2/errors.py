@@ -64,6 +64,17 @@ class OutputLost(UserError):
     exit_code = 7
 
 
+DISK_TROUBLE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EIO,
+    errno.EROFS,
+    errno.EACCES,
+    errno.ESTALE,
+    errno.ENOTCONN,
+)
+
+
 @contextlib.contextmanager
 def disk_failures_named(folder: str | os.PathLike):
     """Inside it, a full, failing, read-only or vanished disk raises `OutputLost` that names `folder`."""
@@ -71,18 +82,11 @@ def disk_failures_named(folder: str | os.PathLike):
         yield
     except OSError as error:
         gone = error.errno in (errno.ENOENT, errno.ENOTDIR) and not os.path.isdir(folder)
-        if not gone and error.errno not in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EIO,
-            errno.EROFS,
-            errno.EACCES,
-            errno.ESTALE,
-            errno.ENOTCONN,
-        ):
+        if not gone and error.errno not in DISK_TROUBLE:
             raise
         raise OutputLost(
-            f"{folder}: {error.strerror}; the last good checkpoint in it is untouched: free or repair the disk and run the same command again"
+            f"{folder}: {error.strerror}; what is saved in it stays as it is: free or repair the disk and run the same "
+            "command again"
         ) from None
 
 
@@ -110,23 +114,28 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def run_command(main: Callable[[], int | None]) -> None:
     """Run `main` as a program: user errors become one line on standard error and an exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by whoever started us: a print must not end the program
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - it lives as long as the process
+        elif hasattr(
             stream, "reconfigure"
-        ):  # a terminal without UTF-8 shows \\xe9 instead of ending the program
+        ):  # a terminal without UTF-8 shows \xe9 instead of ending the program
             stream.reconfigure(errors="backslashreplace")
     try:
         code = main() or 0
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = error.exit_code
     except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError when this machine's memory ends
         if isinstance(error, RuntimeError) and not re.search(
-            "out of memory|can't allocate memory", str(error), re.IGNORECASE
+            "out of memory|can't allocate memory", str(error), re.I
         ):
             raise
+        reason = " ".join(str(error).split())[:160]
         print(
-            f"error: out of memory ({' '.join(str(error).split())[:160]}); choose a smaller model, batch or sequence length",
+            f"error: out of memory ({reason}); choose a smaller model, batch or sequence length",
             file=sys.stderr,
         )
         code = MemoryStop.exit_code
@@ -134,9 +143,11 @@ def run_command(main: Callable[[], int | None]) -> None:
         print("\nstopped", file=sys.stderr)
         code = 130
     except OSError as error:
-        if error.errno not in (errno.EPIPE, errno.EIO):
+        if error.errno not in (errno.EPIPE, errno.EIO, errno.ENOSPC):
             raise
-        # the reader of a pipe left, or the terminal is gone: not an error of ours
+        if error.errno == errno.ENOSPC:
+            print("error: standard output goes to a disk that is full", file=sys.stderr)
+        # the reader of a pipe left, or the terminal is gone: not an error of ours, and no second one at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141
+        code = OutputLost.exit_code if error.errno == errno.ENOSPC else 141
     sys.exit(code)

@@ -1,69 +1,85 @@
-"""The folder a run writes to: made, locked and tidied when the run opens, removed again when the run was a mistake."""
+"""The folder a run writes to: made and locked when the run opens, tidied of what a kill left, cleared after a bad start."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import shutil
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from .errors import OutputLost
+from filelock import FileLock, Timeout
+
+from .errors import BusyError, OutputLost
 from .files import remove_leftovers
-from .lock import OutputLock
 
 
-class OutputFolder:
-    """Context manager: makes the folder where it is absent and holds its lock (workers other than the first hold none).
+@contextlib.contextmanager
+def locked_folder(path: Path, locks: bool = True) -> Iterator[None]:
+    """Make the folder where it is absent and hold its lock, which the system frees with the process, after kill -9 too.
 
-    Raises `OutputLost` where it cannot be made, `BusyError` where another process is writing it.
+    Workers other than the first pass `locks=False`. Raises `OutputLost` where the folder cannot be made or locked,
+    `BusyError` where another process is writing it.
     """
+    file = path / ".lock"  # it stays: removing it would let two processes lock two different files
+    lock = FileLock(file, timeout=0) if locks else contextlib.nullcontext()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock.__enter__()
+        if locks:
+            file.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+    except Timeout:
+        owner = file.read_text() or "another process"
+        raise BusyError(
+            f"{path} is being written by {owner}; wait for it, stop it, or choose another --output_dir"
+        ) from None
+    except (OSError, NotImplementedError) as error:  # NotImplementedError: a file system without locks
+        reason = getattr(error, "strerror", None) or error
+        raise OutputLost(
+            f"--output_dir {path}: {reason}; expected a folder that can be written and locked"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.__exit__(None, None, None)
 
-    def __init__(self, path: str | Path, is_first_worker: bool = True):
-        self.path, self.checkpoints = Path(path), Path(path) / "checkpoints"
-        self._lock = OutputLock(path) if is_first_worker else contextlib.nullcontext()
-        self._made: list[Path] = []
 
-    def __enter__(self) -> OutputFolder:
-        absent = [path for path in (self.path, *self.path.parents) if not os.path.exists(path)]
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputLost(
-                f"--output_dir {self.path}: {error.strerror}; expected a folder that can be written"
-            ) from None
-        self._lock.__enter__()
-        if isinstance(self._lock, OutputLock):
-            self._made = absent
-        return self
+def tidy(path: Path) -> None:
+    """Remove what a killed run left half-way."""
+    (path / "checkpoints").mkdir(exist_ok=True)
+    for folder in (path, path / "checkpoints", path / "logs", path / "data"):
+        remove_leftovers(folder)
 
-    def __exit__(self, *details) -> None:
-        self._lock.__exit__(*details)
 
-    def tidy(self) -> None:
-        """Remove what a killed run left half-way."""
-        self.checkpoints.mkdir(exist_ok=True)
-        remove_leftovers(self.checkpoints)
-        for folder in (self.path, self.path / "logs"):
-            remove_leftovers(folder)
+def set_aside(path: Path, say: Callable[[str], None]) -> None:
+    """`--resume never`: what an earlier run wrote moves aside; nothing is deleted."""
+    found = [path / name for name in ("logs", "checkpoints") if (path / name).exists()]
+    if not found:
+        return
+    number = 1
+    while (aside := path / f"previous-{number}").exists():
+        number += 1
+    aside.mkdir()
+    for folder in found:
+        os.rename(folder, aside / folder.name)
+    say(f"--resume never: the earlier run was moved to {aside}")
 
-    def archive(self, say: Callable[[str], None]) -> None:
-        """`--resume never`: what an earlier run wrote moves aside; nothing is deleted."""
-        found = [self.path / name for name in ("logs", "checkpoints") if (self.path / name).exists()]
-        if not found:
-            return
-        number = 1
-        while (aside := self.path / f"previous-{number}").exists():
-            number += 1
-        aside.mkdir()
-        for path in found:
-            os.rename(path, aside / path.name)
-        say(f"--resume never: the earlier run was moved to {aside}")
 
-    def unmake(self) -> None:
-        """Remove the folder, and those above it, if they were made here. One that was there before stays."""
-        for path in self._made[:1]:  # the deepest
-            shutil.rmtree(path, ignore_errors=True)
-        for path in self._made[1:]:
-            with contextlib.suppress(OSError):
-                path.rmdir()
+def absent_folders(path: Path) -> list[Path]:
+    """The folder and those above it that `locked_folder` will make, the deepest first."""
+    return [folder for folder in (path, *path.parents) if not os.path.exists(folder)]
+
+
+def clear(path: Path, made: list[Path]) -> None:
+    """After a start that came to nothing: remove what it made. Text that was read from a dataset stays, it was long work."""
+    if path not in made:
+        return
+    for entry in path.iterdir():
+        if entry.name != "data":
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    for tokens in path.glob("data/tokens-*"):
+        shutil.rmtree(tokens)
+    for folder in (path / "data", *made):
+        with contextlib.suppress(OSError):  # not empty, or never made
+            folder.rmdir()

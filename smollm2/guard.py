@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections import deque
 
+import torch
+
 from .errors import NumericStop
 
 MAX_SKIPS_IN_A_ROW = 3
@@ -96,3 +98,22 @@ class NumericGuard:
         if value <= mean + SPIKE_SIGMAS * sigma:
             return None
         return f"the {name} {value:.4g} is above mean {mean:.4g} + {SPIKE_SIGMAS:g} sigma ({sigma:.3g}) of {len(history)} steps"
+
+
+def make_scaler(device_type: str, enabled: bool, state: dict[str, float]) -> torch.amp.GradScaler:
+    """The loss scaler that fp16 needs, from its saved `state`; one that does nothing where it is not `enabled`."""
+    scaler = torch.amp.GradScaler(device_type, enabled=enabled, init_scale=2.0**16)
+    if state:
+        scaler.load_state_dict(scaler.state_dict() | state)
+    return scaler
+
+
+def update_scale(scaler: torch.amp.GradScaler) -> dict[str, float]:
+    """Adjust the scale after a step, never below the floor; returns the scaler's state, empty for one that is off."""
+    if not scaler.is_enabled():
+        return {}
+    scaler.update()
+    now = scaler.state_dict()  # read once: each number of it is a transfer from the GPU
+    if now["scale"] < MIN_SCALE:
+        scaler.update(MIN_SCALE)
+    return {"scale": max(now["scale"], MIN_SCALE), "_growth_tracker": now["_growth_tracker"]}

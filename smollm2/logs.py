@@ -1,10 +1,9 @@
 """Five text logs and TensorBoard, in `output/logs/`.
 
 One event a line: `2026-11-23T19:00:00Z step=500 train_loss=3.1234 lr=0.0030`. Words with blanks are JSON strings.
-A resumed run neither repeats nor loses lines: `rewind` drops what lies behind the checkpoint it resumes from, and draws
-TensorBoard's curves anew from the lines that stay: a machine that has its logs from Drive has no events of its own.
-A full disk does not stop training here: lines and TensorBoard's points wait in memory until they can be written, and no
-checkpoint is saved before.
+A checkpoint's state counts the lines that were there; a resume drops those behind it, so none is repeated or lost, and
+draws TensorBoard's curves anew from what stays: a machine that has its logs from Drive has no events of its own.
+On a full disk lines wait in memory until they can be written, and no checkpoint is saved before.
 """
 
 from __future__ import annotations
@@ -12,14 +11,14 @@ from __future__ import annotations
 import calendar
 import contextlib
 import errno
+import io
 import json
 import math
 import os
 import re
-import shlex
-import threading
+import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from .files import replace_durably
@@ -30,11 +29,16 @@ CHECKPOINTS = "checkpoint_events.txt"
 EPOCHS = "epoch_completion.txt"
 METRICS = "gpu_metrics.txt"
 ALL_LOGS = (TRAINING, SAMPLES, CHECKPOINTS, EPOCHS, METRICS)
-CURVES = {  # log -> its numbers that are TensorBoard's, too
-    TRAINING: {"train_loss": "train/loss", "lr": "train/lr", "gradient_norm": "train/gradient_norm", "val_loss": "val/loss", "val_bits_per_byte": "val/bits_per_byte"},
-    METRICS: {"tokens_per_second": "train/tokens_per_second"},
-}  # fmt: skip
-REWOUND = (TRAINING, SAMPLES, EPOCHS, METRICS)  # checkpoint events are a journal: they stay
+COUNTED = (TRAINING, SAMPLES, EPOCHS, METRICS)  # checkpoint events are a journal: they stay
+CURVES = {  # words of a line that are TensorBoard's, too
+    "train_loss": "train/loss",
+    "lr": "train/lr",
+    "gradient_norm": "train/gradient_norm",
+    "tokens_per_second": "train/tokens_per_second",
+    "val_loss": "val/loss",
+    "val_bits_per_byte": "val/bits_per_byte",
+}
+STAMP = "%Y-%m-%dT%H:%M:%SZ"
 
 
 def format_value(value: object) -> str:
@@ -55,122 +59,118 @@ def parse_line(line: str) -> dict[str, str]:
     return fields
 
 
-class TextLogs:
-    """The five files of a run, and TensorBoard's. Each line or point is appended whole, in one system call."""
+def read_log(path: str | Path) -> list[dict[str, str]]:
+    """All whole lines of a log as dictionaries of strings; none where there is no log."""
+    if not Path(path).is_file():
+        return []
+    events = []
+    for line in Path(path).read_bytes().decode("utf-8", "replace").splitlines(keepends=True):
+        with contextlib.suppress(ValueError):  # torn by a kill: the trainer drops such a line on resume
+            events.append(parse_line(line))
+    return events
 
-    def __init__(
-        self, folder: str | Path, tensorboard: bool = True, say: Callable[[str], None] = lambda text: None
-    ):
-        self.folder = Path(folder)
+
+def numbers(event: dict[str, str]) -> dict[str, float]:
+    """Those words of a log line that are finite numbers."""
+    found = {}
+    for key, word in event.items():
+        with contextlib.suppress(ValueError):
+            found[key] = float(word)
+    return {key: value for key, value in found.items() if math.isfinite(value)}
+
+
+def _curve_points(when: float, step: int, fields: dict[str, object]) -> bytes:
+    """TensorBoard's record of one log line; empty for a line that has no number of a curve.
+
+    Its own SummaryWriter keeps values in memory, where a kill loses them, and writes on a thread of its own, whose errors
+    on a full disk nobody can catch: only its encoding is used.
+    """
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    tags = {CURVES[key]: float(value) for key, value in fields.items() if key in CURVES}
+    if not tags:
+        return b""
+    summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in tags.items()])
+    return _record(wall_time=when, step=step, summary=summary)
+
+
+def _record(**fields) -> bytes:
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    buffer = io.BytesIO()
+    RecordWriter(buffer).write(Event(**fields).SerializeToString())
+    return buffer.getvalue()
+
+
+class Logs:
+    """The five files of a run, and TensorBoard's. Each line is appended whole, in one system call, by one thread.
+
+    `counts` are the lines that the checkpoint knew of which is resumed: what lies behind them goes. A run that begins has none.
+    """
+
+    def __init__(self, folder: str | Path, counts: dict[str, int], say: Callable[[str], None] = print):
+        self.folder, self._say = Path(folder), say
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = threading.Lock()
-        self._waiting: list[tuple[str, bytes]] = []  # (file, line) that a failing disk did not take yet
-        self._say, self._has_said = say, False
-        self._wants_tensorboard, self._events_file = tensorboard, None
+        self._waiting: list[tuple[str, bytes]] = []  # (file, bytes) that the disk did not take yet
+        self._has_said = False
+        for name in COUNTED:
+            path = self.folder / name
+            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+            if len(lines) > counts.get(name, 0):
+                replace_durably(path, b"".join(lines[: counts.get(name, 0)]))
+        self._draw_curves()
 
     def write(self, file: str, step: int, **fields: object) -> None:
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        words = [stamp, f"step={step}"] + [f"{key}={format_value(value)}" for key, value in fields.items()]
-        self._append(file, (" ".join(words) + "\n").encode())
-
-    def _append(self, file: str, data: bytes) -> None:
-        with self._lock:
-            self._waiting.append((file, data))
-            try:
-                self._write_waiting()
-                self._has_said = False
-                return
-            except OSError as error:  # tried again with the next line, and raised by `flush`
-                is_news, self._has_said = not self._has_said, True
-                reason = error.strerror
-        if is_news:
-            self._say(
-                f"logs: {reason} in {self.folder}; training goes on, the lines wait in memory until they can be written"
-            )
-
-    def _write_waiting(self) -> None:
-        while self._waiting:
-            file, line = self._waiting[0]
-            with open(self.folder / file, "ab", buffering=0) as handle:
-                written = handle.write(line)
-                if written != len(line):  # the disk filled up in the middle of the line
-                    os.ftruncate(handle.fileno(), handle.tell() - written)
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self._waiting.pop(0)
+        now = time.time()
+        words = [time.strftime(STAMP, time.gmtime(now)), f"step={step}"]
+        words += [f"{key}={format_value(value)}" for key, value in fields.items()]
+        self._waiting.append((file, (" ".join(words) + "\n").encode()))
+        self._waiting.append((self._events, _curve_points(now, step, fields)))
+        try:
+            self.flush()
+            self._has_said = False
+        except OSError as error:  # tried again with the next line; no checkpoint is saved before
+            if not self._has_said:
+                self._say(
+                    f"logs: {error.strerror} in {self.folder}; training goes on, the lines wait in memory"
+                )
+            self._has_said = True
 
     def flush(self) -> None:
-        """Write the lines that are still waiting; raises OSError when the disk does not take them."""
-        with self._lock:
-            self._write_waiting()
-
-    def scalars(self, step: int, **values: float) -> None:
-        """Values for TensorBoard, grouped by the part of the name before the first underscore."""
-        self._draw(
-            [(time.time(), step, {name.replace("_", "/", 1): value for name, value in values.items()})]
-        )
-
-    def _draw(self, points: list[tuple[float, int, dict[str, float]]]) -> None:
-        if not self._wants_tensorboard or not points:
-            return
-        from . import tensorboard_events
-
-        data = b"".join(tensorboard_events.scalars(*point) for point in points)
-        if self._events_file is None:
-            self._events_file = tensorboard_events.new_file_name()
-            data = tensorboard_events.opening() + data
-        self._append(self._events_file, data)
+        """Write what is waiting; raises OSError when the disk does not take it."""
+        while self._waiting:
+            file, data = self._waiting[0]
+            if data:
+                with open(self.folder / file, "ab", buffering=0) as handle:
+                    written = handle.write(data)
+                    if written != len(data):  # the disk filled up in the middle of the line
+                        os.ftruncate(handle.fileno(), handle.tell() - written)
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._waiting.pop(0)
 
     def line_counts(self) -> dict[str, int]:
-        """Lines of each rewindable log: the log positions that a checkpoint's state records. Raises OSError when lines
-        are waiting that the disk does not take."""
+        """Lines of each counted log, for the state of a checkpoint. Raises OSError when lines still wait for the disk."""
         self.flush()
-        counts = {}
-        for file in REWOUND:
-            path = self.folder / file
-            counts[file] = path.read_bytes().count(b"\n") if path.exists() else 0
-        return counts
+        paths = {name: self.folder / name for name in COUNTED}
+        return {name: path.read_bytes().count(b"\n") if path.exists() else 0 for name, path in paths.items()}
 
-    def rewind(self, step: int, pending: list[str], counts: dict[str, int] | None = None) -> None:
-        """Drop lines behind `step`, torn lines, lines at `step` beyond the `counts` that were there when it was saved
-        (batches skipped after it move no step), and those of events that are `pending` at `step` and will run again."""
-        for file in REWOUND:
-            path = self.folder / file
-            if not path.exists():
-                continue
-            lines = path.read_bytes().decode("utf-8", "replace").splitlines(keepends=True)
-            limit = len(lines) if counts is None else counts.get(file, 0)
-            kept = [
-                line
-                for index, line in enumerate(lines)
-                if self._stays(line, file, step, pending, index < limit)
-            ]
-            if kept != lines:
-                replace_durably(path, "".join(kept).encode())
-        self._events_file = None  # a new one, which hides all the points of the older ones
-        self._draw([point for file in CURVES for point in self._points(file)])
+    def _draw_curves(self) -> None:
+        """A new events file with the points of the text logs; its first records hide what earlier files say."""
+        from tensorboard.compat.proto.event_pb2 import SessionLog
 
-    def _points(self, file: str) -> Iterator[tuple[float, int, dict[str, float]]]:
-        """What TensorBoard was told, as far as the text log knows it: (Unix time, step, values)."""
-        for event in read_log(self.folder / file) if (self.folder / file).exists() else []:
-            found = numbers(event)
-            values = {tag: found[key] for key, tag in CURVES[file].items() if key in found}
+        now = time.time()  # later names sort behind earlier ones
+        self._events = f"events.out.tfevents.{int(1e6 * now):016d}.{socket.gethostname()}.{os.getpid()}"
+        start = SessionLog(status=SessionLog.START)
+        records = [
+            _record(wall_time=now, file_version="brain.Event:2"),
+            _record(wall_time=now, session_log=start),
+        ]
+        for event in (event for name in COUNTED for event in read_log(self.folder / name)):
             with contextlib.suppress(ValueError):  # a time that somebody has edited
-                if values:
-                    yield (
-                        calendar.timegm(time.strptime(event["time"], "%Y-%m-%dT%H:%M:%SZ")),
-                        int(event["step"]),
-                        values,
-                    )
-
-    @staticmethod
-    def _stays(line: str, file: str, step: int, pending: list[str], was_saved: bool) -> bool:
-        try:
-            fields = parse_line(line)
-            at = int(fields["step"])
-        except ValueError:
-            return False
-        runs_again = ("sample" in pending and file == SAMPLES) or ("val" in pending and "val_loss" in fields)
-        return at < step or (at == step and was_saved and not runs_again)
+                when = calendar.timegm(time.strptime(event["time"], STAMP))
+                records.append(_curve_points(when, int(event["step"]), numbers(event)))
+        self._waiting.append((self._events, b"".join(records)))
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # whoever needs these lines has called `flush`
@@ -182,11 +182,7 @@ def resources(device) -> dict[str, object]:
     import psutil
     import torch
 
-    process = psutil.Process(os.getpid())
-    facts: dict[str, object] = {
-        "rss_bytes": process.memory_info().rss,
-        "load_1min": round(os.getloadavg()[0], 2),
-    }
+    facts = {"rss_bytes": psutil.Process().memory_info().rss, "load_1min": round(psutil.getloadavg()[0], 2)}
     if device.type != "cuda":
         return {"device": "cpu", "note": "no GPU: process memory and load"} | facts
     free, total = torch.cuda.mem_get_info(device)
@@ -208,28 +204,3 @@ def resources(device) -> dict[str, object]:
         ) as error:  # NVML raises types of its own; a metric that cannot be read must not end a run
             facts[name] = f"n/a ({type(error).__name__})"
     return facts
-
-
-def read_log(path: str | Path) -> list[dict[str, str]]:
-    """All whole lines of a log as dictionaries of strings."""
-    events = []
-    for line in Path(path).read_bytes().decode("utf-8", "replace").splitlines(keepends=True):
-        try:
-            events.append(parse_line(line))
-        except ValueError:  # torn by a kill: the trainer drops such a line on resume
-            continue
-    return events
-
-
-def numbers(event: dict[str, str]) -> dict[str, float]:
-    """Those words of a log line that are finite numbers."""
-    found = {}
-    for key, word in event.items():
-        with contextlib.suppress(ValueError):
-            found[key] = float(word)
-    return {key: value for key, value in found.items() if math.isfinite(value)}
-
-
-def shell_word(text: object) -> str:
-    """A path as it must be typed in a shell."""
-    return shlex.quote(str(text))

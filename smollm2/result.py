@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from .checkpoint import step_name
-from .logs import shell_word
+from .evaluate import compression_bits_per_byte, score_tokens
+from .model import SmolLM2
 from .progress import safe_words
+from .run import Run
+from .state import read_state
 
 NOTICEABLE = 1.01  # a held-out score that is worse by this factor is worth a word
+MAX_REFERENCE_BYTES = 256 * 2**20  # of held-out text that gzip and xz are tried on
 
 
 @dataclass
 class TrainResult:
-    """What `train` returns."""
+    """What `train` returns; the loop adds to `losses` and `validations` while it trains."""
 
-    step: int
-    checkpoint: Path | None
-    stopped_by: int | None  # signal number
-    seconds: float
-    tokens_per_second: float
-    bits_per_byte: float | None  # of the held-out part, at the last step
-    references: dict[str, float]  # gzip -9 and xz of the same bytes
+    step: int = 0
+    checkpoint: Path | None = None
+    stopped_by: int | None = None  # signal number
+    seconds: float = 0.0
+    tokens_per_second: float = 0.0
+    bits_per_byte: float | None = None  # of the held-out part, at the last step
+    references: dict[str, float] = field(default_factory=dict)  # gzip -9 and xz of the same bytes
     losses: list[tuple[int, float]] = field(default_factory=list)
     validations: list[tuple[int, float, float]] = field(default_factory=list)
     drive_step: int | None = None  # newest step that was copied to Drive; None without a Drive folder
-    best: tuple[int, float] | None = (
-        None  # (step, bits per byte) of the best validation; its checkpoint is always kept
-    )
+    best: tuple[int, float] | None = None  # (step, bits per byte) of the best validation
 
     def table(self) -> str:
         """The few lines a person wants at the end."""
@@ -38,16 +41,13 @@ class TrainResult:
             rows.append(("held-out bits per byte", f"{self.bits_per_byte:.3f}  (the same bytes: {others})"))
             if self.best and self.checkpoint and self.best[1] * NOTICEABLE < self.bits_per_byte:
                 step, score = self.best
-                rows.append(
-                    (
-                        "best held-out",
-                        f"{score:.3f} at step {step}, kept in {self.checkpoint.with_name(step_name(step))}",
-                    )
-                )
+                kept = self.checkpoint.with_name(step_name(step))
+                where = f", kept in {kept}" if kept.is_dir() else ""
+                rows.append(("best held-out", f"{score:.3f} at step {step}{where}"))
                 rows.append(
                     (
                         "",
-                        "where the training loss went on falling, the text was being learned by heart: fewer steps or more text do better",
+                        "from there on the text was being learned by heart: fewer steps or more text do better",
                     )
                 )
         if self.tokens_per_second:
@@ -57,10 +57,34 @@ class TrainResult:
             rows.append(("checkpoint", f"{self.checkpoint} (step {self.step})"))
             if self.drive_step is not None:
                 rows.append(("saved", safe_words(self.step, self.drive_step)))
-            rows.append(
-                (
-                    "talk to it",
-                    f'python -m smollm2.generate --checkpoint {shell_word(self.checkpoint)} --prompt "Once upon a time"',
-                )
-            )
+            command = f"python -m smollm2.generate --checkpoint {shlex.quote(str(self.checkpoint))}"
+            rows.append(("talk to it", f'{command} --prompt "Once upon a time"'))
         return "\n".join(f"{name:<24}{value}" for name, value in rows)
+
+
+def complete_result(result: TrainResult, run: Run, stopped_by: int | None, seconds: float) -> TrainResult:
+    """Where the run stands now; at its end how good it is, beside gzip and xz."""
+    newest, config, val = run.saver.newest, run.config, run.data.val
+    result.stopped_by, result.seconds = stopped_by, seconds
+    if newest and run.is_first_worker and stopped_by is None:
+        if result.validations and result.validations[-1][0] == newest.step:
+            result.bits_per_byte = result.validations[-1][2]
+        else:
+            model = SmolLM2.from_pretrained(newest.folder, device=run.device)
+            length = config.data.sequence_length
+            result.bits_per_byte = score_tokens(
+                model, val.tokens, val.text_bytes, block_length=length
+            ).bits_per_byte
+        best = read_state(newest).best
+        if (
+            best and config.train.val_max_tokens is None
+        ):  # else it was measured on fewer tokens than the last one
+            result.best = (best["step"], best["bits_per_byte"])
+        if val.text_bytes <= MAX_REFERENCE_BYTES:
+            text = config.data.input_file
+            result.references = compression_bits_per_byte(text, "val", config.data.held_out_fraction)
+    if run.mirror:
+        run.mirror.close()
+    if newest:
+        result.step, result.checkpoint, result.drive_step = newest.step, newest.folder, run.drive_step
+    return result

@@ -1,7 +1,8 @@
-"""One run: its folder, lock, data, tokenizer, logs and checkpoints, and what happens when it is opened again.
+"""Opening a run: everything that training needs, found or made in safe order, and told in plain lines.
 
-Opening a run checks the input text first (nothing is written for a bad one), takes the lock, tidies leftovers of a
-kill, finds the newest checkpoint that verifies, and says in plain lines what it found and what it will do.
+What is wrong with the text, the settings or the folder is said before anything is written. Then the folder is locked and
+tidied of what a kill left, the newest checkpoint that verifies is found (here or on Drive), and tokenizer, tokens and
+logs are those it was made with.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import random
 import re
+from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -18,24 +21,30 @@ from pydantic import ValidationError
 
 from . import __version__
 from .checkpoint import FINAL_NAMES, Manifest, candidates, newest_usable, verify
-from .config import RunConfig, problems
+from .config import RunConfig, TrainConfig, problems
 from .data import TokenData, check_length, identity_key, prepare_tokens
-from .device import check_memory, choose_device, choose_precision, device_name, fingerprint
+from .dataset import dataset_to_text
+from .device import (
+    Precision,
+    check_memory,
+    choose_device,
+    choose_precision,
+    device_name,
+    fingerprint,
+    why_not_compiled,
+)
+from .drive import DriveMirror, check_places, newest_on_drive
 from .drive_folder import is_below_mount_point
-from .drive_restore import check_places
 from .errors import CheckpointError, ConfigError, DataError, OutputLost, UserError
-from .evaluate import compression_bits_per_byte, score_tokens
-from .files import load_tensors, replace_durably, sha256_json
-from .folder import OutputFolder
-from .logs import CHECKPOINTS, TextLogs
+from .files import dump_json, load_tensors, replace_durably, sha256_json
+from .folder import absent_folders, clear, locked_folder, set_aside, tidy
+from .logs import CHECKPOINTS, Logs
 from .model import SmolLM2
 from .optim import Schedule, moments_by_name
-from .origin import check_origin, origin_name, published_base, whereabouts
+from .origin import origin_name, published_base
 from .parameters import parameter_count
 from .progress import Reporter
-from .result import TrainResult
-from .retention import check_space
-from .saver import Saver
+from .saver import Saver, check_space
 from .state import TrainState, check_unchanged, fixed_settings, read_state, restore_rng, rng_tensors
 from .text import documents, read_split, read_text, source_identity
 from .tokenizer import END_OF_TEXT, Tokenizer, choose_tokenizer
@@ -45,342 +54,77 @@ from .workers import announce_open, check_workers, is_first_worker, wait_until_o
 BPE_TRAINING_PIECES = 64  # of about 1 MiB each: enough for any vocabulary
 MANY_PASSES = 5  # over a small text; measured in docs/log.md
 
+Say = Callable[[str], None]
 
+
+@dataclass(frozen=True)
 class Run:
-    """An opened run. Made by `open_run`; used by the training loop and its chores."""
+    """What is open while a run trains. Workers other than the first have no logs and no mirror: they write nothing."""
 
-    def __init__(self, config: RunConfig, reporter: Reporter):
-        self.config, self.reporter = config, reporter
-        self.output_dir = Path(config.run.output_dir)
-        self.checkpoint_dir = self.output_dir / "checkpoints"
-        self.device = choose_device()
-        self.precision = choose_precision(config.train.precision, self.device)
-        self.world_size = config.run.devices * config.run.num_nodes
-        self.is_first_worker = is_first_worker()
-        self.tokens_per_step = config.train.batch_size * config.data.sequence_length
-        self.losses: list[tuple[int, float]] = []
-        self.validations: list[tuple[int, float, float]] = []
-        self.tokens_per_second = 0.0
-        self.drive_step: int | None = 0 if config.run.drive_dir else None  # newest step that is on Drive
-        self.mirror = None
-        self.newest: Manifest | None = None
-        self.source: dict | None = None  # identity of the input text
-        self._saved_step: int | None = None
+    config: RunConfig
+    device: torch.device
+    precision: Precision
+    tokenizer: Tokenizer
+    data: TokenData
+    saver: Saver
+    reporter: Reporter
+    say: Say
+    logs: Logs | None
+    mirror: DriveMirror | None
+    copied: deque[int]  # steps that the mirror has copied to Drive and read back
 
-    def say(self, text: str) -> None:
-        if self.is_first_worker:
-            self.reporter.message(text)
+    @property
+    def is_first_worker(self) -> bool:
+        return self.logs is not None
 
-    # --- opening
+    @property
+    def world_size(self) -> int:
+        return self.config.run.devices * self.config.run.num_nodes
 
-    def prepare(self, folder: OutputFolder) -> None:
-        """Settle model, device, checkpoint and data, saying what was found. Only tidies, restores and tokenises."""
-        try:
-            if not self.is_first_worker:
-                wait_until_open(self.output_dir)
-            self.config = config = _resolve(self.config, self.say)
-            check_memory(config, self.device)
-            if self.is_first_worker:
-                if config.run.resume == "never":
-                    folder.archive(self.say)
-                folder.tidy()
-            model = config.model
-            self.say(
-                f"model: {config.preset}, {parameter_count(model):,} parameters, context {model.max_position_embeddings:,}, RoPE theta {model.rope_theta:,.0f}"
-            )
-            self.say(
-                f"device: {device_name(self.device)}; precision {self.precision.name}: {self.precision.reason}"
-            )
-            self.find_checkpoint()
-            if self.newest:
-                state = read_state(self.newest)
-                check_origin(state.init_from, state.config.get("model"), config, *self.whereabouts)
-                check_unchanged(state.config, config, *self.whereabouts)
-            self.prepare_data()
-            if self.is_first_worker:
-                self.check_space()
-        except OSError as error:
-            raise OutputLost(f"cannot write to {self.output_dir}: {error.strerror}") from None
+    @property
+    def tokens_per_step(self) -> int:
+        return self.config.train.batch_size * self.config.data.sequence_length
 
-    def find_checkpoint(self) -> None:
-        """Newest verified checkpoint of this machine, or of Drive when that one is newer."""
-        place, folders = self.config.run, candidates(self.checkpoint_dir)
-        self.whereabouts = whereabouts(place, is_here=bool(folders))
-        if place.drive_dir and self.is_first_worker:
-            from .drive import newest_on_drive
+    @property
+    def total_steps(self) -> int:
+        return self.config.train.max_steps + self.config.train.continue_steps
 
-            self.newest = newest_on_drive(
-                place.drive_dir,
-                self.checkpoint_dir,
-                folders,
-                self.say,
-                check=read_state,
-                take_over=place.take_over,
-            )
-        else:
-            self.newest = newest_usable(folders, self.say, read_state)
+    @property
+    def step(self) -> int:
+        """Of the newest checkpoint."""
+        return self.saver.newest.step if self.saver.newest else 0
 
-    def prepare_data(self) -> None:
-        """Tokenizer and token files; both are those of the checkpoint when there is one."""
-        config = self.config
-        path = config.data.input_file
-        source = self.source or source_identity(path)
-        if self.newest:
-            self.tokenizer = Tokenizer.from_file(self.newest.folder)
-            if config.data.tokenizer != "auto":
-                asked, _ = choose_tokenizer(config.data.tokenizer, config.model.vocab_size, None, None)
-                if asked.sha256 != self.tokenizer.sha256:
-                    raise ConfigError(
-                        f"--tokenizer {config.data.tokenizer} is not the one this run was trained with; leave it out, or {self.whereabouts[1]}"
-                    )
-            reason = "the checkpoint's own"
-        elif config.run.init_from and config.data.tokenizer == "auto":
-            self.tokenizer, reason = (
-                Tokenizer.from_file(resolve(config.run.init_from)),
-                f"that of {config.run.init_from}",
-            )
-        else:
-
-            def texts():
-                pieces = islice(read_split(path, "train", config.data.held_out_fraction), BPE_TRAINING_PIECES)
-                return (
-                    text for text, _ in documents(pieces)
-                )  # no entries for the letters of separator lines
-
-            self.tokenizer, reason = choose_tokenizer(
-                config.data.tokenizer,
-                config.model.vocab_size,
-                config.data.tokenizer_vocab_size,
-                texts,
-                self.say,
-            )
-        self.say(f"tokenizer: {reason}")
-        _, lost = self.tokenizer.not_kept(
-            text for text, _ in documents(islice(read_text(path), BPE_TRAINING_PIECES))
-        )
-        if lost:
-            self.say(
-                f"note: {path}: {lost}; they are not learned, and bits per byte of this run are too good by what they would cost"
-            )
-        end_id = self.tokenizer.end_id(config.model.eos_token_id)
-        if end_id != self.tokenizer.end_of_text_id:
-            self.say(
-                f"documents end with {self.tokenizer.token(end_id)} (id {end_id}), the model's own: its tokenizer has no {END_OF_TEXT}"
-            )
-        identity = sha256_json(identity_key(source, self.tokenizer, config.data.held_out_fraction, end_id))
-        if (
-            self.newest
-            and self.newest.facts.get("data_sha256") != identity
-            and not config.run.allow_data_change
-        ):
-            raise DataError(
-                f"{path} is not the text this run was trained on (its hash differs from the checkpoint's); "
-                f"restore it, pass --set run.allow_data_change=true, or {self.whereabouts[1]}"
-            )
-        self.data: TokenData = prepare_tokens(
-            path, self.tokenizer, self.output_dir / "data", config.data.held_out_fraction, source, end_id
-        )
-        check_length(self.data, config.data.sequence_length, path)
-        self.say(
-            f"data: {path}, {source['bytes']:,} bytes; {len(self.data.train.tokens):,} tokens to train on, "
-            f"{len(self.data.val.tokens):,} held out ({self.data.val.text_bytes:,} bytes)"
-        )
-        self._say_passes()
-
-    def _say_passes(self) -> None:
-        """A word where the run would read its text too often to learn from it, or hardly at all."""
-        train, count = self.config.train, len(self.data.train.tokens)
-        steps = train.max_steps + train.continue_steps
-        passes = steps * self.tokens_per_step / count
-        if passes > MANY_PASSES:
-            self.say(
-                f"note: {steps:,} steps read this text {passes:.0f} times; after about {MANY_PASSES} it is learned by heart rather than learned from: "
-                f"more text (--input_file, --dataset) or about {max(1, MANY_PASSES * count // self.tokens_per_step):,} steps do better"
-            )
-        elif passes < 0.5:
-            self.say(
-                f"note: {steps:,} steps read {passes:.1%} of this text; --max_steps {count // self.tokens_per_step:,} read it once"
-            )
-
-    def begin_writing(self) -> None:
-        """Logs, saver and the copy on Drive; the other workers may read the folder from now on."""
-        config = self.config
-        self.logs = TextLogs(self.output_dir / "logs", say=self.say)
-        if self.is_first_worker:
-            replace_durably(self.output_dir / "config.yaml", config.to_yaml().encode())
-            announce_open(self.output_dir)
-        began = [origin_name(config.run.init_from)] if config.run.init_from else []
-        run_id = (
-            self.newest.run_id
-            if self.newest
-            else sha256_json([fixed_settings(config), self.data.sha256, *began])[:16]
-        )
-        self.saver = Saver(
-            self.checkpoint_dir, run_id, config.train.keep_last, self.on_saved, self.on_save_failed
-        )
-        if config.run.drive_dir and self.is_first_worker:
-            from .drive import DriveMirror
-
-            self.mirror = DriveMirror(config.run.drive_dir, self.say, self.on_copied)
-            if self.newest:
-                self.mirror.submit(self.newest)
-
-    def close(self) -> None:
-        """Wait for the last save and the last copy."""
-        try:
-            self.saver.wait()
-        finally:
-            if self.mirror:
-                self.mirror.close()
-            self.logs.close()
-
-    # --- what to do
-
-    def phases(self) -> Iterator[tuple[int, str]]:
+    def phases_to_do(self) -> list[tuple[int, str]]:
         """(target step, final folder) of each phase that is not done yet; says so when there is none."""
-        train = self.config.train
-        plan = [(train.max_steps, FINAL_NAMES[0])]
-        if train.continue_steps:
-            plan.append((train.max_steps + train.continue_steps, FINAL_NAMES[1]))
-        did_something = False
-        for target, name in plan:
-            step = self.newest.step if self.newest else 0
-            if step > target or (step == target and self.is_final(name, target)):
-                continue
-            did_something = True
-            yield target, name
-        if not did_something:
-            step = self.newest.step
-            self.say(
-                f"finished: the run is at step {step}; ask for more with --max_steps {step + train.max_steps} or --continue_steps N"
-            )
+        max_steps = self.config.train.max_steps
+        phases = dict(zip((max_steps, self.total_steps), FINAL_NAMES, strict=True))
+        if self.total_steps == max_steps:
+            phases = {max_steps: FINAL_NAMES[0]}
+        to_do = [(at, name) for at, name in phases.items() if self.step < at or not self._is_final(at, name)]
+        if not to_do:
+            more = f"--max_steps {self.step + max_steps} or --continue_steps N"
+            self.say(f"finished: the run is at step {self.step}; ask for more with {more}")
+        return to_do
 
-    def is_final(self, name: str, step: int) -> bool:
+    def _is_final(self, target: int, name: str) -> bool:
         try:
-            return verify(self.checkpoint_dir / name).step == step
+            return self.step > target or verify(self.saver.folder / name).step == target
         except (CheckpointError, OSError):
             return False
 
-    def check_space(self) -> None:
-        """Says, or raises `OutputLost`, when the checkpoints of what is left to train cannot fit; see `retention.check_space`."""
-        train = self.config.train
-        if self.newest and self.newest.step >= train.max_steps + train.continue_steps:
-            return  # finished: nothing more will be written
-        each = 12 * parameter_count(self.config.model) + len(
-            self.tokenizer.raw
-        )  # weights and two moments, in fp32
-        count = (
-            train.keep_last + 2 + bool(train.continue_steps)
-        )  # the best, the one being written, final_model.ckpt
-        check_space(self.checkpoint_dir, each, count, self.say)
-
-    def has_checkpoint_at(self, step: int) -> bool:
-        return self._saved_step == step
-
-    def load(self, target: int) -> tuple[SmolLM2, TrainState, dict[str, torch.Tensor]]:
-        """Model (on the CPU), state and optimizer moments of the newest checkpoint, or fresh ones."""
-        train = self.config.train
-        total = train.max_steps + train.continue_steps
-        rows = train.batch_size // self.world_size
-        torch.manual_seed(train.seed)
-        random.seed(train.seed)
-        if not self.is_first_worker:
-            self.find_checkpoint()  # what the first worker has committed since
-        if self.newest is None:
-            model, data = SmolLM2(self.config.model), self.config.data
-            origin = {
-                "preset": self.config.preset,
-                "text": re.sub(r"[\x00-\x1f|`]", "_", origin_name(data.dataset or data.input_file))[:200],
-            }
-            if self.config.run.init_from:
-                folder = resolve(self.config.run.init_from)
-                load_weights(model, read_weights(folder, self.config.model), str(folder))
-                self.say(f"weights: from {self.config.run.init_from}")
-                origin |= {
-                    "init_from": origin_name(self.config.run.init_from),
-                    "base_model": published_base(self.config.run.init_from, folder),
-                }
-            if self.is_first_worker:
-                self.logs.rewind(0, [])  # lines of a run that was killed before its first checkpoint
-            state = TrainState(
-                schedule_total=total, micro_batch_size=min(train.micro_batch_size or rows, rows), **origin
-            )
-            self.say(f"starting at step 0 of {total}")
-            return model, state, {}
-        folder = self.newest.folder
-        state = read_state(self.newest)
-        model = SmolLM2(self.config.model)
-        load_weights(model, read_weights(folder, self.config.model), str(folder))
-        tensors = load_tensors(folder / "optim.safetensors")
-        restore_rng({k: tensors.pop(k) for k in list(tensors) if k.startswith("rng.")}, self.device)
-        state.restore_python_rng()
-        state.micro_batch_size = min(state.micro_batch_size, train.micro_batch_size or rows, rows)
-        if self.is_first_worker:
-            self.logs.rewind(state.step, state.pending, state.log_lines)
-            self.logs.write(CHECKPOINTS, state.step, event="resumed", name=folder.name)
-        self._saved_step = state.step
-        self.say(f"continuing from {folder.name}: step {state.step} of {total}")
-        self._say_what_differs()
-        self._extend_schedule(state, total)
-        return model, state, tensors
-
-    def _say_what_differs(self) -> None:
-        before, now = (
-            self.newest.facts.get("fingerprint", {}),
-            fingerprint(self.device, self.precision, self.config.train),
-        )
-        changes = [
-            f"{key}: {before.get(key)} -> {value}"
-            for key, value in now.items()
-            if before.get(key, value) != value
-        ]
-        if changes:
-            self.say(f"continuing, not bit-exact: {'; '.join(changes)}")
-        elif now["deterministic"] == "false":
-            self.say(
-                "continuing; a GPU repeats its sums bit for bit only with --set train.deterministic=true"
-            )
-
-    def _extend_schedule(self, state: TrainState, total: int) -> None:
-        if total == state.schedule_total or state.step >= total:
-            return
-        if state.step >= state.schedule_total:
-            state.schedule_start = state.step
-            warmup = min(self.config.train.warmup_steps, (total - state.step) // 2)
-            self.say(
-                f"schedule: the finished run had decayed to 0 at step {state.schedule_total}; a new cycle of {total - state.step} steps "
-                f"begins (warm-up {warmup} steps, then as before, 0 at step {total})"
-            )
-        else:
-            train = self.config.train
-            decay_start = Schedule(
-                train.learning_rate,
-                train.warmup_steps,
-                train.decay_fraction,
-                state.schedule_start,
-                state.schedule_total,
-            ).decay_start
-            rises = " (the rate rises again: the old decay had begun)" if state.step > decay_start else ""
-            self.say(f"schedule: now ends at step {total} instead of {state.schedule_total}{rises}")
-        state.schedule_total = total
-
-    # --- saving
-
     def save(self, name: str, state: TrainState, model: SmolLM2, optimizer: torch.optim.Optimizer) -> None:
-        """Snapshot everything and hand it to the saver; returns as soon as the copies are made."""
+        """Hand everything to the saver as the checkpoint `name`; returns as soon as the copies are made."""
         config = self.config
         try:
             state.log_lines = self.logs.line_counts()
         except OSError as error:  # a checkpoint must not be ahead of its logs
-            self.saver.wait()
-            self.saver.failed(state.step, error)
+            self.saver.refuse(state.step, error)
             return
         state.config = fixed_settings(config)
-        small = model_files(config.model) | self.tokenizer.files(config.model.max_position_embeddings)
-        tensors = {
-            "model.safetensors": stored_tensors(model),
-            "optim.safetensors": moments_by_name(model, optimizer) | rng_tensors(self.device),
-        }
+        files = model_files(config.model) | self.tokenizer.files(config.model.max_position_embeddings)
+        files["state.json"] = dump_json(state.to_json())
+        moments = moments_by_name(model, optimizer) | rng_tensors(self.device)
+        tensors = {"model.safetensors": stored_tensors(model), "optim.safetensors": moments}
         facts = {
             "data_sha256": self.data.sha256,
             "tokenizer_sha256": self.tokenizer.sha256,
@@ -388,146 +132,366 @@ class Run:
             "fingerprint": fingerprint(self.device, self.precision, config.train),
             "versions": {"smollm2": __version__, "torch": torch.__version__},
         }
-        self.saver.submit(
-            name,
-            state.step,
-            small,
-            tensors,
-            state.to_json(),
-            facts,
-            int(state.best["step"]) if state.best else None,
-        )
-        self._saved_step = state.step
+        self.saver.save(name, state.step, files, tensors, facts, state.best.get("step"))
 
-    def on_saved(self, manifest: Manifest, seconds: float, blocked: float, removed: list[str]) -> None:
-        self.newest = manifest
-        facts = {
-            "bytes": manifest.bytes,
-            "seconds": round(seconds, 3),
-            "blocked": round(blocked, 4),
-        }  # blocked: training stood still
-        self.logs.write(CHECKPOINTS, manifest.step, event="saved", name=manifest.folder.name, **facts)
-        for name in removed:
-            self.logs.write(CHECKPOINTS, manifest.step, event="removed", name=name)
-        if self.mirror:
-            self.mirror.submit(manifest)
-        self.reporter.saved(manifest.step, self.drive_step)
-
-    def on_save_failed(self, step: int, error: Exception) -> None:
-        reason = getattr(error, "strerror", None) or str(error)
-        self.say(
-            f"saving step {step} failed ({reason}); training goes on, the last good checkpoint is untouched"
-        )
-        with contextlib.suppress(OSError):  # the log lies on the same disk
-            self.logs.write(CHECKPOINTS, step, event="save_failed", reason=reason)
-
-    def on_copied(self, step: int) -> None:
-        """A checkpoint was copied to Drive and read back."""
-        self.drive_step = step
-        self.logs.write(CHECKPOINTS, step, event="copied_to_drive")
-        self.reporter.saved(self.newest.step if self.newest else step, step)
-
-    # --- odd events
-
-    def report_skip(self, state: TrainState, reason: str) -> None:
-        self.say(
-            f"step {state.step}: update skipped ({reason}); the step does not count, batch {state.position - 1} is used up"
-        )
-        if self.is_first_worker:
-            self.logs.write(
-                CHECKPOINTS, state.step, event="skipped", position=state.position - 1, reason=reason
-            )
-
-    def report_smaller_micro_batch(self, state: TrainState) -> None:
-        self.say(
-            f"out of memory: micro-batch halved to {state.micro_batch_size}, the window is redone with the same tokens; bit-exactness restarts here"
-        )
-        self.logs.write(
-            CHECKPOINTS, state.step, event="micro_batch_halved", micro_batch_size=state.micro_batch_size
-        )
-
-    # --- the end
-
-    def result(self, stopped_by: int | None, seconds: float) -> TrainResult:
-        step = self.newest.step if self.newest else 0
-        score, references, best = None, {}, None
-        if self.is_first_worker and stopped_by is None and self.newest:
-            last = self.validations[-1] if self.validations else None
-            score = last[2] if last and last[0] == step else self._score_newest()
-            found = read_state(self.newest).best
-            if (
-                found and self.config.train.val_max_tokens is None
-            ):  # else it was measured on fewer tokens than the last one
-                best = (int(found["step"]), found["bits_per_byte"])
-            if self.data.val.text_bytes <= 256 * 2**20:
-                references = compression_bits_per_byte(
-                    self.config.data.input_file, "val", self.config.data.held_out_fraction
+    def report_saves(self) -> None:
+        """Tell of saves, and of copies to Drive, that have ended since this was last called."""
+        events = []
+        for save in self.saver.finished():
+            if save.manifest:
+                facts = {
+                    "bytes": save.manifest.bytes,
+                    "seconds": round(save.seconds, 3),
+                    "blocked": round(save.blocked, 4),
+                }
+                events.append((save.step, {"event": "saved", "name": save.manifest.folder.name} | facts))
+                events += [(save.step, {"event": "removed", "name": name}) for name in save.removed]
+                if self.mirror:
+                    self.mirror.submit(save.manifest)
+            if save.problem:
+                reason = getattr(save.problem, "strerror", None) or str(save.problem)
+                what = (
+                    "older checkpoints could not be removed"
+                    if save.manifest
+                    else f"saving step {save.step} failed"
                 )
-        if self.mirror:
-            self.mirror.close()
-        folder = self.newest.folder if self.newest else None
-        return TrainResult(
-            step,
-            folder,
-            stopped_by,
-            seconds,
-            self.tokens_per_second,
-            score,
-            references,
-            self.losses,
-            self.validations,
-            self.drive_step,
-            best,
-        )
+                self.say(f"{what} ({reason}); training goes on, {self.saver.last_good()}")
+                events.append((save.step, {"event": "save_failed", "reason": reason}))
+        while self.copied:
+            events.append((self.copied.popleft(), {"event": "copied_to_drive"}))
+        for step, event in events:
+            self.logs.write(CHECKPOINTS, step, **event)
+        if events:
+            self.reporter.saved(self.step, self.drive_step)
 
-    def _score_newest(self) -> float:
-        model = SmolLM2.from_pretrained(self.newest.folder, device=self.device)
-        val = self.data.val
-        return score_tokens(
-            model, val.tokens, val.text_bytes, block_length=self.config.data.sequence_length
-        ).bits_per_byte
-
-
-def _resolve(config: RunConfig, say: Callable[[str], None]) -> RunConfig:
-    """Take the shape of `init_from` (its RoPE theta above all), and the dataset's text as the input file."""
-    if config.run.init_from:
-        fields = config.model_dump() | {"model": read_config(resolve(config.run.init_from)).model_dump()}
-        try:
-            config = RunConfig(**fields)
-        except ValidationError as error:
-            raise ConfigError(f"run.init_from={config.run.init_from}: {problems(error, RunConfig)}") from None
-    if config.data.dataset:
-        from .dataset import dataset_to_text
-
-        path = dataset_to_text(
-            config.data.dataset, Path(config.run.output_dir) / "data", config.data.dataset_tokens, say=say
-        )
-        config = config.model_copy(update={"data": config.data.model_copy(update={"input_file": str(path)})})
-    return config
+    @property
+    def drive_step(self) -> int | None:
+        """Newest step that is on Drive; 0 for nothing yet, None without a Drive folder."""
+        return (self.mirror.copied.step if self.mirror.copied else 0) if self.mirror else None
 
 
 @contextlib.contextmanager
 def open_run(config: RunConfig, reporter: Reporter) -> Iterator[Run]:
-    """Everything that `train` needs, opened in safe order; closes it (and waits for the last save) in the end."""
-    run = Run(config, reporter)
+    """Open the run that `config` describes; waits for its last save and its last copy in the end. Raises `UserError`."""
+    place, output_dir, device = config.run, Path(config.run.output_dir), choose_device()
     if not config.data.dataset:
-        run.source = source_identity(
-            config.data.input_file
-        )  # a bad text is reported before anything is written
-    if config.run.drive_dir or is_below_mount_point(run.output_dir):
-        check_places(config.run.output_dir, config.run.drive_dir, config.run.resume)
-    check_workers(config.run, torch.cuda.device_count() if run.device.type == "cuda" else 0)
-    is_open = False
-    with OutputFolder(run.output_dir, run.is_first_worker) as folder:
+        source_identity(config.data.input_file)
+    if place.drive_dir or is_below_mount_point(output_dir):
+        check_places(output_dir, place.drive_dir, place.resume)
+    check_workers(place, torch.cuda.device_count() if device.type == "cuda" else 0)
+    is_first = is_first_worker(place)
+    run, made = None, absent_folders(output_dir)
+    with locked_folder(output_dir, locks=is_first):
         try:
-            run.prepare(folder)
-            run.begin_writing()
-            is_open = True
+            run = _open(config, device, reporter, is_first)
             try:
                 yield run
             finally:
-                run.close()
+                close(run)
         except UserError as error:
-            if not is_open or (error.exit_code == UserError.exit_code and run.newest is None):
-                folder.unmake()  # nothing is left behind by a bad start
+            is_bad_start = run is None or (
+                error.exit_code == UserError.exit_code and run.saver.newest is None
+            )
+            if is_first and is_bad_start:  # nothing is left behind by a mistake
+                clear(output_dir, made)
             raise
+
+
+def _open(config: RunConfig, device: torch.device, reporter: Reporter, is_first: bool) -> Run:
+    say = reporter.message if is_first else lambda text: None
+    output_dir, checkpoint_dir = Path(config.run.output_dir), Path(config.run.output_dir) / "checkpoints"
+    if not is_first:
+        wait_until_open(output_dir)
+    config = _with_text(_with_base_model(config), say)
+    check_memory(config, device)
+    precision = choose_precision(config.train.precision, device)
+    if config.train.compile and (reason := why_not_compiled(device)):
+        say(f"train.compile: not possible here, so training runs uncompiled ({reason})")
+        config = config.model_copy(update={"train": config.train.model_copy(update={"compile": False})})
+    try:
+        if is_first:
+            if config.run.resume == "never":
+                set_aside(output_dir, say)
+            tidy(output_dir)
+        say(
+            f"model: {config.preset}, {parameter_count(config.model):,} parameters, context "
+            f"{config.model.max_position_embeddings:,}, RoPE theta {config.model.rope_theta:,.0f}"
+        )
+        say(f"device: {device_name(device)}; precision {precision.name}: {precision.reason}")
+        place, way_out = _whereabouts(config, is_here=bool(candidates(checkpoint_dir)))
+        newest = _find_newest(config, say, is_first)
+        tokenizer = _choose_tokenizer(config, newest, way_out, say)
+        config = _with_token_ids(config, tokenizer)
+        began_with = [origin_name(config.run.init_from)] if config.run.init_from else []
+        state = read_state(newest) if newest else TrainState()
+        if newest:
+            check_unchanged(state, config, *(began_with or [None]), place, way_out)
+        data = _prepare_data(config, tokenizer, newest, way_out, say)
+        _say_passes(config, len(data.train.tokens), say)
+        run_id = sha256_json([fixed_settings(config), data.sha256, *began_with])[:16]
+        saver = Saver(checkpoint_dir, newest.run_id if newest else run_id, config.train.keep_last, newest)
+        copied: deque[int] = deque()
+        logs = mirror = None
+        if is_first:
+            _check_space(config, saver, len(tokenizer.raw), say)
+            replace_durably(output_dir / "config.yaml", config.to_yaml().encode())
+            logs = Logs(output_dir / "logs", state.log_lines, say)
+            if config.run.drive_dir:
+                mirror = DriveMirror(config.run.drive_dir, say, copied.append)
+                if newest:
+                    mirror.submit(newest)
+            announce_open(output_dir)
+    except OSError as error:
+        raise OutputLost(f"cannot write to {output_dir}: {error.strerror}") from None
+    return Run(config, device, precision, tokenizer, data, saver, reporter, say, logs, mirror, copied)
+
+
+def close(run: Run) -> None:
+    """Wait for the last save and the last copy."""
+    try:
+        run.saver.wait()
+    finally:
+        if run.is_first_worker:
+            run.report_saves()
+            if run.mirror:
+                run.mirror.close()
+                run.report_saves()
+            run.logs.close()
+
+
+# --- the parts, in the order in which they are asked for -------------------------------------------------------------
+
+
+def _with_base_model(config: RunConfig) -> RunConfig:
+    """With `run.init_from`: its shape, and its RoPE theta above all."""
+    source = config.run.init_from
+    if source is None:
+        return config
+    try:
+        return RunConfig(**config.model_dump() | {"model": read_config(resolve(source)).model_dump()})
+    except ValidationError as error:
+        raise ConfigError(f"run.init_from={source}: {problems(error, RunConfig)}") from None
+
+
+def _with_text(config: RunConfig, say: Say) -> RunConfig:
+    """With `data.dataset`: the text that was read from it as the input file."""
+    data = config.data
+    if data.dataset is None:
+        return config
+    path = dataset_to_text(data.dataset, Path(config.run.output_dir) / "data", data.dataset_tokens, say=say)
+    return config.model_copy(update={"data": data.model_copy(update={"input_file": str(path)})})
+
+
+def _whereabouts(config: RunConfig, is_here: bool) -> tuple[str, str]:
+    """Where the run lies that is found (in the output folder, or on Drive alone), and how to begin another one."""
+    place = config.run
+    if place.drive_dir is None:
+        return (
+            f"--output_dir {place.output_dir}",
+            "choose another --output_dir, or start anew with --resume never",
+        )
+    found = f"--output_dir {place.output_dir}" if is_here else f"--drive_dir {place.drive_dir}"
+    return (
+        found,
+        "choose another --output_dir and another --drive_dir",
+    )  # --resume never refuses a Drive that holds a run
+
+
+def _find_newest(config: RunConfig, say: Say, is_first: bool) -> Manifest | None:
+    """Newest verified checkpoint of this machine, or of Drive when that one is newer."""
+    place = config.run
+    folder = Path(place.output_dir) / "checkpoints"
+    if place.drive_dir and is_first:
+        local = candidates(folder)
+        return newest_on_drive(
+            place.drive_dir, folder, local, say, check=read_state, take_over=place.take_over
+        )
+    return newest_usable(candidates(folder), say, read_state)
+
+
+def _choose_tokenizer(config: RunConfig, newest: Manifest | None, way_out: str, say: Say) -> Tokenizer:
+    """The checkpoint's own, that of `init_from`, or what `data.tokenizer` says."""
+    data, vocab_size = config.data, config.model.vocab_size
+
+    def training_texts():
+        pieces = islice(read_split(data.input_file, "train", data.held_out_fraction), BPE_TRAINING_PIECES)
+        return (text for text, _ in documents(pieces))  # no entries for the letters of separator lines
+
+    if newest:
+        tokenizer, reason = Tokenizer.from_file(newest.folder), "the checkpoint's own"
+        if data.tokenizer != "auto":
+            asked, _ = choose_tokenizer(data.tokenizer, vocab_size, None, None)
+            if asked.sha256 != tokenizer.sha256:
+                raise ConfigError(
+                    f"--tokenizer {data.tokenizer} is not the one this run was trained with; leave it out, or {way_out}"
+                )
+    elif config.run.init_from and data.tokenizer == "auto":
+        tokenizer = Tokenizer.from_file(resolve(config.run.init_from))
+        reason = f"that of {config.run.init_from}"
+    else:
+        tokenizer, reason = choose_tokenizer(
+            data.tokenizer, vocab_size, data.tokenizer_vocab_size, training_texts, say
+        )
+    say(f"tokenizer: {reason}")
+    _, lost = tokenizer.not_kept(
+        text for text, _ in documents(islice(read_text(data.input_file), BPE_TRAINING_PIECES))
+    )
+    if lost:
+        say(
+            f"note: {data.input_file}: {lost}; they are not learned, and bits per byte of this run are too good by what "
+            "they would cost"
+        )
+    return tokenizer
+
+
+def _with_token_ids(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
+    """One source for each id: what documents begin and end with is what config.json, generation and exports say.
+
+    Ids that were given (by `init_from`, a file or `--set`) count, where they are entries that can end a document.
+    """
+    model = config.model
+    own = {
+        name: getattr(model, name)
+        for name in ("bos_token_id", "eos_token_id")
+        if name in model.model_fields_set
+    }
+    end = tokenizer.end_id(own.get("eos_token_id"))
+    begin = own.get("bos_token_id", tokenizer.begin_ids[-1] if tokenizer.begin_ids else end)
+    ids = {"bos_token_id": begin, "eos_token_id": end}
+    return config.model_copy(update={"model": model.model_copy(update=ids)})
+
+
+def _prepare_data(
+    config: RunConfig, tokenizer: Tokenizer, newest: Manifest | None, way_out: str, say: Say
+) -> TokenData:
+    """Token files of the text; raises `DataError` when the checkpoint was trained on another one."""
+    path, fraction, end_id = config.data.input_file, config.data.held_out_fraction, config.model.eos_token_id
+    source = source_identity(path)
+    if end_id is not None and end_id != tokenizer.end_of_text_id:
+        say(
+            f"documents end with {tokenizer.token(end_id)} (id {end_id}), the model's own end, not {END_OF_TEXT}"
+        )
+    identity = sha256_json(identity_key(source, tokenizer, fraction, end_id))
+    if newest and newest.facts.get("data_sha256") != identity and not config.run.allow_data_change:
+        raise DataError(
+            f"{path} is not the text this run was trained on (its hash differs from the checkpoint's); "
+            f"restore it, pass --set run.allow_data_change=true, or {way_out}"
+        )
+    data = prepare_tokens(path, tokenizer, Path(config.run.output_dir) / "data", fraction, source, end_id)
+    check_length(data, config.data.sequence_length, path)
+    say(
+        f"data: {path}, {source['bytes']:,} bytes; {len(data.train.tokens):,} tokens to train on, "
+        f"{len(data.val.tokens):,} held out ({data.val.text_bytes:,} bytes)"
+    )
+    return data
+
+
+def _say_passes(config: RunConfig, count: int, say: Say) -> None:
+    """A word where the run would read its text too often to learn from it, or hardly at all."""
+    steps = config.train.max_steps + config.train.continue_steps
+    tokens_per_step = config.train.batch_size * config.data.sequence_length
+    passes = steps * tokens_per_step / count
+    if passes > MANY_PASSES:
+        say(
+            f"note: {steps:,} steps read this text {passes:.0f} times; after about {MANY_PASSES} it is learned by heart "
+            "rather than learned from: more text (--input_file, --dataset) or about "
+            f"{max(1, MANY_PASSES * count // tokens_per_step):,} steps do better"
+        )
+    elif passes < 0.5:
+        once = count // tokens_per_step
+        say(f"note: {steps:,} steps read {passes:.1%} of this text; --max_steps {once:,} read it once")
+
+
+def _check_space(config: RunConfig, saver: Saver, tokenizer_bytes: int, say: Say) -> None:
+    """Says, or raises `OutputLost`, when the checkpoints of what is left to train cannot fit on the disk."""
+    train = config.train
+    if saver.newest and saver.newest.step >= train.max_steps + train.continue_steps:
+        return  # finished: nothing more will be written
+    each = 12 * parameter_count(config.model) + tokenizer_bytes  # weights and two moments, in fp32
+    count = (
+        train.keep_last + 2 + bool(train.continue_steps)
+    )  # the best, the one being written, final_model.ckpt
+    check_space(saver.folder, each, count, say)
+
+
+# --- where training begins -------------------------------------------------------------------------------------------
+
+
+def load(run: Run) -> tuple[SmolLM2, TrainState, dict[str, torch.Tensor]]:
+    """Model (on the CPU), state and optimizer moments of the newest checkpoint, or fresh ones."""
+    config, train, saver = run.config, run.config.train, run.saver
+    rows = train.batch_size // run.world_size
+    torch.manual_seed(train.seed)
+    random.seed(train.seed)
+    if not run.is_first_worker:  # what the first one has committed since
+        saver.newest = newest_usable(candidates(saver.folder), run.say, read_state)
+    model = SmolLM2(config.model)
+    if saver.newest is None:
+        state = TrainState(
+            schedule_total=run.total_steps,
+            micro_batch_size=min(train.micro_batch_size or rows, rows),
+            preset=config.preset,
+            text=re.sub(r"[\x00-\x1f|`]", "_", origin_name(config.data.dataset or config.data.input_file))[
+                :200
+            ],
+        )
+        if config.run.init_from:
+            folder = resolve(config.run.init_from)
+            load_weights(model, read_weights(folder, config.model), str(folder))
+            run.say(f"weights: from {config.run.init_from}")
+            state.init_from = origin_name(config.run.init_from)
+            state.base_model = published_base(config.run.init_from, folder)
+        run.say(f"starting at step 0 of {run.total_steps}")
+        return model, state, {}
+    folder, state = saver.newest.folder, read_state(saver.newest)
+    load_weights(model, read_weights(folder, config.model), str(folder))
+    tensors = load_tensors(folder / "optim.safetensors")
+    restore_rng({name: tensors.pop(name) for name in list(tensors) if name.startswith("rng.")}, run.device)
+    state.restore_python_rng()
+    state.micro_batch_size = min(state.micro_batch_size, train.micro_batch_size or rows, rows)
+    if run.logs:
+        run.logs.write(CHECKPOINTS, state.step, event="resumed", name=folder.name)
+    run.say(f"continuing from {folder.name}: step {state.step} of {run.total_steps}")
+    _say_what_differs(run)
+    _extend_schedule(run, state)
+    return model, state, tensors
+
+
+def schedule_of(train: TrainConfig, state: TrainState) -> Schedule:
+    """The learning rate between the steps that the state names."""
+    start, total = state.schedule_start, state.schedule_total
+    return Schedule(train.learning_rate, train.warmup_steps, train.decay_fraction, start, total)
+
+
+def _say_what_differs(run: Run) -> None:
+    """A line where the bits of an undisturbed run cannot be expected."""
+    before, now = (
+        run.saver.newest.facts.get("fingerprint", {}),
+        fingerprint(run.device, run.precision, run.config.train),
+    )
+    changes = [
+        f"{key}: {before[key]} -> {value}" for key, value in now.items() if before.get(key, value) != value
+    ]
+    if changes:
+        run.say(f"continuing, not bit-exact: {'; '.join(changes)}")
+    elif now["deterministic"] == "false":
+        run.say("continuing; a GPU repeats its sums bit for bit only with --set train.deterministic=true")
+
+
+def _extend_schedule(run: Run, state: TrainState) -> None:
+    """More or fewer steps than the checkpoint was heading for: say what becomes of the learning rate."""
+    total, train = run.total_steps, run.config.train
+    if total == state.schedule_total or state.step >= total:
+        return
+    if state.step >= state.schedule_total:
+        state.schedule_start = state.step
+        warmup = min(train.warmup_steps, (total - state.step) // 2)
+        run.say(
+            f"schedule: the finished run had decayed to 0 at step {state.schedule_total}; a new cycle of "
+            f"{total - state.step} steps begins (warm-up {warmup} steps, then as before, 0 at step {total})"
+        )
+    else:
+        old = schedule_of(train, state)
+        rises = " (the rate rises again: the old decay had begun)" if state.step > old.decay_start else ""
+        run.say(f"schedule: now ends at step {total} instead of {state.schedule_total}{rises}")
+    state.schedule_total = total

@@ -1,132 +1,114 @@
-"""Saving without holding up training: a snapshot in memory, then writing on a thread.
+"""Saving without holding up training: a snapshot in memory, then writing and tidying on a thread.
 
 The training thread only copies tensors to CPU memory. One save is in flight at a time; a new one waits for the last.
-A failing disk does not stop training at once: three failed saves do.
+A failing disk does not stop training at once: three failed saves in a row do. Whatever is removed gets a temporary name
+first, in one rename: a kill in the middle leaves what the next start tidies, never half a checkpoint.
 """
 
 from __future__ import annotations
 
+import os
+import re
+import secrets
+import shutil
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from .checkpoint import Manifest, commit
-from .errors import NumericStop, OutputLost, UserError
-from .files import dump_json, write_tensors
-from .retention import prune
+from .checkpoint import FINAL_NAMES, Manifest, candidates, commit, read_manifest
+from .errors import CheckpointError, NumericStop, OutputLost, UserError
+from .files import write_tensors
 
 MAX_FAILED_SAVES = 3
 
 
-def tensor_file(tensors: dict[str, torch.Tensor]) -> Callable[[Path], None]:
-    """Writer of a safetensors file that refuses numbers which are not finite."""
+@dataclass
+class Save:
+    """One save and what became of it. `blocked`: the seconds of `seconds` that training stood still."""
 
-    def write(path: Path) -> None:
-        for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise NumericStop(
-                    f"{name} holds numbers that are not finite: not saved; the last checkpoint is untouched"
-                )
-        write_tensors(path, tensors)
-
-    return write
-
-
-def snapshot(tensors: dict[str, torch.Tensor], memory: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Independent CPU copies: training may go on while they are written. They take the place of earlier copies in
-    `memory` where these fit: pages that are touched for the first time take about as long again as the copy."""
-    copies = {}
-    for name, tensor in tensors.items():
-        room = memory.get(name)
-        if room is None or room.shape != tensor.shape or room.dtype != tensor.dtype:
-            room = torch.empty(tensor.shape, dtype=tensor.dtype)
-        copies[name] = room.copy_(tensor.detach())
-    return copies
+    step: int
+    blocked: float = 0.0
+    seconds: float = 0.0
+    manifest: Manifest | None = None  # None: it failed
+    removed: list[str] = field(default_factory=list)
+    problem: Exception | None = None
 
 
 class Saver:
-    """Commits snapshots to one folder, newest last, and prunes old ones once a newer one is in place."""
+    """Owner of a run's checkpoint folder. `newest` is the manifest of the newest whole checkpoint in it."""
 
-    def __init__(
-        self,
-        checkpoint_dir: Path,
-        run_id: str,
-        keep_last: int,
-        on_saved: Callable[[Manifest, float, float, list[str]], None],
-        on_failed: Callable[[int, Exception], None],
-    ):
-        self.folder, self.run_id, self.keep_last = Path(checkpoint_dir), run_id, keep_last
-        self.on_saved, self.on_failed = on_saved, on_failed
-        self.failures = 0
-        self._copies: dict[str, dict[str, torch.Tensor]] = {}
+    def __init__(self, folder: Path, run_id: str, keep_last: int, newest: Manifest | None = None):
+        self.folder, self.run_id, self.keep_last, self.newest = Path(folder), run_id, keep_last, newest
+        self._memory: dict[str, dict[str, torch.Tensor]] = {}
         self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._finished: deque[Save] = deque()
+        self._failures, self._error = 0, None
 
-    def submit(
+    def save(
         self,
         name: str,
         step: int,
-        small_files: dict[str, bytes],
-        tensors: dict[str, dict],
-        state: dict,
+        files: dict[str, bytes],
+        tensors: dict[str, dict[str, torch.Tensor]],
         facts: dict,
         best_step: int | None,
     ) -> None:
-        """Copy `tensors` ({file: {name: tensor}}) and start writing. Raises what the previous save ran into.
-
-        `on_saved` is told how many seconds the writing took and how many of them training was held up here."""
-        started = time.monotonic()
+        """Copy `tensors` ({file: {name: tensor}}) and start writing. Raises what must stop the run; see `wait`."""
+        began = time.monotonic()
         self.wait()
-        self._copies = copies = {
-            file: snapshot(group, self._copies.get(file, {})) for file, group in tensors.items()
-        }
-        files = dict(small_files) | {"state.json": dump_json(state)}
-        files |= {file: tensor_file(group) for file, group in copies.items()}
-        blocked = time.monotonic() - started
-        self._thread = threading.Thread(
-            target=self._write,
-            args=(name, step, files, facts, best_step, blocked),
-            name="checkpoint",
-            daemon=False,
-        )
+        self._memory = {file: _copies(group, self._memory.get(file, {})) for file, group in tensors.items()}
+        contents = files | {file: _tensor_writer(group) for file, group in self._memory.items()}
+        save = Save(step, blocked=time.monotonic() - began)
+        arguments = (save, name, contents, facts, best_step)
+        self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
         self._thread.start()
 
-    def _write(
-        self, name: str, step: int, files: dict, facts: dict, best_step: int | None, blocked: float
-    ) -> None:
-        started = time.monotonic()
+    def _write(self, save: Save, name: str, contents: dict, facts: dict, best_step: int | None) -> None:
+        began = time.monotonic()
         try:
-            manifest = commit(self.folder, name, files, self.run_id, step, facts)
-            self.failures = 0
-            removed, problem = [], None
-            try:
-                removed = prune(self.folder, self.keep_last, best_step, manifest)
-            except OSError as error:  # the new checkpoint is in place all the same
-                problem = OSError(
-                    error.errno, f"saved, but older checkpoints could not be removed: {error.strerror}"
-                )
-            self.on_saved(manifest, time.monotonic() - started, blocked, removed)
-            if problem:
-                self.failed(step, problem)
+            save.manifest = self.newest = commit(self.folder, name, contents, self.run_id, save.step, facts)
+            self._failures = 0
+            save.removed = prune(self.folder, self.keep_last, best_step, self.newest)
         except UserError as error:
             self._error = error
         except (
             Exception
         ) as error:  # full or failing disk, or what a writer makes of it: training goes on, bounded
-            self.failed(step, error)
+            self.failed(save, error)
+        save.seconds = time.monotonic() - began
+        self._finished.append(save)
 
-    def failed(self, step: int, error: Exception) -> None:
+    def refuse(self, step: int, error: Exception) -> None:
+        """Count a save that could not even begin."""
+        self.wait()
+        self.failed(save := Save(step), error)
+        self._finished.append(save)
+
+    def failed(self, save: Save, error: Exception) -> None:
         """Count a save (or the tidying after it) that did not work; too many in a row end the run at the next `wait`."""
-        self.failures += 1
-        self.on_failed(step, error)
-        if self.failures >= MAX_FAILED_SAVES:
+        save.problem, self._failures = error, self._failures + 1
+        if self._failures >= MAX_FAILED_SAVES:
             reason = getattr(error, "strerror", None) or error
             self._error = OutputLost(
-                f"{self.failures} saves in a row failed ({reason}); the last good checkpoint in {self.folder} is untouched: free some space and run the same command again"
+                f"{self._failures} saves in a row failed in {self.folder} ({reason}); {self.last_good()}: free some space and "
+                "run the same command again"
             )
+
+    def last_good(self) -> str:
+        return (
+            f"the checkpoint of step {self.newest.step} is untouched"
+            if self.newest
+            else "nothing is saved yet"
+        )
+
+    def finished(self) -> list[Save]:
+        """The saves that ended since this was last asked."""
+        return [self._finished.popleft() for _ in range(len(self._finished))]
 
     def wait(self) -> None:
         """Until nothing is being written. Raises the error of a save that must stop the run."""
@@ -136,3 +118,97 @@ class Saver:
         if self._error is not None:
             error, self._error = self._error, None
             raise error
+
+    def expect(self, step: int) -> None:
+        """Raises `OutputLost` when the last save did not come about."""
+        if self.newest is None or self.newest.step != step:
+            raise OutputLost(
+                f"step {step} could not be saved in {self.folder} (reason above); {self.last_good()}: free or repair the "
+                "disk and run the same command again"
+            )
+
+    def copy_newest(self, name: str) -> None:
+        """The newest checkpoint under another name, too: a run that has reached its end already."""
+        source = self.newest
+        files = {
+            file: lambda path, file=file: shutil.copyfile(source.folder / file, path) for file in source.files
+        }
+        self.newest = commit(self.folder, name, files, source.run_id, source.step, source.facts)
+
+
+def _copies(tensors: dict[str, torch.Tensor], memory: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Independent CPU copies: training may go on while they are written. They take the place of earlier copies in
+    `memory` where these fit: pages that are touched for the first time take about as long again as the copy."""
+    copies = {}
+    for name, tensor in tensors.items():
+        room = memory.get(name)
+        if room is None or room.shape != tensor.shape or room.dtype != tensor.dtype:
+            room = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
+        copies[name] = room.copy_(tensor.detach())
+    return copies
+
+
+def _tensor_writer(tensors: dict[str, torch.Tensor]) -> Callable[[Path], None]:
+    """Writer of a safetensors file that refuses numbers which are not finite."""
+
+    def write(path: Path) -> None:
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise NumericStop(
+                    f"{name} holds numbers that are not finite: not saved; earlier checkpoints stay as they are"
+                )
+        write_tensors(path, tensors)
+
+    return write
+
+
+def prune(checkpoint_dir: str | Path, keep_last: int, best_step: int | None, newest: Manifest) -> list[str]:
+    """Keep `newest` (written just now), the step folders of the last `keep_last` saves, and the best; finals stay.
+
+    A damaged folder does not count as kept: it goes once enough good ones are newer.
+    """
+    is_final = newest.folder.name in FINAL_NAMES
+    removed, kept = [], 1
+    for path in candidates(checkpoint_dir):
+        match = re.fullmatch(r"step-(\d+)\.ckpt", path.name)
+        if not match or path.is_symlink() or path == newest.folder or int(match[1]) > newest.step:
+            continue
+        superseded = is_final and int(match[1]) == newest.step
+        if not superseded and (kept < keep_last or int(match[1]) == best_step):
+            kept += _is_readable(path)
+            continue
+        leftover = path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")
+        os.rename(path, leftover)  # where this fails the folder is whole
+        shutil.rmtree(leftover, ignore_errors=True)
+        removed.append(path.name)
+    return removed
+
+
+def _is_readable(folder: Path) -> bool:
+    try:
+        return bool(read_manifest(folder))
+    except (CheckpointError, OSError):
+        return False
+
+
+def check_space(checkpoint_dir: Path, bytes_each: int, count: int, say: Callable[[str], None]) -> None:
+    """Before training: can the disk hold `count` checkpoints of `bytes_each`, those that lie there included?
+
+    A warning when it cannot; raises `OutputLost` when there is no room for even a good one and the next.
+    """
+    usage = shutil.disk_usage(checkpoint_dir)
+    if usage.total == 0:  # some network and FUSE mounts do not tell
+        return
+    here = [path.stat().st_size for folder in candidates(checkpoint_dir) for path in folder.iterdir()]
+    words = f"{usage.free / 1e6:,.1f} MB free for {checkpoint_dir}, and one checkpoint takes {bytes_each / 1e6:,.1f} MB"
+    least = bytes_each if here else 2 * bytes_each  # the last good one, and the next
+    if usage.free < least:
+        missing = (least - usage.free) / 1e6
+        raise OutputLost(
+            f"{words}: no room for the next one beside the last good one; free {missing:,.1f} MB, or choose another "
+            "--output_dir or a smaller model"
+        )
+    if (missing := (count * bytes_each - sum(here) - usage.free) / 1e6) > 0:
+        say(
+            f"warning: {words}: the {count} that a whole run keeps do not fit; free {missing:,.1f} MB or lower train.keep_last"
+        )

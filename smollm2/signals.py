@@ -9,20 +9,24 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+LOST_READER = 13  # SIGPIPE, also where the system has none: exit code 141
+
+
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()  # the one that signal handlers belong to
+
 
 @contextlib.contextmanager
 def leaving_at_once() -> Iterator[None]:
-    """Inside it Ctrl-C ends this program there and then, with exit code 130: for the seconds in which large modules are
-    imported. KeyboardInterrupt would be lost there in one of their callbacks, or end as whatever they make of it."""
+    """Inside it Ctrl-C ends this program there and then, with exit code 130: for the seconds in which large modules
+    are imported. KeyboardInterrupt would be lost there in one of their callbacks, or end as what they make of it."""
 
     def leave(number, frame):
         os.write(2, b"\nstopped\n")
         os._exit(130)
 
-    is_ours = (
-        threading.current_thread() is threading.main_thread()
-        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    )
+    is_ours = _is_main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if not is_ours or "IPython" in sys.modules:  # a notebook's kernel must outlive its stop button
         yield
         return
@@ -34,10 +38,10 @@ def leaving_at_once() -> Iterator[None]:
 
 
 class StopSignals:
-    """Context manager that turns the first SIGINT, SIGTERM or SIGHUP into `received`; a second Ctrl-C interrupts at once.
+    """Context manager that turns the first stopping signal into `received`; a second Ctrl-C interrupts at once.
 
-    Signal handlers belong to the main thread; elsewhere this does nothing. Lightning wraps SIGTERM when it starts to
-    fit (and then ends with exit code 0), so the training callback calls `install` again from inside.
+    Lightning wraps SIGTERM when it starts to fit (and then ends with exit code 0), so the loop calls `install` again
+    from inside. On another thread than the main one this does nothing.
     """
 
     def __init__(self, say: Callable[[str], None]):
@@ -46,14 +50,13 @@ class StopSignals:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {
-                number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-            }
+        if _is_main_thread():
+            self._before = {number: signal.getsignal(number) for number in STOPPING}
+            hangup = getattr(signal, "SIGHUP", None)
             if (
-                self._before[signal.SIGHUP] != signal.SIG_DFL
-            ):  # nohup: the run is meant to outlive its terminal
-                del self._before[signal.SIGHUP]
+                self._before.get(hangup, signal.SIG_DFL) != signal.SIG_DFL
+            ):  # nohup: the run outlives its terminal
+                del self._before[hangup]
             self.install()
         return self
 
@@ -65,9 +68,7 @@ class StopSignals:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
-        with contextlib.suppress(
-            RuntimeError
-        ):  # the signal fell into the middle of another print: "reentrant call"
+        with contextlib.suppress(RuntimeError):  # it fell into the middle of another print: "reentrant call"
             self.say(f"{signal.Signals(number).name}: finishing this step and saving ...")
 
     def __exit__(self, *_) -> None:

@@ -1,221 +1,305 @@
 """Training: from a configuration to checkpoints, logs and samples. `train(config)` is the whole job.
 
-Lightning drives the loop. One Lightning "batch" is the whole window of one optimizer step, so that gradient
-accumulation, the check before the update and a retry after running out of memory are atomic, and a checkpoint can only
-fall between two updates. Learning rate and data are pure functions of the step and the position: a resumed run and
-an uninterrupted one compute the same bits.
+Everything from one optimizer step to the next stands in `TrainingLoop.training_step`, in the order in which it happens:
+batch, forward, backward, check, update, log, validate, sample, save, stop. Lightning drives it: one Lightning "batch" is
+all rows of one optimizer step, so that accumulation, the check before the update and a retry after running out of memory
+are atomic, and a checkpoint can only fall between two updates. Learning rate and data are pure functions of the step and
+the position: a resumed run and an uninterrupted one compute the same bits.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
-import signal
+import math
 import time
-import warnings
+from collections import deque
 
 import pytorch_lightning as pl
 import torch
 
-from .chores import Chores
+from . import logs
+from .checkpoint import step_name
+from .config import RunConfig
 from .data import BatchOrder, BatchStream
-from .device import autocast, repeatable_sums
+from .device import autocast, plain_defaults, repeatable_sums
 from .errors import MemoryStop, disk_failures_named
-from .guard import MIN_SCALE, NumericGuard
+from .evaluate import score_tokens
+from .guard import NumericGuard, make_scaler, update_scale
 from .model import SmolLM2
-from .optim import Schedule, load_moments, make_optimizer, set_learning_rate
-from .progress import Outlet, TerminalReporter
-from .result import TrainResult
-from .run import Run, open_run
-from .signals import StopSignals
+from .optim import load_moments, make_optimizer, set_learning_rate
+from .progress import Reporter, TerminalReporter
+from .result import TrainResult, complete_result
+from .run import Run, load, open_run, schedule_of
+from .sampling import complete
+from .signals import LOST_READER, StopSignals
 from .state import TrainState
+from .workers import make_trainer
+
+SPEED_WINDOW = 20  # steps that tokens/s is the mean of
 
 
-class TrainingModule(pl.LightningModule):
-    """One optimizer step a `training_step`: micro-batches, check, clip, update."""
+class TrainingLoop(pl.LightningModule):
+    """One phase of a run, from wherever `state` stands to step `target`, which ends as the folder `final_name`."""
 
-    def __init__(self, run: Run, model: SmolLM2, state: TrainState, moments: dict[str, torch.Tensor]):
+    def __init__(
+        self, run: Run, model: SmolLM2, state: TrainState, moments: dict[str, torch.Tensor], target: int,
+        final_name: str, signals: StopSignals, result: TrainResult,
+    ):  # fmt: skip
         super().__init__()
         self.automatic_optimization = False
-        self.run, self.model, self.state = run, model, state
+        self.run, self.model, self.state, self.target, self.final_name = run, model, state, target, final_name
+        self.signals, self.result, self.settings = signals, result, run.config.train
+        length, rows, seed = run.config.data.sequence_length, self.settings.batch_size, self.settings.seed
+        self.order = BatchOrder(len(run.data.train.tokens), length, rows, seed)
+        self.schedule = schedule_of(self.settings, state)
+        self.guard = NumericGuard(self.settings.on_spike, run.precision.needs_scaler, state.guard)
         self._moments = moments
-        train = run.config.train
-        self.schedule = Schedule(
-            train.learning_rate,
-            train.warmup_steps,
-            train.decay_fraction,
-            state.schedule_start,
-            state.schedule_total,
-        )
-        self.guard = NumericGuard(train.on_spike, run.precision.needs_scaler, state.guard)
-        self.last_loss, self.last_norm, self.last_applied = float("nan"), float("nan"), False
+        self._saved_at = time.monotonic()
+        self._durations: deque[float] = deque(maxlen=SPEED_WINDOW)
 
     def configure_optimizers(self):
-        self.optimizer = make_optimizer(self.model, self.run.config.train)
+        self.optimizer = make_optimizer(self.model, self.settings)
         load_moments(self.model, self.optimizer, self._moments, self.state.step)
-        self._moments = {}
-        self.scaler = torch.amp.GradScaler(
-            self.run.device.type, enabled=self.run.precision.needs_scaler, init_scale=2.0**16
-        )
-        if self.state.scaler:
-            self.scaler.load_state_dict(dict(self.scaler.state_dict(), **self.state.scaler))
+        self._moments.clear()  # else the copies (1.08 GB at 135M) would live as long as the caller's name for them
+        self.scaler = make_scaler(self.run.device.type, self.run.precision.needs_scaler, self.state.scaler)
         return self.optimizer
+
+    def on_train_start(self) -> None:
+        self.signals.install()  # Lightning has just put its own SIGTERM handler in front
+        self.run.reporter.start(self.state.step, self.target, self.run.tokens_per_step)
+
+    # --- from one step to the next
 
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> None:
         """batch (rows, sequence_length + 1) int64: this worker's rows of one optimizer step."""
-        loss = self._gradients_of_window(batch)
+        began = time.monotonic()
+        state, train, run = self.state, self.settings, self.run
+
+        # forward and backward, then the check: a bad update is skipped, its batch is used up, the step does not count
+        loss = self.gradients(batch)
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.model.parameters(), self.run.config.train.gradient_clip_norm
-        )
-        if self.run.world_size > 1:
-            loss = self.trainer.strategy.reduce(loss, reduce_op="mean")
-        self.last_loss, self.last_norm = torch.stack(
-            (loss, norm)
-        ).tolist()  # the step's one device-to-host transfer, where no scaler adds its own
-        state = self.state
-        reason = self.guard.verdict(self.last_loss, self.last_norm, state.position)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), train.gradient_clip_norm)
+        loss, norm, stopped_by = self.agree(loss, norm)
+        reason = self.guard.verdict(loss, norm, state.position)
         state.position += 1
         state.guard = self.guard.state()
-        self.last_applied = reason is None
-        if self.last_applied:
+
+        # the update
+        is_applied = reason is None
+        if is_applied:
             set_learning_rate(self.optimizer, self.schedule(state.step))
             self.scaler.step(self.optimizer)
             state.step += 1
-        else:
-            self.run.report_skip(state, reason)
-        if self.scaler.is_enabled():
-            self.scaler.update()
-            if self.scaler.get_scale() < MIN_SCALE:
-                self.scaler.update(MIN_SCALE)
-            state.scaler = {k: self.scaler.state_dict()[k] for k in ("scale", "_growth_tracker")}
+        state.scaler = update_scale(self.scaler)
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _gradients_of_window(self, batch: torch.Tensor) -> torch.Tensor:
-        """Accumulate the gradients of all rows; after running out of memory, halve the micro-batch and redo them all."""
+        # what is due at this step, and only then the save: what was saved is never done again, what was not is
+        if is_applied:
+            self._durations.append(time.monotonic() - began)
+            self.log_step(loss, norm)
+        else:
+            self.log_skip(reason)
+        self.log_epoch(loss, is_applied)
+        is_last = state.step >= self.target
+        improved = False
+        if is_applied and (is_last or state.step % train.val_every == 0):
+            improved = self.validate()
+        if is_applied and (is_last or state.step % train.sample_every == 0):
+            self.sample()
+        if is_last or stopped_by or self.save_is_due(is_applied, improved):
+            self.save(self.final_name if is_last else step_name(state.step))
+        run.report_saves()
+        if stopped_by:
+            self.signals.received = stopped_by  # on every worker, also if the signal has reached only one
+        self.trainer.should_stop |= is_last or stopped_by is not None
+
+    def gradients(self, batch: torch.Tensor) -> torch.Tensor:
+        """Accumulate the gradients of all rows; after running out of memory, halve the micro-batch and redo them all.
+        Returns the mean loss in nats a token."""
         while True:
             try:
-                return self._accumulate(batch)
+                return self.accumulate(batch)
             except torch.OutOfMemoryError as error:
-                self.optimizer.zero_grad(set_to_none=True)
-                if self.run.device.type == "cuda":
-                    torch.cuda.empty_cache()
-                if self.state.micro_batch_size == 1 or self.run.world_size > 1:
-                    raise MemoryStop(
-                        f"out of memory at micro-batch {self.state.micro_batch_size} ({str(error)[:160]}); set a smaller "
-                        "train.micro_batch_size, data.sequence_length or model; the last checkpoint is untouched"
-                    ) from None
-                self.state.micro_batch_size //= 2
-                self.run.report_smaller_micro_batch(self.state)
+                reason = str(error)[:160]
+            # behind the handler: inside it the traceback still holds the activations, and next to nothing would be freed
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.run.device.type == "cuda":
+                torch.cuda.empty_cache()
+            if self.state.micro_batch_size == 1 or self.run.world_size > 1:  # the others cannot know of it
+                raise MemoryStop(
+                    f"out of memory at micro-batch {self.state.micro_batch_size} ({reason}); set a smaller "
+                    f"train.micro_batch_size, data.sequence_length or model; {self.run.saver.last_good()}"
+                )
+            self.state.micro_batch_size = micro = self.state.micro_batch_size // 2
+            redone = "the step is redone with the same tokens; bit-exactness restarts here"
+            self.run.say(f"out of memory: micro-batch halved to {micro}, {redone}")
+            self.record(logs.CHECKPOINTS, event="micro_batch_halved", micro_batch_size=micro)
 
-    def _accumulate(self, batch: torch.Tensor) -> torch.Tensor:
+    def accumulate(self, batch: torch.Tensor) -> torch.Tensor:
         rows, micro = batch.shape[0], self.state.micro_batch_size
         total = torch.zeros((), device=batch.device)
         for start in range(0, rows, micro):
             part = batch[start : start + micro]
-            is_last = start + micro >= rows
-            wait = (
-                contextlib.nullcontext()
-                if is_last or self.run.world_size == 1
-                else self.trainer.strategy.block_backward_sync()
-            )
-            with wait:
+            # workers exchange gradients once a step, with the last micro-batch
+            is_early = self.run.world_size > 1 and start + micro < rows
+            with self.trainer.strategy.block_backward_sync() if is_early else contextlib.nullcontext():
                 with autocast(self.run.precision, self.run.device):
                     loss = self.model.loss(part[:, :-1], part[:, 1:]) * (len(part) / rows)
                 self.manual_backward(self.scaler.scale(loss))
             total += loss.detach().float()
         return total
 
+    def agree(self, loss: torch.Tensor, norm: torch.Tensor) -> tuple[float, float, int | None]:
+        """(loss, gradient norm, signal number or None), the same on every worker: one exchange, one transfer a step."""
+        received = self.signals.received or (LOST_READER if self.run.reporter.is_lost else 0)
+        mine = torch.stack((loss.double(), norm.double(), loss.new_tensor(received, dtype=torch.float64)))
+        if self.run.world_size == 1:
+            loss, norm, received = mine.tolist()
+        else:
+            said = self.trainer.strategy.all_gather(
+                mine
+            )  # (workers, 3); the norm is the same on each already
+            (loss, norm), received = said[:, :2].mean(0).tolist(), said[:, 2].max().item()
+        return loss, norm, int(received) or None
 
-def _quiet_lightning() -> None:
-    """Lightning's start-up tips and the warnings about choices that are made on purpose here."""
-    for name in ("pytorch_lightning", "lightning.fabric", "lightning_fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    for pattern in (
-        ".*does not have many workers.*",
-        ".*max_epochs.*",
-        ".*isinstance.treespec.*",
-        ".*GPU available but not used.*",
-    ):
-        warnings.filterwarnings("ignore", pattern)
-    warnings.filterwarnings("ignore", module="pytorch_lightning.*|lightning_fabric.*|torchmetrics.*")
+    # --- what is due at a step
+
+    def record(self, file: str, **facts: object) -> None:
+        """A line of a log; only the first worker writes."""
+        if self.run.is_first_worker:
+            self.run.logs.write(file, self.state.step, **facts)
+
+    def log_step(self, loss: float, norm: float) -> None:
+        step, run, rate = self.state.step, self.run, self.schedule(self.state.step - 1)
+        speed = run.tokens_per_step * len(self._durations) / sum(self._durations)
+        self.result.losses.append((step, loss))
+        self.result.tokens_per_second = speed
+        if run.is_first_worker:
+            run.reporter.step(step, loss, rate, speed)
+        if step % self.settings.log_every == 0 or step == 1:
+            tokens = step * run.tokens_per_step
+            self.record(logs.TRAINING, train_loss=loss, lr=rate, gradient_norm=norm, tokens=tokens)
+            self.record(logs.METRICS, tokens_per_second=round(speed, 1), **logs.resources(run.device))
+
+    def log_skip(self, reason: str) -> None:
+        position = self.state.position - 1
+        what = f"step {self.state.step}: update skipped ({reason})"
+        self.run.say(f"{what}; the step does not count, batch {position} is used up")
+        self.record(logs.CHECKPOINTS, event="skipped", position=position, reason=reason)
+
+    def log_epoch(self, loss: float, is_applied: bool) -> None:
+        """A line for every pass over the training tokens that the last batch completed."""
+        state = self.state
+        total, count = state.epoch["loss_sum"], state.epoch["batches"]
+        if is_applied:
+            total, count = total + loss, count + 1
+        before, after = (int(self.order.epoch_of(n)) for n in (state.position - 1, state.position))
+        if after > before:
+            if count:
+                tokens = state.position * self.run.tokens_per_step
+                self.record(logs.EPOCHS, epoch=after, mean_train_loss=total / count, tokens=tokens)
+            total, count = 0.0, 0
+        state.epoch = {"loss_sum": total, "batches": count}
+
+    @torch.compiler.set_stance("force_eager")  # see `sample`
+    def validate(self) -> bool:
+        """Score the held-out text, each worker its share of it; returns whether it is the best so far."""
+        state, run, val = self.state, self.run, self.run.data.val
+        score = score_tokens(
+            self.model, val.tokens, val.text_bytes,
+            block_length=run.config.data.sequence_length,
+            max_tokens=None if state.step >= self.target else self.settings.val_max_tokens,
+            autocast=lambda: autocast(run.precision, run.device),
+        )  # fmt: skip
+        best, bits = state.best.get("bits_per_byte", math.inf), score.bits_per_byte
+        improved = math.isfinite(bits) and bits < best
+        if improved:
+            state.best = {"step": state.step, "bits_per_byte": bits}
+        self.result.validations.append((state.step, score.loss, bits))
+        self.record(logs.TRAINING, val_loss=score.loss, val_bits_per_byte=bits, val_tokens=score.tokens)
+        if run.is_first_worker:
+            run.reporter.validation(state.step, score.loss, bits)
+        return improved
+
+    # Only training runs compiled: sampling with a cache makes a graph for each layer, more than torch keeps, and whether
+    # a step runs compiled would then depend on the samples taken before it in this process.
+    @torch.compiler.set_stance("force_eager")
+    def sample(self) -> None:
+        """Continue the fixed prompts. The sampler has its own seeded generator: training's randomness is untouched."""
+        if not self.run.is_first_worker:
+            return
+        self.model.eval()
+        step, train, run = self.state.step, self.settings, self.run
+        for index, prompt in enumerate(train.prompts):
+            options = {"temperature": 0.8, "top_k": 50, "seed": train.seed + index}
+            with autocast(run.precision, run.device):
+                text = complete(self.model, run.tokenizer, prompt, train.sample_tokens, **options)
+            self.record(logs.SAMPLES, prompt=prompt, text=text)
+            run.reporter.sample(step, prompt, text)
+        self.model.train()
+
+    def save_is_due(self, is_applied: bool, improved: bool) -> bool:
+        """By steps where asked for, else by the clock; a best model so far waits for a quarter of the time alone."""
+        every, seconds = self.settings.save_every, self.settings.save_every_seconds
+        if is_applied and every is not None and self.state.step % every == 0:
+            return True
+        return seconds is not None and time.monotonic() - self._saved_at >= (
+            seconds / 4 if improved else seconds
+        )
+
+    def save(self, name: str) -> None:
+        self._saved_at = time.monotonic()
+        if self.run.is_first_worker:
+            self.run.save(name, self.state, self.model, self.optimizer)
+
+    def on_train_end(self) -> None:
+        """Inside the fit: afterwards Lightning moves everything to the CPU."""
+        if self.run.is_first_worker:
+            self.run.saver.wait()
+            self.run.report_saves()
+            self.run.saver.expect(self.state.step)
+        self.trainer.strategy.barrier()
 
 
-def make_trainer(run: Run, chores: Chores) -> pl.Trainer:
-    """A bare Lightning trainer: saving, validation, logging and progress are the chores' business."""
-    _quiet_lightning()
-    return pl.Trainer(
-        accelerator="gpu" if run.device.type == "cuda" else "cpu",
-        devices=run.config.run.devices,
-        num_nodes=run.config.run.num_nodes,
-        strategy="ddp" if run.world_size > 1 else "auto",
-        precision="32-true",  # autocast and scaler are set in the step: see device.py for the choice
-        max_epochs=1,
-        callbacks=[chores],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-        limit_val_batches=0,
-        default_root_dir=str(run.output_dir),
-    )
-
-
-def run_phase(run: Run, target: int, final_name: str, signals: StopSignals) -> None:
+def run_phase(run: Run, target: int, final_name: str, signals: StopSignals, result: TrainResult) -> None:
     """Train from the newest checkpoint (or from nothing) to step `target` with a fresh trainer."""
-    model, state, moments = run.load(target)
+    model, state, moments = load(run)
     if run.config.train.compile:
-        for layer in model.model.layers:
-            layer.compile()  # one graph serves all layers ; parameter names stay
-    order = BatchOrder(
-        len(run.data.train.tokens),
-        run.config.data.sequence_length,
-        run.config.train.batch_size,
-        run.config.train.seed,
-    )
-    module = TrainingModule(run, model, state, moments)
-    chores = Chores(run, order, target, final_name, signals)
-    trainer = make_trainer(run, chores)
+        for (
+            layer
+        ) in model.model.layers:  # a second size would make dynamic graphs, which no resumed process has
+            layer.compile(dynamic=False)
+    loop = TrainingLoop(run, model, state, moments, target, final_name, signals, result)
+    trainer = make_trainer(run.config.run, run.device)
     rank, world = trainer.global_rank, run.world_size
-    stream = BatchStream(run.data.train.tokens, order, state.position, rank, world)
+    batches = BatchStream(run.data.train.tokens, loop.order, state.position, rank, world)
     try:
-        if state.step < target:
-            trainer.fit(module, stream)
-        else:  # killed between the last update and the final folder: only the chores are left
-            module.model.to(run.device)
-            module.configure_optimizers()
-            chores.finish(module)
+        trainer.fit(loop, batches)
     except SystemExit:  # Lightning's answer to a second Ctrl-C
         raise KeyboardInterrupt from None
-    except (
-        torch.OutOfMemoryError
-    ) as error:  # in the update, a validation or a sample: a smaller micro-batch is no help there
-        raise MemoryStop(
-            f"out of memory outside the micro-batches ({str(error)[:160]}); use a smaller model or data.sequence_length; the last checkpoint is untouched"
-        ) from None
     finally:
-        chores.close()
+        run.reporter.end()
 
 
-def train(config, reporter=None) -> TrainResult:
-    """Train as `config` (a `RunConfig`) says, or continue where the output directory stands.
+def train(config: RunConfig, reporter: Reporter | None = None) -> TrainResult:
+    """Train as `config` says, or continue where the output directory stands.
 
     The first phase ends at `train.max_steps` with `final_model.ckpt`; with `train.continue_steps` a fresh trainer
-    resumes from that file and ends with `final_continued_model.ckpt`. Ctrl-C, SIGTERM and SIGHUP finish the step, save and
-    return (`result.stopped_by`). Raises `UserError` subclasses; their `exit_code` says which kind.
+    resumes from that file and ends with `final_continued_model.ckpt`. Ctrl-C, SIGTERM and SIGHUP finish the step, save
+    and return (`result.stopped_by`). Raises `UserError` subclasses; their `exit_code` says which kind.
     """
-    started = time.monotonic()
-    outlet = Outlet(reporter or TerminalReporter(), lambda: setattr(signals, "received", signal.SIGPIPE))
-    signals = StopSignals(outlet.message)
+    began, result, reporter = time.monotonic(), TrainResult(), reporter or TerminalReporter()
+    signals = StopSignals(reporter.message)
     with (
         disk_failures_named(config.run.output_dir),
+        plain_defaults(),
         repeatable_sums(config.train.deterministic),
-        open_run(config, outlet) as run,
+        open_run(config, reporter) as run,
         signals,
     ):
-        for target, final_name in run.phases():
-            if signals.received is None:
-                run_phase(run, target, final_name, signals)
-        return run.result(signals.received, time.monotonic() - started)
+        for target, final_name in run.phases_to_do():
+            if run.step == target:
+                run.saver.copy_newest(final_name)
+            elif signals.received is None:
+                run_phase(run, target, final_name, signals, result)
+        return complete_result(result, run, signals.received, time.monotonic() - began)

@@ -1,48 +1,72 @@
 """Several workers (`--devices`, torchrun, SLURM): which is the first, and how the others wait until it has opened the run.
 
-Only the first worker writes: data, checkpoints, logs. The others read what it wrote.
+Only the first worker writes: data, checkpoints, logs. The others read what it wrote. What launchers leave behind in an
+environment is believed only where it belongs to this very start: one process alone is always the first.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import time
+import warnings
+from datetime import timedelta
 from pathlib import Path
 
 from .config import PlaceConfig
 from .errors import BusyError, ConfigError
 
 SLACK_SECONDS = 5.0  # clocks of file servers differ a little
+LAUNCHED_BY = (
+    "SMOLLM2_LAUNCHED_BY"  # id of the process that Lightning started the others of this machine from
+)
 
 
-def _launcher() -> str:
-    """Who starts the workers: "torchrun", "srun", or "Lightning" (also in a shell inside a SLURM job, as Lightning sees it)."""
+def launcher() -> str:
+    """Who started this process: "torchrun", "srun", or "Lightning", which starts the others of a machine itself."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return "torchrun"
-    is_interactive = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
-    return "srun" if "SLURM_NTASKS" in os.environ and not is_interactive else "Lightning"
+    return (
+        "srun" if "SLURM_STEP_NUM_TASKS" in os.environ else "Lightning"
+    )  # a shell inside a SLURM job is no srun
 
 
-def is_first_worker() -> bool:
-    names = {"torchrun": ("RANK",), "srun": ("SLURM_PROCID",), "Lightning": ("NODE_RANK", "LOCAL_RANK")}
-    return all(int(os.environ.get(name, 0)) == 0 for name in names[_launcher()])
+def _number(name: str, default: int = 0) -> int:
+    word = os.environ.get(name, str(default))
+    if not word.isdecimal():
+        raise ConfigError(f"environment variable {name}={word!r}: expected a whole number; unset it")
+    return int(word)
+
+
+def is_first_worker(place: PlaceConfig) -> bool:
+    """Whether this process is the one that writes."""
+    if place.devices * place.num_nodes == 1:
+        return True
+    names = {"torchrun": ["RANK"], "srun": ["SLURM_PROCID"], "Lightning": ["NODE_RANK", "LOCAL_RANK"]}
+    return all(_number(name) == 0 for name in names[launcher()])
 
 
 def check_workers(place: PlaceConfig, gpus: int) -> None:
-    """Raises `ConfigError` when what was started is not what was asked for: every process would train the whole run.
-
-    `gpus` is the number of this machine, 0 where training runs on the CPU.
-    """
-    world, launcher = place.devices * place.num_nodes, _launcher()
-    started = os.environ.get({"torchrun": "WORLD_SIZE", "srun": "SLURM_NTASKS"}.get(launcher, ""), world)
-    if int(started) != world:
+    """Raises `ConfigError` when what was started is not what was asked for: every process would train the whole run,
+    or wait for others that never come. `gpus` is the number of this machine, 0 where training runs on the CPU."""
+    world, by = place.devices * place.num_nodes, launcher()
+    started = _number({"torchrun": "WORLD_SIZE", "srun": "SLURM_STEP_NUM_TASKS"}.get(by, ""), world)
+    if started != world:
         raise ConfigError(
-            f"{launcher} started {started} processes, but --devices {place.devices} x --num_nodes {place.num_nodes} = {world}; "
+            f"{by} started {started} processes, but --devices {place.devices} x --num_nodes {place.num_nodes} = {world}; "
             "give --devices (processes on a machine) and --num_nodes to match"
         )
+    if by == "Lightning" and world > 1:  # it tells the processes that it starts their rank in this way, too
+        if "LOCAL_RANK" not in os.environ:
+            os.environ[LAUNCHED_BY] = str(os.getpid())
+        elif os.environ.get(LAUNCHED_BY) not in (str(os.getpid()), str(os.getppid())):
+            rank = os.environ["LOCAL_RANK"]
+            raise ConfigError(
+                f"environment variable LOCAL_RANK={rank!r} was left behind by another launcher: unset it"
+            )
     if 0 < gpus < place.devices:
         raise ConfigError(
-            f"--devices {place.devices}, but this machine has {gpus} GPU{'s' * (gpus > 1)}; expected at most {gpus}"
+            f"--devices {place.devices}, but this machine has {gpus} GPU(s); expected at most {gpus}"
         )
 
 
@@ -53,7 +77,7 @@ def announce_open(output_dir: Path) -> None:
 
 def wait_until_open(output_dir: Path, timeout_seconds: float = 1800) -> None:
     """The other workers: return once the first has opened the run in this very launch; raises `BusyError`."""
-    if _launcher() == "Lightning" and os.environ.get("NODE_RANK", "0") == "0":
+    if launcher() == "Lightning" and _number("NODE_RANK") == 0:
         return  # it starts the others of this machine when the first has opened the run
     import psutil
 
@@ -65,3 +89,48 @@ def wait_until_open(output_dir: Path, timeout_seconds: float = 1800) -> None:
                 f"waited {timeout_seconds:.0f} s for the first worker to open {output_dir}: look at its output"
             )
         time.sleep(0.1)
+
+
+def make_trainer(place: PlaceConfig, device):
+    """A bare Lightning trainer: what happens at a step is the loop's business alone."""
+    import pytorch_lightning as pl
+    from pytorch_lightning.plugins.environments import (
+        LightningEnvironment,
+        SLURMEnvironment,
+        TorchElasticEnvironment,
+    )
+    from pytorch_lightning.strategies import DDPStrategy
+
+    for name in ("pytorch_lightning", "lightning.fabric", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # start-up tips
+    warnings.filterwarnings("ignore", module="pytorch_lightning.*|lightning_fabric.*|torchmetrics.*")
+    for pattern in (
+        ".*does not have many workers.*",
+        ".*isinstance.treespec.*",
+        ".*GPU available but not used.*",
+    ):
+        warnings.filterwarnings("ignore", pattern)
+    environments = {
+        "torchrun": TorchElasticEnvironment,
+        "srun": lambda: SLURMEnvironment(auto_requeue=False),  # signals are ours
+        "Lightning": LightningEnvironment,
+    }
+    is_alone = place.devices * place.num_nodes == 1
+    return pl.Trainer(
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=place.devices,
+        num_nodes=place.num_nodes,
+        # a worker that died is noticed after ten minutes, not thirty; validations and samples are shorter
+        strategy="auto" if is_alone else DDPStrategy(timeout=timedelta(minutes=10)),
+        plugins=[environments["Lightning" if is_alone else launcher()]()],
+        precision="32-true",  # autocast and scaler are set in the step: see device.py for the choice
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+        default_root_dir=place.output_dir,
+    )
