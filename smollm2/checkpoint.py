@@ -15,7 +15,10 @@ training state alone. The SHA-256 finds accidents, not attackers: they would rew
 from __future__ import annotations
 
 import math
+import os
 import re
+import secrets
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -190,3 +193,33 @@ def newest_usable(
             "or pass --resume never to start anew"
         )
     return None
+
+
+def prune(checkpoint_dir: str | Path, keep_last: int, best_step: int | None, newest: Manifest) -> list[str]:
+    """Keep `newest` (written just now), the step folders of the last `keep_last` saves, and the best; finals stay.
+
+    A damaged folder does not count as kept: it goes once enough good ones are newer. What is removed gets a temporary
+    name first, in one rename: a kill in the middle leaves what the next start tidies, never half a checkpoint.
+    """
+    is_final = newest.folder.name in FINAL_NAMES
+    removed, kept = [], 1
+    for path in candidates(checkpoint_dir):
+        match = re.fullmatch(r"step-(\d+)\.ckpt", path.name)
+        if not match or path.is_symlink() or path == newest.folder or int(match[1]) > newest.step:
+            continue
+        superseded = is_final and int(match[1]) == newest.step
+        if not superseded and (kept < keep_last or int(match[1]) == best_step):
+            kept += _is_readable(path)
+            continue
+        leftover = path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")
+        os.rename(path, leftover)  # where this fails the folder is whole
+        shutil.rmtree(leftover, ignore_errors=True)
+        removed.append(path.name)
+    return removed
+
+
+def _is_readable(folder: Path) -> bool:
+    try:
+        return bool(read_manifest(folder))
+    except (CheckpointError, OSError):
+        return False

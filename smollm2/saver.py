@@ -1,15 +1,11 @@
 """Saving without holding up training: a snapshot in memory, then writing and tidying on a thread.
 
 The training thread only copies tensors to CPU memory. One save is in flight at a time; a new one waits for the last.
-A failing disk does not stop training at once: three failed saves in a row do. Whatever is removed gets a temporary name
-first, in one rename: a kill in the middle leaves what the next start tidies, never half a checkpoint.
+A failing disk does not stop training at once: three failed saves in a row do.
 """
 
 from __future__ import annotations
 
-import os
-import re
-import secrets
 import shutil
 import threading
 import time
@@ -20,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import FINAL_NAMES, Manifest, candidates, commit, read_manifest
-from .errors import CheckpointError, NumericStop, OutputLost, UserError
+from .checkpoint import Manifest, candidates, commit, prune
+from .errors import NumericStop, OutputLost, UserError
 from .files import write_tensors
 
 MAX_FAILED_SAVES = 3
@@ -160,35 +156,6 @@ def _tensor_writer(tensors: dict[str, torch.Tensor]) -> Callable[[Path], None]:
         write_tensors(path, tensors)
 
     return write
-
-
-def prune(checkpoint_dir: str | Path, keep_last: int, best_step: int | None, newest: Manifest) -> list[str]:
-    """Keep `newest` (written just now), the step folders of the last `keep_last` saves, and the best; finals stay.
-
-    A damaged folder does not count as kept: it goes once enough good ones are newer.
-    """
-    is_final = newest.folder.name in FINAL_NAMES
-    removed, kept = [], 1
-    for path in candidates(checkpoint_dir):
-        match = re.fullmatch(r"step-(\d+)\.ckpt", path.name)
-        if not match or path.is_symlink() or path == newest.folder or int(match[1]) > newest.step:
-            continue
-        superseded = is_final and int(match[1]) == newest.step
-        if not superseded and (kept < keep_last or int(match[1]) == best_step):
-            kept += _is_readable(path)
-            continue
-        leftover = path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")
-        os.rename(path, leftover)  # where this fails the folder is whole
-        shutil.rmtree(leftover, ignore_errors=True)
-        removed.append(path.name)
-    return removed
-
-
-def _is_readable(folder: Path) -> bool:
-    try:
-        return bool(read_manifest(folder))
-    except (CheckpointError, OSError):
-        return False
 
 
 def check_space(checkpoint_dir: Path, bytes_each: int, count: int, say: Callable[[str], None]) -> None:

@@ -106,12 +106,14 @@ class TrainingLoop(pl.LightningModule):
             improved = self.validate()
         if is_applied and (is_last or state.step % train.sample_every == 0):
             self.sample()
+        if run.world_size == 1:
+            stopped_by = self.heard()  # nobody to agree with: what came during this step counts, too
         if is_last or stopped_by or self.save_is_due(is_applied, improved):
             self.save(self.final_name if is_last else step_name(state.step))
         run.report_saves()
         if stopped_by:
             self.signals.received = stopped_by  # on every worker, also if the signal has reached only one
-        self.trainer.should_stop |= is_last or stopped_by is not None
+        self.trainer.should_stop |= bool(is_last or stopped_by)
 
     def gradients(self, batch: torch.Tensor) -> torch.Tensor:
         """Accumulate the gradients of all rows; after running out of memory, halve the micro-batch and redo them all.
@@ -149,10 +151,9 @@ class TrainingLoop(pl.LightningModule):
             total += loss.detach().float()
         return total
 
-    def agree(self, loss: torch.Tensor, norm: torch.Tensor) -> tuple[float, float, int | None]:
-        """(loss, gradient norm, signal number or None), the same on every worker: one exchange, one transfer a step."""
-        received = self.signals.received or (LOST_READER if self.run.reporter.is_lost else 0)
-        mine = torch.stack((loss.double(), norm.double(), loss.new_tensor(received, dtype=torch.float64)))
+    def agree(self, loss: torch.Tensor, norm: torch.Tensor) -> tuple[float, float, int]:
+        """(loss, gradient norm, signal number or 0), the same on every worker: one exchange, one transfer a step."""
+        mine = torch.stack((loss.double(), norm.double(), loss.new_tensor(self.heard(), dtype=torch.float64)))
         if self.run.world_size == 1:
             loss, norm, received = mine.tolist()
         else:
@@ -160,7 +161,11 @@ class TrainingLoop(pl.LightningModule):
                 mine
             )  # (workers, 3); the norm is the same on each already
             (loss, norm), received = said[:, :2].mean(0).tolist(), said[:, 2].max().item()
-        return loss, norm, int(received) or None
+        return loss, norm, int(received)
+
+    def heard(self) -> int:
+        """Number of the signal that asks this process to stop; 0 for none."""
+        return self.signals.received or (LOST_READER if self.run.reporter.is_lost else 0)
 
     # --- what is due at a step
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from smollm2.checkpoint import FINAL_NAMES, Manifest, commit, step_name
+from smollm2.checkpoint import FINAL_NAMES, Manifest, commit, prune, step_name
 from smollm2.files import remove_leftovers
-from smollm2.retention import prune
 
 FINAL = FINAL_NAMES[0]
 NEW_STEP = 40

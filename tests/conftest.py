@@ -11,6 +11,7 @@ import torch
 
 from smollm2.config import SmolLM2Config
 from smollm2.model import SmolLM2
+from smollm2.progress import Reporter
 
 if (
     signal.getsignal(signal.SIGINT) == signal.SIG_IGN
@@ -73,3 +74,21 @@ def transformers_twin(model: SmolLM2):
     assert not unexpected and set(missing) <= {"lm_head.weight"}
     twin.tie_weights()
     return twin
+
+
+class Heard(Reporter):
+    """Keeps what a run says."""
+
+    def __init__(self):
+        self.messages: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    """A text of a few thousand tokens."""
+    from tests.soak import small_text
+
+    return small_text(tmp_path_factory.mktemp("text") / "text.txt")

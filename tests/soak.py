@@ -36,7 +36,7 @@ from pathlib import Path
 
 import torch
 
-from smollm2 import chores, run, saver, training
+from smollm2 import run, saver, training
 from smollm2.checkpoint import FINAL_NAMES, candidates, verify
 from smollm2.config import DataConfig, PlaceConfig, RunConfig, SmolLM2Config, TrainConfig
 from smollm2.errors import CheckpointError
@@ -158,17 +158,17 @@ def _instrument(board: Blackboard, drop_tokens: bool) -> None:
             before = board.read()[0]
             board.write(phase=phase)
             result = original(*args, **kwargs)
-            board.write(phase=before if name != "finish" else phase)
+            board.write(phase=before if name != "on_train_end" else phase)
             return result
 
         setattr(owner, name, wrapper)
 
     noted(saver, "commit", 2)
     noted(saver, "prune", 2)
-    noted(chores.Chores, "_validate", 3)
-    noted(chores.Chores, "_sample", 3)
-    noted(chores.Chores, "finish", 4)
-    original_step, begun = training.TrainingModule.training_step, 0
+    noted(training.TrainingLoop, "validate", 3)
+    noted(training.TrainingLoop, "sample", 3)
+    noted(training.TrainingLoop, "on_train_end", 4)
+    original_step, begun = training.TrainingLoop.training_step, 0
 
     def step(self, batch, batch_idx):
         nonlocal begun
@@ -178,7 +178,7 @@ def _instrument(board: Blackboard, drop_tokens: bool) -> None:
             batch = batch.masked_fill(torch.rand(batch.shape) < 0.05 * (1 + random.random()), 0)
         return original_step(self, batch, batch_idx)
 
-    training.TrainingModule.training_step = step
+    training.TrainingLoop.training_step = step
 
 
 def start(
@@ -363,13 +363,12 @@ def fresh_run(
 
 
 def _forget(change: Callable) -> None:
-    original = run.Run.load
+    original = training.load
 
-    def load(self, target):
-        model, state, moments = original(self, target)
-        return change(model, state, moments)
+    def load(opened):
+        return change(*original(opened))
 
-    run.Run.load = load
+    training.load = load
 
 
 def break_position() -> None:

@@ -20,17 +20,17 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from conftest import Heard
 
-from smollm2 import checkpoint, files, retention, saver
-from smollm2.checkpoint import Manifest, candidates, newest_usable, step_name, verify
+from smollm2 import files, saver
+from smollm2.checkpoint import Manifest, candidates, newest_usable, prune, step_name, verify
 from smollm2.errors import OutputLost
 from smollm2.files import remove_leftovers
 from smollm2.logs import TRAINING, read_log
 from smollm2.progress import Reporter
-from smollm2.retention import prune
 from smollm2.training import train
 from tests.commit_child import FINAL, NEW_STEP, SCENARIOS, save
-from tests.soak import Blackboard, compare, outcome, reference, small_config, small_text, start, wait
+from tests.soak import Blackboard, compare, outcome, reference, small_config, start, wait
 
 CALLS = ("write", "fsync", "rename", "unlink", "unlinkat", "mkdir", "rmdir", "ftruncate")
 ROOT = Path(__file__).parents[1]
@@ -134,26 +134,13 @@ def test_a_rename_that_fails_puts_the_replaced_folder_back(tmp_path, monkeypatch
             raise OSError(errno.EIO, "Input/output error")
         real(source, target)
 
-    monkeypatch.setattr(checkpoint.os, "rename", rename)
+    monkeypatch.setattr(files.os, "rename", rename)
     with pytest.raises(OSError, match="Input/output"):
         save(tmp_path, FINAL, 40)
     assert [p.name for p in tmp_path.iterdir()] == [FINAL] and verify(tmp_path / FINAL).step == 40
 
 
 # --- a whole run on a disk that fails ---------------------------------------------------------------------------------
-
-
-class Heard(Reporter):
-    def __init__(self):
-        self.messages: list[str] = []
-
-    def message(self, text: str) -> None:
-        self.messages.append(text)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    return small_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 @pytest.fixture(scope="module")
@@ -178,9 +165,10 @@ def test_a_disk_that_is_full_now_and_then_does_not_stop_training(
         saves += path.name == "manifest.json"
         if path.name == "manifest.json" and saves in failing:
             raise OSError(errno.ENOSPC, "No space left on device")
-        files.write_durably(path, data)
+        write(path, data)
 
-    monkeypatch.setattr(checkpoint, "write_durably", full_disk)
+    write = files.write_durably
+    monkeypatch.setattr(files, "write_durably", full_disk)
     assert train(short(text, tmp_path / "output"), heard := Heard()).step == 40
     assert sum(
         "failed (No space left on device); training goes on" in line for line in heard.messages
@@ -212,7 +200,7 @@ def test_a_disk_that_stays_broken_ends_the_run_with_its_own_exit_code(
 
 
 def test_a_last_save_that_fails_is_not_called_a_finished_run(text, tmp_path, monkeypatch, undisturbed):
-    real = checkpoint.commit
+    real = saver.commit
 
     def commit(parent, name, *rest):
         if name == FINAL:
@@ -242,12 +230,14 @@ def test_an_output_directory_that_vanishes_ends_the_run_with_exit_code_7(text, t
 
 
 def test_a_checkpoint_that_cannot_be_removed_does_not_stop_training(text, tmp_path, monkeypatch):
-    def remove(folder):
+    def prune(*arguments):
         raise OSError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(retention, "remove", remove)
+    monkeypatch.setattr(saver, "prune", prune)
     assert train(short(text, tmp_path / "output"), heard := Heard()).step == 40
-    assert any("older checkpoints could not be removed: Permission denied" in line for line in heard.messages)
+    assert any(
+        "older checkpoints could not be removed (Permission denied)" in line for line in heard.messages
+    )
 
 
 needs_mount = pytest.mark.skipif(
@@ -353,7 +343,7 @@ def test_a_disk_that_cannot_hold_the_checkpoints_is_told_before_training(text, s
     (small_disk / "others").write_bytes(bytes(750_000))
     with pytest.raises(
         OutputLost,
-        match=r"MB free for .*, and one checkpoint takes 0\.2 MB: not even two fit.*; free 0\.\d MB, or",
+        match=r"MB free for .*, and one checkpoint takes 0\.2 MB: no room for.*; free 0\.\d MB, or",
     ) as stop:
         train(short(text, small_disk / "one"), Reporter())
     assert stop.value.exit_code == 7 and not (small_disk / "one").exists(), "nothing was written"
@@ -366,7 +356,7 @@ def test_a_disk_that_cannot_hold_the_checkpoints_is_told_before_training(text, s
         (5, 0, ""),
         (4.9, 0, "the 5 that"),
         (2, 0, "the 5 that"),
-        (1.9, 0, "not even two fit"),
+        (1.9, 0, "no room for the next one"),
         (3, 2, ""),
         (2.9, 2, "do not fit; free 0.1 MB or"),
         (1, 4, ""),
@@ -380,11 +370,11 @@ def test_the_room_that_a_run_needs(tmp_path, monkeypatch, free, here, told):
         (tmp_path / step_name(step) / "model.safetensors").write_bytes(bytes(10**6))
     (tmp_path / "step-00000009.ckpt.tmp-1").mkdir()
     monkeypatch.setattr(
-        retention.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**8, 0, int(free * 10**6))
+        saver.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**8, 0, int(free * 10**6))
     )
     said = []
     try:
-        retention.check_space(tmp_path, 10**6, 5, said.append)
+        saver.check_space(tmp_path, 10**6, 5, said.append)
     except OutputLost as error:
         said.append(str(error))
     assert len(said) == bool(told) and told in "".join(said)

@@ -425,7 +425,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_ends_in_the_same_bits(text, fi
 
 
 def test_a_damaged_folder_does_not_push_out_a_good_one(text, finished, tmp_path):
-    from smollm2.retention import prune
+    from smollm2.checkpoint import prune
 
     folder = tmp_path / "checkpoints"
     for name in (OLDER, NEWER):

@@ -17,12 +17,11 @@ import pytest
 from fake_drive import FakeDrive, MachineDied
 
 from smollm2 import drive, drive_folder, drive_restore, lease
-from smollm2.checkpoint import FINAL_NAMES, candidates, commit, step_name, verify
+from smollm2.checkpoint import FINAL_NAMES, candidates, commit, prune, step_name, verify
 from smollm2.drive import DriveMirror, newest_on_drive
 from smollm2.errors import BusyError, ConfigError, DataError, NoUsableCheckpoint
 from smollm2.files import dump_json
 from smollm2.progress import Reporter, TerminalReporter
-from smollm2.retention import prune
 from smollm2.settings import load_config
 from smollm2.state import TrainState
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -139,33 +140,39 @@ def test_a_machine_that_goes_on_from_drive_shows_tensorboard_every_earlier_step_
         ), tag
 
 
-def test_a_resume_shows_tensorboard_no_step_twice_and_none_behind_the_checkpoint(tmp_path):
-    for start in (1, 3, 3):  # two kills at step 6, the checkpoint is that of step 2
-        text = logs.TextLogs(tmp_path)
-        text.rewind(start - 1, [])
+def test_a_resume_repeats_and_loses_no_line_and_no_point(tmp_path):
+    for start, known in ((1, 0), (3, 2), (3, 2)):  # two kills after step 6, the checkpoint is that of step 2
+        text = logs.Logs(tmp_path, {logs.TRAINING: known})
         for step in range(start, 7):
             text.write(logs.TRAINING, step, train_loss=1 / step)
-            text.scalars(step, train_loss=1 / step)
-    text.rewind(4, [])
-    assert curves(tmp_path) == {
-        "train/loss": [(step, pytest.approx(1 / step, abs=1e-6)) for step in range(1, 5)]
-    }
+            text.write(logs.CHECKPOINTS, step, event="noted")
+        with open(tmp_path / logs.TRAINING, "ab") as file:
+            file.write(b"2026-11-23T19:00:00Z step=7 train_lo")  # torn
+    logs.Logs(tmp_path, {logs.TRAINING: 4}).flush()
+    assert [event["step"] for event in logs.read_log(tmp_path / logs.TRAINING)] == ["1", "2", "3", "4"]
+    assert curves(tmp_path) == {"train/loss": [(n, pytest.approx(1 / n, abs=1e-6)) for n in range(1, 5)]}
+    assert len(logs.read_log(tmp_path / logs.CHECKPOINTS)) == 14, (
+        "what happened to checkpoints is a journal: it stays"
+    )
 
 
-def test_rewind_drops_what_lies_behind_torn_lines_and_pending_events(tmp_path):
-    text = logs.TextLogs(tmp_path, tensorboard=False)
-    for step in (1, 2, 3):
-        text.write(logs.TRAINING, step, train_loss=1.0 / step)
-    text.write(logs.TRAINING, 2, val_loss=0.5)
-    with open(tmp_path / logs.TRAINING, "ab") as file:
-        file.write(b"2026-11-23T19:00:00Z step=2 train_lo")
-    text.rewind(2, ["val"])
-    kept = logs.read_log(tmp_path / logs.TRAINING)
-    assert [(e["step"], "val_loss" in e) for e in kept] == [("1", False), ("2", False)]
+def test_lines_wait_for_a_disk_that_takes_them_again(tmp_path):
+    said = []
+    text = logs.Logs(tmp_path / "logs", {}, said.append)
+    text.write(logs.TRAINING, 1, train_loss=1.0)
+    os.rename(tmp_path / "logs", tmp_path / "away")
+    text.write(logs.TRAINING, 2, train_loss=2.0)
+    text.write(logs.CHECKPOINTS, 2, event="saved")
+    with pytest.raises(FileNotFoundError):  # so no checkpoint can claim these lines
+        text.line_counts()
+    os.rename(tmp_path / "away", tmp_path / "logs")
+    text.write(logs.TRAINING, 3, train_loss=3.0)
+    assert [event["step"] for event in logs.read_log(tmp_path / "logs" / logs.TRAINING)] == ["1", "2", "3"]
+    assert text.line_counts()[logs.TRAINING] == 3 and len(said) == 1
 
 
 def test_words_with_blanks_and_quotes_come_back(tmp_path):
-    text = logs.TextLogs(tmp_path, tensorboard=False)
+    text = logs.Logs(tmp_path, {})
     said = 'He said "no = yes",\nand left \\ quickly'
     text.write(logs.SAMPLES, 5, prompt="Once upon a time", text=said)
     (event,) = logs.read_log(tmp_path / logs.SAMPLES)

@@ -12,15 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Heard
 
 from smollm2 import saver
 from smollm2.checkpoint import FINAL_NAMES, step_name, verify
 from smollm2.errors import BusyError, ConfigError, DataError
 from smollm2.files import sha256_file
-from smollm2.lock import OutputLock
-from smollm2.logs import CHECKPOINTS, EPOCHS, SAMPLES, TRAINING, TextLogs, read_log
+from smollm2.folder import locked_folder
+from smollm2.logs import EPOCHS, SAMPLES, TRAINING
 from smollm2.progress import Reporter
-from smollm2.training import train
+from smollm2.training import TrainingLoop, train
 from tests.soak import (
     SABOTAGES,
     Blackboard,
@@ -29,6 +30,7 @@ from tests.soak import (
     compare,
     fresh_run,
     log_events,
+    newest_verified_step,
     outcome,
     reference,
     small_config,
@@ -38,11 +40,6 @@ from tests.soak import (
 )  # fmt: skip
 
 FINAL, CONTINUED = FINAL_NAMES
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    return small_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 def fifty(text: Path, folder: Path, **train_settings):
@@ -58,14 +55,6 @@ def finished(text, tmp_path_factory) -> Path:
     result = train(fifty(text, folder, keep_last=10), Reporter())
     assert result.step == 50 and result.stopped_by is None
     return folder
-
-
-class Heard(Reporter):
-    def __init__(self):
-        self.messages: list[str] = []
-
-    def message(self, text: str) -> None:
-        self.messages.append(text)
 
 
 def same_result(folder: Path, name: str, other: Path, other_name: str) -> None:
@@ -137,17 +126,51 @@ def plant_kill(name_prefix: str, after: bool):
     return plant
 
 
-@pytest.mark.parametrize(
-    "after", [False, True], ids=["before the final folder", "before the old ones are pruned"]
-)
-def test_killed_between_the_last_save_and_the_end_the_rest_is_made_up(text, finished, tmp_path, after):
+@pytest.mark.parametrize("after", [False, True], ids=["before it", "before older ones are pruned"])
+def test_killed_at_the_final_folder_the_rest_is_made_up(text, finished, tmp_path, after):
     config = fifty(text, tmp_path / "output", keep_last=10)
     killed_at(config, tmp_path / "log", plant_kill("final", after))
-    assert (tmp_path / "output/checkpoints" / step_name(50)).exists() and (
-        tmp_path / "output/checkpoints" / FINAL
-    ).exists() == after
+    assert (tmp_path / "output/checkpoints" / FINAL).exists() == after
     assert train(config, Reporter()).step == 50
     same_result(tmp_path / "output", FINAL, finished, FINAL)
+
+
+@pytest.mark.parametrize("hook", ["validate", "sample"])
+def test_killed_in_what_is_due_at_a_step_it_is_done_again_and_once(text, finished, tmp_path, hook):
+    def plant() -> None:
+        original = getattr(TrainingLoop, hook)
+
+        def killed(self):
+            result = original(self)
+            if self.state.step == 30:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        setattr(TrainingLoop, hook, killed)
+
+    config = fifty(text, tmp_path / "output", keep_last=10)
+    killed_at(config, tmp_path / "log", plant)
+    assert newest_verified_step(tmp_path / "output") == 20, (
+        "a step is saved when all that is due there is done"
+    )
+    train(config, Reporter())
+    same_result(tmp_path / "output", FINAL, finished, FINAL)
+
+
+def test_a_run_that_ends_where_it_was_saved_gets_its_final_folder(text, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "output")
+    shutil.rmtree(tmp_path / "output/checkpoints" / FINAL)
+    result = train(fifty(text, tmp_path / "output", max_steps=40), Reporter())
+    assert (result.step, result.checkpoint.name) == (40, FINAL)
+    assert verify(result.checkpoint).files == verify(result.checkpoint.with_name(step_name(40))).files
+
+
+def test_saves_follow_the_clock_not_the_validations(text, tmp_path):
+    settings = {"max_steps": 60, "val_every": 2, "sample_every": 5, "save_every": None, "keep_last": 99}
+    train(small_config(text, tmp_path / "output", save_every_seconds=3600.0, **settings), Reporter())
+    assert [path.name for path in (tmp_path / "output/checkpoints").iterdir()] == [FINAL]
+    train(small_config(text, tmp_path / "often", save_every_seconds=1e-6, **settings), Reporter())
+    assert len(list((tmp_path / "often/checkpoints").iterdir())) == 60
 
 
 def test_a_finished_run_can_be_extended_and_killed_meanwhile(text, finished, tmp_path):
@@ -193,44 +216,6 @@ def test_resume_never_starts_anew_and_moves_the_old_run_aside(text, finished, tm
     same_result(moved, FINAL, finished, FINAL)
 
 
-def test_a_save_after_skipped_batches_does_not_repeat_the_line_of_an_epoch(tmp_path):
-    logs = TextLogs(tmp_path, tensorboard=False)
-    logs.write(EPOCHS, 10, epoch=1)
-    counts = logs.line_counts()
-    logs.write(EPOCHS, 10, epoch=2)  # an epoch ended in a skipped batch: the step stayed
-    logs.write(EPOCHS, 11, epoch=3)
-    logs.rewind(10, [], counts)
-    assert [event["epoch"] for event in read_log(tmp_path / EPOCHS)] == ["1"]
-
-
-def test_log_lines_wait_for_a_disk_that_takes_them_again(tmp_path):
-    logs = TextLogs(tmp_path / "logs", tensorboard=False)
-    logs.write(TRAINING, 1, train_loss=1.0)
-    os.rename(tmp_path / "logs", tmp_path / "away")
-    logs.write(TRAINING, 2, train_loss=2.0)
-    logs.write(CHECKPOINTS, 2, event="saved")
-    with pytest.raises(FileNotFoundError):  # so no checkpoint can claim these lines
-        logs.line_counts()
-    os.rename(tmp_path / "away", tmp_path / "logs")
-    logs.write(TRAINING, 3, train_loss=3.0)
-    assert [event["step"] for event in read_log(tmp_path / "logs" / TRAINING)] == ["1", "2", "3"]
-    assert logs.line_counts()[TRAINING] == 3 and len(read_log(tmp_path / "logs" / CHECKPOINTS)) == 1
-
-
-def test_torn_lines_and_lines_behind_the_checkpoint_go(tmp_path):
-    logs = TextLogs(tmp_path, tensorboard=False)
-    for step in (5, 10, 15):
-        logs.write(TRAINING, step, train_loss=1.0)
-    logs.write(TRAINING, 10, val_loss=2.0)
-    with open(tmp_path / TRAINING, "ab") as file:
-        file.write(b"2026-11-23T19:00:00Z step=1")
-    logs.rewind(10, ["val"])
-    assert [(event["step"], "val_loss" in event) for event in read_log(tmp_path / TRAINING)] == [
-        ("5", False),
-        ("10", False),
-    ]
-
-
 def test_every_training_step_runs_compiled_whatever_was_sampled_before_it(tmp_path, monkeypatch):
     """A resumed run samples first, a killed one did not: both must take the same kernels afterwards."""
     torch._dynamo.reset()
@@ -240,7 +225,9 @@ def test_every_training_step_runs_compiled_whatever_was_sampled_before_it(tmp_pa
         graphs.append(graph)
         return lambda *args: (calls.append(torch.is_grad_enabled()), graph.forward(*args))[1]
 
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend=backend))
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda module, dynamic: compile_module(module, backend=backend)
+    )
     config = small_config(
         small_text(tmp_path / "text.txt"),
         tmp_path / "output",
@@ -257,10 +244,38 @@ def test_every_training_step_runs_compiled_whatever_was_sampled_before_it(tmp_pa
 
 
 def test_one_process_cannot_open_a_run_twice(tmp_path):
-    with OutputLock(tmp_path), pytest.raises(BusyError, match="this very process"), OutputLock(tmp_path):
+    with (
+        locked_folder(tmp_path),
+        pytest.raises(BusyError, match="is being written by"),
+        locked_folder(tmp_path),
+    ):
         pass
-    with OutputLock(tmp_path):
+    with locked_folder(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("stray", ["bfloat16", "meta"])
+def test_a_default_set_in_an_earlier_cell_changes_no_bit(text, finished, tmp_path, stray):
+    if stray == "meta":
+        torch.set_default_device("meta")
+    else:
+        torch.set_default_dtype(torch.bfloat16)
+    try:
+        train(fifty(text, tmp_path / "output"), Reporter())
+        assert (torch.get_default_dtype() == torch.bfloat16) or torch.get_default_device().type == "meta"
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    same_result(tmp_path / "output", FINAL, finished, FINAL)
+
+
+def test_without_a_compiler_training_runs_uncompiled_and_says_so(text, tmp_path, monkeypatch):
+    def no_compiler(*arguments, **options):
+        raise RuntimeError("No working C++ compiler found in cpp.cxx: ('g++',)")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    assert train(small_config(text, tmp_path, max_steps=3, compile=True), heard := Heard()).step == 3
+    assert any("training runs uncompiled (RuntimeError: No working C++" in line for line in heard.messages)
 
 
 @pytest.mark.slow

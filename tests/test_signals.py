@@ -14,19 +14,14 @@ import pytest
 
 from smollm2.checkpoint import candidates, newest_usable
 from smollm2.errors import BusyError
-from smollm2.lock import OutputLock
+from smollm2.folder import locked_folder
 from smollm2.logs import CHECKPOINTS, read_log
 from smollm2.progress import Reporter
 from smollm2.signals import StopSignals
 from smollm2.training import train
-from tests.soak import Blackboard, compare, kill, outcome, reference, small_config, small_text, start, wait
+from tests.soak import Blackboard, compare, kill, outcome, reference, small_config, start, wait
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    return small_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +89,7 @@ def test_the_command_line_says_what_it_does_and_exits_with_143_and_a_second_comm
     said, _ = second.communicate(timeout=120)
     assert (
         second.returncode == 3
-        and f"is being written by another process (pid {first.pid} on " in said
+        and f"is being written by process {first.pid} on " in said
         and "Traceback" not in said
     )
     first.send_signal(signal.SIGTERM)
@@ -126,7 +121,7 @@ def test_ctrl_c_twice_stops_at_once_and_leaves_the_last_checkpoint(text, tmp_pat
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in said
-    assert newest_usable(candidates(tmp_path / "output/checkpoints")).step == 20
+    assert newest_usable(candidates(tmp_path / "output/checkpoints")).step == 10
 
 
 def test_when_the_reader_of_its_lines_leaves_the_step_is_saved(text, undisturbed, tmp_path):
@@ -196,11 +191,11 @@ def test_after_kill_9_the_lock_is_free_within_a_second(text, tmp_path):
     for _ in range(3):
         pid = start(config, board, tmp_path / "log", drop_tokens=False)
         wait(pid, until=lambda: board.read()[1] > 3)
-        with pytest.raises(BusyError, match=f"pid {pid} on "), OutputLock(tmp_path / "output"):
+        with pytest.raises(BusyError, match=f"process {pid} on "), locked_folder(tmp_path / "output"):
             pass
         kill(pid)
         began = time.monotonic()
-        with OutputLock(tmp_path / "output"):
+        with locked_folder(tmp_path / "output"):
             assert time.monotonic() - began < 1
 
 

@@ -1,4 +1,4 @@
-"""Two processes train the same batches in the same order as one."""
+"""Several processes train the same batches in the same order as one, and stop together; one alone is always the first."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 
 from smollm2.config import PlaceConfig
 from smollm2.data import BatchOrder, BatchStream
 from smollm2.errors import ConfigError
-from smollm2.logs import read_log
-from smollm2.workers import check_workers, is_first_worker
+from smollm2.logs import CHECKPOINTS, TRAINING, read_log
+from smollm2.workers import LAUNCHED_BY, check_workers, is_first_worker
+from tests.soak import small_config
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,18 +35,22 @@ def test_workers_share_the_rows_of_the_same_global_batch():
 
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}
-SRUN = {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_JOB_NAME": "train"}
-SHELL_OF_A_JOB = {
-    "SLURM_NTASKS": "1",
-    "SLURM_PROCID": "0",
-    "SLURM_JOB_NAME": "bash",
-}  # Lightning's children inherit it
+SRUN = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_JOB_NAME": "train"}
+SHELL_OF_A_JOB = {"SLURM_NTASKS": "8", "SLURM_PROCID": "3", "SLURM_JOB_NAME": "bash"}
+STRAY = [
+    {"LOCAL_RANK": "1"},
+    {"NODE_RANK": "2"},
+    {"RANK": "-1"},
+    {"OMPI_COMM_WORLD_RANK": "3"},
+    SHELL_OF_A_JOB,
+]
+LIGHTNINGS_CHILD = {"LOCAL_RANK": "1", "NODE_RANK": "0", LAUNCHED_BY: str(os.getppid())}
 
 
 @pytest.fixture
 def launched(monkeypatch):
-    def as_if(**variables: str):
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", *TORCHRUN, *SRUN):
+    def as_if(variables: dict[str, str]) -> None:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", LAUNCHED_BY, *TORCHRUN, *SRUN):
             monkeypatch.delenv(name, raising=False)
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
@@ -55,108 +59,81 @@ def launched(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("variables", "is_first"),
+    ("variables", "place", "is_first"),
     [
-        ({}, True),
-        ({"LOCAL_RANK": "0"}, True),
-        ({"LOCAL_RANK": "1"}, False),
-        ({"NODE_RANK": "1"}, False),
-        (TORCHRUN, False),
-        (TORCHRUN | {"RANK": "0", "LOCAL_RANK": "0"}, True),
-        (SRUN, False),
-        (SRUN | {"SLURM_PROCID": "0"}, True),
-        (SHELL_OF_A_JOB, True),
-        (SHELL_OF_A_JOB | {"LOCAL_RANK": "1"}, False),
+        *((variables, {}, True) for variables in STRAY),
+        ({}, {"devices": 2}, True),
+        (LIGHTNINGS_CHILD, {"devices": 2}, False),
+        ({"NODE_RANK": "1"}, {"num_nodes": 2}, False),
+        (TORCHRUN, {"devices": 4}, False),
+        (TORCHRUN | {"RANK": "0", "LOCAL_RANK": "0"}, {"devices": 4}, True),
+        (SRUN, {"devices": 2}, False),
+        (SRUN | {"SLURM_PROCID": "0"}, {"devices": 2}, True),
+        (SHELL_OF_A_JOB, {"devices": 2}, True),
     ],
     ids=str,
 )
-def test_one_worker_is_the_first_however_they_were_started(launched, variables, is_first):
-    launched(**variables)
-    assert is_first_worker() is is_first
+def test_one_worker_is_the_first_however_they_were_started(launched, variables, place, is_first):
+    launched(variables)
+    check_workers(PlaceConfig(**place), 0)
+    assert is_first_worker(PlaceConfig(**place)) is is_first
 
 
 @pytest.mark.parametrize(
     ("variables", "place", "gpus", "problem"),
     [
         (TORCHRUN, {}, 0, "torchrun started 4 processes, but --devices 1 x --num_nodes 1 = 1"),
-        (TORCHRUN, {"devices": 2, "num_nodes": 2}, 2, None),
         (SRUN, {"devices": 4}, 0, "srun started 2 processes"),
-        (SRUN, {"num_nodes": 2}, 1, None),
-        (SHELL_OF_A_JOB, {"devices": 2}, 0, None),
-        ({}, {"devices": 2}, 1, "this machine has 1 GPU; expected at most 1"),
-        ({}, {"devices": 2}, 0, None),
+        ({}, {"devices": 2}, 1, "this machine has 1 GPU(s); expected at most 1"),
+        (
+            {"LOCAL_RANK": "1"},
+            {"devices": 2},
+            0,
+            "LOCAL_RANK='1' was left behind by another launcher: unset it",
+        ),
+        ({"NODE_RANK": "-1"}, {"num_nodes": 2}, 0, "NODE_RANK='-1': expected a whole number"),
     ],
     ids=str,
 )
-def test_processes_that_would_each_train_the_whole_run_are_refused(launched, variables, place, gpus, problem):
-    launched(**variables)
-    with pytest.raises(ConfigError, match=re.escape(problem)) if problem else contextlib.nullcontext():
+def test_processes_that_would_train_the_whole_run_each_or_wait_are_refused(
+    launched, variables, place, gpus, problem
+):
+    launched(variables)
+    with pytest.raises(ConfigError, match=re.escape(problem)):
         check_workers(PlaceConfig(**place), gpus)
+        is_first_worker(PlaceConfig(**place))
+
+
+@pytest.mark.parametrize("variables", STRAY, ids=str)
+def test_a_process_alone_trains_and_saves_whatever_a_launcher_left_behind(
+    text, tmp_path, launched, variables
+):
+    from smollm2.training import train
+
+    launched(variables)
+    assert train(small_config(text, tmp_path, max_steps=3)).checkpoint.is_dir()
+
+
+def started(text: Path, folder: Path, *flags: str, **settings) -> subprocess.Popen:
+    (folder / "tiny.yaml").write_text(small_config(text, folder / "output", **settings).to_yaml())
+    command = [sys.executable, "-u", "colab_train.py", "--config", str(folder / "tiny.yaml"), *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS="1"), **pipes)
 
 
 @pytest.mark.slow
-def test_two_processes_reach_the_same_losses_in_two_phases(tmp_path):
+def test_two_processes_reach_the_same_losses_in_two_phases(text, tmp_path):
     """The second phase matters: every worker must resume from what the first one committed."""
-    config = {
-        "preset": "nano",
-        "model": {
-            "vocab_size": 512,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-        },
-        "data": {"sequence_length": 32, "tokenizer_vocab_size": 512},
-        "train": {
-            "batch_size": 8,
-            "warmup_steps": 5,
-            "val_every": 50,
-            "sample_every": 50,
-            "sample_tokens": 8,
-            "precision": "fp32",
-            "log_every": 1,
-        },
-    }
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
-    (tmp_path / "text.txt").write_text((ROOT / "input.txt").read_text()[:60_000])
-    losses = {}
+    losses, settings = {}, {"max_steps": 12, "continue_steps": 4, "log_every": 1, "save_every_seconds": 0.01}
     for devices in (1, 2):
-        command = [
-            sys.executable,
-            str(ROOT / "colab_train.py"),
-            "--config",
-            "tiny.yaml",
-            "--input_file",
-            "text.txt",
-        ]
-        command += [
-            "--set",
-            "save_every_seconds=0.01",
-            "--output_dir",
-            f"out{devices}",
-            "--max_steps",
-            "12",
-            "--continue_steps",
-            "4",
-            "--devices",
-            str(devices),
-        ]
-        done = subprocess.run(
-            command,
-            cwd=tmp_path,
-            env=dict(os.environ, OMP_NUM_THREADS="1"),
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        events = read_log(tmp_path / f"out{devices}" / "logs" / "training_loss.txt")
+        folder = tmp_path / str(devices)
+        folder.mkdir()
+        process = started(text, folder, "--devices", str(devices), **settings)
+        said, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, said[-2000:]
+        events = read_log(folder / "output/logs" / TRAINING)
         losses[devices] = [float(event["train_loss"]) for event in events if "train_loss" in event]
-        saves = [
-            event
-            for event in read_log(tmp_path / f"out{devices}" / "logs" / "checkpoint_events.txt")
-            if event["event"] == "saved"
-        ]
+        saves = [e for e in read_log(folder / "output/logs" / CHECKPOINTS) if e["event"] == "saved"]
         assert len(saves) >= 14  # by the clock, also with several workers
     assert len(losses[1]) == 16
     np.testing.assert_allclose(losses[1], losses[2], atol=2e-4)
@@ -164,62 +141,21 @@ def test_two_processes_reach_the_same_losses_in_two_phases(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_signal_to_one_of_two_processes_stops_both_in_good_order(tmp_path, rank):
+def test_a_signal_to_one_of_two_processes_stops_both_in_good_order(text, tmp_path, rank):
     """A stopped worker that went on to the second phase, or an exit code of 0, would look like a finished run."""
     import psutil
 
-    config = {
-        "preset": "nano",
-        "model": {
-            "vocab_size": 512,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-        },
-        "data": {"sequence_length": 32, "tokenizer_vocab_size": 512},
-        "train": {
-            "batch_size": 8,
-            "warmup_steps": 5,
-            "precision": "fp32",
-            "max_steps": 100000,
-            "continue_steps": 50,
-            "val_every": 100000,
-        },
-    }
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
-    (tmp_path / "text.txt").write_text((ROOT / "input.txt").read_text()[:60_000])
-    command = [
-        sys.executable,
-        "-u",
-        str(ROOT / "colab_train.py"),
-        "--config",
-        "tiny.yaml",
-        "--input_file",
-        "text.txt",
-        "--devices",
-        "2",
-    ]
-    with subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        env=dict(os.environ, OMP_NUM_THREADS="1"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as run:
+    settings = {"max_steps": 100_000, "continue_steps": 50, "val_every": 100_000, "sample_every": 100_000}
+    with started(text, tmp_path, "--devices", "2", save_every=None, **settings) as run:
         said = ""
         while "step 1/" not in said:
             said += run.stdout.readline()
             assert run.poll() is None, said
         target = run if rank == 0 else psutil.Process(run.pid).children()[0]
-        target.send_signal(signal.SIGTERM)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            target.send_signal(signal.SIGTERM)
         said += run.communicate(timeout=120)[0]
     assert run.returncode == 143 and "Traceback" not in said, said[-2000:]
     assert said.count("talk to it") == 1
-    (saved,) = [
-        event
-        for event in read_log(tmp_path / "output/logs/checkpoint_events.txt")
-        if event["event"] == "saved"
-    ]
+    (saved,) = [e for e in read_log(tmp_path / "output/logs" / CHECKPOINTS) if e["event"] == "saved"]
     assert 1 <= int(saved["step"]) < 100000
