@@ -317,30 +317,23 @@ def _choose_tokenizer(config: RunConfig, newest: Manifest | None, way_out: str, 
         pieces = islice(read_split(data.input_file, "train", data.held_out_fraction), BPE_TRAINING_PIECES)
         return (text for text, _ in documents(pieces))  # no entries for the letters of separator lines
 
-    if newest:
+    if newest and data.tokenizer == "auto":
         tokenizer, reason = Tokenizer.from_file(newest.folder), "the checkpoint's own"
-        if data.tokenizer != "auto":
-            asked, _ = choose_tokenizer(data.tokenizer, vocab_size, None, None)
-            if asked.sha256 != tokenizer.sha256:
-                raise ConfigError(
-                    f"--tokenizer {data.tokenizer} is not the one this run was trained with; leave it out, or {way_out}"
-                )
     elif config.run.init_from and data.tokenizer == "auto":
         tokenizer = Tokenizer.from_file(resolve(config.run.init_from))
         reason = f"that of {config.run.init_from}"
     else:
-        tokenizer, reason = choose_tokenizer(
-            data.tokenizer, vocab_size, data.tokenizer_vocab_size, training_texts, say
-        )
+        size = data.tokenizer_vocab_size
+        tokenizer, reason = choose_tokenizer(data.tokenizer, vocab_size, size, training_texts, say)
+    if newest and newest.facts.get("tokenizer_sha256") != tokenizer.sha256:
+        asked = f"--tokenizer {data.tokenizer} is not the one this run was trained with"
+        raise ConfigError(f"{asked}; leave it out, or {way_out}")
     say(f"tokenizer: {reason}")
-    _, lost = tokenizer.not_kept(
-        text for text, _ in documents(islice(read_text(data.input_file), BPE_TRAINING_PIECES))
-    )
+    pieces = islice(read_text(data.input_file), BPE_TRAINING_PIECES)
+    _, lost = tokenizer.not_kept(text for text, _ in documents(pieces))
     if lost:
-        say(
-            f"note: {data.input_file}: {lost}; they are not learned, and bits per byte of this run are too good by what "
-            "they would cost"
-        )
+        cost = "they are not learned, and bits per byte of this run are too good by what they would cost"
+        say(f"note: {data.input_file}: {lost}; {cost}")
     return tokenizer
 
 
