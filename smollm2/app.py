@@ -2,204 +2,151 @@
 
 Completion as it is written, its settings, what could come next, and a choice among the run's checkpoints. It answers to
 this machine only, unless `--share` opens a public tunnel, and that needs `--auth USER:PASSWORD`. All text in and out is
-plain text. The limits are in `web/serving.py`; a script can use `POST /api/complete` (README).
+plain text. The limits are in `serving.py`; a script can use `POST /api/complete` (README).
 """
 
 from __future__ import annotations
 
+import base64
+import json
 import os
+import tempfile
 import time
+from pathlib import Path
 
 from .errors import ArgumentParser, ConfigError, UserError, run_command
-from .gate import Gate, Refused
-from .serving import MAX_NEW_TOKENS, MAX_PROMPT_CHARACTERS, MAX_WAITING, Models, Writer, api_routes, parse
+from .weights import resolve
 
 MIN_PASSWORD_CHARACTERS = 8
-REDRAW_SECONDS = 0.05
-CLEAR = "() => new Promise(done => setTimeout(() => done(['', '', {label: null, confidences: []}]), 300))"
 CSS = """
 .gradio-container { width: 100%; max-width: 1100px !important; margin: 0 auto !important; }
-#page-title h1 { margin-bottom: 0.1em; }
 #text textarea { font-size: 1.05rem; line-height: 1.55; }
 #status textarea { color: var(--body-text-color); -webkit-text-fill-color: var(--body-text-color); opacity: 1; }
 """
 
 
-def parse_auth(text: str | None, share: bool) -> tuple[str, str] | None:
-    """USER:PASSWORD -> (user, password). A public address without a password is refused; raises `ConfigError`."""
-    if text is None:
-        if share:
-            raise ConfigError(
-                "--share opens this page to everyone on the internet: it needs --auth USER:PASSWORD"
-            )
+def basic_auth(text: str | None, share: bool) -> str | None:
+    """USER:PASSWORD -> the `Authorization` header that shows it. A public address without it raises `ConfigError`."""
+    if text is None and not share:
         return None
-    user, _, password = text.partition(":")
+    user, _, password = (text or "").partition(":")
     if not user or len(password) < MIN_PASSWORD_CHARACTERS:
-        raise ConfigError(
-            f"--auth: expected USER:PASSWORD with a password of at least {MIN_PASSWORD_CHARACTERS} characters"
-        )
-    return user, password
+        wanted = f"USER:PASSWORD with a password of at least {MIN_PASSWORD_CHARACTERS} characters"
+        raise ConfigError(f"--auth: expected {wanted}; --share needs it, for it opens this page to everyone")
+    return "Basic " + base64.b64encode(text.encode()).decode()
 
 
-def build_page(writer: Writer):
-    """The Gradio page around a writer."""
-    import gradio as gr
+def import_gradio(share: bool):
+    """Gradio, after everything in this process's surroundings that could open this server or keep it from starting."""
+    for name in [name for name in os.environ if name.startswith("GRADIO_")]:
+        del os.environ[name]  # nothing but the command line opens this server
+    folder = tempfile.TemporaryDirectory(prefix="smollm2-page-")
+    os.environ["GRADIO_TEMP_DIR"] = folder.name  # the usual one, /tmp/gradio, may be another user's
+    # Gradio calls its own address; without --share it calls nobody else, so that no proxy of any kind matters
+    os.environ["no_proxy"] = "127.0.0.1" if share else "*"
+    try:
+        import gradio
+    except ImportError as error:
+        if error.name == "gradio":
+            raise ConfigError("the web page needs gradio: pip install 'gradio>=6.24,<7'") from None
+        raise ConfigError(f"the web page needs gradio, which cannot be imported here: {error}") from None
+    return gradio, folder
 
-    models = writer.models
-    context = models.get()[0].config.max_position_embeddings
 
-    async def write(checkpoint, prompt, new_tokens, temperature, top_p, top_k, min_p, seed):
+def build_page(gr, models):
+    """The Gradio page around the models."""
+    from .serving import MAX_NEW_TOKENS, MAX_PROMPT_CHARACTERS, MAX_WAITING, parse
+
+    class Page(gr.Blocks):
+        def validate_inputs(self, block_fn, inputs):
+            if len(inputs) < len(block_fn.inputs):  # Gradio's own check logs what was sent
+                raise gr.Error("not what the page sends", print_exception=False)
+
+    async def write(checkpoint, prompt, max_new_tokens, temperature, top_k, top_p, min_p, seed):
         """(text, status, what could come next) as they change."""
-        asked = {
-            "checkpoint": checkpoint,
-            "prompt": prompt,
-            "max_new_tokens": as_int(new_tokens),
-            "temperature": temperature,
-        }
-        asked |= {
-            "top_p": top_p,
-            "top_k": as_int(top_k) or None,
-            "min_p": min_p,
-            "seed": None if seed in (None, -1) else as_int(seed),
-        }
-        began = drawn_at = time.monotonic()
+        asked = {"checkpoint": checkpoint, "prompt": prompt, "max_new_tokens": max_new_tokens}
+        asked |= {"temperature": temperature, "top_k": top_k or None, "top_p": top_p, "min_p": min_p}
+        asked |= {"seed": None if seed == -1 else seed}
+        began = time.monotonic()
         try:
-            async for step in writer.write(parse(asked)):
-                now = time.monotonic()
-                if step.likely is None and step.reason is None and now - drawn_at < REDRAW_SECONDS:
-                    continue
-                drawn_at = now
-                speed = f"{step.tokens} tokens, {step.tokens / max(now - began, 1e-9):.0f} a second"
-                likely = gr.skip() if step.likely is None else dict(step.likely)
-                yield prompt + step.text, f"{step.reason or 'writing'}: {speed}", likely
-        except Refused as refused:
-            yield gr.skip(), str(refused), gr.skip()
+            async for step in models.write(parse(json.dumps(asked))):
+                speed = step["tokens"] / max(time.monotonic() - began, 1e-9)
+                status = f"{step['reason'] or 'writing'}: {step['tokens']} tokens, {speed:.0f} a second"
+                likely = step["next"] and {row["token"]: row["probability"] for row in step["next"]}
+                yield prompt + step["text"], status, likely or gr.skip()
+        except UserError as error:
+            yield gr.skip(), str(error), gr.skip()
 
-    # system fonts: the page loads nothing from strangers
-    theme = gr.themes.Soft(
-        primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-    )
-    theme.set(  # dark enough to read white on, bright enough to read on dark
-        body_background_fill="*neutral_50", button_primary_background_fill="*primary_600", button_primary_background_fill_hover="*primary_700",
-        button_primary_background_fill_dark="*primary_600", button_primary_background_fill_hover_dark="*primary_700",
-        block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300", body_text_color_subdued="*neutral_600",
-        block_title_text_color="*primary_700", block_title_text_color_dark="white",
-    )  # fmt: skip
-    with gr.Blocks(title="SmolLM2 from scratch", analytics_enabled=False, fill_width=True) as page:
-        gr.Markdown(
-            "# SmolLM2 from scratch\nType the beginning of a text; the model goes on.", elem_id="page-title"
-        )
+    context = models.get()[0].config.max_position_embeddings
+    with Page(title="SmolLM2 from scratch", analytics_enabled=False, fill_width=True) as page:
+        gr.Markdown("# SmolLM2 from scratch", elem_id="page-title")
         with gr.Row():
             with gr.Column(scale=3, min_width=320):
                 prompt = gr.Textbox(
-                    "Once upon a time",
-                    label="Beginning",
-                    lines=3,
-                    max_lines=8,
-                    max_length=MAX_PROMPT_CHARACTERS,
-                    elem_id="prompt",
-                    autofocus=True,
-                )
+                    "Once upon a time", label="Type the beginning of a text; the model goes on", lines=3, max_lines=8,
+                    max_length=MAX_PROMPT_CHARACTERS, autofocus=True, elem_id="prompt",
+                )  # fmt: skip
                 with gr.Row():
-                    go = gr.Button("Write", variant="primary", elem_id="write", min_width=80)
-                    stop = gr.Button("Stop", elem_id="stop", min_width=80)
-                    clear = gr.Button("Clear", elem_id="clear", min_width=80)
-                text = gr.Textbox(
-                    label="Text", lines=12, max_lines=30, interactive=False, buttons=["copy"], elem_id="text"
-                )
+                    go = gr.Button("Write", variant="primary", elem_id="write")
+                    stop = gr.Button("Stop", elem_id="stop")
+                text = gr.Textbox(label="Text", lines=12, max_lines=30, interactive=False, elem_id="text")
                 status = gr.Textbox(
-                    show_label=False,
-                    container=False,
-                    interactive=False,
-                    lines=1,
-                    max_lines=3,
-                    elem_id="status",
-                    placeholder="ready",
+                    "ready", show_label=False, container=False, interactive=False, elem_id="status"
                 )
             with gr.Column(scale=2, min_width=320):
-                checkpoint = gr.Dropdown(
-                    list(models.folders), value=models.first, label="Checkpoint", elem_id="checkpoint"
-                )
-                with gr.Accordion("What could come next", open=True):
-                    likely = gr.Label(
-                        show_label=False, show_heading=False, num_top_classes=10, elem_id="likely"
-                    )
+                names = list(models.folders)
+                checkpoint = gr.Dropdown(names, value=names[0], label="Checkpoint", elem_id="checkpoint")
+                likely = gr.Label(label="What could come next", num_top_classes=10, elem_id="likely")
                 with gr.Accordion("Settings", open=False, elem_id="settings"):
                     new_tokens = gr.Slider(1, MAX_NEW_TOKENS, min(128, context), step=1, label="New tokens")
                     temperature = gr.Slider(
-                        0, 2, 0.8, step=0.05, label="Temperature", info="0: always the likeliest token"
+                        0, 2, 0.8, label="Temperature", info="0: always the likeliest token"
                     )
-                    top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="1: off")
                     top_k = gr.Slider(0, 100, 0, step=1, label="Top-k", info="0: off")
+                    top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="1: off")
                     min_p = gr.Slider(0, 1, 0, step=0.05, label="Min-p", info="0: off")
                     seed = gr.Number(
-                        -1,
-                        precision=0,
-                        minimum=-1,
-                        maximum=2**31 - 1,
-                        label="Seed",
-                        info="same seed, same text; -1: a new one each time",
+                        -1, precision=0, label="Seed", info="same seed, same text; -1: always new"
                     )
-        shared = {
-            "inputs": [checkpoint, prompt, new_tokens, temperature, top_p, top_k, min_p, seed],
-            "outputs": [text, status, likely],
-        }
-        page.inputs = len(shared["inputs"])
-        # preprocess=False: what a client sends comes as it is and is checked in one place, `parse`; Gradio's own checks log it
-        writing = gr.on(
-            [go.click, prompt.submit],
-            write,
-            **shared,
-            show_progress="minimal",
-            show_progress_on=status,
-            api_visibility="private",
-            preprocess=False,
-        )
-        # in the browser: they must answer while the queue is full; a moment later, or text still on its way would undo them
-        stop.click(
-            None,
-            None,
-            status,
-            js="() => new Promise(done => setTimeout(() => done(['stopped']), 300))",
-            cancels=[writing],
-            api_visibility="private",
-        )
-        clear.click(None, None, [text, status, likely], js=CLEAR, cancels=[writing], api_visibility="private")
-    page.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
-    return page, theme
-
-
-def as_int(value):
-    """A whole number that a slider sent as 12.0 is 12; anything else stays for `parse` to refuse."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+        # preprocess=False: what a client sends is checked in one place, `parse`; Gradio's own checks log it
+        asked = [checkpoint, prompt, new_tokens, temperature, top_k, top_p, min_p, seed]
+        private = {"show_progress": "hidden", "api_visibility": "private"}
+        starts = [go.click, prompt.submit]
+        writing = gr.on(starts, write, asked, [text, status, likely], preprocess=False, **private)
+        # in the browser: it must answer while the queue is full; a moment later, or text still on its way would undo it
+        stopped = "() => new Promise(done => setTimeout(() => done('stopped'), 300))"
+        stop.click(None, None, status, js=stopped, cancels=[writing], **private)
+    return page.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
 
 
 def launch(checkpoint: str, port: int | None = None, share: bool = False, auth: str | None = None):
     """Start the server in a thread and return (page, address). `page.close()` ends it. Raises `UserError`."""
-    credentials = parse_auth(auth, share)
-    if port is not None and not 1 <= port <= 65535:
-        raise ConfigError(f"--port {port}: expected 1 to 65535")
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    for variable in ("GRADIO_ALLOWED_PATHS", "GRADIO_SHARE", "GRADIO_SERVER_NAME", "GRADIO_ROOT_PATH"):
-        os.environ.pop(variable, None)  # nothing but the command line opens this server
-    try:
-        import gradio  # noqa: F401
-    except ImportError:
-        raise ConfigError("the web page needs gradio: pip install 'gradio>=6.24,<7'") from None
+    auth = basic_auth(auth, share)
+    folder = resolve(checkpoint)  # before the proxies are set aside: a Hub id may need them
+    gr, scratch = import_gradio(share)
+    from fastapi.exceptions import RequestValidationError
     from starlette.middleware import Middleware
 
-    writer = Writer(Models(checkpoint))
-    page, theme = build_page(writer)
+    from .serving import Models, answer, api_routes, gate
+
+    models = Models(folder, None if Path(checkpoint).is_dir() else checkpoint)
+    page = build_page(gr, models)
+    page.models, page.scratch = models, scratch  # the folder goes when nothing holds it any more
+    gate = Middleware(gate, auth=auth)
+    app = {
+        "middleware": [gate],
+        "routes": api_routes(models),
+        "exception_handlers": {RequestValidationError: answer},
+    }
+    theme = gr.themes.Monochrome(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     try:
         _, local, public = page.launch(
-            share=share, auth=credentials, server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, quiet=True, inbrowser=False,
-            show_error=False, max_threads=8, max_file_size="1kb", state_session_capacity=256, enable_monitoring=False, run_history=False,
-            ssr_mode=False, mcp_server=False, footer_links=[], theme=theme, css=CSS,
-            app_kwargs={"middleware": [Middleware(Gate, inputs=page.inputs)], "routes": api_routes(writer, credentials), "openapi_url": None},
+            server_name="127.0.0.1", server_port=port, share=share, prevent_thread_lock=True, quiet=True, max_threads=8,
+            state_session_capacity=256, enable_monitoring=False, run_history=False, ssr_mode=False, mcp_server=False,
+            footer_links=[], theme=theme, css=CSS, app_kwargs=app,
         )  # fmt: skip
-    except OSError as error:
-        raise UserError(f"--port {port}: {error}".splitlines()[0]) from None
-    page.writer = writer
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"--port {port}: {error}".splitlines()[0]) from None
     return page, public or local
 
 
@@ -207,18 +154,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = ArgumentParser(
         prog="python -m smollm2.app", description="A web page to write with a trained model."
     )
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        help="checkpoint folder, or a Hub id; its run's other checkpoints can be chosen too",
-    )
-    parser.add_argument("--port", type=int, default=None, help="default: the first free one from 7860")
-    parser.add_argument("--share", action="store_true", help="a public address for 72 hours; needs --auth")
-    parser.add_argument(
-        "--auth", metavar="USER:PASSWORD", default=None, help="ask everyone for this user and password"
-    )
-    args = parser.parse_args(argv)
-    page, address = launch(args.checkpoint, args.port, args.share, args.auth)
+    which = "checkpoint folder, or a Hub id; its run's other checkpoints can be chosen too"
+    parser.add_argument("--checkpoint", required=True, help=which)
+    parser.add_argument("--port", type=int, help="default: the first free one from 7860")
+    parser.add_argument("--share", action="store_true", help="a public address for some days; needs --auth")
+    parser.add_argument("--auth", metavar="USER:PASSWORD", help="ask everyone for this user and password")
+    page, address = launch(**vars(parser.parse_args(argv)))
     print(f"the page is at {address} (Ctrl-C ends it)", flush=True)
     try:
         while True:
