@@ -18,16 +18,17 @@ from contextlib import aclosing
 from pathlib import Path
 
 import torch
+from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
-from starlette.middleware.exceptions import ExceptionMiddleware
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from .checkpoint import candidates
 from .device import choose_device, inference_dtype
-from .errors import CheckpointError, UserError
+from .errors import UserError
 from .pretrained import load_model_and_tokenizer
 from .sampling import prompt_ids, stream
 
@@ -40,7 +41,7 @@ SHOWN_TOKENS = 10
 OPEN_PATHS = (
     "/health",
     "/gradio_api/startup-events",
-)  # without the password; Gradio asks itself the second at its start
+)  # without a password; Gradio's start asks for the second
 PATHS = re.compile(  # what the page and scripts need; Gradio's uploads, files, proxy, links and direct calls do not exist
     r"/|/(config|theme\.css|manifest\.json|favicon\.ico|robots\.txt|health|api/complete)"
     r"|/(assets|static|svelte)(/[\w-][\w.-]*)+"
@@ -69,7 +70,6 @@ class Ask(BaseModel):
     top_p: float | None = Field(None, gt=0, le=1)
     min_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = Field(None, ge=0, lt=2**63)
-    stream: bool = False
 
 
 def parse(body: bytes | str) -> Ask:
@@ -88,26 +88,21 @@ class Models:
     def __init__(self, folder: Path, name: str | None = None):
         """`name` is what the folder is called where its own name says nothing."""
         self.default = name or folder.name
-        siblings = [path for path in candidates(folder.parent) if (path / "model.safetensors").is_file()]
-        self.folders = {self.default: folder} | {path.name: path for path in siblings}
+        self.folders = {self.default: folder} | {path.name: path for path in candidates(folder.parent)}
         self.waiting = 0  # requests in line, the one that is being written included
         self._turn = asyncio.Lock()
-        self._name: str | None = None
+        self._loaded: dict[str, tuple] = {}
 
     def get(self, name: str | None = None):
-        """(model, tokenizer) of a checkpoint, loaded when it is not the last one; raises `Refused`."""
+        """(model, tokenizer) of a checkpoint, loaded when it is not the last one; raises `UserError`."""
         name = name or self.default
         if name not in self.folders:
             raise Refused(f"checkpoint: not one of {', '.join(sorted(self.folders))}", 404)
-        if name != self._name:
-            self._name = self._loaded = None  # free the old one first: two may not fit
+        if name not in self._loaded:
+            self._loaded.clear()  # two may not fit
             device = choose_device()
-            try:
-                self._loaded = load_model_and_tokenizer(self.folders[name], inference_dtype(device), device)
-            except (CheckpointError, OSError):
-                raise Refused(f"checkpoint: {name} cannot be read any more; choose another", 404) from None
-            self._name = name
-        return self._loaded
+            self._loaded[name] = load_model_and_tokenizer(self.folders[name], inference_dtype(device), device)
+        return self._loaded[name]
 
     async def write(self, ask: Ask) -> AsyncIterator[dict]:
         """The growing answer to a request: `text` and `tokens` so far, the `reason` why it ended (None until then), and
@@ -136,8 +131,8 @@ class Models:
                     if reason is None:
                         ids, count = [*ids, int(token)], count + 1
                     text = tokenizer.decode(ids, skip_special_tokens=True)[given:]
-                    if reason is None:
-                        text = text.rstrip("\ufffd")  # half a character waits for its other half
+                    # half a character at the end waits for its other half
+                    text = text if reason else text.rstrip("\ufffd")
                     yield {"text": text, "tokens": count, "reason": reason, "next": likely}
                     if reason:
                         return
@@ -153,14 +148,13 @@ def likely_tokens(tokenizer, ids: list[int], logits: torch.Tensor) -> list[dict]
         word = tokenizer.decode([*ids, i])[before:]
         if not word or "\ufffd" in word:  # half a character, or beyond the tokenizer's vocabulary
             word = tokenizer.token(i) or f"#{i}"
-        rows.append(
-            {"token": word.replace(" ", "·").replace("\n", "↵"), "probability": round(probability, 6)}
-        )
+        word = word.replace(" ", "·").replace("\n", "↵")
+        rows.append({"token": word, "probability": round(probability, 6)})
     return rows
 
 
-def api_routes(models: Models) -> list[Route]:
-    """`GET /health` and `POST /api/complete`."""
+def app_options(models: Models, auth: str | None) -> dict:
+    """What makes a FastAPI application serve `GET /health` and `POST /api/complete`, all of it behind `check`."""
 
     async def health(_: Request) -> Response:
         return JSONResponse({"status": "ok", "waiting": models.waiting})
@@ -168,44 +162,42 @@ def api_routes(models: Models) -> list[Route]:
     async def complete(request: Request) -> Response:
         async with aclosing(models.write(parse(await request.body()))) as steps:
             async for step in steps:
+                last = step
                 if await request.is_disconnected():
                     break  # nobody reads it
-        return JSONResponse(step)
+        return JSONResponse(last)
 
-    return [Route("/health", health), Route("/api/complete", complete, methods=["POST"])]
+    def gate(app):
+        async def checked(scope, receive, send):
+            refused = check(Request(scope), auth) if scope["type"] == "http" else None
+            await (answer(None, refused) if refused else app)(scope, receive, send)
+
+        return checked
+
+    routes = [Route("/health", health), Route("/api/complete", complete, methods=["POST"])]
+    handlers = dict.fromkeys((UserError, OSError, ClientDisconnect, RequestValidationError), answer)
+    return {"routes": routes, "middleware": [Middleware(gate)], "exception_handlers": handlers}
 
 
-def answer(_: Request, error: Exception) -> Response:
+def answer(_: Request | None, error: Exception) -> Response:
     """An error as JSON. FastAPI's own answer to a broken body repeats the body, and fails where that is no UTF-8."""
-    error = error if isinstance(error, UserError) else Refused("not what the page sends")
+    error = error if isinstance(error, UserError) else Refused("this cannot be answered")
     status = getattr(error, "status", 422)
     headers = {"WWW-Authenticate": 'Basic charset="UTF-8"'} if status == 401 else None
     return JSONResponse({"error": str(error)}, status, headers)
 
 
-def check(request: Request, auth: str | None) -> None:
-    """The gate in front of everything: the password (`auth` is the header that shows it), the paths, bodies of at most
-    64 KiB. Raises `Refused`.
-    """
+def check(request: Request, auth: str | None) -> Refused | None:
+    """The gate: the password (`auth` is the header that shows it), the paths, and bodies of at most 64 KiB."""
     path, headers = request.url.path, request.headers
     shown = headers.get("authorization", "").encode()
     if auth and path not in OPEN_PATHS and not hmac.compare_digest(shown, auth.encode()):
-        raise Refused("user and password needed (HTTP Basic)", 401)
+        return Refused("user and password needed (HTTP Basic)", 401)
     if not PATHS.fullmatch(path):
-        raise Refused("no such page", 404)
+        return Refused("no such page", 404)
     if "transfer-encoding" in headers or int(headers.get("content-length", 0)) > MAX_BODY_BYTES:
-        raise Refused(f"expected a body with a Content-Length of at most {MAX_BODY_BYTES // 1024} KiB", 413)
+        return Refused(f"expected a body with a Content-Length of at most {MAX_BODY_BYTES // 1024} KiB", 413)
     # application/json makes a browser ask first before another site's page may post here
     if request.method == "POST" and not headers.get("content-type", "").startswith("application/json"):
-        raise Refused("expected Content-Type: application/json", 415)
-
-
-def gate(app, auth: str | None):
-    """ASGI middleware: an app behind `check`, where every error that a request may cause is answered."""
-
-    async def checked(scope, receive, send):
-        if scope["type"] == "http":
-            check(Request(scope), auth)
-        await app(scope, receive, send)
-
-    return ExceptionMiddleware(checked, {UserError: answer, ClientDisconnect: answer})
+        return Refused("expected Content-Type: application/json", 415)
+    return None
