@@ -32,8 +32,7 @@ from .errors import CheckpointError, UserError
 from .gate import Refused
 from .notebook.token_view import piece
 from .pretrained import load_model_and_tokenizer
-from .sampling import prompt_ids, stream
-from .tokenizer import StreamDecoder
+from .sampling import StreamDecoder, prompt_ids, stream
 from .weights import resolve
 
 MAX_PROMPT_CHARACTERS = 8000
