@@ -1,7 +1,7 @@
 """Several turns with a model, in a terminal too: a text that grows, or messages in the chat template of an Instruct model.
 
 What a model folder says about that (template, special tokens, what ends a text) is read here. A chat template is a
-small program from that folder, so it runs in Jinja's sandbox.
+small program from that folder: transformers' own renderer runs it, in Jinja's sandbox, so the text is the same.
 """
 
 from __future__ import annotations
@@ -47,11 +47,13 @@ def stop_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def chat_template(folder: Path) -> str | None:
-    """The Jinja chat template of a model folder, or None."""
+    """The Jinja chat template of a model folder, or None; of several the one called "default"."""
     if own := folder_file(folder, "chat_template.jinja"):  # transformers 5 writes a file, 4 a field
         return utf8(own.decode("utf-8", "surrogateescape"), f"{folder}/chat_template.jinja")
     template = folder_fields(folder, "tokenizer_config.json").get("chat_template")
-    return template
+    if isinstance(template, list):
+        template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+    return template.get("default") if isinstance(template, dict) else template
 
 
 def render_chat(template: str, messages: list[dict], special_tokens: dict | None = None) -> str:
@@ -59,24 +61,16 @@ def render_chat(template: str, messages: list[dict], special_tokens: dict | None
 
     Raises `CheckpointError` for a template that does not run.
     """
-    from jinja2 import TemplateError
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from transformers.utils.chat_template_utils import render_jinja_template  # a second to import
 
-    def raise_exception(message):
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
-    environment.globals["raise_exception"] = raise_exception
     try:
-        return environment.from_string(template).render(
-            messages=messages, add_generation_prompt=True, **(special_tokens or {})
+        texts, _ = render_jinja_template(
+            [messages], chat_template=template, add_generation_prompt=True, **(special_tokens or {})
         )
     except Exception as error:  # a foreign program: it can fail in any way
         why = " ".join(str(error).split())[:200]
         raise CheckpointError(f"the folder's chat template does not run: {why}") from None
+    return texts[0]
 
 
 # --- what was said ----------------------------------------------------------------------------------------------------

@@ -247,7 +247,14 @@ def test_a_chat_forgets_its_oldest_turns_and_refuses_a_message_that_never_fits(c
     assert "far too" not in tokenizer.decode(talk.ask("again"))
 
 
-TEMPLATES = {"instruct": CHAT_TEMPLATE}
+TURN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}\n{% endfor %}"
+TEMPLATES = {
+    "instruct": CHAT_TEMPLATE,
+    "tools": TURN + "{% if tools is none %}no tools{% endif %}{{ unk_token }}",
+    "generation": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+    "functions": "{{ strftime_now('%Y') }}{{ messages | tojson }}",
+    "several": [{"name": "rag", "template": "x"}, {"name": "default", "template": TURN}],
+}
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -257,7 +264,7 @@ def test_a_chat_reads_what_transformers_template_writes(chat_checkpoint, name, o
 
     folder = shutil.copytree(chat_checkpoint, tmp_path / "model")
     add_fields(folder, "tokenizer_config.json", eos_token={"__type": "AddedToken", "content": "<|im_end|>"})
-    if own_file:
+    if own_file and name != "several":
         (folder / "chat_template.jinja").write_text(TEMPLATES[name])
     else:
         add_fields(folder, "tokenizer_config.json", chat_template=TEMPLATES[name])
