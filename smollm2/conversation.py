@@ -40,9 +40,13 @@ def special_tokens(folder: Path) -> dict[str, str]:
 
 
 def stop_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The ids that end a text: that of `config.json`, and the tokenizer's end token."""
-    own = folder_fields(folder, "config.json").get("eos_token_id")
-    stops = [tokenizer.token_id(special_tokens(folder).get("eos_token", "")), own]
+    """All ids that end a text: those that `generation_config.json` and `config.json` name, and the tokenizer's end token."""
+    stops = [tokenizer.token_id(special_tokens(folder).get("eos_token", ""))]
+    for name in ("generation_config.json", "config.json"):
+        ids = folder_fields(folder, name).get("eos_token_id")
+        stops += ids if isinstance(ids, list) else [ids]
+    if not all(i is None or type(i) is int for i in stops):
+        raise CheckpointError(f"{folder}: eos_token_id is {stops[1:]}; expected a number or a list of them")
     return tuple(dict.fromkeys(i for i in stops if i is not None))
 
 

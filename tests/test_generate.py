@@ -18,7 +18,7 @@ from tiny_models import save_folder, tiny_tokenizer
 from tiny_models import tiny_model as wide_model  # of 400 entries, as `tiny_tokenizer`
 
 from smollm2 import conversation
-from smollm2.conversation import Conversation, chat_template, render_chat, special_tokens
+from smollm2.conversation import Conversation, chat_template, render_chat, special_tokens, stop_ids
 from smollm2.errors import CheckpointError, UserError, run_command
 from smollm2.generate import main
 from smollm2.model import SmolLM2
@@ -291,6 +291,22 @@ def test_a_chat_answers_from_the_command_line(chat_checkpoint, say):
     said = say(chat_checkpoint, "--chat", "--prompt", "Hello", "--max_new_tokens", "5")
     assert said.strip() and "im_start" not in said and "Hello\n" not in said
     assert say(chat_checkpoint, "--chat", *INTERACTIVE, stdin=b"Hi\nAnd you?\n").count("> ") == 3
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_every_end_token_that_the_folder_names_stops_a_text(checkpoint, name, tmp_path, say):
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    greedy = ["--prompt", "The", "--max_new_tokens", "9", "--temperature", "0"]
+    tokenizer = Tokenizer.from_file(folder)
+    start = torch.tensor([[0, *tokenizer.encode("The")]])
+    ids = SmolLM2.from_pretrained(folder).generate(start, 9)[0].tolist()
+    add_fields(folder, name, eos_token_id=[399, ids[5]])
+    stopped = tokenizer.decode(ids[: ids.index(ids[5])], skip_special_tokens=True)
+    assert say(folder, *greedy) == stopped + "\n"
+    assert set(stop_ids(folder, tokenizer)) == {0, 399, ids[5]}  # 0: the tokenizer's, and the other file's
+    add_fields(folder, name, eos_token_id="</s>")
+    with pytest.raises(CheckpointError, match="eos_token_id"):
+        say(folder, *greedy)
 
 
 def test_ctrl_c_stops_an_answer_and_then_the_program(checkpoint, say, monkeypatch, capsys):
