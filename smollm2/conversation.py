@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from .checkpoint import MANIFEST, verify
 from .errors import CheckpointError, UserError
 from .files import strict_json
 from .sampling import SamplingOptions, document_ids, stream_continuation
@@ -20,7 +21,9 @@ from .tokenizer import Tokenizer
 
 
 def folder_file(folder: Path, name: str) -> bytes:
-    """A small file of a model folder, empty where there is none."""
+    """A small file of a model folder, empty where there is none; raises `CheckpointError` where its manifest says else."""
+    if (folder / MANIFEST).exists():
+        verify(folder, only=(name,))
     return (folder / name).read_bytes() if (folder / name).is_file() else b""
 
 

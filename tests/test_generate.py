@@ -18,6 +18,7 @@ from tiny_models import save_folder, tiny_tokenizer
 from tiny_models import tiny_model as wide_model  # of 400 entries, as `tiny_tokenizer`
 
 from smollm2 import conversation
+from smollm2.checkpoint import commit
 from smollm2.conversation import Conversation, chat_template, render_chat, special_tokens, stop_ids
 from smollm2.errors import CheckpointError, UserError, run_command
 from smollm2.generate import main
@@ -307,6 +308,18 @@ def test_every_end_token_that_the_folder_names_stops_a_text(checkpoint, name, tm
     add_fields(folder, name, eos_token_id="</s>")
     with pytest.raises(CheckpointError, match="eos_token_id"):
         say(folder, *greedy)
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_a_damaged_byte_in_any_file_that_is_read_is_said(chat_checkpoint, name, tmp_path, say):
+    files = {path.name: path.read_bytes() for path in chat_checkpoint.iterdir()}
+    files["chat_template.jinja"] = CHAT_TEMPLATE.encode()
+    folder = commit(tmp_path, "step-00000001.ckpt", files, "run", 1, {}).folder
+    arguments = ("--chat", "--prompt", "a", "--max_new_tokens", "1")
+    assert say(folder, *arguments)
+    (folder / name).write_bytes((folder / name).read_bytes().replace(b"e", b"f", 1))
+    with pytest.raises(CheckpointError, match=f"{name}: .*damaged"):
+        say(folder, *arguments)
 
 
 def test_ctrl_c_stops_an_answer_and_then_the_program(checkpoint, say, monkeypatch, capsys):
