@@ -10,6 +10,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from .checkpoint import MANIFEST, verify
 from .errors import CheckpointError, UserError
@@ -142,18 +143,27 @@ def utf8(text: str, where: str) -> str:
         raise UserError(f"{where}: not UTF-8 text (byte {error.start})") from None
 
 
+def standard_input() -> TextIO:
+    """Standard input, with bytes that are not UTF-8 left for `utf8` to name; raises `UserError` where it is closed."""
+    if sys.stdin is None or sys.stdin.closed:
+        raise UserError("standard input is closed: pass the text with --prompt")
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    return sys.stdin
+
+
 def read_prompt() -> str:
     """Standard input up to its end, without the line break that a shell adds."""
-    if sys.stdin is None:
-        raise UserError("no --prompt and no standard input to read it from")
-    if sys.stdin.isatty():
+    if standard_input().isatty():
         print("type the text to continue, then Ctrl-D:", file=sys.stderr)
-    raw = sys.stdin.buffer.read()
-    return utf8(raw.decode("utf-8", "surrogateescape"), "standard input").removesuffix("\n")
+    return utf8(sys.stdin.read(), "standard input").removesuffix("\n")
 
 
 def talk(conversation: Conversation, first: str | None, options: SamplingOptions) -> int:
     """Turn by turn until Ctrl-D. Ctrl-C stops an answer; at the prompt it leaves."""
+    standard_input()
+    if sys.stdout is None:
+        raise UserError("--interactive: standard output is closed")
     with contextlib.suppress(ImportError):  # line editing, where the platform has it
         import readline  # noqa: F401
     print("Empty line: go on. /new: forget all. Ctrl-C: stop an answer. Ctrl-D: leave.", file=sys.stderr)

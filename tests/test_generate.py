@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -174,7 +175,7 @@ def say(monkeypatch, capsys):
     """What the command prints, run in this process with `stdin` as its standard input."""
 
     def run(checkpoint: Path, *arguments: str, stdin: bytes | None = None) -> str:
-        given = stdin if stdin is None else io.TextIOWrapper(io.BytesIO(stdin), "utf-8")
+        given = stdin if stdin is None else io.TextIOWrapper(io.BytesIO(stdin), "ascii")
         monkeypatch.setattr(sys, "stdin", given)
         assert main(["--checkpoint", str(checkpoint), *arguments]) == 0
         return capsys.readouterr().out
@@ -216,6 +217,24 @@ def test_mistakes_are_one_line(checkpoint, say, arguments):
 
 
 INTERACTIVE = ("--interactive", "--max_new_tokens", "5", "--seed", "1")
+
+
+@pytest.mark.parametrize("arguments", [(), INTERACTIVE], ids=len)
+def test_input_that_is_closed_or_not_text_is_one_line(checkpoint, say, arguments):
+    with pytest.raises(UserError, match="standard input is closed: pass the text with --prompt"):
+        say(checkpoint, *arguments)
+    with pytest.raises(UserError, match=r"standard input: not UTF-8 text \(byte 3\)"):
+        say(checkpoint, *arguments, stdin=b"caf\xe9 au lait\n")
+
+
+def test_output_may_be_closed_or_an_object_with_write_and_flush_alone(checkpoint, say, monkeypatch):
+    tee = SimpleNamespace(write=sys.stdout.write, flush=sys.stdout.flush)
+    monkeypatch.setattr(sys, "stdout", tee)
+    assert say(checkpoint, *INTERACTIVE, stdin=b"The king\n").count("> ") == 2
+    monkeypatch.setattr(sys, "stdout", None)
+    assert say(checkpoint, "--prompt", "a", "--max_new_tokens", "2") == ""
+    with pytest.raises(UserError, match="standard output is closed"):
+        say(checkpoint, *INTERACTIVE, stdin=b"The king\n")
 
 
 # --- turns and chats --------------------------------------------------------------------------------------------------
