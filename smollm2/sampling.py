@@ -151,7 +151,8 @@ def prompt_ids(model, tokenizer, prompt: str) -> list[int]:
     """Ids of a prompt; raises `UserError` where they leave no room in the context."""
     ids, limit = document_ids(model, tokenizer, prompt), model.config.max_position_embeddings
     if len(ids) >= limit:
-        raise UserError(f"the prompt has {len(ids):,} tokens, the model's context is {limit:,}; shorten it")
+        found = f"the prompt has {len(ids):,} tokens, the model's context is {limit:,}"
+        raise UserError(f"{found}; shorten the prompt")
     return ids
 
 
