@@ -1,170 +1,187 @@
 """Several turns with a model, in a terminal too: a text that grows, or messages in the chat template of an Instruct model.
 
-A chat template is a small program from the model's folder, so it runs in Jinja's sandbox, with the settings that
-transformers' `apply_chat_template` uses: the text is the same.
+What a model folder says about that (template, special tokens, what ends a text) is read here. A chat template is a
+small program from that folder: transformers' own renderer runs it, in Jinja's sandbox, so the text is the same.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
+from .checkpoint import MANIFEST, verify
 from .errors import CheckpointError, UserError
 from .files import strict_json
-from .model import SmolLM2
-from .sampling import document_ids, stream_continuation
+from .sampling import SamplingOptions, document_ids, stream_continuation
 from .tokenizer import Tokenizer
 
-END_OF_TURN = "<|im_end|>"
+# --- what the folder says ---------------------------------------------------------------------------------------------
+
+
+def folder_file(folder: Path, name: str) -> bytes:
+    """A small file of a model folder, empty where there is none; raises `CheckpointError` where its manifest says else."""
+    if (folder / MANIFEST).exists():
+        verify(folder, only=(name,))
+    return (folder / name).read_bytes() if (folder / name).is_file() else b""
+
+
+def folder_fields(folder: Path, name: str) -> dict:
+    """The table in a JSON file of a model folder, empty where there is none; raises `CheckpointError`."""
+    fields = strict_json(folder_file(folder, name) or b"{}", str(folder / name))
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{folder / name}: found {type(fields).__name__}, expected a table")
+    return fields
+
+
+def special_tokens(folder: Path) -> dict[str, str]:
+    """{"eos_token": "<|im_end|>", ...} of `tokenizer_config.json`, as a chat template reads them."""
+    fields = folder_fields(folder, "tokenizer_config.json").items()
+    named = {key: value.get("content") if isinstance(value, dict) else value for key, value in fields}
+    return {key: value for key, value in named.items() if key.endswith("_token") and isinstance(value, str)}
+
+
+def stop_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """All ids that end a text: those that `generation_config.json` and `config.json` name, and the tokenizer's end token."""
+    stops = [tokenizer.token_id(special_tokens(folder).get("eos_token", ""))]
+    for name in ("generation_config.json", "config.json"):
+        ids = folder_fields(folder, name).get("eos_token_id")
+        stops += ids if isinstance(ids, list) else [ids]
+    if not all(i is None or type(i) is int for i in stops):
+        raise CheckpointError(f"{folder}: eos_token_id is {stops[1:]}; expected a number or a list of them")
+    return tuple(dict.fromkeys(i for i in stops if i is not None))
 
 
 def chat_template(folder: Path) -> str | None:
-    """The Jinja chat template of a model folder, or None. transformers 5 writes a file of its own, 4 a field."""
-    own, fields = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    if own.is_file():
-        return own.read_text("utf-8")
-    return strict_json(fields.read_bytes(), str(fields)).get("chat_template") if fields.is_file() else None
+    """The Jinja chat template of a model folder, or None; of several the one called "default"."""
+    if own := folder_file(folder, "chat_template.jinja"):  # transformers 5 writes a file, 4 a field
+        return utf8(own.decode("utf-8", "surrogateescape"), f"{folder}/chat_template.jinja")
+    template = folder_fields(folder, "tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):
+        template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+    return template.get("default") if isinstance(template, dict) else template
 
 
-def render_chat(
-    template: str, messages: list[dict[str, str]], special_tokens: dict[str, str] | None = None
-) -> str:
+def render_chat(template: str, messages: list[dict], special_tokens: dict | None = None) -> str:
     """The text a chat model reads for `messages` ({"role", "content"}), up to where its answer begins.
 
     Raises `CheckpointError` for a template that does not run.
     """
-    from jinja2 import TemplateError
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from transformers.utils.chat_template_utils import render_jinja_template  # a second to import
 
-    def raise_exception(message):
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
-    environment.globals["raise_exception"] = raise_exception
     try:
-        return environment.from_string(template).render(
-            messages=messages, add_generation_prompt=True, **(special_tokens or {})
+        texts, _ = render_jinja_template(
+            [messages], chat_template=template, add_generation_prompt=True, **(special_tokens or {})
         )
     except Exception as error:  # a foreign program: it can fail in any way
-        raise CheckpointError(f"the folder's chat template does not run: {str(error)[:200]}") from None
+        why = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"the folder's chat template does not run: {why}") from None
+    return texts[0]
+
+
+# --- what was said ----------------------------------------------------------------------------------------------------
 
 
 class Conversation:
-    """What was said so far. `ask` gives the ids to continue from, `answer` keeps what the model wrote."""
+    """What was said so far. `ask` gives the ids to continue from, `answer` keeps what the model wrote.
 
-    def __init__(self, model: SmolLM2, tokenizer: Tokenizer, template: str | None = None, room: int = 64):
-        self.model, self.tokenizer, self.template = model, tokenizer, template
-        self.text, self.messages, self.forgotten = "", [], 0
-        self.limit = max(
-            model.config.max_position_embeddings - room, 2
-        )  # tokens; the rest is left for the answer
+    With `chat` it is messages in the folder's chat template (raises `UserError` where it has none), else one text.
+    """
 
-    @classmethod
-    def chat(cls, model: SmolLM2, tokenizer: Tokenizer, folder: Path, room: int = 64) -> Conversation:
-        """A conversation in the chat template of a model folder; raises `UserError` where it has none."""
-        template = chat_template(folder)
-        if template is None:
+    def __init__(self, model, tokenizer: Tokenizer, folder: Path, chat: bool = False, room: int = 64):
+        self.model, self.tokenizer, self.stop_ids = model, tokenizer, stop_ids(folder, tokenizer)
+        self.template, self.special_tokens = chat_template(folder) if chat else None, special_tokens(folder)
+        if chat and self.template is None:
             raise UserError(
-                f"--chat: {folder} has no chat template, so it is a base model: leave --chat out, or take an -Instruct model"
+                f"--chat: {folder} has no chat template: leave --chat out, or take an Instruct model"
             )
-        return cls(model, tokenizer, template, room)
+        self.limit = max(model.config.max_position_embeddings - room, 2)  # tokens; the rest is for the answer
+        self.clear()
 
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer: the model's end of text, and of a chat's turn."""
-        turn = self.tokenizer.token_id(END_OF_TURN) if self.template else None
-        return tuple(dict.fromkeys(i for i in (self.model.config.eos_token_id, turn) if i is not None))
+    def clear(self) -> None:
+        self.messages, self.forgotten = [], False
+
+    def _ids(self, messages: list[dict]) -> list[int]:
+        if self.template is None:
+            return document_ids(self.model, self.tokenizer, "".join(said["content"] for said in messages))
+        return self.tokenizer.encode(render_chat(self.template, messages, self.special_tokens))
 
     def ask(self, line: str) -> list[int]:
         """Ids of everything so far and `line`. What does not fit the context is forgotten, the oldest first."""
-        if self.template is None:
-            self.text += ("\n" if self.text and line else "") + line
-            ids = document_ids(self.model, self.tokenizer, self.text)
-            self.forgotten = max(len(ids) - self.limit, 0)
-            return ids[-self.limit :]
-        self.messages.append({"role": "user", "content": line})
-        special = {
-            f"{role}_token": self.tokenizer.token(i)
-            for role in ("bos", "eos")
-            if (i := getattr(self.model.config, f"{role}_token_id")) is not None
-        }
-        self.forgotten = 0
-        while True:
-            ids = self.tokenizer.encode(render_chat(self.template, self.messages, special))
-            if len(ids) <= self.limit:
-                return ids
-            if len(self.messages) < 3:
-                self.messages.pop()
+        if self.template is None and self.messages and line:
+            line = "\n" + line
+        messages = [*self.messages, {"role": "user", "content": line}]
+        ids = self._ids(messages)
+        self.forgotten = len(ids) > self.limit
+        while self.template is not None and len(ids) > self.limit:
+            if len(messages) < 3:
                 raise UserError(f"the message has {len(ids):,} tokens, {self.limit:,} fit; shorten it")
-            del self.messages[:2]  # the oldest question and its answer
-            self.forgotten += 2
+            messages = messages[2:]  # without the oldest question and its answer
+            ids = self._ids(messages)
+        self.messages = messages
+        return ids[-self.limit :]
+
+    def stream(self, ids: list[int], options: SamplingOptions) -> Iterator[str]:
+        """The answer to `ask`'s ids, piece by piece."""
+        settings = options.model_dump() | {"stop_ids": self.stop_ids}
+        return stream_continuation(self.model, self.tokenizer, ids, **settings)
 
     def answer(self, text: str) -> None:
-        if self.template is None:
-            self.text += text
-        else:
-            self.messages.append({"role": "assistant", "content": text})
-
-    def clear(self) -> None:
-        self.text, self.messages = "", []
+        self.messages.append({"role": "assistant", "content": text})
 
 
-# --- in a terminal --------------------------------------------------------------------------------------------------
+# --- in a terminal ----------------------------------------------------------------------------------------------------
 
 
 def utf8(text: str, where: str) -> str:
-    """`text` as it is; raises `UserError` where the terminal or pipe it came from held bytes that are not UTF-8."""
+    """`text` as it is; raises `UserError` where what it came from held bytes that are not UTF-8."""
     try:
         return text.encode("utf-8", "surrogateescape").decode("utf-8")
     except UnicodeError as error:
         raise UserError(f"{where}: not UTF-8 text (byte {error.start})") from None
 
 
+def standard_input() -> TextIO:
+    """Standard input, with bytes that are not UTF-8 left for `utf8` to name; raises `UserError` where it is closed."""
+    if sys.stdin is None or sys.stdin.closed:
+        raise UserError("standard input is closed: pass the text with --prompt")
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    return sys.stdin
+
+
 def read_prompt() -> str:
     """Standard input up to its end, without the line break that a shell adds."""
-    if sys.stdin is None:
-        raise UserError("no --prompt and no standard input to read it from")
-    if sys.stdin.isatty():
+    if standard_input().isatty():
         print("type the text to continue, then Ctrl-D:", file=sys.stderr)
-    raw = sys.stdin.buffer.read() if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode()
-    return utf8(raw.decode("utf-8", "surrogateescape"), "standard input").removesuffix("\n")
+    return utf8(sys.stdin.read(), "standard input").removesuffix("\n")
 
 
-def talk(conversation: Conversation, first: str | None, max_new_tokens: int, options: dict) -> int:
+def talk(conversation: Conversation, first: str | None, options: SamplingOptions) -> int:
     """Turn by turn until Ctrl-D. Ctrl-C stops an answer; at the prompt it leaves."""
+    standard_input()
+    if sys.stdout is None:
+        raise UserError("--interactive: standard output is closed")
     with contextlib.suppress(ImportError):  # line editing, where the platform has it
         import readline  # noqa: F401
-    print(
-        "An empty line goes on, /new forgets everything, Ctrl-C stops an answer, Ctrl-D leaves.",
-        file=sys.stderr,
-    )
+    print("Empty line: go on. /new: forget all. Ctrl-C: stop an answer. Ctrl-D: leave.", file=sys.stderr)
     while True:
         try:
             line = first if first is not None else utf8(input("> "), "standard input")
         except EOFError:
             print(flush=True)
             return 0
-        first = None
+        first, pieces = None, []
         if line.strip() == "/new":
             conversation.clear()
             continue
-        pieces: list[str] = []
         try:
             ids = conversation.ask(line)
             if conversation.forgotten:
                 print("(the context is full: the oldest part is forgotten)", file=sys.stderr)
-            for piece in stream_continuation(
-                conversation.model,
-                conversation.tokenizer,
-                ids,
-                max_new_tokens,
-                stop_ids=conversation.stop_ids,
-                **options,
-            ):
+            for piece in conversation.stream(ids, options):
                 pieces.append(piece)
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:
@@ -174,7 +191,4 @@ def talk(conversation: Conversation, first: str | None, max_new_tokens: int, opt
             continue
         print(flush=True)
         conversation.answer("".join(pieces))
-        if options["seed"] is not None:
-            options = options | {
-                "seed": options["seed"] + 1
-            }  # the next answer draws anew, yet the whole talk repeats
+        options = options.next_seed()  # the next answer draws anew, yet the whole talk repeats

@@ -5,22 +5,33 @@ The filters are applied in transformers' order: temperature, top-k, top-p, min-p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 
 from .errors import UserError
-from .tokenizer import StreamDecoder
 
 
-def next_token_probabilities(
-    logits: torch.Tensor,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-) -> torch.Tensor:
-    """Distribution that is sampled from: (..., V) logits -> (..., V) probabilities, fp32.
+class SamplingOptions(BaseModel):
+    """How a text is continued: the one set of names, bounds and defaults, for Python, command line and page."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    max_new_tokens: int = Field(64, ge=1, description="tokens to write at the most")
+    temperature: float = Field(0.0, ge=0, le=100, description="divides the logits; 0 = greedy")
+    top_k: int | None = Field(None, ge=1, description="draw from the k likeliest tokens")
+    top_p: float | None = Field(None, gt=0, le=1, description="draw from the likeliest that together reach p")
+    min_p: float | None = Field(None, ge=0, le=1, description="draw from those at least p times the best")
+    seed: int | None = Field(None, ge=0, lt=2**63, description="same seed, same text (default: a fresh one)")
+
+    def next_seed(self) -> SamplingOptions:
+        """The same for the next text of a series, with the next seed where there is one."""
+        return self if self.seed is None else self.model_copy(update={"seed": (self.seed + 1) % 2**63})
+
+
+def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None, min_p=None) -> torch.Tensor:
+    """Distribution that is sampled from: (..., V) logits -> (..., V) probabilities, fp32. Settings as in `SamplingOptions`.
 
     `top_k` keeps the k likeliest tokens, `top_p` the smallest set whose probability reaches p (Holtzman et al. 2020),
     `min_p` those at least min_p times as likely as the best. The likeliest token is always kept.
@@ -45,70 +56,39 @@ def next_token_probabilities(
     return logits.softmax(-1)
 
 
-def check_sampling(
-    max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, min_p: float | None
-) -> None:
-    """Raises ValueError for settings out of range (NaN included)."""
-    rules = [
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
-        ("temperature", temperature, 0.0 <= temperature <= 100.0, "between 0 (greedy) and 100"),
-        ("top_k", top_k, top_k is None or top_k >= 1, "at least 1"),
-        ("top_p", top_p, top_p is None or 0.0 < top_p <= 1.0, "above 0 and at most 1"),
-        ("min_p", min_p, min_p is None or 0.0 <= min_p <= 1.0, "between 0 and 1"),
-    ]
-    for name, value, is_valid, expected in rules:
-        if not is_valid:
-            raise ValueError(f"{name} is {value}; expected {expected}")
-
-
 @torch.inference_mode()
 def stream(
-    model,
-    input_ids: torch.Tensor,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    seed: int | None = None,
-    stop_ids: tuple[int, ...] | None = None,
-    use_cache: bool = True,
+    model, input_ids: torch.Tensor, max_new_tokens: int = 64, stop_ids=None, use_cache: bool = True, **options
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yields (tokens (B,), logits (B, V)) one position at a time, until every row has produced a stop token.
 
-    `temperature=0` is greedy. `stop_ids` defaults to the model's end-of-text token. When the context is full, the
-    older half of it is forgotten. `seed=None` draws a fresh one.
+    `options` are those of `SamplingOptions`; `stop_ids` defaults to the model's end-of-text token. When the context
+    is full, the older half of it is forgotten. Raises ValueError for options out of range.
     """
-    check_sampling(max_new_tokens, temperature, top_k, top_p, min_p)
+    asked = SamplingOptions(max_new_tokens=max_new_tokens, **options)
     if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-        raise ValueError(
-            f"input_ids has shape {tuple(input_ids.shape)}; expected (batch, time) with time >= 1"
-        )
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; expected (batch, time), time >= 1")
+    filters = asked.model_dump(include={"temperature", "top_k", "top_p", "min_p"})
     config, device = model.config, model.device
     if stop_ids is None:
         stop_ids = () if config.eos_token_id is None else (config.eos_token_id,)
-    generator = torch.Generator(device=device)
-    generator.manual_seed(seed) if seed is not None else generator.seed()
-    context = config.max_position_embeddings
-    ids = input_ids.to(device)
-    batch, cache, fresh = ids.shape[0], None, ids
-    finished = torch.zeros(batch, dtype=torch.bool, device=device)
     stops = torch.tensor(stop_ids, dtype=torch.long, device=device)
-    for _ in range(max_new_tokens):
+    generator = torch.Generator(device=device)
+    generator.manual_seed(asked.seed) if asked.seed is not None else generator.seed()
+    context = config.max_position_embeddings
+    ids, cache = input_ids.to(device), None
+    finished = torch.zeros(len(ids), dtype=torch.bool, device=device)
+    for _ in range(asked.max_new_tokens):
         if ids.shape[1] > context:
             ids, cache = ids[:, -max(context // 2, 1) :], None
-        if use_cache:
-            if cache is None:
-                capacity = min(context, ids.shape[1] + max_new_tokens)
-                cache, fresh = model.new_cache(batch, capacity), ids
-            hidden = model.model(fresh, cache)
-        else:
-            hidden = model.model(ids)
-        logits = model.lm_head(hidden[:, -1]).float()
-        if temperature == 0.0:
+        fresh = ids if cache is None else ids[:, -1:]
+        if use_cache and cache is None:
+            cache = model.new_cache(len(ids), min(context, ids.shape[1] + asked.max_new_tokens))
+        logits = model.lm_head(model.model(fresh, cache)[:, -1]).float()
+        if asked.temperature == 0.0:
             tokens = logits.argmax(-1)
         else:
-            probabilities = next_token_probabilities(logits, temperature, top_k, top_p, min_p)
+            probabilities = next_token_probabilities(logits, **filters)
             tokens = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
         if stop_ids:
             tokens = torch.where(finished, stops[0], tokens)  # a finished row repeats the stop token
@@ -116,10 +96,7 @@ def stream(
         yield tokens, logits
         if stop_ids and bool(finished.all()):
             return
-        fresh = tokens.unsqueeze(1)
-        ids = torch.cat((ids, fresh), dim=1)
-        if cache is not None and cache.length >= cache.capacity:
-            cache = None
+        ids = torch.cat((ids, tokens.unsqueeze(1)), dim=1)
 
 
 def generate(model, input_ids: torch.Tensor, max_new_tokens: int = 64, **options) -> torch.Tensor:
@@ -128,28 +105,42 @@ def generate(model, input_ids: torch.Tensor, max_new_tokens: int = 64, **options
     return torch.cat([input_ids.to(model.device), *tokens], dim=1)
 
 
-def stream_text(model, tokenizer, prompt: str, max_new_tokens: int = 128, **options) -> Iterator[str]:
-    """Continuation of a prompt as text, piece by piece. An empty prompt starts a new document."""
-    yield from stream_continuation(
-        model, tokenizer, prompt_ids(model, tokenizer, prompt), max_new_tokens, **options
-    )
+# --- text -------------------------------------------------------------------------------------------------------------
 
 
-def stream_continuation(
-    model, tokenizer, ids: list[int], max_new_tokens: int = 128, **options
-) -> Iterator[str]:
-    """Continuation of token ids as text, piece by piece, up to (and without) a stop token."""
-    stop_ids = options["stop_ids"] if options.get("stop_ids") is not None else (model.config.eos_token_id,)
-    decoder = StreamDecoder(tokenizer, before=ids)
-    for tokens, _ in stream(model, torch.tensor([ids]), max_new_tokens, **options):
-        if int(tokens) in stop_ids:
-            break
-        yield decoder.push(int(tokens))
-    yield decoder.flush()
+class StreamDecoder:
+    """Turns token ids into text piece by piece; holds back bytes that are not yet a whole character.
+
+    `before` are the ids that the new ones continue: the pieces join to what decoding all of them gives, less what
+    `before` alone gives (a Metaspace tokenizer drops the blank in front of the first token it decodes). The library's
+    `DecodeStream` says a prompt that ends in U+FFFD again and raises where stray bytes meet byte fallback.
+    """
+
+    def __init__(self, tokenizer, before: Sequence[int] = ()):
+        self.tokenizer, self.ids, self.read = tokenizer, list(before), len(before)
+        self.shown = self._text()
+
+    def _text(self) -> str:
+        return self.tokenizer.decode(self.ids, skip_special_tokens=True)
+
+    def push(self, token_id: int) -> str:
+        """Text that became complete with this token (perhaps empty)."""
+        self.ids.append(token_id)
+        text = self._text()
+        if len(text) <= len(self.shown) or text.endswith("\ufffd"):  # it ends inside a character
+            return ""
+        fresh = text[len(self.shown) :]
+        self.ids = self.ids[self.read :]  # from the last whole character on: decoding stays O(1) a token
+        self.read, self.shown = len(self.ids), self._text()
+        return fresh
+
+    def flush(self) -> str:
+        """What was held back, as replacement characters."""
+        return self._text()[len(self.shown) :]
 
 
 def document_ids(model, tokenizer, prompt: str) -> list[int]:
-    """Ids of a prompt of any length as generation reads it, behind what begins a document (see `Tokenizer.begin_ids`)."""
+    """Ids of a prompt of any length as generation reads it, behind what begins a document (`Tokenizer.begin_ids`)."""
     ids = [*tokenizer.begin_ids, *tokenizer.encode(prompt)]
     if not ids and model.config.bos_token_id is None:
         raise ValueError("an empty prompt, and the model has no begin-of-text token")
@@ -160,10 +151,28 @@ def prompt_ids(model, tokenizer, prompt: str) -> list[int]:
     """Ids of a prompt; raises `UserError` where they leave no room in the context."""
     ids, limit = document_ids(model, tokenizer, prompt), model.config.max_position_embeddings
     if len(ids) >= limit:
-        raise UserError(
-            f"the prompt has {len(ids):,} tokens, the model's context is {limit:,}; shorten the prompt"
-        )
+        found = f"the prompt has {len(ids):,} tokens, the model's context is {limit:,}"
+        raise UserError(f"{found}; shorten the prompt")
     return ids
+
+
+def stream_continuation(
+    model, tokenizer, ids: list[int], max_new_tokens: int = 128, stop_ids=None, **options
+) -> Iterator[str]:
+    """Continuation of token ids as text, piece by piece, up to (and without) a stop token."""
+    ends = (model.config.eos_token_id,) if stop_ids is None else stop_ids
+    decoder = StreamDecoder(tokenizer, before=ids)
+    for tokens, _ in stream(model, torch.tensor([ids]), max_new_tokens, stop_ids, **options):
+        if int(tokens) in ends:
+            break
+        yield decoder.push(int(tokens))
+    yield decoder.flush()
+
+
+def stream_text(model, tokenizer, prompt: str, max_new_tokens: int = 128, **options) -> Iterator[str]:
+    """Continuation of a prompt as text, piece by piece. An empty prompt starts a new document."""
+    ids = prompt_ids(model, tokenizer, prompt)
+    yield from stream_continuation(model, tokenizer, ids, max_new_tokens, **options)
 
 
 def complete(model, tokenizer, prompt: str, max_new_tokens: int = 128, **options) -> str:

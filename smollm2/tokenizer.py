@@ -179,51 +179,6 @@ def _without_long_runs(texts: Iterable[str]) -> Iterator[str]:
         yield text[done:]
 
 
-class StreamDecoder:
-    """Turns token ids into text piece by piece; holds back bytes that are not yet a whole character.
-
-    `before` are the ids that the new ones continue: the pieces join to what decoding all of them together gives, less
-    what `before` alone gives. A Metaspace tokenizer drops the blank in front of the first token it decodes.
-    """
-
-    CONTEXT, WINDOW = 8, 64  # ids kept when there are more than these: decoding stays O(1) a token
-
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True, before: Sequence[int] = ()):
-        self.tokenizer, self.skip = tokenizer, skip_special_tokens
-        self._keep([i for i in before if not self._is_hidden(i)])
-
-    def _is_hidden(self, token_id: int) -> bool:
-        return self.skip and self.tokenizer.is_special(token_id)
-
-    def _keep(self, ids: list[int]) -> None:
-        """The last ids that alone give the end of the text: with byte fallback half a character would spoil all bytes behind it."""
-        text = self.tokenizer.decode(ids)
-        for start in range(max(len(ids) - self.CONTEXT, 0), -1, -1):
-            self.ids, self.shown = ids[start:], self.tokenizer.decode(ids[start:])
-            if self.shown and text.endswith(self.shown):
-                return
-
-    def push(self, token_id: int) -> str:
-        """Text that became complete with this token (perhaps empty)."""
-        if self._is_hidden(token_id):
-            return ""
-        self.ids.append(token_id)
-        text = self.tokenizer.decode(self.ids)
-        if text.endswith("\ufffd"):  # the token ends inside a multi-byte character
-            return ""
-        fresh = text[len(self.shown) :]
-        self.shown = text
-        if len(self.ids) > self.WINDOW:
-            self._keep(self.ids)
-        return fresh
-
-    def flush(self) -> str:
-        """What was held back, as replacement characters."""
-        text = self.tokenizer.decode(self.ids)
-        fresh, self.shown = text[len(self.shown) :], text
-        return fresh
-
-
 def load_tokenizer(spec: str) -> tuple[Tokenizer, str]:
     """The tokenizer of `--tokenizer PATH` or `--tokenizer HUB_ID`, and one line that says where it came from."""
     if os.path.exists(spec) or spec.endswith(".json"):  # unlike Path.exists it never raises

@@ -1,37 +1,48 @@
-"""Generation: what a real trained model says, with the cache and without, and that sampling samples what it promises."""
+"""What a real trained model says, with the cache and without, and the terminal: one shot, from a pipe, in turns, as a chat."""
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import random_ids, tiny_model, transformers_twin
+from tiny_models import save_folder, tiny_tokenizer
+from tiny_models import tiny_model as wide_model  # of 400 entries, as `tiny_tokenizer`
 
-import smollm2.model as model_module
-from smollm2.errors import UserError
+from smollm2 import conversation
+from smollm2.checkpoint import commit
+from smollm2.conversation import Conversation, chat_template, render_chat, special_tokens, stop_ids
+from smollm2.errors import CheckpointError, UserError, run_command
+from smollm2.generate import main
 from smollm2.model import SmolLM2
-from smollm2.sampling import (
-    check_sampling,
-    complete,
-    generate,
-    next_token_probabilities,
-    prompt_ids,
-    stream,
-    stream_text,
-)
+from smollm2.sampling import complete, prompt_ids, stream, stream_text
 from smollm2.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parent.parent
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def stories(test_data):
-    """A real, trained model of 656,000 parameters, and what transformers computes with it."""
+    """A real, trained model of 656,000 parameters, its tokenizer, and what transformers computes with it."""
     folder = test_data / "stories-656k"
-    return SmolLM2.from_pretrained(folder), json.loads((folder / "reference.json").read_text())["prompts"]
+    prompts = json.loads((folder / "reference.json").read_text())["prompts"]
+    return SmolLM2.from_pretrained(folder), Tokenizer.from_file(folder), prompts
 
 
 def test_a_real_model_gives_the_reference_loss_and_logits(stories):
-    model, prompts = stories
+    model, _, prompts = stories
     assert len(prompts) == 3
     for prompt in prompts:
         ids = torch.tensor([prompt["input_ids"]])
@@ -40,49 +51,35 @@ def test_a_real_model_gives_the_reference_loss_and_logits(stories):
             loss = model.loss(ids[:, :-1], ids[:, 1:]).item()
         top = logits[0, -1].topk(10)
         assert top.indices.tolist() == prompt["last_logits_top10_indices"]
-        torch.testing.assert_close(
-            top.values, torch.tensor(prompt["last_logits_top10_values"]), atol=2e-5, rtol=0
-        )
+        expected = torch.tensor(prompt["last_logits_top10_values"])
+        torch.testing.assert_close(top.values, expected, atol=2e-5, rtol=0)
         assert loss == pytest.approx(prompt["loss"], abs=1e-5)
         assert logits.abs().mean().item() == pytest.approx(prompt["all_logits_abs_mean"], abs=2e-6)
         assert logits[0, -1].mean().item() == pytest.approx(prompt["last_logits_mean"], abs=2e-6)
 
 
-def test_a_real_models_prompt_and_text_are_those_of_transformers(stories, test_data):
-    """Its tokenizer marks blanks and asks for a begin token: neither a blank nor that token may be lost, however long the text."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_real_model_continues_as_the_reference_does(stories, use_cache):
+    model, tokenizer, prompts = stories
+    for prompt in prompts:
+        ids = torch.tensor([prompt["input_ids"]])
+        said = model.generate(ids, max_new_tokens=48, temperature=0.0, use_cache=use_cache)[0].tolist()
+        assert said == prompt["greedy_ids"] and tokenizer.decode(said) == prompt["greedy_text"]
 
-    model, folder = stories[0], test_data / "stories-656k"
-    tokenizer, theirs = Tokenizer.from_file(folder), AutoTokenizer.from_pretrained(folder)
+
+def test_a_real_models_prompt_and_text_are_those_of_transformers(stories, test_data):
+    """Its tokenizer marks blanks and asks for a begin token: neither may be lost, however long the text."""
+    from transformers import AutoTokenizer
+
+    model, tokenizer, _ = stories
+    theirs = AutoTokenizer.from_pretrained(test_data / "stories-656k")
     expected = theirs("The cat", return_tensors="pt")
     assert prompt_ids(model, tokenizer, "The cat") == expected.input_ids[0].tolist() == [1, 80, 247, 476]
     assert prompt_ids(model, tokenizer, "") == theirs("").input_ids
-    ids = AutoModelForCausalLM.from_pretrained(folder).generate(
-        **expected, max_new_tokens=150, do_sample=False
-    )[0]
-    assert "The cat" + complete(model, tokenizer, "The cat", 150, temperature=0.0) == theirs.decode(
-        ids, skip_special_tokens=True
-    )
-
-
-@pytest.mark.parametrize("use_cache", [True, False])
-def test_a_real_model_continues_as_the_reference_does(stories, use_cache):
-    model, prompts = stories
-    for prompt in prompts:
-        ids = torch.tensor([prompt["input_ids"]])
-        new = len(prompt["greedy_ids"]) - ids.shape[1]
-        assert new == 48
-        assert (
-            model.generate(ids, max_new_tokens=new, temperature=0.0, use_cache=use_cache)[0].tolist()
-            == prompt["greedy_ids"]
-        )
-
-
-def test_the_real_models_text_is_the_reference_text(stories, test_data):
-    _, prompts = stories
-    tokenizer = Tokenizer.from_file(test_data / "stories-656k")
-    for prompt in prompts:
-        assert tokenizer.decode(prompt["greedy_ids"]) == prompt["greedy_text"]
+    settings = {"max_new_tokens": 200, "do_sample": False, "pad_token_id": 0}
+    ids = transformers_twin(model).generate(expected.input_ids, attention_mask=None, **settings)[0]
+    said = "The cat" + complete(model, tokenizer, "The cat", 200, temperature=0.0)
+    assert said == theirs.decode(ids, skip_special_tokens=True)
 
 
 def lively_model(**changes) -> SmolLM2:
@@ -90,57 +87,27 @@ def lively_model(**changes) -> SmolLM2:
     return tiny_model(tie_word_embeddings=False, initializer_range=0.3, eos_token_id=None, **changes)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"temperature": 1.0, "seed": 3},
-        {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.02, "seed": 4},
-    ],
-    ids=str,
-)
+FILTERED = {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.02, "seed": 4}
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}, FILTERED], ids=str)
 @pytest.mark.parametrize("new", [1, 20, 90])  # 90: the context of 40 overflows twice
-def test_the_cache_changes_no_token(options, new):
+@pytest.mark.parametrize("time", [9, 39, 40, 70])
+def test_the_cache_changes_no_token(options, new, time):
     model = lively_model(max_position_embeddings=40)
-    ids = random_ids(model, batch=3, time=9)
+    ids = random_ids(model, batch=3, time=time)
     cached = model.generate(ids, max_new_tokens=new, use_cache=True, **options)
     assert torch.equal(cached, model.generate(ids, max_new_tokens=new, use_cache=False, **options))
-    assert cached.shape == (3, 9 + new) and torch.equal(cached[:, :9], ids)
-    assert new == 1 or len(cached[:, 9:].unique()) > 10  # or there was little to compare
+    assert cached.shape == (3, time + new) and torch.equal(cached[:, :time], ids) and not cached.requires_grad
+    assert new == 1 or len(cached[:, time:].unique()) > 10  # or there was little to compare
 
 
 def test_greedy_tokens_equal_transformers():
     model = lively_model()
     ids = random_ids(model, batch=2, time=5)
-    twin = transformers_twin(model)
-    theirs = twin.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=60, do_sample=False, pad_token_id=0
-    )
+    settings = {"max_new_tokens": 60, "do_sample": False, "pad_token_id": 0}
+    theirs = transformers_twin(model).generate(ids, attention_mask=torch.ones_like(ids), **settings)
     assert torch.equal(model.generate(ids, max_new_tokens=60), theirs)
-
-
-def test_a_cache_that_mixes_up_positions_is_caught(monkeypatch):
-    model = lively_model()
-    ids = random_ids(model, batch=1, time=9)
-    expected = model.generate(ids, max_new_tokens=30)
-
-    class Mixed(model_module.KVCache):
-        def update(self, layer, k, v):
-            keys, values = super().update(layer, k, v)
-            return keys.roll(1, dims=2), values  # every value under the key of its neighbour
-
-    monkeypatch.setattr(model_module, "KVCache", Mixed)
-    assert not torch.equal(model.generate(ids, max_new_tokens=30), expected)
-
-
-def test_a_prompt_as_long_as_the_context_can_be_continued():
-    model = lively_model(max_position_embeddings=16)
-    for time in (15, 16, 17, 40):
-        ids = random_ids(model, batch=1, time=time)
-        out = model.generate(ids, max_new_tokens=3)
-        assert out.shape == (1, time + 3) and torch.equal(
-            out, model.generate(ids, max_new_tokens=3, use_cache=False)
-        )
 
 
 def test_every_row_stops_at_its_own_end_of_text():
@@ -155,167 +122,234 @@ def test_every_row_stops_at_its_own_end_of_text():
     assert stopped.shape[1] < free.shape[1] or stop not in free[1]
 
 
-def test_generation_leaves_no_gradient_and_does_not_touch_the_weights():
-    model = tiny_model()
-    before = [p.clone() for p in model.parameters()]
-    out = model.generate(random_ids(model, 1, 4), max_new_tokens=5)
-    assert not out.requires_grad
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-
-
-# --- sampling -----------------------------------------------------------------------------------------------------------
-
-LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -8.0])
-
-
-def test_temperature_divides_the_logits():
-    torch.testing.assert_close(next_token_probabilities(LOGITS, temperature=0.5), (LOGITS / 0.5).softmax(-1))
-
-
-def test_top_k_keeps_the_k_likeliest():
-    assert next_token_probabilities(LOGITS, top_k=2).nonzero().flatten().tolist() == [0, 1]
-    assert (next_token_probabilities(LOGITS, top_k=100) > 0).all()
-
-
-def test_top_p_keeps_the_smallest_set_that_reaches_p():
-    probabilities = LOGITS.softmax(-1)
-    for p in (0.01, 0.5, 0.75, 0.9, 0.99):
-        kept = next_token_probabilities(LOGITS, top_p=p).count_nonzero().item()
-        assert probabilities[:kept].sum() >= p and (kept == 1 or probabilities[: kept - 1].sum() < p)
-
-
-def test_min_p_keeps_tokens_relative_to_the_best():
-    kept = next_token_probabilities(LOGITS, min_p=0.2)
-    assert kept.nonzero().flatten().tolist() == [0, 1, 2]  # e^-1 and e^-1.5 reach 0.2, e^-2 does not
-    assert next_token_probabilities(LOGITS, min_p=1.0).count_nonzero() == 1
-
-
-@pytest.mark.parametrize("temperature", [1e-2, 1e-6, 1e-45, 100.0])
-def test_extreme_temperatures_give_a_distribution(temperature):
-    probabilities = next_token_probabilities(LOGITS, temperature=temperature)
-    assert torch.isfinite(probabilities).all() and probabilities.sum().item() == pytest.approx(1, abs=1e-5)
-
-
-def test_filters_equal_transformers():
-    from transformers import (
-        LogitsProcessorList,
-        MinPLogitsWarper,
-        TemperatureLogitsWarper,
-        TopKLogitsWarper,
-        TopPLogitsWarper,
-    )
-
-    torch.manual_seed(9)
-    logits = torch.randn(5, 200) * 3
-    warpers = LogitsProcessorList(
-        [TemperatureLogitsWarper(0.8), TopKLogitsWarper(40), TopPLogitsWarper(0.9), MinPLogitsWarper(0.05)]
-    )
-    expected = warpers(None, logits).softmax(-1)
-    torch.testing.assert_close(
-        next_token_probabilities(logits, 0.8, top_k=40, top_p=0.9, min_p=0.05), expected
-    )
-
-
-def test_sampled_frequencies_follow_the_distribution():
-    model = tiny_model(vocab_size=11, eos_token_id=None, initializer_range=0.3)
-    ids = random_ids(model, batch=1, time=3).expand(4000, -1)
-    sampled = model.generate(ids, max_new_tokens=1, temperature=0.9, top_k=6, seed=5)[:, -1]
-    with torch.no_grad():
-        expected = next_token_probabilities(model(ids[:1])[0, -1], 0.9, top_k=6)
-    frequencies = torch.bincount(sampled, minlength=11) / len(sampled)
-    assert (frequencies - expected).abs().max() < 4 * 0.5 / 4000**0.5
-    assert not frequencies[expected == 0].any()
-
-
-def test_a_seed_fixes_the_sample_and_another_changes_it():
-    model = tiny_model(eos_token_id=None)
-    ids = random_ids(model, 1, 4)
-
-    def sample(seed):
-        return model.generate(ids, max_new_tokens=40, temperature=1.0, seed=seed)
-
-    torch.manual_seed(0)
-    first = sample(1)
-    torch.manual_seed(123)  # the global generator plays no part
-    assert torch.equal(first, sample(1)) and not torch.equal(first, sample(2))
-    assert not torch.equal(sample(None), sample(None))
-
-
-@pytest.mark.parametrize(
-    ("changes", "name"),
-    [
-        ({"max_new_tokens": 0}, "max_new_tokens"),
-        ({"temperature": -0.1}, "temperature"),
-        ({"temperature": float("nan")}, "temperature"),
-        ({"temperature": float("inf")}, "temperature"),
-        ({"top_k": 0}, "top_k"),
-        ({"top_p": 0.0}, "top_p"),
-        ({"top_p": 1.5}, "top_p"),
-        ({"top_p": float("nan")}, "top_p"),
-        ({"min_p": -0.5}, "min_p"),
-    ],
-    ids=str,
-)
-def test_settings_out_of_range_are_named(changes, name):
-    settings = {"max_new_tokens": 5, "temperature": 1.0, "top_k": None, "top_p": None, "min_p": None}
-    with pytest.raises(ValueError, match=f"^{name} is .*expected"):
-        check_sampling(**(settings | changes))
-
-
-def test_empty_and_misshapen_prompts_are_refused():
-    model = tiny_model()
-    for ids in (torch.zeros(1, 0, dtype=torch.long), torch.zeros(3, dtype=torch.long)):
+def test_a_stream_comes_token_by_token_and_a_text_piece_by_piece():
+    model, tokenizer = wide_model(eos_token_id=None), tiny_tokenizer()
+    ids = torch.tensor([[0]])
+    assert len([token for (token, _), _ in zip(stream(model, ids, 10**9), range(4), strict=False)]) == 4
+    assert isinstance(next(stream_text(model, tokenizer, "", 10**9, temperature=1.0, seed=0)), str)
+    eight = tokenizer.decode(model.generate(ids, max_new_tokens=8)[0, 1:], skip_special_tokens=True)
+    assert complete(model, tokenizer, "", 8) == eight  # an empty prompt begins a new document
+    with pytest.raises(UserError, match="the model's context is 512"):
+        complete(model, tokenizer, "cat mat " * 300)
+    for wrong in (torch.zeros(1, 0, dtype=torch.long), torch.zeros(3, dtype=torch.long)):
         with pytest.raises(ValueError, match="expected \\(batch, time\\)"):
-            generate(model, ids)
+            model.generate(wrong)
 
 
-# --- text ---------------------------------------------------------------------------------------------------------------
+# --- the command line -------------------------------------------------------------------------------------------------
+
+CHAT_TEMPLATE = (  # the form of the official Instruct models
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nBe brief<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def chat_tokenizer() -> Tokenizer:
+    fields = json.loads(tiny_tokenizer(380).raw)
+    for offset, word in enumerate(("<|im_start|>", "<|im_end|>")):
+        fields["added_tokens"].append(dict(fields["added_tokens"][0], id=380 + offset, content=word))
+    return Tokenizer(json.dumps(fields).encode())
+
+
+def add_fields(folder: Path, name: str, **fields) -> None:
+    (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | fields))
 
 
 @pytest.fixture(scope="module")
-def talker():
-    tokenizer = Tokenizer.train(["the cat sat on the mat. " * 20], 300)
-    return tiny_model(
-        vocab_size=tokenizer.vocab_size, max_position_embeddings=64, eos_token_id=None
-    ), tokenizer
+def checkpoint(tmp_path_factory) -> Path:
+    return save_folder(tmp_path_factory.mktemp("made") / "tiny.ckpt", wide_model())
 
 
-def test_streamed_pieces_join_to_the_whole_text(talker):
-    model, tokenizer = talker
-    for seed in range(5):
-        options = {"temperature": 1.5, "seed": seed}  # random bytes: characters often begin and do not end
-        ids = torch.tensor([[0, *tokenizer.encode("the cat")]])
-        expected = tokenizer.decode(
-            model.generate(ids, max_new_tokens=150, **options)[0, ids.shape[1] :], skip_special_tokens=True
-        )
-        assert "".join(stream_text(model, tokenizer, "the cat", 150, **options)) == expected
-        assert complete(model, tokenizer, "the cat", 150, **options) == expected
+@pytest.fixture(scope="module")
+def chat_checkpoint(tmp_path_factory) -> Path:
+    model = wide_model(bos_token_id=380, eos_token_id=381, pad_token_id=381)
+    folder = save_folder(tmp_path_factory.mktemp("made") / "instruct", model, chat_tokenizer())
+    add_fields(folder, "tokenizer_config.json", chat_template=CHAT_TEMPLATE, eos_token="<|im_end|>")
+    return folder
 
 
-def test_text_appears_as_it_is_made_and_not_at_the_end(talker):
-    model, tokenizer = talker
-    pieces = stream_text(model, tokenizer, "the cat", 1000, temperature=1.0, seed=0)
-    assert isinstance(next(pieces), str)
+@pytest.fixture
+def say(monkeypatch, capsys):
+    """What the command prints, run in this process with `stdin` as its standard input."""
+
+    def run(checkpoint: Path, *arguments: str, stdin: bytes | None = None) -> str:
+        given = stdin if stdin is None else io.TextIOWrapper(io.BytesIO(stdin), "ascii")
+        monkeypatch.setattr(sys, "stdin", given)
+        assert main(["--checkpoint", str(checkpoint), *arguments]) == 0
+        return capsys.readouterr().out
+
+    return run
 
 
-def test_an_empty_prompt_begins_a_new_document(talker):
-    model, tokenizer = talker
-    expected = tokenizer.decode(
-        model.generate(torch.tensor([[0]]), max_new_tokens=8)[0, 1:], skip_special_tokens=True
-    )
-    assert complete(model, tokenizer, "", 8) == expected
+def test_the_same_seed_says_the_same_from_a_pipe_and_another_seed_does_not(checkpoint, say):
+    settings, prompt = ("--max_new_tokens", "12", "--seed"), "Once upon déjà"
+    argv = [sys.executable, "-m", "smollm2.generate", "--checkpoint", str(checkpoint), *settings, "7"]
+    environment = os.environ | {"PYTHONUTF8": "1"}
+    first = subprocess.check_output(argv, input=prompt.encode() + b"\n", cwd=ROOT, env=environment).decode()
+    assert first == say(checkpoint, "--prompt", prompt, *settings, "7")
+    assert first != say(checkpoint, "--prompt", prompt, *settings, "8")
 
 
-def test_a_prompt_longer_than_the_context_is_one_clear_error(talker):
-    model, tokenizer = talker
-    with pytest.raises(UserError, match="the model's context is 64"):
-        list(stream_text(model, tokenizer, "cat mat " * 100))
+def test_several_samples_differ_and_each_repeats_alone(checkpoint, say):
+    common = ["--prompt", "The", "--max_new_tokens", "8"]
+    parts = say(checkpoint, *common, "--seed", "5", "--num_samples", "3").split("--- sample ")[1:]
+    assert [part.split(" ---\n")[0] for part in parts] == ["1 of 3", "2 of 3", "3 of 3"]
+    texts = [part.split(" ---\n", 1)[1] for part in parts]
+    assert len(set(texts)) == 3 and say(checkpoint, *common, "--seed", "6") == texts[1]
 
 
-def test_stream_stops_where_the_caller_stops():
-    model = tiny_model(eos_token_id=None)
-    tokens = [
-        int(token)
-        for (token, _), _ in zip(stream(model, random_ids(model, 1, 3), 10**9), range(4), strict=False)
-    ]
-    assert len(tokens) == 4
+MISTAKES = {
+    "--num_samples 0": "expected at least 1",
+    "--num_samples 2 --temperature 0": "all would be the same",
+    "--num_samples 2 --interactive": "1 with --interactive",
+    "--temperature nan": "--temperature: Input should be a finite number, found 'nan'",
+    "--chat": "has no chat template",
+}
+
+
+@pytest.mark.parametrize("arguments", MISTAKES)
+def test_mistakes_are_one_line(checkpoint, say, arguments):
+    with pytest.raises(UserError) as caught:
+        say(checkpoint, "--prompt", "a", *arguments.split())
+    assert MISTAKES[arguments] in str(caught.value) and "\n" not in str(caught.value)
+
+
+INTERACTIVE = ("--interactive", "--max_new_tokens", "5", "--seed", "1")
+
+
+@pytest.mark.parametrize("arguments", [(), INTERACTIVE], ids=len)
+def test_input_that_is_closed_or_not_text_is_one_line(checkpoint, say, arguments):
+    with pytest.raises(UserError, match="standard input is closed: pass the text with --prompt"):
+        say(checkpoint, *arguments)
+    with pytest.raises(UserError, match=r"standard input: not UTF-8 text \(byte 3\)"):
+        say(checkpoint, *arguments, stdin=b"caf\xe9 au lait\n")
+
+
+def test_output_may_be_closed_or_an_object_with_write_and_flush_alone(checkpoint, say, monkeypatch):
+    tee = SimpleNamespace(write=sys.stdout.write, flush=sys.stdout.flush)
+    monkeypatch.setattr(sys, "stdout", tee)
+    assert say(checkpoint, *INTERACTIVE, stdin=b"The king\n").count("> ") == 2
+    monkeypatch.setattr(sys, "stdout", None)
+    assert say(checkpoint, "--prompt", "a", "--max_new_tokens", "2") == ""
+    with pytest.raises(UserError, match="standard output is closed"):
+        say(checkpoint, *INTERACTIVE, stdin=b"The king\n")
+
+
+# --- turns and chats --------------------------------------------------------------------------------------------------
+
+
+def test_turns_grow_one_text_until_ctrl_d(checkpoint, say):
+    said = say(checkpoint, *INTERACTIVE, stdin="déjà\n\n/new\nOnce\n".encode())
+    assert said.count("> ") == 5 and said.endswith("\n")
+
+
+def test_a_conversation_continues_its_text_and_forgets_the_oldest(checkpoint):
+    tokenizer = tiny_tokenizer()
+    talk = Conversation(wide_model(max_position_embeddings=64), tokenizer, checkpoint, room=16)
+    talk.ask("The king")
+    talk.answer(" said")
+    assert tokenizer.decode(talk.ask("come")) == "<|endoftext|>The king said\ncome" and not talk.forgotten
+    talk.answer(" and speak of the year 1599" * 20)
+    assert len(talk.ask("")) == 48 and talk.forgotten
+
+
+def test_a_chat_forgets_its_oldest_turns_and_refuses_a_message_that_never_fits(chat_checkpoint):
+    tokenizer, model = chat_tokenizer(), wide_model(max_position_embeddings=128)
+    talk = Conversation(model, tokenizer, chat_checkpoint, chat=True, room=16)
+    for said in ("one", "two " * 8, "three"):
+        ids = talk.ask(said)
+        talk.answer("yes " * 8)
+    assert len(ids) <= 112 and talk.forgotten and "one" not in tokenizer.decode(ids)
+    with pytest.raises(UserError, match="tokens, 112 fit; shorten it"):
+        talk.ask("far too long " * 60)
+    assert "far too" not in tokenizer.decode(talk.ask("again"))
+
+
+TURN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}\n{% endfor %}"
+TEMPLATES = {
+    "instruct": CHAT_TEMPLATE,
+    "tools": TURN + "{% if tools is none %}no tools{% endif %}{{ unk_token }}",
+    "generation": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+    "functions": "{{ strftime_now('%Y') }}{{ messages | tojson }}",
+    "several": [{"name": "rag", "template": "x"}, {"name": "default", "template": TURN}],
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("own_file", [True, False])
+def test_a_chat_reads_what_transformers_template_writes(chat_checkpoint, name, own_file, tmp_path):
+    from transformers import PreTrainedTokenizerFast
+
+    folder = shutil.copytree(chat_checkpoint, tmp_path / "model")
+    add_fields(folder, "tokenizer_config.json", eos_token={"__type": "AddedToken", "content": "<|im_end|>"})
+    if own_file and name != "several":
+        (folder / "chat_template.jinja").write_text(TEMPLATES[name])
+    else:
+        add_fields(folder, "tokenizer_config.json", chat_template=TEMPLATES[name])
+    messages = [{"role": "user", "content": "Hi <b>you</b> é"}, {"role": "assistant", "content": "Hello"}]
+    messages += [{"role": "user", "content": "1+1?"}]
+    theirs = PreTrainedTokenizerFast.from_pretrained(folder)
+    expected = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert render_chat(chat_template(folder), messages, special_tokens(folder)) == expected
+    talk = Conversation(wide_model(), chat_tokenizer(), folder, chat=True)
+    talk.ask(messages[0]["content"])
+    talk.answer("Hello")
+    assert talk.ask("1+1?") == theirs(expected, add_special_tokens=False).input_ids
+
+
+@pytest.mark.parametrize(
+    "template", ["raise_exception('no')", "''.__class__.__mro__", "messages.append(1)", "1 / 0", "("]
+)
+def test_a_hostile_chat_template_is_an_error_and_not_code(template):
+    with pytest.raises(CheckpointError, match="chat template does not run"):
+        render_chat("{{ " + template + " }}", [{"role": "user", "content": "a"}])
+
+
+def test_a_chat_answers_from_the_command_line(chat_checkpoint, say):
+    said = say(chat_checkpoint, "--chat", "--prompt", "Hello", "--max_new_tokens", "5")
+    assert said.strip() and "im_start" not in said and "Hello\n" not in said
+    assert say(chat_checkpoint, "--chat", *INTERACTIVE, stdin=b"Hi\nAnd you?\n").count("> ") == 3
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_every_end_token_that_the_folder_names_stops_a_text(checkpoint, name, tmp_path, say):
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    greedy = ["--prompt", "The", "--max_new_tokens", "9", "--temperature", "0"]
+    tokenizer = Tokenizer.from_file(folder)
+    start = torch.tensor([[0, *tokenizer.encode("The")]])
+    ids = SmolLM2.from_pretrained(folder).generate(start, 9)[0].tolist()
+    add_fields(folder, name, eos_token_id=[399, ids[5]])
+    stopped = tokenizer.decode(ids[: ids.index(ids[5])], skip_special_tokens=True)
+    assert say(folder, *greedy) == stopped + "\n"
+    assert set(stop_ids(folder, tokenizer)) == {0, 399, ids[5]}  # 0: the tokenizer's, and the other file's
+    add_fields(folder, name, eos_token_id="</s>")
+    with pytest.raises(CheckpointError, match="eos_token_id"):
+        say(folder, *greedy)
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_a_damaged_byte_in_any_file_that_is_read_is_said(chat_checkpoint, name, tmp_path, say):
+    files = {path.name: path.read_bytes() for path in chat_checkpoint.iterdir()}
+    files["chat_template.jinja"] = CHAT_TEMPLATE.encode()
+    folder = commit(tmp_path, "step-00000001.ckpt", files, "run", 1, {}).folder
+    arguments = ("--chat", "--prompt", "a", "--max_new_tokens", "1")
+    assert say(folder, *arguments)
+    (folder / name).write_bytes((folder / name).read_bytes().replace(b"e", b"f", 1))
+    with pytest.raises(CheckpointError, match=f"{name}: .*damaged"):
+        say(folder, *arguments)
+
+
+def test_ctrl_c_stops_an_answer_and_then_the_program(checkpoint, say, monkeypatch, capsys):
+    def answer(*_, **__):
+        yield "and "
+        signal.raise_signal(signal.SIGINT)
+
+    typed = iter(["The king"])
+    monkeypatch.setattr(conversation, "stream_continuation", answer)
+    monkeypatch.setattr("builtins.input", lambda _: next(typed, None) or signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit) as end:
+        run_command(lambda: say(checkpoint, *INTERACTIVE, stdin=b""))
+    said = capsys.readouterr()
+    assert end.value.code == 130 and said.out == "and  [stopped]\n" and said.err.endswith("stopped\n")

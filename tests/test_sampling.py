@@ -1,58 +1,36 @@
-"""Samples follow the distribution they claim, and the terminal says them: one shot, several, from a pipe, in turns, as a chat."""
+"""Samples follow the distribution they claim, options have one set of bounds, and tokens stream as whole characters."""
 
 from __future__ import annotations
 
-import io
-import json
-import os
-import pty
-import select
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
+import random
 
 import pytest
+import tokenizers as hf
 import torch
-from tiny_models import save_folder, tiny_model, tiny_tokenizer
+from tiny_models import metaspace_tokenizer, tiny_model, tiny_tokenizer
 
-from smollm2 import Tokenizer
-from smollm2.conversation import Conversation, read_prompt, render_chat
-from smollm2.errors import CheckpointError, UserError
-from smollm2.generate import main
-from smollm2.sampling import generate, next_token_probabilities
+from smollm2.sampling import SamplingOptions, StreamDecoder, generate, next_token_probabilities, stream
+from smollm2.tokenizer import Tokenizer
 
-ROOT = Path(__file__).parent.parent
 DRAWS = 20_000
 SETTINGS = [
-    {"temperature": 1.0},
     {"temperature": 0.7},
-    {"temperature": 1.6},
+    {"temperature": 1.6, "min_p": 0.05},
     {"top_k": 7},
-    {"top_p": 0.8},
-    {"min_p": 0.1},
-    {"temperature": 0.7, "top_k": 12},
     {"temperature": 1.3, "top_p": 0.9},
     {"top_k": 20, "top_p": 0.7},
-    {"temperature": 1.5, "min_p": 0.05},
     {"temperature": 0.8, "top_k": 25, "top_p": 0.85, "min_p": 0.08},
 ]
 
 
-def warped(
-    logits: torch.Tensor, temperature: float = 1.0, top_k=None, top_p=None, min_p=None
-) -> torch.Tensor:
+def warped(logits: torch.Tensor, temperature=1.0, top_k=None, top_p=None, min_p=None) -> torch.Tensor:
     """transformers' own distribution for the same settings, in its own order."""
     from transformers.generation import logits_process as theirs
 
     scores = theirs.TemperatureLogitsWarper(temperature)(None, logits)
-    for warper, value in (
-        (theirs.TopKLogitsWarper, top_k),
-        (theirs.TopPLogitsWarper, top_p),
-        (theirs.MinPLogitsWarper, min_p),
-    ):
-        scores = warper(value)(None, scores) if value is not None else scores
+    for name, value in {"TopK": top_k, "TopP": top_p, "MinP": min_p}.items():
+        if value is not None:
+            scores = getattr(theirs, f"{name}LogitsWarper")(value)(None, scores)
     return scores.softmax(-1)
 
 
@@ -65,40 +43,25 @@ def peaked():
         return model, prompt, model(prompt)[:, -1]
 
 
-def draw(model, prompt, seed: int, **settings) -> torch.Tensor:
-    """Counts (V,) of the first token of 20,000 samples, drawn by `generate` itself."""
-    rows = prompt.expand(DRAWS, -1)
-    fresh = generate(model, rows, 1, stop_ids=(), seed=seed, **({"temperature": 1.0} | settings))[:, -1]
-    return torch.bincount(fresh, minlength=model.config.vocab_size)
-
-
-def chi_square_p_value(counts: torch.Tensor, expected: torch.Tensor) -> float:
-    """Probability of counts at least this far from `expected` (both (V,)) when they were drawn from it.
-
-    Tokens that are expected fewer than 5 times share one bin, as the approximation needs.
-    """
-    rare = expected < 5
-    bins = torch.cat((counts[~rare].double(), counts[rare].double().sum()[None]))
-    means = torch.cat((expected[~rare].double(), expected[rare].double().sum()[None]))
-    if means[-1] < 5:
-        bins, means = (
-            torch.cat((bins[:-2], bins[-2:].sum()[None])),
-            torch.cat((means[:-2], means[-2:].sum()[None])),
-        )
-    statistic = ((bins - means) ** 2 / means).sum()
-    return float(
-        torch.special.gammaincc(torch.tensor((len(bins) - 1) / 2, dtype=torch.float64), statistic / 2)
-    )
+def standard_deviations(peaked, drawn: dict, expected: dict) -> float:
+    """How far the counts of 20,000 tokens drawn by `generate` with some settings are from transformers' for others."""
+    model, prompt, logits = peaked
+    fresh = generate(model, prompt.expand(DRAWS, -1), 1, seed=11, stop_ids=(), **{"temperature": 1.0} | drawn)
+    counts = torch.bincount(fresh[:, -1], minlength=logits.shape[-1])
+    probabilities = warped(logits, **expected)[0]
+    assert int((probabilities > 0).sum()) >= 3  # a distribution, not a single token
+    assert counts[probabilities == 0].sum() == 0  # what is filtered out never comes
+    mean = probabilities * DRAWS
+    return float(((counts - mean).abs() / (mean * (1 - probabilities)).clamp(min=1).sqrt()).max())
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_20000_draws_follow_transformers_distribution(peaked, settings):
-    model, prompt, logits = peaked
-    expected = warped(logits, **settings)[0] * DRAWS
-    counts = draw(model, prompt, seed=11, **settings)
-    assert int((expected > 0).sum()) >= 3  # a distribution, not a single token
-    assert counts[expected == 0].sum() == 0  # what is filtered out never comes
-    assert chi_square_p_value(counts, expected) > 1e-3
+    assert standard_deviations(peaked, settings, settings) < 4.5
+
+
+def test_a_slightly_wrong_temperature_would_be_noticed(peaked):
+    assert standard_deviations(peaked, {"temperature": 1.1}, {"temperature": 1.0}) > 6
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -108,229 +71,101 @@ def test_filters_equal_transformers_warpers_token_by_token(settings):
     assert torch.allclose(ours, warped(logits, **settings), atol=1e-6)
 
 
-def test_the_chi_square_notices_a_slightly_wrong_temperature(peaked):
-    model, prompt, logits = peaked
-    counts = draw(model, prompt, seed=11, temperature=1.1)
-    assert chi_square_p_value(counts, warped(logits)[0] * DRAWS) < 1e-6
+EXTREMES = [{"temperature": t} for t in (1e-2, 1e-6, 1e-45, 100.0)] + [
+    {"min_p": 1.0},
+    {"top_p": 1e-9},
+    {"top_k": 100},
+]
 
 
-# --- the command line -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("settings", EXTREMES, ids=str)
+def test_extreme_settings_give_a_distribution_that_holds_the_likeliest_token(settings):
+    logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -8.0])
+    probabilities = next_token_probabilities(logits, **settings)
+    assert torch.isfinite(probabilities).all() and probabilities.sum().item() == pytest.approx(1, abs=1e-5)
+    assert probabilities.argmax() == 0
 
-CHAT_TEMPLATE = (  # the form of the official Instruct models
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nBe brief<|im_end|>\n' }}{% endif %}"
-    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+
+def test_a_seed_fixes_the_sample_and_another_changes_it():
+    model, ids = tiny_model(eos_token_id=None), torch.tensor([[1, 2, 3, 4]])
+
+    def sample(seed):
+        return model.generate(ids, max_new_tokens=40, temperature=1.0, seed=seed)
+
+    torch.manual_seed(0)
+    first = sample(1)
+    torch.manual_seed(123)  # the global generator plays no part
+    assert torch.equal(first, sample(1)) and not torch.equal(first, sample(2))
+    assert not torch.equal(sample(None), sample(None))
+
+
+OUT_OF_RANGE = (
+    "max_new_tokens=0 temperature=-0.1 temperature=nan temperature=inf top_k=0 top_k=1.5 top_p=0 top_p=1.5 "
 )
+OUT_OF_RANGE += "top_p=nan min_p=-0.5 min_p=2 seed=-1 seed=1e19 top_q=1"
 
 
-def chat_tokenizer() -> Tokenizer:
-    fields = json.loads(tiny_tokenizer(380).raw)
-    for offset, word in enumerate(("<|im_start|>", "<|im_end|>")):
-        fields["added_tokens"].append(dict(fields["added_tokens"][0], id=380 + offset, content=word))
-    return Tokenizer(json.dumps(fields).encode())
+@pytest.mark.parametrize("wrong", OUT_OF_RANGE.split())
+def test_options_out_of_range_are_named_before_anything_is_sampled(wrong):
+    name, value = wrong.split("=")
+    with pytest.raises(ValueError, match=f"SamplingOptions\n{name}\n"):
+        next(stream(tiny_model(), torch.tensor([[1]]), **{name: float(value)}))
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    return save_folder(tmp_path_factory.mktemp("made") / "tiny.ckpt", tiny_model())
-
-
-@pytest.fixture(scope="module")
-def chat_checkpoint(tmp_path_factory) -> Path:
-    model = tiny_model(bos_token_id=380, eos_token_id=381, pad_token_id=381)
-    folder = save_folder(tmp_path_factory.mktemp("made") / "instruct", model, chat_tokenizer())
-    fields = json.loads((folder / "tokenizer_config.json").read_text()) | {"chat_template": CHAT_TEMPLATE}
-    (folder / "tokenizer_config.json").write_text(json.dumps(fields))
-    return folder
-
-
-def command(checkpoint: Path, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "smollm2.generate", "--checkpoint", str(checkpoint), *arguments]
-
-
-def say(checkpoint: Path, *arguments: str, stdin: str | bytes | None = None) -> subprocess.CompletedProcess:
-    data = stdin.encode() if isinstance(stdin, str) else stdin
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
-    return subprocess.run(
-        command(checkpoint, *arguments),
-        input=data or b"",
-        capture_output=True,
-        cwd=ROOT,
-        env=environment,
-        timeout=120,
-    )
-
-
-def test_the_same_seed_says_the_same_in_another_process_and_another_seed_does_not(checkpoint, capsys):
-    common = ["--prompt", "The king", "--max_new_tokens", "12", "--seed"]
-    first = say(checkpoint, *common, "7").stdout.decode()
-    main(["--checkpoint", str(checkpoint), *common, "7"])
-    again = capsys.readouterr().out
-    main(["--checkpoint", str(checkpoint), *common, "8"])
-    assert first == again != capsys.readouterr().out and first.startswith("The king")
-
-
-def test_several_samples_differ_and_each_repeats_alone(checkpoint, capsys):
-    common = ["--checkpoint", str(checkpoint), "--prompt", "The", "--max_new_tokens", "8"]
-    main([*common, "--seed", "5", "--num_samples", "3"])
-    parts = capsys.readouterr().out.split("--- sample ")
-    assert [part.split(" ---\n")[0] for part in parts[1:]] == ["1 of 3", "2 of 3", "3 of 3"]
-    texts = [part.split(" ---\n", 1)[1] for part in parts[1:]]
-    assert len(set(texts)) == 3
-    main([*common, "--seed", "6"])
-    assert capsys.readouterr().out == texts[1]
-
-
-def test_the_prompt_can_come_from_a_pipe(checkpoint, capsys):
-    settings = ("--max_new_tokens", "6", "--temperature", "0")
-    main(["--checkpoint", str(checkpoint), "--prompt", "Once upon déjà", *settings])
-    assert say(checkpoint, *settings, stdin="Once upon déjà\n").stdout.decode() == capsys.readouterr().out
-
-
-def test_a_pipe_that_is_not_text_is_one_line(monkeypatch):
-    monkeypatch.setattr(
-        "sys.stdin",
-        io.TextIOWrapper(io.BytesIO(b"caf\xe9 au lait"), encoding="utf-8", errors="surrogateescape"),
-    )
-    with pytest.raises(UserError, match=r"standard input: not UTF-8 text \(byte 3\)"):
-        read_prompt()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--num_samples", "0"], "expected at least 1"),
-        (["--num_samples", "2", "--temperature", "0"], "all samples would be the same"),
-        (["--num_samples", "2", "--interactive"], "does not go with --interactive"),
-        (["--temperature", "nan"], "temperature is nan"),
-        (["--chat"], "has no chat template"),
-    ],
-)
-def test_mistakes_are_one_line(checkpoint, arguments, message):
-    with pytest.raises(UserError) as caught:
-        main(["--checkpoint", str(checkpoint), "--prompt", "a", *arguments])
-    assert message in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_turns_grow_one_text_until_ctrl_d(checkpoint):
-    done = say(
-        checkpoint, "--interactive", "--max_new_tokens", "5", "--seed", "1", stdin="The king\n\n/new\nOnce\n"
-    )
-    assert done.returncode == 0 and b"Traceback" not in done.stderr
-    assert done.stdout.decode().count("> ") == 5 and done.stdout.endswith(b"\n")
-
-
-def test_a_conversation_continues_its_text_and_forgets_the_oldest():
-    model, tokenizer = tiny_model(max_position_embeddings=64), tiny_tokenizer()
-    talk = Conversation(model, tokenizer, room=16)
-    ids = talk.ask("The king")
-    talk.answer(" said")
-    longer = talk.ask("come")
+def test_the_last_seed_is_followed_by_the_first():
     assert (
-        tokenizer.decode(longer) == "<|endoftext|>The king said\ncome" and ids[0] == tokenizer.end_of_text_id
+        SamplingOptions(seed=2**63 - 1).next_seed().seed == 0 and SamplingOptions().next_seed().seed is None
     )
-    talk.answer(" and speak of the year 1599" * 20)
-    assert len(talk.ask("")) == 48 and talk.forgotten > 0
+    with pytest.raises(ValueError, match="less than 9223372036854775808"):
+        SamplingOptions(seed=2**63)
 
 
-def test_a_chat_reads_what_transformers_template_writes(chat_checkpoint):
-    from transformers import PreTrainedTokenizerFast
-
-    messages = [
-        {"role": "user", "content": "Hi <b>you</b>"},
-        {"role": "assistant", "content": "Hello"},
-        {"role": "user", "content": "1+1?"},
-    ]
-    theirs = PreTrainedTokenizerFast.from_pretrained(chat_checkpoint)
-    expected = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    assert render_chat(CHAT_TEMPLATE, messages) == expected
-    talk = Conversation.chat(
-        tiny_model(bos_token_id=380, eos_token_id=381), chat_tokenizer(), chat_checkpoint
-    )
-    talk.ask(messages[0]["content"])
-    talk.answer("Hello")
-    assert talk.ask("1+1?") == theirs(expected, add_special_tokens=False).input_ids
-    assert talk.stop_ids == (381,)
+# --- decoding piece by piece --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{{ raise_exception('no') }}",
-        "{{ ''.__class__.__mro__ }}",
-        "{% for %}",
-        "{{ messages.append(1) }}",
-        "{{ 1 / 0 }}",
-    ],
-)
-def test_a_hostile_chat_template_is_an_error_and_not_code(template):
-    with pytest.raises(CheckpointError, match="chat template does not run"):
-        render_chat(template, [{"role": "user", "content": "a"}])
+def byte_fallback_tokenizer() -> Tokenizer:
+    """Bytes as tokens of their own, as SentencePiece has them: one stray byte spoils the whole run it stands in."""
+    entries = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "a"]
+    vocabulary = {name: i for i, name in enumerate(entries)}
+    made = hf.Tokenizer(hf.models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    blanks = [hf.normalizers.Prepend("\u2581"), hf.normalizers.Replace(" ", "\u2581")]
+    made.normalizer = hf.normalizers.Sequence(blanks)
+    back = [hf.decoders.ByteFallback(), hf.decoders.Fuse(), hf.decoders.Strip(" ", 1, 0)]
+    made.decoder = hf.decoders.Sequence([hf.decoders.Replace("\u2581", " "), *back])
+    return Tokenizer(made.to_str().encode())
 
 
-def test_a_chat_answers_from_the_command_line(chat_checkpoint, capsys):
-    main(
-        [
-            "--checkpoint",
-            str(chat_checkpoint),
-            "--chat",
-            "--prompt",
-            "Hello",
-            "--max_new_tokens",
-            "5",
-            "--temperature",
-            "0",
-        ]
-    )
-    said = capsys.readouterr().out
-    assert said.strip() and "im_start" not in said and "Hello\n" not in said
-    turns = say(
-        chat_checkpoint,
-        "--chat",
-        "--interactive",
-        "--max_new_tokens",
-        "5",
-        "--seed",
-        "1",
-        stdin="Hi\nAnd you?\n",
-    )
-    assert turns.returncode == 0 and turns.stdout.decode().count("> ") == 3
+def pieces(tokenizer, before: list[int], after: list[int]) -> list[str]:
+    decoder = StreamDecoder(tokenizer, before)
+    return [*map(decoder.push, after), decoder.flush()]
 
 
-def test_ctrl_c_stops_an_answer_and_then_the_program_without_a_traceback(checkpoint):
-    leader, follower = pty.openpty()
-    process = subprocess.Popen(
-        command(checkpoint, "--interactive", "--max_new_tokens", "100000", "--seed", "1"),
-        stdin=follower, stdout=follower, stderr=follower, cwd=ROOT, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    os.close(follower)
-    seen = bytearray()
+@pytest.mark.parametrize("length", [1, 3, 80, 400])
+@pytest.mark.parametrize("made", [metaspace_tokenizer, tiny_tokenizer])
+def test_streamed_text_is_what_all_ids_decode_to_less_the_prompt(made, length):
+    """A Metaspace decoder strips the first blank it meets: neither the continuation's nor that of any later piece may go."""
+    tokenizer, random_ids = made(), random.Random(13)
+    for prompt in (None, "", "The king", "and speak of the year " * 30, "\ufffd"):
+        before = [] if prompt is None else [*tokenizer.begin_ids, *tokenizer.encode(prompt)]
+        after = [random_ids.randrange(3, tokenizer.vocab_size) for _ in range(length)]  # half characters too
+        after[length // 2] = tokenizer.begin_ids[0]  # a special token in the middle is hidden
+        whole = tokenizer.decode(before + after, skip_special_tokens=True)
+        shown = len(tokenizer.decode(before, skip_special_tokens=True))
+        assert "".join(pieces(tokenizer, before, after)) == whole[shown:]
 
-    def read_until(is_enough, seconds: float = 60) -> None:
-        deadline = time.monotonic() + seconds
-        while not is_enough(bytes(seen)):
-            assert select.select([leader], [], [], deadline - time.monotonic())[0], bytes(seen[-500:])
-            try:
-                seen.extend(os.read(leader, 4096))
-            except OSError:  # the other end closed
-                return
 
-    try:
-        read_until(lambda said: said.endswith(b"> "))
-        os.write(leader, b"The king\n")
-        seen.clear()
-        read_until(lambda said: len(said) > 200)  # it is writing
-        process.send_signal(signal.SIGINT)
-        read_until(lambda said: b" [stopped]" in said and said.endswith(b"> "))
-        seen.clear()
-        while not select.select([leader], [], [], 3)[
-            0
-        ]:  # a signal between the prompt and the first look at the keyboard waits for the next one
-            process.send_signal(signal.SIGINT)
-        read_until(lambda _: False)  # until the program closes its side
-        assert process.wait(60) == 130
-        assert b"stopped" in seen and b"Traceback" not in seen
-    finally:
-        process.kill()
-        os.close(leader)
+@pytest.mark.parametrize("made", [byte_fallback_tokenizer, tiny_tokenizer])
+@pytest.mark.parametrize("prompt", ["", "a", "漢字🙂" * 30], ids=len)
+def test_no_replacement_character_is_shown_while_a_character_is_incomplete(made, prompt):
+    tokenizer = made()
+    for text in ("日本語🙂é" * 40, "a日 本" * 60):
+        ids, start = tokenizer.encode(prompt + text), len(tokenizer.encode(prompt))
+        shown = pieces(tokenizer, ids[:start], ids[start:])
+        assert "".join(shown) == tokenizer.decode(ids)[len(prompt) :]
+        assert not any("\ufffd" in piece for piece in shown) and len(shown) > 100
+
+
+def test_stray_bytes_spoil_only_what_is_not_yet_shown():
+    tokenizer = byte_fallback_tokenizer()
+    e_acute, stray, a = [1 + 0xC3, 1 + 0xA9], [1 + 0xE6], [258]
+    assert "".join(pieces(tokenizer, [], e_acute + stray + a)) == "é\ufffd\ufffda"

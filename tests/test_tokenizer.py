@@ -10,7 +10,7 @@ import pytest
 from tiny_models import metaspace_tokenizer
 
 from smollm2.errors import DataError
-from smollm2.tokenizer import END_OF_TEXT, StreamDecoder, Tokenizer, choose_tokenizer, load_tokenizer
+from smollm2.tokenizer import END_OF_TEXT, Tokenizer, choose_tokenizer, load_tokenizer
 
 REFERENCE_IDS = {"\n\n1.": [1116, 33, 30], "How's it going?": [2020, 506, 357, 2045, 47]}
 AWKWARD = [
@@ -190,83 +190,12 @@ def test_padding_and_truncation_stored_in_a_file_are_switched_off(trained):
     assert Tokenizer(json.dumps(stored).encode()).encode(text) == trained.encode(text)
 
 
-# --- decoding piece by piece --------------------------------------------------------------------------------------------
-
-
-def test_streamed_text_equals_the_text_decoded_at_once(trained):
-    draw = random.Random(12)
-    for text in [*AWKWARD, *random_texts(40)]:
-        ids = trained.encode(text)
-        decoder = StreamDecoder(trained)
-        assert "".join(map(decoder.push, ids)) + decoder.flush() == text
-    for _ in range(60):  # random tokens: bytes that are no characters at all
-        ids = [draw.randrange(1, trained.vocab_size) for _ in range(draw.randrange(1, 200))]
-        decoder = StreamDecoder(trained)
-        assert "".join(map(decoder.push, ids)) + decoder.flush() == trained.decode(ids)
-
-
-def test_no_replacement_character_is_shown_while_a_character_is_incomplete(trained):
-    decoder = StreamDecoder(trained)
-    shown = [decoder.push(i) for i in trained.encode("x😀y")]
-    assert "".join(shown) == "x😀y" and not any("\ufffd" in piece for piece in shown)
-
-
 def test_special_tokens_are_hidden_unless_asked_for(trained):
     ids = [0, *trained.encode("cat"), 0]
     assert trained.decode(ids, skip_special_tokens=True) == "cat"
     assert trained.decode(ids) == f"{END_OF_TEXT}cat{END_OF_TEXT}"
     llama = metaspace_tokenizer()
     assert llama.decode([1, *llama.encode("the king"), 2], skip_special_tokens=True) == "the king"
-
-
-@pytest.mark.parametrize("length", [1, 3, 80, 400])
-def test_streamed_text_continues_the_prompt_as_if_both_were_decoded_at_once(trained, length):
-    """A Metaspace decoder strips the first blank it meets: neither the continuation's nor that of any later piece may go."""
-    draw = random.Random(13)
-    for tokenizer in (metaspace_tokenizer(), trained):
-        for before in (
-            [],
-            [1],
-            [1, *tokenizer.encode("The king")],
-            tokenizer.encode("and speak of the year " * 30),
-        ):
-            after = [draw.randrange(3, tokenizer.vocab_size) for _ in range(length)]
-            after[length // 2] = tokenizer.begin_ids[0]  # a special token in the middle is hidden
-            decoder = StreamDecoder(tokenizer, before=before)
-            said = "".join(map(decoder.push, after)) + decoder.flush()
-            whole = tokenizer.decode(before + after, skip_special_tokens=True)
-            assert said == whole[len(tokenizer.decode(before, skip_special_tokens=True)) :]
-
-
-@pytest.mark.parametrize("prompt", ["", "a", "漢字🙂" * 30], ids=len)
-def test_long_runs_of_byte_tokens_are_streamed_whole(prompt):
-    """With byte fallback one stray byte spoils the whole run: what is kept as context may not begin inside a character."""
-    import tokenizers as hf
-
-    entries = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "a"]
-    made = hf.Tokenizer(
-        hf.models.BPE({name: i for i, name in enumerate(entries)}, [], unk_token="<unk>", byte_fallback=True)
-    )
-    made.normalizer = hf.normalizers.Sequence(
-        [hf.normalizers.Prepend("\u2581"), hf.normalizers.Replace(" ", "\u2581")]
-    )
-    steps = [
-        hf.decoders.Replace("\u2581", " "),
-        hf.decoders.ByteFallback(),
-        hf.decoders.Fuse(),
-        hf.decoders.Strip(" ", 1, 0),
-    ]
-    made.decoder = hf.decoders.Sequence(steps)
-    tokenizer = Tokenizer(made.to_str().encode())
-    before = tokenizer.encode(prompt)
-    for text in ("日本語🙂é" * 40, "a日 本" * 60):
-        after = tokenizer.encode(text)
-        decoder = StreamDecoder(tokenizer, before=before)
-        pieces = [*map(decoder.push, after), decoder.flush()]
-        assert "".join(pieces) == tokenizer.decode(before + after)[len(prompt) :] and "\ufffd" not in "".join(
-            pieces
-        )
-        assert len(decoder.ids) <= decoder.WINDOW
 
 
 def test_a_document_begins_as_the_tokenizers_own_file_says(real):

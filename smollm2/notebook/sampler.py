@@ -16,8 +16,8 @@ import torch
 from .. import plots, widgets
 from ..errors import UserError
 from ..model import SmolLM2
-from ..sampling import prompt_ids, stream
-from ..tokenizer import StreamDecoder, Tokenizer
+from ..sampling import StreamDecoder, prompt_ids, stream
+from ..tokenizer import Tokenizer
 from .token_view import LEGEND, bars, coloured, legend
 
 REDRAW_SECONDS = 0.1  # between two updates of the text while it streams
