@@ -17,6 +17,7 @@ import secrets
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import disk_usage
 
 from .checkpoint import FINAL_NAMES, MANIFEST, MAX_MANIFEST_BYTES, Manifest, parse_manifest, step_name
 from .drive_errors import MOUNT_POINT
@@ -221,7 +222,9 @@ def erase(folder: Path) -> None:
     """Remove a checkpoint folder so that Drive's trash holds none of its bytes: empty each file, then unlink it.
     The manifest goes first: what is half removed is not a checkpoint."""
     for name in sorted(names_in(folder), key=lambda name: name != MANIFEST):
-        with contextlib.suppress(IsADirectoryError, FileNotFoundError):  # not ours, or gone already
+        if os.path.isdir(folder / name):
+            continue  # not ours; opening a folder is another error on every system
+        with contextlib.suppress(FileNotFoundError):  # gone already
             erase_file(folder / name)
     try:
         os.rmdir(folder)
@@ -240,17 +243,16 @@ def erase_file(path: Path) -> None:
 
 def check_space(folder: Path, needed: int) -> None:
     """Raises ENOSPC before anything is written, where the mount tells how much is free."""
-    facts = os.statvfs(folder)
-    free = facts.f_bavail * facts.f_frsize
-    if facts.f_blocks > 0 and free < needed:
-        raise OSError(errno.ENOSPC, f"{needed:,} bytes are needed, {free:,} are free")
+    facts = disk_usage(folder)  # os.statvfs is POSIX's alone
+    if facts.total > 0 and facts.free < needed:
+        raise OSError(errno.ENOSPC, f"{needed:,} bytes are needed, {facts.free:,} are free")
 
 
 def is_uploading(folder: Path) -> bool:
     """Whether Drive itself says that a copied checkpoint is not on Google's side yet. Mounts that do not tell: False."""
     try:
         return any(os.getxattr(folder / name, UPLOAD_ID).startswith(b"local") for name in os.listdir(folder))
-    except OSError:
+    except (OSError, AttributeError):  # Python has os.getxattr on Linux alone
         return False
 
 

@@ -13,6 +13,7 @@ import errno
 import io
 import os
 import random
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -266,9 +267,9 @@ class FakeDrive:
                 self._fail(errno.ENOTSUP)
             return b"local-123" if any(job[2] == str(path) for job in self.queue) else b"1AbC"
 
-    def statvfs(self, path):
+    def disk_usage(self, path):
         free = 2**60 if self.quota is None else max(0, self.quota - self.server_bytes())
-        return SimpleNamespace(f_bavail=free, f_frsize=1, f_blocks=2**60)
+        return SimpleNamespace(total=2**60, free=free)
 
     def fsync(self, descriptor):
         self._op()
@@ -281,7 +282,7 @@ class FakeDrive:
 
         class Os:
             def __getattr__(_, name):
-                if name not in ("mkdir", "listdir", "stat", "unlink", "rmdir", "getxattr", "statvfs"):
+                if name not in ("mkdir", "listdir", "stat", "unlink", "rmdir", "getxattr"):
                     return getattr(os, name)
                 return lambda path, *rest: getattr(self if self._inside(path) else os, name)(path, *rest)
 
@@ -301,6 +302,11 @@ class FakeDrive:
                 self.open(path, *rest) if self._inside(path) else open(path, *rest, **more)  # noqa: SIM115
             ),
             raising=False,
+        )
+        monkeypatch.setattr(
+            drive_folder,
+            "disk_usage",
+            lambda path: (self.disk_usage if self._inside(path) else shutil.disk_usage)(path),
         )
         monkeypatch.setattr(drive_folder, "MOUNT_POINT", self.mount)
         monkeypatch.setattr(drive_folder, "MOUNTS_TABLE", table)

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fake_drive import FakeDrive, MachineDied
@@ -457,6 +458,27 @@ def test_a_final_folder_is_recognisable_by_people(fake, tmp_path):
     copy(mirror_of(fake, []), save(tmp_path, 50, name=FINAL_NAMES[0]))
     assert next(iter(fake.server_folders())).startswith("final_model-step-00000050-")
     assert restore(fake, tmp_path / "two", []).step == 50
+
+
+def test_copies_need_no_system_call_that_macos_or_windows_lack(tmp_path, monkeypatch):
+    """On a plain folder, far enough that old copies are erased; a person's folder inside one stays."""
+    monkeypatch.delattr(os, "getxattr")
+    monkeypatch.delattr(os, "statvfs")
+    monkeypatch.setattr(drive_folder, "disk_usage", lambda path: SimpleNamespace(total=0, free=0))
+    monkeypatch.setattr(drive_folder, "MOUNTS_TABLE", tmp_path / "no-such-table")
+    said, copied = [], []
+    mirror = DriveMirror(tmp_path / "far", said.append, copied.append, start=False)
+    for step in range(10, 70, 10):
+        copy(mirror, save(tmp_path, step))
+        (mirror.copied.path / "mine").mkdir()
+    assert copied == list(range(10, 70, 10)) and said == []
+    assert [entry.step for entry in drive_folder.entries(tmp_path / "far") if entry.manifest] == [
+        60,
+        50,
+        40,
+        30,
+    ]
+    assert len(list((tmp_path / "far").glob("*/mine"))) == 6
 
 
 # --- where a run continues
