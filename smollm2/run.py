@@ -21,8 +21,8 @@ from .checkpoint import FINAL_NAMES, Manifest, candidates, newest_usable, verify
 from .config import RunConfig, problems
 from .data import TokenData, check_length, identity_key, prepare_tokens
 from .device import check_memory, choose_device, choose_precision, device_name, fingerprint
+from .drive import DriveMirror, check_places, newest_on_drive
 from .drive_folder import is_below_mount_point
-from .drive_restore import check_places
 from .errors import CheckpointError, ConfigError, DataError, OutputLost, UserError
 from .evaluate import compression_bits_per_byte, score_tokens
 from .files import load_tensors, replace_durably, sha256_json
@@ -107,8 +107,6 @@ class Run:
         place, folders = self.config.run, candidates(self.checkpoint_dir)
         self.whereabouts = whereabouts(place, is_here=bool(folders))
         if place.drive_dir and self.is_first_worker:
-            from .drive import newest_on_drive
-
             self.newest = newest_on_drive(
                 place.drive_dir,
                 self.checkpoint_dir,
@@ -219,8 +217,6 @@ class Run:
             self.checkpoint_dir, run_id, config.train.keep_last, self.on_saved, self.on_save_failed
         )
         if config.run.drive_dir and self.is_first_worker:
-            from .drive import DriveMirror
-
             self.mirror = DriveMirror(config.run.drive_dir, self.say, self.on_copied)
             if self.newest:
                 self.mirror.submit(self.newest)
