@@ -178,18 +178,21 @@ def newest_usable(
     folders: Iterable[Path],
     say: Callable[[str], None] = print,
     check: Callable[[Manifest], object] = lambda manifest: None,
+    fetch: Callable[[Path], Path] = lambda folder: folder,
 ) -> Manifest | None:
-    """The first checkpoint that verifies (and passes `check`); one line for each that does not. None when there are no
-    folders at all; `NoUsableCheckpoint` when there are some and none verifies: starting from zero would hide a loss."""
+    """The first checkpoint that verifies (and passes `check`); one line for each that does not. `fetch` brings a folder
+    to this machine. None when there are no folders at all; `NoUsableCheckpoint` when there are some and none verifies:
+    starting from zero would hide a loss."""
     folders = list(folders)
     for path in folders:
         try:
-            return resume_point(path, say, check)
+            return resume_point(fetch(path), say, check)
         except CheckpointError as error:
             say(f"checkpoint {path.name} is not usable: {error}; trying the one before")
     if folders:
+        places = " and ".join(sorted({str(path.parent) for path in folders}))
         raise NoUsableCheckpoint(
-            f"{len(folders)} checkpoint(s) in {folders[0].parent}, none usable (reasons above): repair or move them, "
+            f"{len(folders)} checkpoint(s) in {places}, none usable (reasons above): repair or move them, "
             "or pass --resume never to start anew"
         )
     return None

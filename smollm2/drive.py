@@ -1,335 +1,276 @@
-"""The second tier: committed checkpoints copied to Google Drive (or any remote folder) while training goes on.
+"""The second tier: committed checkpoints copied to Google Drive (or any remote folder) while training goes on, and back.
 
-One copy is in flight at a time, on a thread of its own; when copying falls behind, the steps in between are skipped.
-A copy is: a new folder name; file by file written, fsynced, closed, read again and compared; logs; the manifest last.
-No failure of the remote side reaches training: it is told once, and tried again after 5 seconds up to 5 minutes.
-The other way, from Drive to a fresh machine, is `newest_on_drive`.
+`DriveMirror` has one copy in flight, on a thread of its own; when copying falls behind, steps in between are skipped.
+A copy is: a new folder name; file by file written, fsynced, closed, read again and compared; the text logs likewise;
+and last the manifest, which lists them all. No failure of the remote side reaches training: it is told once, and tried
+again after 5 seconds up to 5 minutes. `newest_on_drive` is the way back: the newest checkpoint of both tiers, committed
+on this machine as any save is.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import io
+import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 from . import drive_folder
-from .checkpoint import MANIFEST, Manifest
-from .drive_errors import explain
-from .drive_folder import Entry, NotThere, check_read_back, compared, entries, erase, write_once
-from .drive_restore import check_places, newest_on_drive
-from .errors import CheckpointError
-from .files import CHUNK_BYTES, sha256_bytes
-from .lease import HEARTBEAT_SECONDS, Lease, describe, live_leases
-from .logs import ALL_LOGS
+from .checkpoint import MANIFEST, Manifest, commit, newest_usable, step_name
+from .drive_errors import NotThere, explain
+from .drive_folder import Entry, check_place, entries, is_uploading, look, verified
+from .errors import BusyError, CheckpointError, ConfigError, NoUsableCheckpoint
+from .files import replace_durably, sha256_bytes, strict_json
 
-__all__ = ["DriveMirror", "check_places", "newest_on_drive"]
-
-KEEP = 3  # checkpoints on Drive before a copy starts, the best one included: with the copy in flight never more than 4
+KEEP = 3  # checkpoints on Drive before a copy starts, the best one included: with the copy never more than 4
 FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 5.0, 300.0
-READ_BACK_PAUSES = (1.0, 4.0)  # a fresh file may read as 0 bytes for a moment
+PAUSES = (2.0, 8.0)  # Drive may need a moment: a fresh file reads as 0 bytes, a fresh mount shows nothing
+HEARTBEAT_SECONDS = 60.0
 CLOSE_SECONDS, CLOSE_SECONDS_IN_TROUBLE = 600.0, 60.0
-UPLOAD_SECONDS = 120.0  # how long the end waits for Drive's word that everything is uploaded
+
+Say = Callable[[str], None]
 
 
-class _SourceGone(Exception):
-    """The local checkpoint was replaced by newer ones before its copy began."""
-
-
-class _Abandoned(Exception):
-    """The run has ended and does not wait any longer."""
+def _patiently(action: Callable, sleep: Callable[[float], object]):
+    """`action()`, tried again after each of the `PAUSES`."""
+    for pause in PAUSES:
+        try:
+            return action()
+        except (OSError, CheckpointError):
+            sleep(pause)
+    return action()
 
 
 class DriveMirror:
     """Copies what is submitted to `drive_dir`; calls `on_copied(step)` after each copy that was read back."""
 
-    def __init__(
-        self,
-        drive_dir: str | Path,
-        say: Callable[[str], None],
-        on_copied: Callable[[int], None],
-        *,
-        pause: Callable[[float], None] | None = None,
-        start: bool = True,
-    ):
-        """`pause(seconds)` replaces waiting, and `start=False` leaves it to the caller to call `turn`: for tests."""
-        self.folder = Path(drive_dir)
-        self.say, self.on_copied = say, on_copied
-        self.copied: Entry | None = None
-        self._changed = threading.Condition()
-        self._pending: Manifest | None = None
-        self._closing = self._abandoned = False
-        self._pause = pause or self._wait
-        self._trouble, self._delay = "", 0.0
-        self._unfinished: set[Path] = set()  # folders of copies that failed half-way
-        self._warned_of: set[str] = set()
-        self._lease = Lease(self.folder)
+    def __init__(self, drive_dir: str | Path, say: Say, on_copied: Callable[[int], None], pause=None):
+        """`pause(seconds)` replaces waiting and leaves it to the caller to call `turn`: for tests."""
+        self.folder, self.say, self.on_copied = Path(drive_dir), say, on_copied
+        self.copied: Manifest | None = None  # the newest copy, as it lies on Drive
+        self._newest: Manifest | None = None  # of those submitted
+        self._done: Manifest | None = None  # the last one that was copied
+        self._unfinished: Path | None = None  # folder of a copy that failed half-way
+        self._trouble, self._delay, self._next_beat, self._end = "", 0.0, 0.0, math.inf
+        self._pause, self._news, self._closing = pause or time.sleep, threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._serve, name="drive", daemon=True)
-        if start:
+        if pause is None:
             self._thread.start()
 
-    # --- called by the training side: never blocks, never raises
+    # --- called by the training side, and never raises
 
     def submit(self, manifest: Manifest) -> None:
-        """Copy this checkpoint next; one that still waits is skipped."""
-        with self._changed:
-            self._pending = manifest
-            self._changed.notify_all()
+        """Copy this checkpoint next; one that still waits is skipped. Returns at once."""
+        self._newest = manifest
+        self._news.set()
 
-    def close(self, seconds: float | None = None) -> None:
+    def close(self, seconds: float = CLOSE_SECONDS) -> None:
         """Wait for the newest copy, for a bounded time, and say what is not confirmed."""
-        with self._changed:
-            already, self._closing = self._closing, True
-            self._changed.notify_all()
-        if already:
+        if self._closing.is_set():
             return
-        try:
-            self._join(seconds)
-        finally:
-            with self._changed:
-                self._abandoned = True
-                self._changed.notify_all()
-                waiting = self._pending
-        if waiting is not None:
-            on_drive = f"step {self.copied.step}" if self.copied else "nothing of this session"
+        self._end = time.monotonic() + seconds
+        self._closing.set()
+        self._news.set()
+        self._thread.join(min(seconds, 2.0))
+        if self._thread.is_alive():
             self.say(
-                f"NOT on Drive: step {waiting.step} is only on this machine, Drive has {on_drive} "
-                f"({self._trouble or 'copying takes too long'}); keep this machine and run the same command again"
+                f"waiting for Drive, {seconds:.0f} s at most; Ctrl-C leaves at once and loses nothing here"
             )
-
-    def _join(self, seconds: float | None) -> None:
-        began, told = time.monotonic(), False
-        while self._thread.is_alive():
-            limit = (
-                seconds
-                if seconds is not None
-                else CLOSE_SECONDS_IN_TROUBLE
-                if self._trouble
-                else CLOSE_SECONDS
-            )
-            waited = time.monotonic() - began
-            if waited >= limit:
-                break
-            if waited > 2 and not told:
-                self.say(
-                    f"waiting for Drive, {limit:.0f} s at most (Ctrl-C leaves at once; nothing on this machine is lost) ..."
-                )
-                told = True
-            self._thread.join(min(0.5, limit - waited))
+            self._thread.join(max(0.0, self._end - time.monotonic()))
+        if self._newest is not self._done:
+            lost = f"NOT on Drive: step {self._newest.step} is only on this machine"
+            why = self._trouble or "copying takes too long"
+            self.say(f"{lost} ({why}); keep this machine and run the same command again")
 
     # --- the thread
 
     def _serve(self) -> None:
-        while True:
-            delay = self.turn()
-            with self._changed:
-                was_closing = self._closing
-                if self._abandoned or (was_closing and self._pending is None):
-                    break
-                if self._pending is None:
-                    self._changed.wait_for(lambda: self._pending or self._closing, HEARTBEAT_SECONDS)
-                elif delay:  # new checkpoints do not cut the pause of a failing disk short; the end of the run does, once
-                    seconds = min(delay, FIRST_RETRY_SECONDS) if was_closing else delay
-                    self._changed.wait_for(lambda: self._abandoned or self._closing != was_closing, seconds)  # noqa: B023 - called at once
-        if not self._abandoned:
-            self._await_upload()
-            with contextlib.suppress(OSError):  # a lease that stays behind is dead in five minutes
-                self._lease.drop()
+        while not self._closing.is_set():
+            self._news.clear()
+            if delay := self.turn():
+                self._closing.wait(delay)  # news do not cut the pause of a failing disk short
+            elif self._newest is self._done:
+                self._news.wait(HEARTBEAT_SECONDS)
+        last_try = time.monotonic() + CLOSE_SECONDS_IN_TROUBLE
+        while self._newest is not self._done and time.monotonic() < min(last_try, self._end):
+            time.sleep(min(self.turn(), FIRST_RETRY_SECONDS))
+        if self.copied and is_uploading(self.copied.folder):
+            word = f"Drive has NOT confirmed the upload of step {self.copied.step} yet"
+            self.say(f"{word}: keep this runtime for some minutes")
+        with contextlib.suppress(OSError):  # a heartbeat that stays behind is dead in five minutes
+            drive_folder.erase_file(self.folder / drive_folder.HEARTBEAT)
 
-    def turn(self) -> float | None:
-        """One attempt at what is pending: 0 when something was done, the seconds to wait after a failure, None when idle."""
-        with self._changed:
-            job = self._pending
+    def turn(self) -> float:
+        """One attempt at what is pending; returns the seconds to wait after a failure, else 0."""
+        job = self._newest
         try:
-            self._visit()
-            if job is None:
-                return None
-            self._copy(job)
-        except _Abandoned:
-            return None
-        except _SourceGone:
-            if self._pending is job:
-                self.say(
-                    f"Drive: {job.folder.name} was removed here before it could be copied; the next checkpoint will be"
-                )
-        except CheckpointError as error:
-            self.say(f"Drive: {job.folder.name} is damaged on this machine and was not copied: {error}")
-        except (
-            Exception
-        ) as error:  # whatever the remote side or its driver comes up with: training must not hear of it
-            return self._failed(job, error)
-        else:
-            self._succeeded(job)
-        with self._changed:
-            if self._pending is job:
-                self._pending = None
-        return 0.0
-
-    def _visit(self) -> None:
-        """Make the folder where it may be made, keep the lease fresh, notice other writers."""
-        drive_folder.open_place(self.folder)
-        self._lease.beat()
-        for lease in live_leases(self.folder, besides=self._lease.path):
-            who = f"{lease['host']}/{lease['pid']}"
-            if who not in self._warned_of:
-                self._warned_of.add(who)
-                self.say(
-                    f"Drive: another runtime writes to {self.folder} too ({describe(lease)}); nothing is lost, but stop one of them"
-                )
-
-    def _failed(self, job: Manifest | None, error: Exception) -> float:
-        self._delay = min(max(2 * self._delay, FIRST_RETRY_SECONDS), LAST_RETRY_SECONDS)
-        reason = str(error) if isinstance(error, NotThere) else explain(error)
-        if reason != self._trouble:
-            safe = f"step {job.step} is safe on this machine and " if job else ""
-            self.say(
-                f"Drive: {reason}. {safe}training goes on; copying is tried again (after 5 s, at last every 5 min)"
-            )
-        self._trouble = reason
-        return self._delay
-
-    def _succeeded(self, job: Manifest) -> None:
+            drive_folder.make_folder(self.folder)
+            self._beat()
+            if job is not self._done:
+                self._copy(job)
+                self.on_copied(job.step)
+        except Exception as error:  # whatever a driver comes up with: training must not hear of it
+            reason = explain(error)
+            if reason != self._trouble:
+                self.say(f"Drive: {reason}. Training goes on; tried again after 5 s, at last every 5 min")
+            self._trouble = reason
+            self._delay = min(max(2 * self._delay, FIRST_RETRY_SECONDS), LAST_RETRY_SECONDS)
+            return self._delay
         if self._trouble:
             self.say("Drive: copying works again")
-        self._trouble, self._delay = "", 0.0
-        try:
-            self.on_copied(job.step)
-        except OSError as error:  # it writes a log line; the local disk's troubles are the saver's to judge
-            self.say(f"Drive: step {job.step} was copied, but that could not be logged: {error.strerror}")
+        self._done, self._trouble, self._delay = job, "", 0.0
+        return 0.0
 
-    def _wait(self, seconds: float) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._abandoned, seconds)
-
-    def _breathe(self) -> None:
-        """Between two chunks of a long copy."""
-        if self._abandoned:
-            raise _Abandoned
-        self._lease.beat()
+    def _beat(self) -> None:
+        """Before each file: end a copy that nobody waits for any longer, else keep the heartbeat fresh."""
+        if time.monotonic() > self._end:
+            raise SystemExit  # ends this thread, without a word
+        if time.monotonic() > self._next_beat:
+            drive_folder.beat(self.folder)
+            self._next_beat = time.monotonic() + HEARTBEAT_SECONDS
 
     # --- one copy
 
     def _copy(self, job: Manifest) -> None:
-        with contextlib.ExitStack() as held:
-            files = _hold(job, held)
-            best = json.loads(files["state.json"].read()).get("best") if "state.json" in files else None
-            there = entries(self.folder)
-            for entry in there:
-                if entry.error:
-                    raise entry.error
-            twin = self._find_twin(job, there)
-            if twin:
-                self.copied = twin
-                return
-            self._make_room(there, job.run_id, best["step"] if best else None)
-            drive_folder.check_space(self.folder, job.bytes)
-            target = self.folder / drive_folder.new_name(job)
-            self._unfinished.add(target)
-            drive_folder.make_folder(target)
-            for name, facts in sorted(job.files.items()):
-                write_once(
-                    target / name, compared(self._chunks(files[name]), name, facts)
-                )  # damage must not spread
-                self._read_back(target / name, facts)
-            logs = drive_folder.with_table(_read_local_logs(job.folder.parent.parent / "logs"))
-            for name, data in (logs | {MANIFEST: job.to_bytes()}).items():
-                write_once(target / name, [data])
-                self._read_back(target / name, {"bytes": len(data), "sha256": sha256_bytes(data)})
-            self._unfinished.discard(target)
-            self.copied = Entry(target, job)
-
-    def _chunks(self, file: BinaryIO) -> Iterator[bytes]:
-        file.seek(0)
-        while chunk := file.read(CHUNK_BYTES):
-            self._breathe()
-            yield chunk
-
-    def _read_back(self, path: Path, facts: dict) -> None:
-        for pause in (*READ_BACK_PAUSES, None):
-            try:
-                return check_read_back(path, facts, self._breathe)
-            except OSError:
-                if pause is None:
-                    raise
-                self._pause(pause)
-        return None
-
-    def _find_twin(self, job: Manifest, there: list[Entry]) -> Entry | None:
-        """The same checkpoint on Drive already, every byte of it: after a resume nothing need be copied."""
+        there = entries(self.folder)
         for entry in there:
-            if entry.manifest and (entry.manifest.run_id, entry.step, entry.manifest.files) == (
-                job.run_id,
-                job.step,
-                job.files,
-            ):
-                if self._is_intact(entry):
-                    return entry
-                there[there.index(entry)] = Entry(entry.path, None, "damaged")
-        return None
+            if isinstance(entry.problem, OSError):  # nothing is removed on half the knowledge
+                raise entry.problem
+            if entry.manifest and job.files.items() <= entry.manifest.files.items():  # as after a resume
+                self.copied = entry.manifest  # it was written after every file had been read back
+                return
+        with contextlib.ExitStack() as held:  # an open file stays readable when retention removes its name
+            files = {name: held.enter_context(open(job.folder / name, "rb")) for name in job.files}
+            best = strict_json((job.folder / "state.json").read_bytes(), "state.json")["best"]
+            self._make_room(there, job.run_id, best.get("step"))
+            drive_folder.check_space(self.folder, job.bytes)
+            target = self._unfinished = self.folder / drive_folder.new_name(job)
+            drive_folder.make_folder(target)
+            for name, file in files.items():
+                self._write(target / name, file, job.files[name])
+        logs = {path.name: path.read_bytes() for path in (job.folder.parent.parent / "logs").glob("*.txt")}
+        copied = replace(
+            job, folder=target, files=job.files | {name: _facts(data) for name, data in logs.items()}
+        )
+        for name, data in (logs | {MANIFEST: copied.to_bytes()}).items():
+            self._write(target / name, io.BytesIO(data), _facts(data))
+        self._unfinished, self.copied = None, copied
 
-    def _is_intact(self, entry: Entry) -> bool:
-        """Whether every byte reads back. A Drive that cannot be reached answers no here, and says so at the next write."""
-        try:
-            for name, facts in entry.manifest.files.items():
-                self._read_back(entry.path / name, facts)
-        except OSError:
-            return False
-        return True
+    def _write(self, path: Path, source: io.BufferedIOBase, facts: dict) -> None:
+        self._beat()
+        drive_folder.write(path, source)
+        _patiently(partial(drive_folder.check, path, facts), self._pause)
 
     def _make_room(self, there: list[Entry], run_id: str, best_step: int | None) -> None:
-        """At most `KEEP` checkpoints of this run stay: the newest that Drive has uploaded, the newest, the best, then by age.
+        """At most `KEEP` checkpoints of this run stay: the newest that Drive has uploaded, the newest, the best,
+        then by age.
 
-        Folders that another machine left unfinished may be whole ones that are seen too early: the newest of them stays
-        until a copy has overtaken it. Folders of other runs, and of people, are never touched.
+        Folders that another machine left unfinished may be whole ones that are seen too early: the newest of them
+        stays until a copy has overtaken it. Folders of other runs, and of people, are never touched.
         """
-        for path in sorted(self._unfinished):
-            finished = [
-                entry for entry in there if entry.path == path and entry.manifest and self._is_intact(entry)
-            ]
-            if not finished:  # else only Drive's answer was lost, and it may be the newest that Drive has
-                erase(path)
-                there = [entry for entry in there if entry.path != path]
-            self._unfinished.discard(path)
-        ours = [entry for entry in there if entry.is_ours(run_id)]
+        ours = [entry for entry in there if drive_folder.is_name_of(run_id, entry.path.name)]
         whole = [entry for entry in ours if entry.manifest]
-        unproven = [
-            entry for entry in ours if not entry.manifest and (not whole or entry.step > whole[0].step)
-        ]
-        uploaded = [entry for entry in whole if not drive_folder.is_uploading(entry.path)]
+        torn = [entry for entry in ours if not entry.manifest and entry.path != self._unfinished]
+        torn = [entry for entry in torn if not whole or entry.step > whole[0].step]
+        uploaded = [entry for entry in whole if not is_uploading(entry.path)]
         best = [entry for entry in whole if entry.step == best_step]
-        keep: list[Entry] = []
-        for entry in uploaded[:1] + whole[:1] + best[:1] + unproven[: 1 if whole else KEEP] + whole:
-            if len(keep) < KEEP and entry.step not in [kept.step for kept in keep]:
-                keep.append(entry)
+        keep: dict[float, Entry] = {}  # by step
+        for entry in uploaded[:1] + whole[:1] + best[:1] + torn[: 1 if whole else KEEP] + whole:
+            if len(keep) < KEEP:
+                keep.setdefault(entry.step, entry)
         for entry in reversed(ours):
-            if entry not in keep:
-                erase(entry.path)
-
-    def _await_upload(self) -> None:
-        """At the end: Drive's own word on the newest copy, where it gives one."""
-        if not self.copied or not drive_folder.is_uploading(self.copied.path):
-            return
-        self.say(f"Drive is uploading step {self.copied.step} ...")
-        deadline = time.monotonic() + UPLOAD_SECONDS
-        while time.monotonic() < deadline and not self._abandoned:
-            self._pause(2.0)
-            if not drive_folder.is_uploading(self.copied.path):
-                return
-        self.say(
-            f"Drive has NOT confirmed the upload of step {self.copied.step} yet: keep this runtime for some minutes"
-        )
+            if entry not in keep.values():
+                drive_folder.erase(entry.path)
 
 
-def _hold(job: Manifest, held: contextlib.ExitStack) -> dict[str, BinaryIO]:
-    """Open every file of a local checkpoint: an open file stays readable when retention removes its name."""
+def _facts(data: bytes) -> dict:
+    return {"bytes": len(data), "sha256": sha256_bytes(data)}
+
+
+# --- where a run continues ------------------------------------------------------------------------------------------
+
+
+def check_places(output_dir: str | Path, drive_dir: str | Path | None, resume: str) -> None:
+    """Raises `ConfigError` for folders that cannot serve, before anything is written.
+
+    With `--resume never` Drive must hold no checkpoint: nothing there may be moved aside (Drive takes renames back),
+    and the next start would continue the old run.
+    """
+    flag = f"--drive_dir {drive_dir}"
     try:
-        return {name: held.enter_context(open(job.folder / name, "rb")) for name in job.files}
-    except FileNotFoundError:
-        raise _SourceGone from None
+        drive_folder.check_mounted(output_dir)
+        if drive_dir is None:
+            return
+        if resume == "never":
+            check_place(Path(drive_dir))
+            if found := entries(Path(drive_dir)):
+                held = f"{flag} holds {len(found)} checkpoint(s)"
+                raise ConfigError(f"--resume never, but {held}: choose another, or move them away yourself")
+    except OSError as error:
+        raise ConfigError(f"--output_dir {output_dir}, {flag}: {explain(error)}") from None
+    there, here = Path(drive_dir).resolve(), (Path(output_dir) / "checkpoints").resolve()
+    if there in (here, here.parent) or here in there.parents:
+        raise ConfigError(f"{flag} is the run's own folder; expected a second place, e.g. on a mounted Drive")
+    if there.is_file():
+        raise ConfigError(f"{flag}: found a file, expected a folder")
 
 
-def _read_local_logs(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in ALL_LOGS if (folder / name).is_file()}
+def newest_on_drive(drive_dir, checkpoint_dir, local, say, *, check=None, take_over=False, sleep=time.sleep):
+    """The `Manifest` of the newest checkpoint that verifies, of the `local` folders and of Drive, then copied to
+    `checkpoint_dir`; one line for each that does not. On an equal step this machine's wins. None when there is none at
+    all. `check` as for `checkpoint.newest_usable`.
+
+    Raises `NoUsableCheckpoint` when there are some and none is usable, or when Drive cannot be read and this machine has
+    nothing: starting from zero would hide a loss. `BusyError` when another runtime has been writing to the folder in the
+    last five minutes, `ConfigError` for a folder that cannot be meant.
+    """
+    flag, here, there = f"--drive_dir {drive_dir}", [look(Path(path)) for path in local], []
+    try:
+        check_place(Path(drive_dir))
+        there = _patiently(partial(entries, Path(drive_dir)), sleep)
+    except OSError as error:
+        if not here:
+            kind = ConfigError if isinstance(error, NotThere) else NoUsableCheckpoint
+            advice = "mend that, or leave out --drive_dir: starting from zero could hide a checkpoint there"
+            raise kind(f"{flag}: {explain(error)}; {advice}") from None
+        say(f"{flag}: {explain(error)}; continuing with what is on this machine")
+    other = drive_folder.live_writer(Path(drive_dir))
+    if other and not take_over:
+        advice = "stop it; or, if it is gone, wait five minutes, or pass --set run.take_over=true"
+        raise BusyError(f"{flag} is being written by another runtime ({other}): {advice}")
+    if len({entry.manifest.run_id for entry in here + there if entry.manifest}) > 1:
+        raise ConfigError(f"{flag} holds checkpoints of another run; choose another folder for this one")
+
+    def fetch(path: Path) -> Path:
+        if path in [entry.path for entry in here]:
+            return path
+        return _patiently(partial(_copy_here, path, Path(checkpoint_dir), say), sleep)
+
+    ranked = sorted(here + there, key=lambda entry: (-entry.step, entry not in here, entry.path.name))
+    return newest_usable([entry.path for entry in ranked], say, check, fetch)
+
+
+def _copy_here(source: Path, checkpoint_dir: Path, say: Say) -> Path:
+    """Commit a copy of a Drive checkpoint to this machine's folder, every byte compared on the way; before it its logs,
+    where this machine has fewer lines. Raises `CheckpointError` when it is not whole."""
+    there = drive_folder.read_checkpoint(source)
+    files = {name: partial(_copy_file, source / name, facts) for name, facts in there.files.items()}
+    for name in [name for name in files if name.endswith(".txt")]:
+        del files[name]
+        data = b"".join(verified(source / name, there.files[name]))
+        log = checkpoint_dir.parent / "logs" / name
+        if not log.is_file() or log.read_bytes().count(b"\n") < data.count(b"\n"):
+            log.parent.mkdir(exist_ok=True)
+            replace_durably(log, data)
+    copy = commit(checkpoint_dir, step_name(there.step), files, there.run_id, there.step, there.facts)
+    say(f"checkpoint {source.name} copied from Drive: step {copy.step}, {copy.bytes:,} bytes verified")
+    return copy.folder
+
+
+def _copy_file(source: Path, facts: dict, target: Path) -> None:
+    with open(target, "wb") as file:
+        file.writelines(verified(source, facts))

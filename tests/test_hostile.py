@@ -399,7 +399,7 @@ def attack(good, tmp_path, monkeypatch) -> Callable[[str, str, str], None]:
     canary = tmp_path / "canary"
     monkeypatch.setenv("CANARY", str(canary))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("smollm2.drive_restore.RETRY_PAUSES", (0.0,))
+    monkeypatch.setattr("smollm2.drive.PAUSES", (0.0,))
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch.load was called"))
     everything = payloads(str(canary))
 
