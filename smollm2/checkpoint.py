@@ -132,7 +132,7 @@ def verify(folder: str | Path, only: Iterable[str] | None = None) -> Manifest:
 def resume_point(
     path: Path,
     say: Callable[[str], None] = print,
-    check: Callable[[Manifest], object] = lambda manifest: None,
+    check: Callable[[Manifest], object] | None = None,
 ) -> Manifest:
     """The manifest of a folder that verifies, holds all that a resume needs and passes `check`; raises
     `CheckpointError`, also for a file that the system does not give."""
@@ -141,7 +141,8 @@ def resume_point(
         missing = [name for name in RESUME_FILES if name not in manifest.files]
         if missing:
             raise CheckpointError(f"{MANIFEST}: no {', '.join(missing)}: not a point to resume from")
-        check(manifest)
+        if check:
+            check(manifest)
         strays = sorted({entry.name for entry in path.iterdir()} - set(manifest.files) - {MANIFEST})
     except OSError as error:
         raise CheckpointError(error.strerror or str(error)) from None
@@ -177,7 +178,7 @@ def claimed_step(folder: Path) -> float:
 def newest_usable(
     folders: Iterable[Path],
     say: Callable[[str], None] = print,
-    check: Callable[[Manifest], object] = lambda manifest: None,
+    check: Callable[[Manifest], object] | None = None,
     fetch: Callable[[Path], Path] = lambda folder: folder,
 ) -> Manifest | None:
     """The first checkpoint that verifies (and passes `check`); one line for each that does not. `fetch` brings a folder
@@ -187,7 +188,7 @@ def newest_usable(
     for path in folders:
         try:
             return resume_point(fetch(path), say, check)
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:
             say(f"checkpoint {path.name} is not usable: {error}; trying the one before")
     if folders:
         places = " and ".join(sorted({str(path.parent) for path in folders}))

@@ -15,7 +15,6 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -153,9 +152,8 @@ class DriveMirror:
             for name, file in files.items():
                 self._write(target / name, file, job.files[name])
         logs = {path.name: path.read_bytes() for path in (job.folder.parent.parent / "logs").glob("*.txt")}
-        copied = replace(
-            job, folder=target, files=job.files | {name: _facts(data) for name, data in logs.items()}
-        )
+        files = job.files | {name: _facts(data) for name, data in logs.items()}
+        copied = job.model_copy(update={"folder": target, "files": files})
         for name, data in (logs | {MANIFEST: copied.to_bytes()}).items():
             self._write(target / name, io.BytesIO(data), _facts(data))
         self._unfinished, self.copied = None, copied

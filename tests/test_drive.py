@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 from fake_drive import FakeDrive, MachineDied
+from smollm2.retention import prune
 
 from smollm2 import drive, drive_folder
 from smollm2.checkpoint import FINAL_NAMES, candidates, commit, step_name, verify
@@ -26,7 +27,6 @@ from smollm2.drive import DriveMirror, newest_on_drive
 from smollm2.errors import BusyError, ConfigError, DataError, NoUsableCheckpoint
 from smollm2.files import dump_json
 from smollm2.progress import Reporter, TerminalReporter
-from smollm2.retention import prune
 from smollm2.settings import load_config
 from smollm2.training import train
 
