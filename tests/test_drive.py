@@ -19,10 +19,9 @@ from types import SimpleNamespace
 
 import pytest
 from fake_drive import FakeDrive, MachineDied
-from smollm2.retention import prune
 
 from smollm2 import drive, drive_folder
-from smollm2.checkpoint import FINAL_NAMES, candidates, commit, step_name, verify
+from smollm2.checkpoint import FINAL_NAMES, candidates, commit, prune, step_name, verify
 from smollm2.drive import DriveMirror, newest_on_drive
 from smollm2.errors import BusyError, ConfigError, DataError, NoUsableCheckpoint
 from smollm2.files import dump_json
@@ -597,7 +596,7 @@ def test_resume_never_does_not_continue_or_hide_what_is_on_drive(text, tmp_path)
     again = partial(tiny_run, text, tmp_path / "output", **{"train.max_steps": 6})
     train(again(tmp_path / "drive"), Reporter())
     before = sorted(path.name for path in tmp_path.rglob("*"))
-    with pytest.raises(ConfigError, match=r"--resume never, but --drive_dir .* holds 3 checkpoint"):
+    with pytest.raises(ConfigError, match=r"--resume never, but --drive_dir .* holds 2 checkpoint"):
         train(again(tmp_path / "drive", **{"run.resume": "never"}), Reporter())
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
     result = train(again(tmp_path / "other", **{"run.resume": "never"}), Reporter())
