@@ -12,12 +12,14 @@ Shapes: B batch, T time, C hidden_size, H query heads, K key/value heads, D head
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import weights
 from .checkpoint import MANIFEST, verify
@@ -26,6 +28,10 @@ from .errors import CheckpointError
 from .files import write_durably, write_tensors
 from .loss import linear_cross_entropy, matmul_dtype
 from .sampling import generate
+
+# All but cuDNN's, which plans for each new shape, and behind a cache every token has a new number of keys: 0.44 s each on a
+# B200 (FunASR#3704); with fewer than 8 key/value heads its results there were wrong as well (pytorch#193893).
+DECODING_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class RMSNorm(nn.Module):
@@ -63,16 +69,18 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-def fused_gqa(device: torch.device) -> bool:
-    """Whether the fused attention kernels of this device take unequal head counts.
+def fused_gqa(device: torch.device, dtype: torch.dtype, is_masked: bool) -> bool:
+    """Whether a fused attention kernel of this device takes fewer key/value heads than query heads.
 
-    Below compute capability 8.0 (T4) `enable_gqa` falls back to the unfused fp32 path, several times slower and with
-    the whole probability matrix in memory; there keys and values are expanded first. The CPU's kernel takes them as
-    they are (torch 2.9).
+    Where none does, `enable_gqa` falls back to products in fp32 with the whole (T, T) matrix in memory, several times slower.
+    The CPU's kernel does (torch 2.9). On a GPU only flash and cuDNN do: both want half precision and no mask, and flash
+    compute capability 8.0, which a T4 does not have (pytorch#181528).
     """
-    return device.type == "cpu" or (
-        device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    )
+    if device.type == "cpu":
+        return True
+    is_half = dtype in (torch.bfloat16, torch.float16)
+    is_cuda = device.type == "cuda"
+    return is_cuda and is_half and not is_masked and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def attend(
@@ -89,12 +97,13 @@ def attend(
         # one query a head: the H/K queries of a group are rows of one product, nothing is expanded
         grouped = q.reshape(batch, kv_heads, heads // kv_heads, dim)
         return F.scaled_dot_product_attention(grouped, k, v).reshape(batch, heads, 1, dim)
-    if heads != kv_heads and not fused_gqa(q.device):
+    shares_heads = heads != kv_heads
+    if shares_heads and not fused_gqa(q.device, q.dtype, mask is not None):
         k = k.repeat_interleave(heads // kv_heads, dim=1)
         v = v.repeat_interleave(heads // kv_heads, dim=1)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        shares_heads = False
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=heads != kv_heads
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=shares_heads
     )
 
 
@@ -209,8 +218,9 @@ class Decoder(nn.Module):
         if start and time > 1:  # several new tokens behind a filled cache: causal among themselves
             mask = torch.ones(time, start + time, dtype=torch.bool, device=input_ids.device).tril(start)
         x = self.embed_tokens(input_ids)
-        for layer in self.layers:
-            x = layer(x, cos, sin, cache, mask)
+        with contextlib.nullcontext() if cache is None else sdpa_kernel(DECODING_KERNELS):
+            for layer in self.layers:
+                x = layer(x, cos, sin, cache, mask)
         if cache is not None:
             cache.length = start + time
         return self.norm(x)

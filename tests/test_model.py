@@ -12,6 +12,7 @@ from conftest import random_ids, tiny_config, tiny_model, transformers_twin
 import smollm2.model as network
 from smollm2.config import SmolLM2Config
 from smollm2.model import KVCache, SmolLM2
+from smollm2.sampling import stream
 from smollm2.settings import load_config
 
 SHAPES = [
@@ -129,6 +130,67 @@ def test_attention_with_unequal_head_counts_runs_in_the_fused_kernel():
         fused = network.attend(q, k, k)
     with sdpa_kernel([SDPBackend.MATH]):
         torch.testing.assert_close(fused, network.attend(q, k, k), atol=1e-6, rtol=1e-5)
+
+
+HALF, SINGLE = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "dtype", "is_masked", "expected"),
+    [
+        ("cpu", None, SINGLE, True, True),
+        ("cuda", (9, 0), HALF, False, True),
+        ("cuda", (8, 0), torch.float16, False, True),
+        ("cuda", (7, 5), torch.float16, False, False),
+        ("cuda", (9, 0), SINGLE, False, False),
+        ("cuda", (9, 0), HALF, True, False),
+    ],
+)
+def test_keys_and_values_are_expanded_where_no_fused_kernel_takes_grouped_heads(
+    monkeypatch, device, capability, dtype, is_masked, expected
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert network.fused_gqa(torch.device(device), dtype, is_masked) is expected
+
+
+class Kernels:
+    """Notes how the fused attention is called: heads of q and k, and whether cuDNN may take the call."""
+
+    def __init__(self, monkeypatch):
+        self.calls, original = [], F.scaled_dot_product_attention
+
+        def spy(q, k, v, **options):
+            self.calls.append((q.shape[1], k.shape[1], torch.backends.cuda.cudnn_sdp_enabled()))
+            return original(q, k, v, **options)
+
+        monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+
+
+def test_expanded_keys_and_values_give_the_same_logits(monkeypatch):
+    model = tiny_model().eval()
+    ids = random_ids(model, batch=2, time=24)
+    cache = KVCache(model.config, 2, 24, torch.float32, "cpu")
+    with torch.no_grad():
+        grouped = model(ids)
+        kernels = Kernels(monkeypatch)
+        monkeypatch.setattr(network, "fused_gqa", lambda *facts: False)
+        torch.testing.assert_close(model(ids), grouped)
+        behind_a_cache = [model(piece, cache) for piece in ids.split([9, 15], dim=1)]  # the second has a mask
+    torch.testing.assert_close(torch.cat(behind_a_cache, dim=1), grouped, atol=1e-5, rtol=0)
+    assert {call[:2] for call in kernels.calls} == {(6, 6)}
+
+
+def test_decoding_never_goes_through_cudnn_and_training_may(monkeypatch):
+    """The setting is the process's: between two tokens it must be as it was."""
+    model, kernels = tiny_model().eval(), Kernels(monkeypatch)
+    ids = random_ids(model, batch=1, time=5)
+    for _ in stream(model, ids, max_new_tokens=3, stop_ids=()):
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+    assert len(kernels.calls) == 3 * model.config.num_hidden_layers
+    assert not any(may_be_cudnn for _, _, may_be_cudnn in kernels.calls)
+    kernels.calls.clear()
+    model(ids)
+    assert all(may_be_cudnn for _, _, may_be_cudnn in kernels.calls)
 
 
 # --- planted mistakes: the checks above must turn red ------------------------------------------------------------------
