@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -125,6 +126,44 @@ def test_all_logits_are_never_held_at_once(monkeypatch):
     with Largest() as largest:
         F.cross_entropy(hidden @ weight.T, targets).backward()
     assert largest.size >= 1024 * 512  # the usual way does: the check can fail
+
+
+def test_a_block_is_gone_before_the_next_one_is_made(monkeypatch):
+    """Else two of them are the peak of the step: 2 GB more on a GPU."""
+    from torch.multiprocessing.reductions import StorageWeakRef
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Blocks(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.made, self.alive_at_a_product = [], []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            is_product = func is torch.ops.aten.mm.default and args[1].shape[1] == 512
+            if is_product:
+                self.alive_at_a_product.append(sum(not block.expired() for block in self.made))
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.numel() == 64 * 512:
+                self.made.append(StorageWeakRef(out.untyped_storage()))
+            return out
+
+    in_blocks_of(monkeypatch, 64)
+    hidden, weight, targets = random_case(rows=256, vocab=512)
+    with Blocks() as blocks:
+        linear_cross_entropy(hidden, weight, targets)
+    assert blocks.alive_at_a_product == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("rows", [0, 1, 63, 2048, 8192, 16384, 65536])
+def test_blocks_are_equal_and_as_few_as_fit(device, rows):
+    """A last block of four rows would read the weights as often as one of thousands."""
+    hidden = SimpleNamespace(shape=(rows, 576), device=torch.device(device))
+    step, vocab_size = loss_module._rows_per_block(hidden, 49152), 49152
+    sizes = [len(range(start, min(start + step, rows))) for start in range(0, rows, step)]
+    most = loss_module.BLOCK_BYTES[device] // (4 * vocab_size)
+    assert sum(sizes) == rows and len(sizes) == math.ceil(rows / most)
+    assert not sizes or (max(sizes) <= most and max(sizes) - min(sizes) < len(sizes))
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
