@@ -101,16 +101,18 @@ def repeatable_sums(wanted: bool):
     if not wanted:
         yield
         return
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
+    settings, was_filling = torch.utils.deterministic, torch.utils.deterministic.fill_uninitialized_memory
+    was_on = torch.are_deterministic_algorithms_enabled()
+    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first product
     torch.use_deterministic_algorithms(True)
+    # torch would write NaN into every empty tensor first, to find reads of what was never written: time, and no other bits
+    settings.fill_uninitialized_memory = False
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.use_deterministic_algorithms(was_on, warn_only=only_warned)
+        settings.fill_uninitialized_memory = was_filling
 
 
 def choose_preset(requested: str) -> tuple[str, str]:
