@@ -6,6 +6,7 @@ import contextlib
 import os
 import platform
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -124,32 +125,43 @@ def choose_preset(requested: str) -> tuple[str, str]:
     return "nano", f"no GPU here ({os.cpu_count()} CPU cores): a small model that trains in minutes"
 
 
-def check_memory(config: RunConfig, device: torch.device) -> None:
-    """Raises `ConfigError` for a model or a batch that this machine cannot even hold. Both sums are lower bounds."""
+def memory_bytes(groups: str = "/proc/self/cgroup", mounted: str = "/sys/fs/cgroup") -> int:
+    """Memory that this process may use: the machine's, or what its container leaves it (control groups, versions 2 and 1)."""
     import psutil
 
-    model, train, total = config.model, config.train, psutil.virtual_memory().total
-    count, rows, on_cpu = (
-        parameter_count(model),
-        train.batch_size // config.run.num_nodes,
-        device.type != "cuda",
-    )
-    needed = count * (16 if on_cpu else 4)  # fp32 weights; on a CPU gradients and two moments too
-    if needed > total:
-        raise ConfigError(
-            f"model: {count:,} parameters need {needed / 2**30:,.0f} GiB of this machine's memory, which has {total / 2**30:,.0f} GiB; choose a smaller model"
-        )
-    needed += rows * config.data.sequence_length * 10  # the token numbers of one step, as uint16 and as int64
+    limits = [psutil.virtual_memory().total]
+    with contextlib.suppress(OSError):  # there are none but on Linux
+        for line in Path(groups).read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            folder, name = Path(mounted, group.lstrip("/")), "memory.max"
+            if "memory" in controllers.split(","):  # version 1
+                folder, name = Path(mounted, "memory", group.lstrip("/")), "memory.limit_in_bytes"
+            # the groups around it count as well; and in a container the host's path leads nowhere, but its end is mounted
+            for place in (folder, *folder.parents):
+                with contextlib.suppress(OSError, ValueError):  # no such file; "max"
+                    limits.append(int((place / name).read_text()))
+    return min(limits)
+
+
+def check_memory(config: RunConfig, device: torch.device) -> None:
+    """Raises `ConfigError` for a model or a batch that this machine cannot even hold. Both sums are lower bounds."""
+    model, train, length = config.model, config.train, config.data.sequence_length
+    total, on_cpu = memory_bytes(), device.type != "cuda"
+    count, rows = parameter_count(model), train.batch_size // config.run.num_nodes
+    weights = count * (16 if on_cpu else 4)  # in fp32; on a CPU gradients and two moments too
+    step = rows * length * 10  # the token numbers of one step, as uint16 and as int64
     if on_cpu:  # what every layer keeps of its input until the backward pass
-        needed += (
-            (train.micro_batch_size or rows)
-            * config.data.sequence_length
-            * model.hidden_size
-            * model.num_hidden_layers
-            * 4
-        )
-    if needed > total:
-        raise ConfigError(
-            f"train.batch_size: steps of {rows:,} x {config.data.sequence_length:,} tokens need {needed / 2**30:,.0f} GiB of this machine's memory, "
-            f"which has {total / 2**30:,.0f} GiB; choose a smaller train.micro_batch_size, train.batch_size or data.sequence_length"
-        )
+        step += (train.micro_batch_size or rows) * length * model.hidden_size * model.num_hidden_layers * 4
+    for needed, what, advice in (
+        (weights, f"model: {count:,} parameters need", "model"),
+        (
+            weights + step,
+            f"train.batch_size: steps of {rows:,} x {length:,} tokens need",
+            "train.micro_batch_size, train.batch_size or data.sequence_length",
+        ),
+    ):
+        if needed > total:
+            raise ConfigError(
+                f"{what} {needed / 2**30:,.1f} GiB of memory, and this machine, or its container, has {total / 2**30:,.1f} GiB; "
+                f"choose a smaller {advice}"
+            )
