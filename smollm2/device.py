@@ -74,11 +74,9 @@ def inference_dtype(device: torch.device) -> torch.dtype:
 
 
 def device_name(device: torch.device) -> str:
-    return (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
-    )
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def fingerprint(device: torch.device, precision: Precision, train: TrainConfig) -> dict[str, str]:
@@ -102,9 +100,8 @@ def repeatable_sums(wanted: bool):
     if not wanted:
         yield
         return
-    settings, was_filling = torch.utils.deterministic, torch.utils.deterministic.fill_uninitialized_memory
-    was_on = torch.are_deterministic_algorithms_enabled()
-    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    before, settings = torch.get_deterministic_debug_mode(), torch.utils.deterministic
+    was_filling = settings.fill_uninitialized_memory
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first product
     torch.use_deterministic_algorithms(True)
     # torch would write NaN into every empty tensor first, to find reads of what was never written: time, and no other bits
@@ -112,7 +109,7 @@ def repeatable_sums(wanted: bool):
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(was_on, warn_only=only_warned)
+        torch.set_deterministic_debug_mode(before)
         settings.fill_uninitialized_memory = was_filling
 
 
@@ -144,24 +141,20 @@ def memory_bytes(groups: str = "/proc/self/cgroup", mounted: str = "/sys/fs/cgro
 
 
 def check_memory(config: RunConfig, device: torch.device) -> None:
-    """Raises `ConfigError` for a model or a batch that this machine cannot even hold. Both sums are lower bounds."""
+    """Raises `ConfigError` for a run that this machine cannot even hold. What is counted is a lower bound."""
     model, train, length = config.model, config.train, config.data.sequence_length
-    total, on_cpu = memory_bytes(), device.type != "cuda"
     count, rows = parameter_count(model), train.batch_size // config.run.num_nodes
-    weights = count * (16 if on_cpu else 4)  # in fp32; on a CPU gradients and two moments too
-    step = rows * length * 10  # the token numbers of one step, as uint16 and as int64
-    if on_cpu:  # what every layer keeps of its input until the backward pass
-        step += (train.micro_batch_size or rows) * length * model.hidden_size * model.num_hidden_layers * 4
-    for needed, what, advice in (
-        (weights, f"model: {count:,} parameters need", "model"),
-        (
-            weights + step,
-            f"train.batch_size: steps of {rows:,} x {length:,} tokens need",
-            "train.micro_batch_size, train.batch_size or data.sequence_length",
-        ),
-    ):
-        if needed > total:
-            raise ConfigError(
-                f"{what} {needed / 2**30:,.1f} GiB of memory, and this machine, or its container, has {total / 2**30:,.1f} GiB; "
-                f"choose a smaller {advice}"
-            )
+    needed = rows * length * 10  # the token numbers of one step, as uint16 and as int64
+    if device.type == "cuda":
+        needed += 4 * count  # the weights are drawn here, in fp32
+    else:
+        needed += 16 * count  # and stay here, with gradients and two moments
+        # what every layer keeps of its input until the backward pass
+        needed += (train.micro_batch_size or rows) * length * model.hidden_size * model.num_hidden_layers * 4
+    total = memory_bytes()
+    if needed > total:
+        raise ConfigError(
+            f"{count:,} parameters and a train.batch_size of {rows:,} x {length:,} tokens need {needed / 2**30:,.1f} GiB of memory; this "
+            f"machine, or its container, has {total / 2**30:,.1f} GiB: choose a smaller train.micro_batch_size, train.batch_size, "
+            "data.sequence_length, or a smaller model"
+        )

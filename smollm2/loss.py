@@ -31,10 +31,9 @@ def _rows_per_block(hidden: torch.Tensor, vocab_size: int) -> int:
 def matmul_dtype(x: torch.Tensor) -> torch.dtype:
     """Dtype in which a matrix product with `x` runs here: that of autocast where it is on, else its own."""
     device = x.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(
-        device
-    )  # the meta device has none
-    return torch.get_autocast_dtype(device) if on else x.dtype
+    has_autocast = torch.amp.is_autocast_available(device)  # the meta device has none
+    is_on = has_autocast and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if is_on else x.dtype
 
 
 def _block(hidden, weight, targets, dtype, grad_hidden, grad_weight) -> torch.Tensor:
@@ -84,16 +83,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        hidden_dtype, weight_dtype = ctx.dtypes
         # in place: these buffers were made for this one backward pass
-        return (
-            grad_hidden.mul_(grad_output).to(hidden_dtype),
-            grad_weight.mul_(grad_output).to(weight_dtype),
-            None,
-            None,
-            None,
-        )
+        grads = [grad.mul_(grad_output) for grad in ctx.saved_tensors]
+        hidden, weight = (grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True))
+        return hidden, weight, None, None, None
 
 
 def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
