@@ -90,6 +90,7 @@ def fingerprint(device: torch.device, precision: Precision, train: TrainConfig) 
         "precision": precision.name,
         "compiled": str(train.compile).lower(),
         "deterministic": str(train.deterministic or not cuda).lower(),
+        # AVX2 and AVX-512 kernels add in different orders
         "cpu_capability": "none" if cuda else torch.backends.cpu.get_cpu_capability(),
     }
 

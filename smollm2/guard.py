@@ -13,8 +13,8 @@ from .errors import NumericStop
 
 MAX_SKIPS_IN_A_ROW = 3
 MAX_SKIPS_IN_WINDOW, WINDOW = 10, 1000
-MAX_SCALER_SKIPS = 20
-MIN_SCALE = 1.0
+MAX_SCALER_SKIPS = 20  # from 2^16 the scale halves to 1 in 16
+MIN_SCALE = 1.0  # below it gradients would be made smaller, which fp16 needs least of all
 SPIKE_HISTORY, SPIKE_MINIMUM, SPIKE_SIGMAS = 128, 64, 6.0
 
 

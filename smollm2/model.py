@@ -192,6 +192,7 @@ class Decoder(nn.Module):
     def reset_rope(self) -> None:
         """Compute the RoPE tables (again, after the module was materialised from the meta device)."""
         cos, sin = rope_tables(self.config)
+        # not persistent: a checkpoint holds what was learned, under transformers' names alone
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
@@ -204,6 +205,7 @@ class Decoder(nn.Module):
         if start and time > 1:  # several new tokens behind a filled cache: causal among themselves
             mask = torch.ones(time, start + time, dtype=torch.bool, device=input_ids.device).tril(start)
         x = self.embed_tokens(input_ids)
+        # around the layers and no wider: the setting is the process's, and a generator may be left between two tokens
         with contextlib.nullcontext() if cache is None else sdpa_kernel(DECODING_KERNELS):
             for layer in self.layers:
                 x = layer(x, cos, sin, cache, mask)
@@ -288,7 +290,7 @@ class SmolLM2(nn.Module):
         # before memory is taken for what the configuration claims
         weights.check_shapes(model, tensors, str(folder))
         model = model.to_empty(device="cpu")
-        if config.tie_word_embeddings:
+        if config.tie_word_embeddings:  # two tensors again: each name was given memory of its own
             model.lm_head.weight = model.model.embed_tokens.weight
         model.model.reset_rope()
         weights.load_weights(model, tensors, str(folder))

@@ -38,6 +38,7 @@ class Schedule:
     def __call__(self, step: int) -> float:
         """Rate of the update that leads from `step` to `step` + 1."""
         local = step - self.start
+        # at most half of a short run, or it would end before its peak
         warmup = min(self.warmup_steps, (self.total - self.start) // 2)
         factor = 1.0
         if local < warmup:
@@ -52,6 +53,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     gains = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": gains, "weight_decay": 0}]
+    # fused: one pass over weights, gradients and moments instead of one for each operation, on a CPU as well
     betas = (config.adam_beta1, config.adam_beta2)
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.adam_eps, fused=True)
 
@@ -89,5 +91,6 @@ def load_moments(
         raise CheckpointError(f"optimizer moments do not fit the model: {', '.join(sorted(wrong)[:5])}")
     for name, parameter in model.named_parameters():
         state = {m: tensors[f"{m}.{name}"].to(parameter.device, torch.float32, copy=True) for m in MOMENTS}
+        # for the bias correction; the fused kernel reads it on the device
         state["step"] = torch.tensor(float(updates), device=parameter.device)
         optimizer.state[parameter] = state
