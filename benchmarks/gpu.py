@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
             if name == "long" and not (args.text or args.tiny):
                 bench.record(name, "whole", skipped="needs --text FILE")
                 continue
-            seconds, at = min(item.cap, left), time.monotonic()
+            seconds, at = min(item.cap * bench.scale.patience, left), time.monotonic()
             timed = replace(bench, deadline=at + seconds)
             outcome = {}
             try:

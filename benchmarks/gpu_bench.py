@@ -37,6 +37,7 @@ class Scale:
     long_seconds: float
     layers: int  # of the runs whose bits are compared: the same kernels, a smaller checkpoint
     compiles: bool
+    patience: float  # times an item's seconds
 
     @property
     def model(self) -> SmolLM2Config:
@@ -56,6 +57,7 @@ FULL = Scale(
     long_seconds=150.0,
     layers=6,
     compiles=True,
+    patience=1.0,
 )
 TINY_MODEL = {"vocab_size": 512, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2}
 TINY_MODEL |= {"num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 128}
@@ -72,6 +74,7 @@ TINY = Scale(
     long_seconds=1.0,
     layers=2,
     compiles=False,  # it would take longer than everything else
+    patience=10.0,  # a rehearsal on a busy machine is to be slow, not red
 )
 
 

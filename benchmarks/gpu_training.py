@@ -288,15 +288,9 @@ def long_run(bench: Bench) -> dict:
 
 def time_long_steps(bench: Bench) -> float:
     watcher = Watcher()
-    train(long_config(bench, bench.folder / "long-trial", 12), watcher)
+    train(config_of(bench, bench.folder / "long-trial", bench.scale.long_run, 12, compile=True), watcher)
     when = [at for _, _, at in watcher.steps][-8:]
     return (when[-1] - when[0]) / (len(when) - 1)
-
-
-def long_config(bench: Bench, folder: Path, steps: int, **settings):
-    config = config_of(bench, folder, bench.scale.long_run, steps, compile=True, **settings)
-    data = config.data.model_copy(update={"input_file": bench.long_text})
-    return config.model_copy(update={"data": data})
 
 
 def long_part(bench: Bench, steps: int, kill_after: float | None) -> dict:
@@ -307,10 +301,11 @@ def long_part(bench: Bench, steps: int, kill_after: float | None) -> dict:
         "save_every": every,
         "warmup_steps": steps // 20,
     }
+    settings |= {"learning_rate": 2e-3, "decay_fraction": 0.5, "compile": True}
+    config = config_of(bench, bench.folder / "long", bench.scale.long_run, steps, **settings)
+    data = config.data.model_copy(update={"input_file": bench.long_text})
+    config = config.model_copy(update={"data": data})
     watcher = Watcher(kill_after=kill_after)
-    config = long_config(
-        bench, bench.folder / "long", steps, learning_rate=2e-3, decay_fraction=0.5, **settings
-    )
     result = train(config, watcher)
     return {
         "steps": result.step,
