@@ -1,9 +1,10 @@
-"""`python -m benchmarks train|decode`: ours and its peers in one run."""
+"""`python -m benchmarks train|decode`: ours and its peers in one run; `gpu`: what a borrowed GPU must show."""
 
 from __future__ import annotations
 
 import json
 import platform
+import sys
 from dataclasses import replace
 
 import torch
@@ -230,6 +231,11 @@ def show(result: dict) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["gpu"]:
+        from .gpu import main as gpu  # loads every library of a run
+
+        return gpu(argv[1:])
     args, job = parse(argv)
     names = contender_names(args.peers)
     if args.memory_of:

@@ -6,6 +6,7 @@ KV cache. A contender is a function that does one unit of that work.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,9 +39,14 @@ class Job:
     def input_ids(self) -> torch.Tensor:
         """(batch, length) int64, the same for every contender."""
         generator = torch.Generator().manual_seed(SEED)
-        return torch.randint(0, self.config.vocab_size, (self.batch, self.length), generator=generator).to(
-            self.device
-        )
+        shape = (self.batch, self.length)
+        return torch.randint(0, self.config.vocab_size, shape, generator=generator).to(self.device)
+
+    def autocast(self):
+        """Autocast to a half-precision `dtype`, nothing for any other."""
+        if self.dtype in ("bf16", "fp16"):
+            return torch.autocast(self.device.type, dtype=DTYPES[self.dtype])
+        return contextlib.nullcontext()
 
 
 def synchronize(device: torch.device) -> None:
@@ -66,22 +72,31 @@ def build(name: str, job: Job, state: dict[str, torch.Tensor] | None = None) -> 
     return model.to(job.device).train(job.task == "train")
 
 
+def targets_of(ids: torch.Tensor) -> torch.Tensor:
+    """(batch, length) shifted targets, the last one ignored: what transformers makes of `labels=ids`."""
+    return torch.cat((ids[:, 1:], ids.new_full((len(ids), 1), -100)), dim=1)
+
+
+def loss_of(name: str, model: torch.nn.Module, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return (
+        model.loss(ids, targets) if name == OURS else model(input_ids=ids, labels=ids, use_cache=False).loss
+    )
+
+
+def logits_of(name: str, model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    return model(ids) if name == OURS else model(input_ids=ids, use_cache=False).logits
+
+
 def train_step(name: str, model: torch.nn.Module, job: Job) -> Callable[[], torch.Tensor]:
     """One optimizer step on batch x length tokens; returns the loss before it."""
     ids = job.input_ids()
-    targets = torch.cat(
-        (ids[:, 1:], ids.new_full((job.batch, 1), -100)), dim=1
-    )  # what transformers makes of labels=ids
+    targets = targets_of(ids)
     optimizer = make_optimizer(model, TrainConfig())
     scaler = torch.amp.GradScaler(job.device.type, enabled=job.dtype == "fp16")
-    half = {"dtype": DTYPES[job.dtype]} if job.dtype != "fp32" else {"enabled": False}
 
     def step() -> torch.Tensor:
-        with torch.autocast(job.device.type, **half):
-            if name == OURS:
-                loss = model.loss(ids, targets)
-            else:
-                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        with job.autocast():
+            loss = loss_of(name, model, ids, targets)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -106,8 +121,11 @@ class _Clock:
         pass
 
 
-def decode(name: str, model: torch.nn.Module, job: Job) -> Callable[[], tuple[torch.Tensor, float]]:
-    """Continue the prompt; returns (ids (batch, length + new), seconds between the first and the last new token)."""
+def decode(
+    name: str, model: torch.nn.Module, job: Job, **options
+) -> Callable[[], tuple[torch.Tensor, float]]:
+    """Continue the prompt; returns (ids (batch, length + new), seconds between the first and the last new token).
+    `options` go to transformers' `generate`."""
     ids = job.input_ids()
 
     def ours() -> tuple[torch.Tensor, float]:
@@ -122,9 +140,9 @@ def decode(name: str, model: torch.nn.Module, job: Job) -> Callable[[], tuple[to
 
     def transformers() -> tuple[torch.Tensor, float]:
         clock, mask = _Clock(), torch.ones_like(ids)
-        options = {"max_new_tokens": job.new_tokens, "do_sample": False, "use_cache": True, "streamer": clock}
+        greedy = {"max_new_tokens": job.new_tokens, "do_sample": False, "use_cache": True, "streamer": clock}
         with torch.inference_mode():
-            out = model.generate(ids, attention_mask=mask, **options)
+            out = model.generate(ids, attention_mask=mask, **greedy, **options)
         return out, clock.times[-1] - clock.times[1]  # the first call is the prompt
 
     return ours if name == OURS else transformers

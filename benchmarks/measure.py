@@ -70,27 +70,32 @@ def in_fresh_process(arguments: list[str]) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _best_rate(work: Callable[[], object], amount: float, device: torch.device) -> float:
+def best_rate(
+    work: Callable[[], object], amount: float, device: torch.device, seconds: float = ROOF_SECONDS
+) -> float:
+    """`amount` over the shortest time that `work` took in about `seconds`."""
     work()
-    best, until = float("inf"), time.perf_counter() + ROOF_SECONDS
+    best, until = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < until:
         best = min(best, seconds_of(work, device))
     return amount / best
 
 
-def gemm_roof(device: torch.device, dtype: str) -> float:
+def gemm_roof(
+    device: torch.device, dtype: str, size: int | None = None, seconds: float = ROOF_SECONDS
+) -> float:
     """FLOP/s of a large square product in `dtype`: what this device sustains, whatever its data sheet says."""
-    size = 8192 if device.type == "cuda" else 2048
+    size = size or (8192 if device.type == "cuda" else 2048)
     a = torch.randn(size, size, device=device).to(DTYPES[dtype])
     b, out = torch.randn_like(a), torch.empty_like(a)
-    return _best_rate(lambda: torch.mm(a, b, out=out), 2.0 * size**3, device)
+    return best_rate(lambda: torch.mm(a, b, out=out), 2.0 * size**3, device, seconds)
 
 
 def bandwidth_roof(device: torch.device) -> float:
     """Bytes/s of reading half a gigabyte (about the 135M's fp32 weights) in a matrix-vector product."""
     matrix = torch.randn(11585, 11585, device=device)
     vector, out = torch.randn(11585, device=device), torch.empty(11585, device=device)
-    return _best_rate(lambda: torch.mv(matrix, vector, out=out), float(matrix.nbytes), device)
+    return best_rate(lambda: torch.mv(matrix, vector, out=out), float(matrix.nbytes), device)
 
 
 def roofs(job: Job) -> dict[str, float]:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import platform
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -73,11 +74,9 @@ def inference_dtype(device: torch.device) -> torch.dtype:
 
 
 def device_name(device: torch.device) -> str:
-    return (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
-    )
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def fingerprint(device: torch.device, precision: Precision, train: TrainConfig) -> dict[str, str]:
@@ -91,6 +90,7 @@ def fingerprint(device: torch.device, precision: Precision, train: TrainConfig) 
         "precision": precision.name,
         "compiled": str(train.compile).lower(),
         "deterministic": str(train.deterministic or not cuda).lower(),
+        # AVX2 and AVX-512 kernels add in different orders
         "cpu_capability": "none" if cuda else torch.backends.cpu.get_cpu_capability(),
     }
 
@@ -101,16 +101,17 @@ def repeatable_sums(wanted: bool):
     if not wanted:
         yield
         return
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
+    before, settings = torch.get_deterministic_debug_mode(), torch.utils.deterministic
+    was_filling = settings.fill_uninitialized_memory
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first product
     torch.use_deterministic_algorithms(True)
+    # torch would write NaN into every empty tensor first, to find reads of what was never written: time, and no other bits
+    settings.fill_uninitialized_memory = False
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.set_deterministic_debug_mode(before)
+        settings.fill_uninitialized_memory = was_filling
 
 
 def choose_preset(requested: str) -> tuple[str, str]:
@@ -122,34 +123,41 @@ def choose_preset(requested: str) -> tuple[str, str]:
     return "nano", f"no GPU here ({os.cpu_count()} CPU cores): a small model that trains in minutes"
 
 
-def check_memory(config: RunConfig, device: torch.device) -> None:
-    """Raises `ConfigError` for a model or a batch that this machine cannot even hold. Both sums are lower bounds."""
+def memory_bytes(groups: str = "/proc/self/cgroup", mounted: str = "/sys/fs/cgroup") -> int:
+    """Memory that this process may use: the machine's, or what its container leaves it (control groups, versions 2 and 1)."""
     import psutil
 
-    model, train, total = config.model, config.train, psutil.virtual_memory().total
-    count, rows, on_cpu = (
-        parameter_count(model),
-        train.batch_size // config.run.num_nodes,
-        device.type != "cuda",
-    )
-    needed = count * (16 if on_cpu else 4)  # fp32 weights; on a CPU gradients and two moments too
+    limits = [psutil.virtual_memory().total]
+    with contextlib.suppress(OSError):  # there are none but on Linux
+        for line in Path(groups).read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            folder, name = Path(mounted, group.lstrip("/")), "memory.max"
+            if "memory" in controllers.split(","):  # version 1
+                folder, name = Path(mounted, "memory", group.lstrip("/")), "memory.limit_in_bytes"
+            # the groups around it count as well; and in a container the host's path leads nowhere, but its end is mounted
+            for place in (folder, *folder.parents):
+                with contextlib.suppress(OSError, ValueError):  # no such file; "max"
+                    limits.append(int((place / name).read_text()))
+    return min(limits)
+
+
+def check_memory(config: RunConfig, device: torch.device) -> None:
+    """Raises `ConfigError` for a run that this machine cannot even hold. What is counted is a lower bound."""
+    model, train, length = config.model, config.train, config.data.sequence_length
+    count, rows = parameter_count(model), train.batch_size // config.run.num_nodes
+    needed = rows * length * 10  # the token numbers of one step, as uint16 and as int64
+    if device.type == "cuda":
+        needed += 4 * count  # the weights are drawn here, in fp32
+    else:
+        needed += 16 * count  # and stay here, with gradients and two moments
+        # what every layer keeps of its input until the backward pass
+        needed += (train.micro_batch_size or rows) * length * model.hidden_size * model.num_hidden_layers * 4
+    total = memory_bytes()
     if needed > total:
         raise ConfigError(
-            f"model: {count:,} parameters need {needed / 2**30:,.0f} GiB of this machine's memory, which has {total / 2**30:,.0f} GiB; choose a smaller model"
-        )
-    needed += rows * config.data.sequence_length * 10  # the token numbers of one step, as uint16 and as int64
-    if on_cpu:  # what every layer keeps of its input until the backward pass
-        needed += (
-            (train.micro_batch_size or rows)
-            * config.data.sequence_length
-            * model.hidden_size
-            * model.num_hidden_layers
-            * 4
-        )
-    if needed > total:
-        raise ConfigError(
-            f"train.batch_size: steps of {rows:,} x {config.data.sequence_length:,} tokens need {needed / 2**30:,.0f} GiB of this machine's memory, "
-            f"which has {total / 2**30:,.0f} GiB; choose a smaller train.micro_batch_size, train.batch_size or data.sequence_length"
+            f"{count:,} parameters and a train.batch_size of {rows:,} x {length:,} tokens need {needed / 2**30:,.1f} GiB of memory; this "
+            f"machine, or its container, has {total / 2**30:,.1f} GiB: choose a smaller train.micro_batch_size, train.batch_size, "
+            "data.sequence_length, or a smaller model"
         )
 
 

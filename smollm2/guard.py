@@ -15,8 +15,8 @@ from .errors import NumericStop
 
 MAX_SKIPS_IN_A_ROW = 3
 MAX_SKIPS_IN_WINDOW, WINDOW = 10, 1000
-MAX_SCALER_SKIPS = 20
-MIN_SCALE = 1.0
+MAX_SCALER_SKIPS = 20  # from 2^16 the scale halves to 1 in 16
+MIN_SCALE = 1.0  # below it gradients would be made smaller, which fp16 needs least of all
 SPIKE_HISTORY, SPIKE_MINIMUM, SPIKE_SIGMAS = 128, 64, 6.0
 
 
@@ -34,14 +34,8 @@ class NumericGuard:
         self.norms = deque(state.get("norms", []), SPIKE_HISTORY)
 
     def state(self) -> dict:
-        return {
-            "in_a_row": self.in_a_row,
-            "overflows_in_a_row": self.overflows_in_a_row,
-            "total": self.total,
-            "recent": list(self.recent),
-            "losses": list(self.losses),
-            "norms": list(self.norms),
-        }
+        counts = {name: getattr(self, name) for name in ("in_a_row", "overflows_in_a_row", "total")}
+        return counts | {name: list(getattr(self, name)) for name in ("recent", "losses", "norms")}
 
     def verdict(self, loss: float, norm: float, position: int) -> str | None:
         """None to apply the update, else why it is skipped. Raises `NumericStop` when skipping has not helped."""
@@ -61,9 +55,8 @@ class NumericGuard:
                 self.norms.append(norm)
             return None
         self.total += 1
-        self._stop_if_hopeless(
-            reason, position, overflow=self.has_scaler and math.isfinite(loss) and not math.isfinite(norm)
-        )
+        overflow = self.has_scaler and math.isfinite(loss) and not math.isfinite(norm)
+        self._stop_if_hopeless(reason, position, overflow)
         return reason
 
     def _stop_if_hopeless(self, reason: str, position: int, overflow: bool) -> None:
@@ -71,23 +64,24 @@ class NumericGuard:
             self.overflows_in_a_row += 1
             if self.overflows_in_a_row >= MAX_SCALER_SKIPS:
                 raise NumericStop(
-                    f"fp16 gradients overflowed {self.overflows_in_a_row} times in a row ({reason}); use --set train.precision=bf16 "
-                    "(or fp32), or a lower learning rate; the last checkpoint is untouched"
+                    f"fp16 gradients overflowed {self.overflows_in_a_row} times in a row ({reason}); the last checkpoint is "
+                    "untouched: use a lower train.learning_rate, --set train.precision=fp32, or train.precision=bf16 on a GPU "
+                    "that has it (compute capability 8.0)"
                 )
             return
         self.in_a_row += 1
         self.recent.append(position)
         recent = sum(position - at < WINDOW for at in self.recent)
-        if self.in_a_row >= MAX_SKIPS_IN_A_ROW or recent > MAX_SKIPS_IN_WINDOW:
-            count = (
-                f"{self.in_a_row} in a row"
-                if self.in_a_row >= MAX_SKIPS_IN_A_ROW
-                else f"{recent} of the last {WINDOW}"
-            )
-            raise NumericStop(
-                f"updates skipped: {count}; last cause: {reason}; the last checkpoint is untouched: "
-                "lower train.learning_rate or look at the data"
-            )
+        if self.in_a_row >= MAX_SKIPS_IN_A_ROW:
+            count = f"{self.in_a_row} in a row"
+        elif recent > MAX_SKIPS_IN_WINDOW:
+            count = f"{recent} of the last {WINDOW}"
+        else:
+            return
+        raise NumericStop(
+            f"updates skipped: {count}; last cause: {reason}; the last checkpoint is untouched: "
+            "lower train.learning_rate or look at the data"
+        )
 
     @staticmethod
     def _spike(name: str, value: float, history: deque) -> str | None:

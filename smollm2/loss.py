@@ -11,6 +11,8 @@ accumulate in fp32; the 1/count of the mean and the loss scale of a GradScaler a
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 IGNORE_INDEX = -100
@@ -19,16 +21,45 @@ BLOCK_BYTES = {"cpu": 96 * 2**20, "cuda": 512 * 2**20}
 
 
 def _rows_per_block(hidden: torch.Tensor, vocab_size: int) -> int:
-    return max(64, BLOCK_BYTES.get(hidden.device.type, BLOCK_BYTES["cpu"]) // (4 * vocab_size))
+    """Equal blocks, as few as fit: a last one of a few rows would read the weights as often as a full one."""
+    rows, limit = hidden.shape[0], BLOCK_BYTES.get(hidden.device.type, BLOCK_BYTES["cpu"])
+    most = max(64, limit // (4 * vocab_size))
+    blocks = max(1, math.ceil(rows / most))
+    return max(1, math.ceil(rows / blocks))
 
 
 def matmul_dtype(x: torch.Tensor) -> torch.dtype:
     """Dtype in which a matrix product with `x` runs here: that of autocast where it is on, else its own."""
     device = x.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(
-        device
-    )  # the meta device has none
-    return torch.get_autocast_dtype(device) if on else x.dtype
+    has_autocast = torch.amp.is_autocast_available(device)  # the meta device has none
+    is_on = has_autocast and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if is_on else x.dtype
+
+
+def _block(hidden, weight, targets, dtype, grad_hidden, grad_weight) -> torch.Tensor:
+    """Loss of some rows, summed in `dtype`; gradients (None: not wanted) go into `grad_hidden` and are added to `grad_weight`.
+
+    A function of its own: what it makes is gone before the next block is made.
+    """
+    valid = targets != IGNORE_INDEX
+    index = targets.clamp_min(0).unsqueeze(1)  # (rows, 1); -100 is masked out below
+    log_p = (hidden @ weight.T).to(dtype)  # (rows, vocab)
+    # in place on a CPU, where it was checked: a second block would be the peak of the step
+    log_p = torch.log_softmax(log_p, dim=1, out=log_p if log_p.device.type == "cpu" else None)
+    nll = -log_p.gather(1, index).squeeze(1)
+    if grad_weight is not None:
+        # d(sum)/d(logits) = softmax - one_hot, built in the same memory
+        grad = log_p.exp_()
+        grad.scatter_add_(1, index, grad.new_full((1, 1), -1.0).expand_as(index))
+        grad = grad.to(hidden.dtype)
+        # ignored rows have no gradient: zeros in the two narrow factors spare a pass over the wide one
+        counted = valid.unsqueeze(1).to(hidden.dtype)
+        grad_hidden.copy_((grad @ weight) * counted)
+        if grad.dtype == grad_weight.dtype:
+            grad_weight.addmm_(grad.T, hidden * counted)
+        else:
+            grad_weight.add_(grad.T @ (hidden * counted))
+    return torch.where(valid, nll, 0).sum()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -36,33 +67,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, compute_dtype, wants_grad):
         rows, vocab_size = hidden.shape[0], weight.shape[0]
         weight_c, hidden_c = weight.to(compute_dtype), hidden.to(compute_dtype)
-        total = torch.zeros(
-            (), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32, device=hidden.device
-        )
-        grad_hidden = torch.empty_like(hidden, dtype=total.dtype) if wants_grad else None
-        grad_weight = torch.zeros_like(weight, dtype=total.dtype) if wants_grad else None
+        sum_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        total = torch.zeros((), dtype=sum_dtype, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden, dtype=sum_dtype) if wants_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if wants_grad else None
         step = _rows_per_block(hidden, vocab_size)
         for start in range(0, rows, step):
-            block = slice(start, min(start + step, rows))
-            valid = targets[block] != IGNORE_INDEX
-            index = targets[block].clamp_min(0).unsqueeze(1)  # (rows, 1); -100 is masked out below
-            logits = (hidden_c[block] @ weight_c.T).to(total.dtype)  # (rows, vocab)
-            # in place on a CPU, where it was checked: a second block would be the peak of the step
-            log_p = torch.log_softmax(logits, dim=1, out=logits if logits.device.type == "cpu" else None)
-            nll = -log_p.gather(1, index).squeeze(1)
-            total += torch.where(valid, nll, nll.new_zeros(())).sum()
-            if wants_grad:
-                # d(sum)/d(logits) = softmax - one_hot, built in the same memory
-                grad = log_p.exp_()
-                grad.scatter_add_(1, index, grad.new_full((1, 1), -1.0).expand_as(index))
-                grad = grad.to(compute_dtype)
-                # ignored rows have no gradient: zeros in the two narrow factors spare a pass over the wide one
-                counted = valid.unsqueeze(1).to(compute_dtype)
-                grad_hidden[block] = (grad @ weight_c) * counted
-                inputs = hidden_c[block] * counted
-                grad_weight.addmm_(grad.T, inputs) if grad.dtype == grad_weight.dtype else grad_weight.add_(
-                    grad.T @ inputs
-                )
+            block = slice(start, start + step)
+            grads = (grad_hidden[block], grad_weight) if wants_grad else (None, None)
+            total += _block(hidden_c[block], weight_c, targets[block], sum_dtype, *grads)
         if wants_grad:
             ctx.save_for_backward(grad_hidden, grad_weight)
             ctx.dtypes = hidden.dtype, weight.dtype
@@ -70,16 +83,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        hidden_dtype, weight_dtype = ctx.dtypes
         # in place: these buffers were made for this one backward pass
-        return (
-            grad_hidden.mul_(grad_output).to(hidden_dtype),
-            grad_weight.mul_(grad_output).to(weight_dtype),
-            None,
-            None,
-            None,
-        )
+        grads = [grad.mul_(grad_output) for grad in ctx.saved_tensors]
+        hidden, weight = (grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True))
+        return hidden, weight, None, None, None
 
 
 def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

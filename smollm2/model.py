@@ -12,12 +12,14 @@ Shapes: B batch, T time, C hidden_size, H query heads, K key/value heads, D head
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import weights
 from .checkpoint import MANIFEST, verify
@@ -26,6 +28,10 @@ from .errors import CheckpointError
 from .files import write_durably, write_tensors
 from .loss import linear_cross_entropy, matmul_dtype
 from .sampling import generate
+
+# All but cuDNN's, which plans for each new shape, and behind a cache every token has a new number of keys: 0.44 s each on a
+# B200 (FunASR#3704); with fewer than 8 key/value heads its results there were wrong as well (pytorch#193893).
+DECODING_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class RMSNorm(nn.Module):
@@ -47,11 +53,9 @@ def rope_tables(config: SmolLM2Config, device=None) -> tuple[torch.Tensor, torch
     Pair i turns by position * theta^(-2i/D) (Su et al. 2021). Computed in fp32 from integer powers as transformers
     does, so that both give the same bits.
     """
-    exponents = (
-        torch.arange(0, config.head_dim, 2, dtype=torch.int64, device=device).float() / config.head_dim
-    )
+    exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
     inverse_frequencies = 1.0 / (config.rope_theta**exponents)
-    positions = torch.arange(config.max_position_embeddings, dtype=torch.float32, device=device)
+    positions = torch.arange(config.max_position_embeddings, device=device).float()
     angles = torch.outer(positions, inverse_frequencies)
     return angles.cos(), angles.sin()
 
@@ -63,22 +67,22 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-def fused_gqa(device: torch.device) -> bool:
-    """Whether the fused attention kernels of this device take unequal head counts.
+def fused_gqa(device: torch.device, dtype: torch.dtype, is_masked: bool) -> bool:
+    """Whether a fused attention kernel of this device takes fewer key/value heads than query heads.
 
-    Below compute capability 8.0 (T4) `enable_gqa` falls back to the unfused fp32 path, several times slower and with
-    the whole probability matrix in memory; there keys and values are expanded first. The CPU's kernel takes them as
-    they are (torch 2.9).
+    Where none does, `enable_gqa` falls back to products in fp32 with the whole (T, T) matrix in memory, several times slower.
+    The CPU's kernel does (torch 2.9). On a GPU only flash and cuDNN do: both want half precision and no mask, and flash
+    compute capability 8.0, which a T4 does not have (pytorch#181528).
     """
-    return device.type == "cpu" or (
-        device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    )
+    if device.type == "cpu":
+        return True
+    is_half = dtype in (torch.bfloat16, torch.float16)
+    is_cuda = device.type == "cuda"
+    return is_cuda and is_half and not is_masked and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Grouped-query attention. q (B, H, T, D); k, v (B, K, S, D) -> (B, H, T, D).
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask=None) -> torch.Tensor:
+    """Grouped-query attention. q (B, H, T, D); k, v (B, K, S, D); mask (T, S), True where seen -> (B, H, T, D).
 
     Query head h reads key/value head h // (H/K). With no mask and T > 1, T must equal S and attention is causal; a
     single query (T = 1) sees all S keys.
@@ -89,13 +93,11 @@ def attend(
         # one query a head: the H/K queries of a group are rows of one product, nothing is expanded
         grouped = q.reshape(batch, kv_heads, heads // kv_heads, dim)
         return F.scaled_dot_product_attention(grouped, k, v).reshape(batch, heads, 1, dim)
-    if heads != kv_heads and not fused_gqa(q.device):
-        k = k.repeat_interleave(heads // kv_heads, dim=1)
-        v = v.repeat_interleave(heads // kv_heads, dim=1)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=heads != kv_heads
-    )
+    gqa = heads != kv_heads
+    if gqa and not fused_gqa(q.device, q.dtype, mask is not None):
+        k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
+        gqa = False
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
 
 
 class KVCache:
@@ -133,20 +135,15 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
 
-    def forward(
-        self, x, cos, sin, cache: KVCache | None = None, mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, x, cos, sin, cache: KVCache | None = None, mask=None) -> torch.Tensor:
         batch, time, _ = x.shape
         q = self.q_proj(x).view(batch, time, -1, self.head_dim)  # (B, T, H, D)
         k = self.k_proj(x).view(batch, time, -1, self.head_dim)  # (B, T, K, D)
         v = self.v_proj(x).view(batch, time, -1, self.head_dim)
         # rotated before the transposition: attention gives y the memory layout of q, so that o_proj reads it without a copy
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # (T, 1, D/2)
-        q, k = (
-            apply_rope(q, cos, sin).transpose(1, 2),
-            apply_rope(k, cos, sin).transpose(1, 2),
-        )  # (B, heads, T, D)
-        v = v.transpose(1, 2)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
         y = attend(q, k, v, mask)
@@ -176,9 +173,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(
-        self, x, cos, sin, cache: KVCache | None = None, mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, x, cos, sin, cache: KVCache | None = None, mask=None) -> torch.Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -197,6 +192,7 @@ class Decoder(nn.Module):
     def reset_rope(self) -> None:
         """Compute the RoPE tables (again, after the module was materialised from the meta device)."""
         cos, sin = rope_tables(self.config)
+        # not persistent: a checkpoint holds what was learned, under transformers' names alone
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
@@ -209,8 +205,10 @@ class Decoder(nn.Module):
         if start and time > 1:  # several new tokens behind a filled cache: causal among themselves
             mask = torch.ones(time, start + time, dtype=torch.bool, device=input_ids.device).tril(start)
         x = self.embed_tokens(input_ids)
-        for layer in self.layers:
-            x = layer(x, cos, sin, cache, mask)
+        # around the layers and no wider: the setting is the process's, and a generator may be left between two tokens
+        with contextlib.nullcontext() if cache is None else sdpa_kernel(DECODING_KERNELS):
+            for layer in self.layers:
+                x = layer(x, cos, sin, cache, mask)
         if cache is not None:
             cache.length = start + time
         return self.norm(x)
@@ -229,7 +227,7 @@ class SmolLM2(nn.Module):
         self.initialize()
 
     @torch.no_grad()
-    def initialize(self, generator: torch.Generator | None = None) -> None:
+    def initialize(self) -> None:
         """Normal with std `initializer_range`; matrices that write to the residual stream (o_proj, down_proj) are
         divided by sqrt(2 * layers), once and only here (nanotron's scaling; huggingface/smollm)."""
         std = self.config.initializer_range
@@ -239,7 +237,7 @@ class SmolLM2(nn.Module):
                 parameter.fill_(1.0)
             else:
                 writes_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                parameter.normal_(0.0, residual_std if writes_residual else std, generator=generator)
+                parameter.normal_(0.0, residual_std if writes_residual else std)
 
     @property
     def device(self) -> torch.device:
@@ -289,11 +287,10 @@ class SmolLM2(nn.Module):
             raise CheckpointError(str(error) if str(folder) in str(error) else f"{folder}: {error}") from None
         with torch.device("meta"):
             model = cls(config)
-        weights.check_shapes(
-            model, tensors, str(folder)
-        )  # before memory is taken for what the configuration claims
+        # before memory is taken for what the configuration claims
+        weights.check_shapes(model, tensors, str(folder))
         model = model.to_empty(device="cpu")
-        if config.tie_word_embeddings:
+        if config.tie_word_embeddings:  # two tensors again: each name was given memory of its own
             model.lm_head.weight = model.model.embed_tokens.weight
         model.model.reset_rope()
         weights.load_weights(model, tensors, str(folder))

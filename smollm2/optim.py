@@ -38,6 +38,7 @@ class Schedule:
     def __call__(self, step: int) -> float:
         """Rate of the update that leads from `step` to `step` + 1."""
         local = step - self.start
+        # at most half of a short run, or it would end before its peak
         warmup = min(self.warmup_steps, (self.total - self.start) // 2)
         factor = 1.0
         if local < warmup:
@@ -51,10 +52,8 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """Fused AdamW over the model's parameters, in two groups (with and without weight decay)."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     gains = [p for p in model.parameters() if p.dim() < 2]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": gains, "weight_decay": 0.0},
-    ]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": gains, "weight_decay": 0}]
+    # fused: one pass over weights, gradients and moments instead of one for each operation, on a CPU as well
     betas = (config.adam_beta1, config.adam_beta2)
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.adam_eps, fused=True)
 
@@ -74,6 +73,11 @@ def moments_by_name(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     }
 
 
+def _fits(moment: torch.Tensor, parameter: torch.Tensor) -> bool:
+    is_alike = moment.shape == parameter.shape and moment.dtype == torch.float32
+    return is_alike and bool(torch.isfinite(moment).all())
+
+
 def load_moments(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], updates: int
 ) -> None:
@@ -81,17 +85,12 @@ def load_moments(
     of names, shapes or dtype, and for numbers that are not finite."""
     if updates == 0:
         return
-    expected = {f"{m}.{name}": p for name, p in model.named_parameters() for m in MOMENTS}
-    wrong = sorted(set(expected) ^ set(tensors)) or [
-        k
-        for k, p in expected.items()
-        if tensors[k].shape != p.shape
-        or tensors[k].dtype != torch.float32
-        or not torch.isfinite(tensors[k]).all()
-    ]
+    expected = {f"{moment}.{name}": p for name, p in model.named_parameters() for moment in MOMENTS}
+    wrong = set(expected) ^ set(tensors) or {k for k, p in expected.items() if not _fits(tensors[k], p)}
     if wrong:
-        raise CheckpointError(f"optimizer moments do not fit the model: {', '.join(wrong[:5])}")
+        raise CheckpointError(f"optimizer moments do not fit the model: {', '.join(sorted(wrong)[:5])}")
     for name, parameter in model.named_parameters():
         state = {m: tensors[f"{m}.{name}"].to(parameter.device, torch.float32, copy=True) for m in MOMENTS}
+        # for the bias correction; the fused kernel reads it on the device
         state["step"] = torch.tensor(float(updates), device=parameter.device)
         optimizer.state[parameter] = state

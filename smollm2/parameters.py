@@ -17,12 +17,17 @@ class Row(NamedTuple):
     formula: str
 
 
-def _rows(config: SmolLM2Config) -> list[tuple[str, tuple[tuple[str, int], ...]]]:
+def _row(name: str, *dims: tuple[str, int]) -> Row:
+    shape = tuple(size for _, size in dims)
+    formula = " x ".join(f"({text})" if " " in text and len(dims) > 1 else text for text, _ in dims)
+    return Row(f"{name}.weight", shape, math.prod(shape), formula)
+
+
+def _rows(config: SmolLM2Config) -> list[Row]:
     d, f = ("hidden_size", config.hidden_size), ("intermediate_size", config.intermediate_size)
     q = ("num_attention_heads * head_dim", config.num_attention_heads * config.head_dim)
     kv = ("num_key_value_heads * head_dim", config.num_key_value_heads * config.head_dim)
     vocab = ("vocab_size", config.vocab_size)
-    rows = [("model.embed_tokens.weight", (vocab, d))]
     layer = {
         "input_layernorm": (d,),
         "self_attn.q_proj": (q, d),
@@ -34,12 +39,11 @@ def _rows(config: SmolLM2Config) -> list[tuple[str, tuple[tuple[str, int], ...]]
         "mlp.up_proj": (f, d),
         "mlp.down_proj": (d, f),
     }
+    rows = [_row("model.embed_tokens", vocab, d)]
     for i in range(config.num_hidden_layers):
-        rows += [(f"model.layers.{i}.{name}.weight", dims) for name, dims in layer.items()]
-    rows.append(("model.norm.weight", (d,)))
-    if not config.tie_word_embeddings:
-        rows.append(("lm_head.weight", (vocab, d)))
-    return rows
+        rows += [_row(f"model.layers.{i}.{name}", *dims) for name, dims in layer.items()]
+    rows.append(_row("model.norm", d))
+    return rows if config.tie_word_embeddings else [*rows, _row("lm_head", vocab, d)]
 
 
 def parameter_table(model_or_config) -> list[Row]:
@@ -48,19 +52,12 @@ def parameter_table(model_or_config) -> list[Row]:
     Takes a `SmolLM2` or a `SmolLM2Config` (default `SmolLM2Config()` sums to 134,515,008). The tied output matrix is
     the embedding, so it has no row. With a model each row is also checked against its tensor; ValueError on mismatch.
     """
-    config = getattr(model_or_config, "config", model_or_config)
-    rows = []
-    for name, dims in _rows(config):
-        shape = tuple(size for _, size in dims)
-        formula = " x ".join(f"({text})" if " " in text and len(dims) > 1 else text for text, _ in dims)
-        rows.append(Row(name, shape, math.prod(shape), formula))
+    rows = _rows(getattr(model_or_config, "config", model_or_config))
     if hasattr(model_or_config, "named_parameters"):
-        tensors = {name: tuple(p.shape) for name, p in model_or_config.named_parameters()}
-        table = {row.name: row.shape for row in rows}
-        if tensors != table:
-            raise ValueError(
-                f"table and tensors differ: {sorted(set(tensors.items()) ^ set(table.items()))[:4]}"
-            )
+        tensors = {(name, tuple(p.shape)) for name, p in model_or_config.named_parameters()}
+        differences = tensors ^ {(row.name, row.shape) for row in rows}
+        if differences:
+            raise ValueError(f"table and tensors differ: {sorted(differences)[:4]}")
     return rows
 
 
@@ -75,21 +72,15 @@ def group_totals(rows: list[Row]) -> dict[str, int]:
 
 
 def parameter_count(config: SmolLM2Config) -> int:
-    """Number of parameters, by formula; `parameter_table` proves it tensor by tensor."""
-    d, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
-    heads = config.num_attention_heads * config.head_dim
-    layer = 2 * d * heads + 2 * d * kv + 3 * d * config.intermediate_size + 2 * d
-    return (
-        config.vocab_size * d * (1 if config.tie_word_embeddings else 2)
-        + config.num_hidden_layers * layer
-        + d
-    )
+    return sum(row.count for row in parameter_table(config))
 
 
 def flops_per_token(config: SmolLM2Config, time: int) -> float:
     """Training FLOPs of one token: 6 per matrix parameter plus causal attention (performance notes in docs/log.md)."""
-    matrices = parameter_count(config) - config.hidden_size * (2 * config.num_hidden_layers + 1)
-    if not config.tie_word_embeddings:
-        matrices -= config.vocab_size * config.hidden_size  # the input embedding is a look-up
-    attention = 6 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * time
-    return math.fsum((6.0 * matrices, float(attention)))
+    rows = parameter_table(config)
+    look_ups = (
+        0 if config.tie_word_embeddings else rows[0].count
+    )  # tied, the embedding is the output matrix as well
+    matrices = sum(row.count for row in rows if len(row.shape) == 2) - look_ups
+    attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * time
+    return 6.0 * (matrices + attention)

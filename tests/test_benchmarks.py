@@ -1,0 +1,130 @@
+"""The benchmarks' promises: rows beside a peer, and a script for a borrowed GPU that must not fail there for the first time."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import __main__ as benchmarks
+from benchmarks import gpu
+from smollm2.errors import ConfigError
+
+ROOT = Path(__file__).parent.parent
+
+
+def lines(path: Path) -> dict[tuple[str, str], dict]:
+    return {(line["item"], line["case"]): line for line in map(json.loads, path.read_text().splitlines())}
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory) -> dict[tuple[str, str], dict]:
+    """All lines of a tiny rehearsal."""
+    out = tmp_path_factory.mktemp("gpu") / "out.jsonl"
+    command = [sys.executable, "-m", "benchmarks", "gpu", "--tiny", "--seconds", "2000", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0 and "errors: none" in done.stdout, done.stdout + done.stderr
+    return lines(out)
+
+
+def test_every_item_for_a_borrowed_gpu_has_its_lines_and_none_failed(shown):
+    assert {item for item, case in shown if case == "whole"} == set(gpu.ITEMS)
+    assert {item for item, case in shown if case != "whole"} == set(gpu.ITEMS)
+    for key, line in shown.items():
+        assert "error" not in line and "skipped" not in line, (key, line)
+        assert {"device", "python", "torch", "cuda", "transformers", "pytorch_lightning"} <= set(line), key
+
+
+def test_ours_is_as_exact_as_transformers(shown):
+    assert shown["exactness", "fp64"]["logits_beside_theirs"] < 1e-6
+    for dtype, bound in (("fp32", 1e-5), ("bf16", 0.02), ("fp16", 0.003)):
+        line = shown["exactness", dtype]
+        assert line["smollm2_gradients"] < bound
+        assert max(line["logits_ratio"], line["gradients_ratio"]) <= 1.1, line
+    assert shown["exactness", "greedy, fp32"]["equal"]
+
+
+def test_planted_faults_are_seen_and_survived(shown):
+    assert shown["t4", "fp16 beside bf16"]["within_0_02"]
+    overflow = shown["t4", "a scale of 2^30"]
+    assert overflow["skips"] >= 1 and overflow["steps"] == 8 and overflow["scale_at_the_end"] < 2**30
+    assert shown["t4", "more rows than fit"]["steps"] == 3
+    for case in ("eager", "compiled", "compiled, after a halving"):
+        assert shown["resume", case]["resumed_at"] == 10 and shown["resume", case]["equal"]
+    assert shown["long", "whole run"]["steps"] == shown["long", "whole run"]["planned_steps"]
+
+
+def test_every_way_to_decode_gives_the_same_tokens(shown):
+    found = {case: line for (item, case), line in shown.items() if item == "decoding" and case != "whole"}
+    ways = {case: line["same_tokens"] for case, line in found.items()}
+    assert len(ways) >= 5 and set(ways.values()) == {1}, ways
+
+
+def dies(bench) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hangs(bench) -> None:
+    time.sleep(60)
+
+
+def raises(bench) -> None:
+    bench.case("raises", "first", lambda: 1 / 0)
+    bench.case("raises", "second", lambda: {"number": float("nan")})
+    raise ValueError("and the item itself")
+
+
+@pytest.mark.parametrize("item", [dies, hangs, raises], ids=lambda item: item.__name__)
+def test_an_item_that_fails_is_a_line_and_the_next_one_runs(item, tmp_path, monkeypatch, capsys):
+    for name in ("CUDA_VISIBLE_DEVICES", "PYTORCH_NVML_BASED_CUDA_CHECK"):
+        monkeypatch.setenv(name, "")  # so that they are put back
+    items = {item.__name__: gpu.Item(item, 0.2, 0), "fine": gpu.Item(lambda bench: None, 5, 0)}
+    monkeypatch.setattr(gpu, "ITEMS", items | {"costly": gpu.Item(None, 9000, 9000)})
+    monkeypatch.setattr(gpu, "make_tokenizer", lambda *args: None)
+    assert (
+        gpu.main(["--tiny", "--out", str(tmp_path / "out"), "--items", f"{item.__name__},fine,costly"]) == 0
+    )
+    found = lines(tmp_path / "out")
+    expected = {
+        dies: "died with exit code -9",
+        hangs: "no answer after 2 s",
+        raises: "ValueError: and the item",
+    }
+    assert found[item.__name__, "whole"]["error"].startswith(expected[item])
+    assert "error" not in found["fine", "whole"] and "needs 9000 s" in found["costly", "whole"]["skipped"]
+    assert f"errors: {item.__name__}" in capsys.readouterr().out
+    if item is raises:
+        assert found["raises", "first"]["error"] == "ZeroDivisionError: division by zero"
+        assert found["raises", "second"]["number"] == "nan"
+
+
+def test_without_a_gpu_or_with_a_mistake_one_line_says_so_and_nothing_is_written(tmp_path, monkeypatch):
+    for words, message in (
+        (["--items", "speed,sped"], "--items 'sped': expected some of machine, "),
+        (["--text", "absent.txt"], "--text absent.txt: no such file"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            gpu.main(["--out", str(tmp_path / "out"), *words])
+    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "")
+    monkeypatch.setattr(gpu, "in_child", lambda *args, **options: {"device_type": "cpu"})
+    with pytest.raises(ConfigError, match=r"no GPU here: .*--tiny"):
+        benchmarks.main(["gpu", "--out", str(tmp_path / "out")])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("task", ["train", "decode"])
+def test_every_row_beside_a_peer_has_its_speed_ours_first(task, monkeypatch, capsys):
+    monkeypatch.setattr(benchmarks, "in_fresh_process", lambda arguments: {"peak_memory_bytes": 1})
+    roofs = dict.fromkeys(("gemm_fp32_flops_per_second", "memory_bytes_per_second"), 1e9)
+    monkeypatch.setattr(benchmarks, "roofs", lambda job: roofs)
+    small = ["--preset", "nano", "--length", "16", "--new_tokens", "4", "--windows", "2", "--json"]
+    assert benchmarks.main([task, *small]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["name"] for row in rows] == ["smollm2", "transformers"]
+    assert all(row["tokens_per_second"] > 0 for row in rows)

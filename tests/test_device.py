@@ -1,0 +1,84 @@
+"""What a machine can hold, and settings of the process that are put back."""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+
+from smollm2 import device as device_module
+from smollm2.device import check_memory, memory_bytes, repeatable_sums
+from smollm2.errors import ConfigError
+from smollm2.settings import load_config
+
+GIB = 2**30
+UNLIMITED = 9223372036854771712  # what version 1 writes for "no limit"
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        ("0::/\n", {"memory.max": 2 * GIB}, 2),  # version 2, seen from inside the container
+        ("0::/a/b\n", {"a/b/memory.max": "max", "a/memory.max": 3 * GIB}, 3),  # the group around it
+        ("0::/a/b\n", {"a/b/memory.max": 2 * GIB, "a/memory.max": 3 * GIB}, 2),
+        (
+            "5:cpu:/x\n4:memory:/docker/0123\n0::/\n",
+            {"memory/memory.limit_in_bytes": 2 * GIB},
+            2,
+        ),  # version 1
+        ("4:cpu,memory:/a\n", {"memory/a/memory.limit_in_bytes": 2 * GIB}, 2),
+        ("4:memory:/\n", {"memory/memory.limit_in_bytes": UNLIMITED}, 64),
+        ("0::/\n", {"memory.max": "max"}, 64),
+        ("0::/\n", {}, 64),
+        (None, {}, 64),  # not Linux
+    ],
+)
+def test_a_containers_memory_is_what_counts(tmp_path, monkeypatch, groups, files, expected):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=64 * GIB))
+    if groups:
+        (tmp_path / "cgroup").write_text(groups)
+    for name, text in files.items():
+        (tmp_path / "fs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "fs" / name).write_text(f"{text}\n")
+    assert memory_bytes(str(tmp_path / "cgroup"), str(tmp_path / "fs")) == expected * GIB
+
+
+@pytest.mark.parametrize(
+    ("gib", "device", "batch", "needed"),
+    [
+        (2.0, "cpu", 16, "134,515,008 parameters and a train.batch_size of 16 x 512 tokens need 2.3 GiB"),
+        (3.0, "cpu", 16, None),
+        (2.0, "cuda", 16, None),  # gradients and moments are on the GPU
+        (1.0, "cuda", 2**18, "262,144 x 512 tokens need 1.8 GiB"),
+    ],
+)
+def test_what_cannot_fit_is_refused_with_both_figures(monkeypatch, gib, device, batch, needed):
+    monkeypatch.setattr(device_module, "memory_bytes", lambda: int(gib * GIB))
+    config = load_config("smollm2-135m", **{"train.batch_size": batch})
+    if needed is None:
+        check_memory(config, torch.device(device))
+        return
+    with pytest.raises(
+        ConfigError, match=f"{re.escape(needed)} .* has {gib} GiB: choose a smaller train.micro"
+    ):
+        check_memory(config, torch.device(device))
+
+
+def test_repeatable_sums_leave_the_process_as_it_was_and_fill_no_memory():
+    def settings():
+        return (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.utils.deterministic.fill_uninitialized_memory,
+        )
+
+    before = settings()
+    with repeatable_sums(True):
+        assert settings() == (True, False)
+    with repeatable_sums(False):
+        assert settings() == before
+    with pytest.raises(ZeroDivisionError), repeatable_sums(True):
+        raise ZeroDivisionError
+    assert settings() == before == (False, True)
