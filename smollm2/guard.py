@@ -47,7 +47,7 @@ class NumericGuard:
         elif self.on_spike != "ignore":
             reason = self._spike("loss", loss, self.losses) or self._spike("gradient norm", norm, self.norms)
             if reason and self.on_spike == "stop":
-                raise NumericStop(f"stopped on a spike: {reason}; the last checkpoint is untouched")
+                raise NumericStop(f"stopped on a spike: {reason}; what was saved stays as it is")
         if reason is None:
             self.in_a_row = self.overflows_in_a_row = 0
             if self.on_spike != "ignore":
@@ -64,8 +64,8 @@ class NumericGuard:
             self.overflows_in_a_row += 1
             if self.overflows_in_a_row >= MAX_SCALER_SKIPS:
                 raise NumericStop(
-                    f"fp16 gradients overflowed {self.overflows_in_a_row} times in a row ({reason}); the last checkpoint is "
-                    "untouched: use a lower train.learning_rate, --set train.precision=fp32, or train.precision=bf16 on a GPU "
+                    f"fp16 gradients overflowed {self.overflows_in_a_row} times in a row ({reason}); what was saved stays "
+                    "as it is: use a lower train.learning_rate, --set train.precision=fp32, or train.precision=bf16 on a GPU "
                     "that has it (compute capability 8.0)"
                 )
             return
@@ -79,7 +79,7 @@ class NumericGuard:
         else:
             return
         raise NumericStop(
-            f"updates skipped: {count}; last cause: {reason}; the last checkpoint is untouched: "
+            f"updates skipped: {count}; last cause: {reason}; what was saved stays as it is: "
             "lower train.learning_rate or look at the data"
         )
 

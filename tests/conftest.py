@@ -28,7 +28,10 @@ def pytest_runtest_makereport(item, call):
     """With SMOLLM2_NO_SKIPS, as in CI, a test that does not run has not passed."""
     report = (yield).get_result()
     if report.skipped and os.environ.get("SMOLLM2_NO_SKIPS") and not hasattr(report, "wasxfail"):
-        report.outcome, report.longrepr = "failed", f"skipped where every test is meant to run: {report.longrepr}"
+        report.outcome, report.longrepr = (
+            "failed",
+            f"skipped where every test is meant to run: {report.longrepr}",
+        )
 
 
 @pytest.fixture(scope="session")

@@ -118,7 +118,7 @@ def test_too_many_skips_end_the_run_with_exit_code_5_and_leave_the_last_checkpoi
     with monkeypatch.context() as patch:
         poison(patch, dict.fromkeys(bad, "gradient"))
         with pytest.raises(
-            NumericStop, match=f"updates skipped: {cause}.*the last checkpoint is untouched"
+            NumericStop, match=f"updates skipped: {cause}.*what was saved stays as it is"
         ) as stop:
             train(config(text, tmp_path / "output"), Reporter())
     assert stop.value.exit_code == 5
