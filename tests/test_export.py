@@ -243,6 +243,19 @@ def test_gguf_says_what_we_say_within_its_rounding(tmp_path, kind, theta, tolera
     assert f"FROM ./{file}" in (out / "Modelfile").read_text()
 
 
+@pytest.mark.parametrize("id_in_the_file", [380, 390, 5000])
+def test_gguf_ids_are_those_that_the_model_was_trained_with(tmp_path, id_in_the_file):
+    """The tokenizers library numbers added tokens itself, behind the entries that there are."""
+    gguf = pytest.importorskip("gguf")
+    tokenizer = with_tokens("<|user|>", first_id=id_in_the_file)
+    source = save_folder(tmp_path / "in", tiny_model(vocab_size=400), tokenizer)
+    fields = gguf.GGUFReader(export(source, tmp_path / "out", gguf="f16") / "model-f16.gguf").fields
+    tokens, types = (fields[f"tokenizer.ggml.{what}"].contents() for what in ("tokens", "token_type"))
+    assert tokens[: tokenizer.vocab_size] == [tokenizer.token(i) for i in range(tokenizer.vocab_size)]
+    kind = gguf.TokenType
+    assert types == [kind.CONTROL] + [kind.NORMAL] * 379 + [kind.CONTROL] + [kind.UNUSED] * 19
+
+
 def test_a_gguf_file_that_an_export_replaces_is_named(tmp_path, capsys):
     pytest.importorskip("gguf")
     for kind in ("q8_0", "q8_0", "f16"):
