@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ import torch
 
 from .card import model_card
 from .config import SmolLM2Config
-from .conversation import chat_template
-from .errors import ArgumentParser, ConfigError, OutputLost, run_command
+from .conversation import chat_template, render_chat
+from .errors import ArgumentParser, CheckpointError, ConfigError, OutputLost, run_command
 from .files import commit_folder, dump_json, kind_of, sha256_file, write_tensors
 from .gguf_file import GGUF_TYPES, write_gguf
 from .hub import check_repo_id, push
@@ -57,13 +58,50 @@ def tokenizer_files(tokenizer: Tokenizer, config: SmolLM2Config, template: str |
     return files | {"tokenizer_config.json": dump_json(fields)}
 
 
-def modelfile(weights: str, config: SmolLM2Config, tokenizer: Tokenizer, is_chat: bool) -> str:
-    """Ollama's recipe. A base model completes the prompt as it stands; an Instruct one is wrapped in ChatML."""
-    chat = "{{- range .Messages }}" + TURN.format("{{ .Role }}", "{{ .Content }}") + "{{ end }}" + ANSWER
-    stop = "<|im_end|>" if is_chat else special_tokens(tokenizer, config).get("eos_token")
-    lines = [f"FROM {weights}", f'TEMPLATE """{chat if is_chat else "{{ .Prompt }}"}"""']
-    lines += [f"PARAMETER num_ctx {config.max_position_embeddings}", "PARAMETER temperature 0.8"]
-    lines += [f'PARAMETER stop "{stop}"'] if stop else []
+def chatml_system(template: str, special: dict[str, str]) -> str | None:
+    """The system message that a ChatML template adds by itself, perhaps empty; None for any other template.
+
+    Recognised by what it writes for a conversation of several turns, with a system message and without one.
+    """
+    talk = [{"role": role, "content": f"{role} said"} for role in ("system", "user", "assistant", "user")]
+    system, *turns = [TURN.format(turn["role"], turn["content"]) for turn in talk]
+    try:
+        asked, alone = render_chat(template, talk, special), render_chat(template, talk[1:], special)
+    except CheckpointError:  # it takes no system message, or does not run at all
+        return None
+    turns = "".join(turns) + ANSWER
+    default = r"(?:<\|im_start\|>system\n(.*?)<\|im_end\|>\n)?"
+    found = re.fullmatch(default + re.escape(turns), alone, re.DOTALL)
+    return (found[1] or "") if found and asked == system + turns else None
+
+
+def modelfile(
+    weights: str, config: SmolLM2Config, tokenizer: Tokenizer, ends: tuple, template: str | None
+) -> str:
+    """Ollama's recipe. A base model completes the prompt as it stands, an Instruct model reads ChatML where
+    its own template writes that. `ends`: ids that end a text."""
+    lines = [
+        f"FROM {weights}",
+        f"PARAMETER num_ctx {config.max_position_embeddings}",
+        "PARAMETER temperature 0.8",
+    ]
+    stops = [tokenizer.token(i) for i in ends if tokenizer.is_special(i)]
+    system = chatml_system(template, special_tokens(tokenizer, config)) if template else None
+    if not template:
+        lines.append('TEMPLATE """{{ .Prompt }}"""')
+    elif system is None:
+        lines.append(
+            "# No TEMPLATE: the model's chat template is not ChatML, the one kind that is translated here."
+        )
+        lines.append(
+            "# Ollama takes the template in the model's own files where it knows it; else write one."
+        )
+    else:
+        turns = "{{- range .Messages }}" + TURN.format("{{ .Role }}", "{{ .Content }}") + "{{ end }}" + ANSWER
+        lines.append(f'TEMPLATE """{turns}"""')
+        lines += [f'SYSTEM """{system}"""'] if system else []
+        stops.append("<|im_end|>")
+    lines += [f'PARAMETER stop "{stop}"' for stop in dict.fromkeys(stops)]
     return "\n".join(lines) + "\n"
 
 
@@ -99,6 +137,7 @@ def export(
         folder
     )  # fp32, verified byte by byte where there is a manifest
     state, template = recorded(folder), chat_template(folder)
+    ends = () if model.config.eos_token_id is None else (model.config.eos_token_id,)
     config, tensors = exported_config(model.config, state), stored_tensors(model)
     if dtype is None:  # an export loses nothing unless asked to
         stored = {tensor.dtype for tensor in read_weights(folder, config).values()}
@@ -107,7 +146,7 @@ def export(
     title = folder.name.removesuffix(".ckpt") if os.path.exists(checkpoint) else str(checkpoint)
     base, gguf_file = published_base(checkpoint, folder), f"model-{gguf}.gguf" if gguf else None
     card = model_card(title, folder, config, sum(p.numel() for p in tensors.values()), dtype, gguf_file, base)
-    recipe = modelfile(f"./{gguf_file}" if gguf else ".", config, tokenizer, bool(template))
+    recipe = modelfile(f"./{gguf_file}" if gguf else ".", config, tokenizer, ends, template)
     files = model_files(config, str(DTYPES[dtype]).removeprefix("torch."))
     files |= tokenizer_files(tokenizer, config, template)
     files |= {"README.md": card.encode(), "Modelfile": recipe.encode()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import urllib.request
 from pathlib import Path
 
@@ -113,6 +114,11 @@ SMOLLM2_INSTRUCT = (
     "You are SmolLM<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
     "'<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+WITHOUT_SYSTEM = re.sub(r"{% if loop.first .*?{% endif %}", "", SMOLLM2_INSTRUCT, flags=re.DOTALL)
+OTHER = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}<|assistant|>\n"
+REFUSES = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + WITHOUT_SYSTEM
+)
 
 
 def instruct(folder: Path, template: str, *tokens: str) -> Path:
@@ -133,6 +139,32 @@ def test_an_instruct_folder_keeps_its_chat_template_and_special_tokens(tmp_path)
     assert (
         shown == "<|im_start|>system\nbe<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("template", "end", "system"),
+    [
+        (SMOLLM2_INSTRUCT, "<|im_end|>", "You are SmolLM"),
+        (WITHOUT_SYSTEM, "<|im_end|>", None),
+        (OTHER, "<|end|>", None),
+        (REFUSES, "<|im_end|>", None),
+    ],
+    ids=["default system turn", "none", "not ChatML", "no system turn"],
+)
+def test_ollamas_recipe_follows_the_models_own_template_or_says_that_it_cannot(
+    tmp_path, template, end, system
+):
+    source = instruct(tmp_path / "in", template, "<|start|>", end)
+    recipe = (export(source, tmp_path / "out") / "Modelfile").read_text()
+    assert re.findall('PARAMETER stop "(.*)"', recipe) == [end]
+    assert re.findall('SYSTEM """(.*)"""', recipe) == ([system] if system else [])
+    if template in (OTHER, REFUSES):
+        assert (
+            'TEMPLATE "' not in recipe and "# No TEMPLATE: the model's chat template is not ChatML" in recipe
+        )
+    else:
+        turn = "{{- range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}"
+        assert f'TEMPLATE """{turn}<|im_start|>assistant\n"""' in recipe
 
 
 def test_a_llama_tokenizer_keeps_its_special_tokens_and_its_size(tmp_path):
