@@ -27,7 +27,7 @@ from .hub import check_repo_id, push
 from .origin import published_base, recorded
 from .pretrained import load_model_and_tokenizer
 from .tokenizer import Tokenizer
-from .weights import model_files, read_weights, resolve, stored_tensors
+from .weights import model_files, read_end_ids, read_weights, resolve, stored_tensors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RECEIPT = "export.json"  # names every file of an export: what makes a folder ours to replace
@@ -136,8 +136,7 @@ def export(
     model, tokenizer = load_model_and_tokenizer(
         folder
     )  # fp32, verified byte by byte where there is a manifest
-    state, template = recorded(folder), chat_template(folder)
-    ends = () if model.config.eos_token_id is None else (model.config.eos_token_id,)
+    state, template, ends = recorded(folder), chat_template(folder), read_end_ids(folder, model.config)
     config, tensors = exported_config(model.config, state), stored_tensors(model)
     if dtype is None:  # an export loses nothing unless asked to
         stored = {tensor.dtype for tensor in read_weights(folder, config).values()}
@@ -147,7 +146,7 @@ def export(
     base, gguf_file = published_base(checkpoint, folder), f"model-{gguf}.gguf" if gguf else None
     card = model_card(title, folder, config, sum(p.numel() for p in tensors.values()), dtype, gguf_file, base)
     recipe = modelfile(f"./{gguf_file}" if gguf else ".", config, tokenizer, ends, template)
-    files = model_files(config, str(DTYPES[dtype]).removeprefix("torch."))
+    files = model_files(config, str(DTYPES[dtype]).removeprefix("torch."), ends)
     files |= tokenizer_files(tokenizer, config, template)
     files |= {"README.md": card.encode(), "Modelfile": recipe.encode()}
     files["model.safetensors"] = lambda path: write_tensors(path, rounded)

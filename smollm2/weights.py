@@ -19,7 +19,7 @@ from .hub import fetch_files
 
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
-OPTIONAL_FILES = ("tokenizer_config.json", "chat_template.jinja")
+OPTIONAL_FILES = ("generation_config.json", "tokenizer_config.json", "chat_template.jinja")
 MAX_TABLE_BYTES = 16 * 2**20
 
 
@@ -56,6 +56,16 @@ def read_table(path: Path, expected: str) -> dict[str, Any]:
 def read_config(folder: Path) -> SmolLM2Config:
     path = folder / "config.json"
     return SmolLM2Config.from_hf_dict(read_table(path, "the config.json of a Llama model"), str(path))
+
+
+def read_end_ids(folder: Path, config: SmolLM2Config) -> tuple[int, ...]:
+    """All tokens that end a text: config.json's first, then those that only generation_config.json names."""
+    found = []
+    for name in ("config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            ids = read_table(folder / name, "a table").get("eos_token_id")
+            found += ids if isinstance(ids, list) else [ids]
+    return tuple(dict.fromkeys(i for i in found if type(i) is int and 0 <= i < config.vocab_size))
 
 
 def read_weights(folder: Path, config: SmolLM2Config) -> dict[str, torch.Tensor]:
@@ -100,11 +110,14 @@ def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], where: str)
             parameter.copy_(tensors[name])
 
 
-def model_files(config: SmolLM2Config, dtype: str = "float32") -> dict[str, bytes]:
-    """`config.json` and `generation_config.json`."""
-    end = config.eos_token_id
-    pad = end if config.pad_token_id is None else config.pad_token_id  # transformers warns without
-    generation = {"bos_token_id": config.bos_token_id, "eos_token_id": end, "pad_token_id": pad}
+def model_files(config: SmolLM2Config, dtype: str = "float32", end_ids: tuple = ()) -> dict[str, bytes]:
+    """`config.json` and `generation_config.json`. `end_ids`: see `read_end_ids`; config's own by default."""
+    ends = end_ids or (config.eos_token_id,)
+    pad = (
+        ends[0] if config.pad_token_id is None else config.pad_token_id
+    )  # transformers warns where there is none
+    generation = {"bos_token_id": config.bos_token_id, "pad_token_id": pad}
+    generation["eos_token_id"] = list(ends) if len(ends) > 1 else ends[0]
     fields = config.to_hf_dict(dtype)
     return {"config.json": dump_json(fields), "generation_config.json": dump_json(generation)}
 

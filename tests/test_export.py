@@ -167,6 +167,23 @@ def test_ollamas_recipe_follows_the_models_own_template_or_says_that_it_cannot(
         assert f'TEMPLATE """{turn}<|im_start|>assistant\n"""' in recipe
 
 
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_all_end_tokens_of_a_model_are_kept_and_the_first_is_the_same_everywhere(tmp_path, name):
+    gguf = pytest.importorskip("gguf")
+    source = save_folder(tmp_path / "in", tiny_model(eos_token_id=381), with_tokens("<|eot|>", "<|end|>"))
+    fields = json.loads((source / name).read_text()) | {"eos_token_id": [381, 380, 381, True, 10**6]}
+    (source / name).write_bytes(dump_json(fields))
+    for out in (export(source, tmp_path / "out", gguf="f16"), export(tmp_path / "out", tmp_path / "again")):
+        read = {path.name: json.loads(path.read_text()) for path in out.glob("*.json")}
+        assert read["generation_config.json"]["eos_token_id"] == [381, 380]
+        assert read["config.json"]["eos_token_id"] == 381
+        assert read["tokenizer_config.json"]["eos_token"] == "<|end|>"
+        stops = re.findall('PARAMETER stop "(.*)"', (out / "Modelfile").read_text())
+        assert stops == ["<|end|>", "<|eot|>"]
+    reader = gguf.GGUFReader(tmp_path / "out" / "model-f16.gguf")
+    assert reader.fields["tokenizer.ggml.eos_token_id"].contents() == 381
+
+
 def test_a_llama_tokenizer_keeps_its_special_tokens_and_its_size(tmp_path):
     """Its normaliser marks blanks, in the names of special tokens too: under those names they would be new entries
     beyond the embedding."""
