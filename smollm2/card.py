@@ -15,12 +15,6 @@ from .origin import recorded
 
 OFFICIAL = "HuggingFaceTB/SmolLM2-"  # all published under Apache-2.0
 TEMPLATE = Path(__file__).with_name("card.md")
-HUB = {
-    "language": "en",
-    "library_name": "transformers",
-    "pipeline_tag": "text-generation",
-    "tags": ["smollm2", "llama"],
-}
 FORMATS = {int: "{:,}", float: "{:.5g}"}
 
 
@@ -64,31 +58,20 @@ def licence(state: dict[str, Any], base: str | None) -> tuple[str | None, str]:
     if base and base.startswith(OFFICIAL):
         return "apache-2.0", f"Made from the weights of {base}, which are under the Apache licence 2.0."
     if source := base or state.get("init_from"):
-        return (
-            None,
-            f"Made from the weights of `{source}`: their licence holds for these, too. Look it up there.",
-        )
+        return None, f"Made from the weights of `{source}`: their licence holds for these, too. Look it up."
     if "init_from" not in state:
-        return (
-            None,
-            "Nothing says where the weights come from: find out which licence holds before you publish.",
-        )
+        return None, "Nothing says where the weights come from: find out which licence holds first."
     kept = "The text it was trained on keeps its own terms: check them before you publish the weights."
     return "mit", f"The training code is under the MIT licence. {kept}"
 
 
 def model_card(
-    title: str,
-    folder: Path,
-    config: SmolLM2Config,
-    parameters: int,
-    dtype: str,
-    gguf: str | None,
-    base: str | None,
+    title: str, folder: Path, config: SmolLM2Config, size: int, dtype: str, gguf: str | None, base: str | None
 ) -> str:
     """`README.md` of a checkpoint folder's export, with the Hub's metadata header.
 
-    `config`: as exported. `gguf`: name of that file, `base`: Hub id of the weights it was made from, if any.
+    `config`: as exported. `size`: parameters. `gguf`: name of that file. `base`: Hub id of the weights it was made
+    from. Both may be absent.
     """
     from huggingface_hub import ModelCardData
 
@@ -96,10 +79,8 @@ def model_card(
     table = training_table(state, last_figures(folder, state.get("step")))
     word, sentence = licence(state, base)
     dataset = state.get("text") or ""
-    datasets = (
-        [dataset] if dataset.count("/") == 1 else None
-    )  # a Hub id; of a file only the last name is kept
-    header = ModelCardData(license=word, datasets=datasets, base_model=base, **HUB).to_yaml()
+    datasets = [dataset] if dataset.count("/") == 1 else None  # of a file only its name is kept
+    header = ModelCardData(license=word, language="en", datasets=datasets, base_model=base).to_yaml()
     use = f'`llama-completion -m {gguf} -p "Once upon a time"` runs it in llama.cpp.\n\n' if gguf else ""
-    facts = {"title": title, "config": config, "parameters": parameters, "dtype": dtype, "licence": sentence}
+    facts = {"title": title, "config": config, "parameters": size, "dtype": dtype, "licence": sentence}
     return TEMPLATE.read_text("utf-8").format(header=header, training=table, llama_cpp=use, **facts)

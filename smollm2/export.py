@@ -80,22 +80,17 @@ def modelfile(
 ) -> str:
     """Ollama's recipe. A base model completes the prompt as it stands, an Instruct model reads ChatML where
     its own template writes that. `ends`: ids that end a text."""
-    lines = [
-        f"FROM {weights}",
-        f"PARAMETER num_ctx {config.max_position_embeddings}",
-        "PARAMETER temperature 0.8",
-    ]
+    context = config.max_position_embeddings
+    lines = [f"FROM {weights}", f"PARAMETER num_ctx {context}", "PARAMETER temperature 0.8"]
     stops = [tokenizer.token(i) for i in ends if tokenizer.is_special(i)]
     system = chatml_system(template, special_tokens(tokenizer, config)) if template else None
     if not template:
         lines.append('TEMPLATE """{{ .Prompt }}"""')
     elif system is None:
         lines.append(
-            "# No TEMPLATE: the model's chat template is not ChatML, the one kind that is translated here."
+            "# No TEMPLATE: the model's chat template is not ChatML, the only kind that is translated."
         )
-        lines.append(
-            "# Ollama takes the template in the model's own files where it knows it; else write one."
-        )
+        lines.append("# Ollama takes the one in the model's own files where it knows it; else write one.")
     else:
         turns = "{{- range .Messages }}" + TURN.format("{{ .Role }}", "{{ .Content }}") + "{{ end }}" + ANSWER
         lines.append(f'TEMPLATE """{turns}"""')
@@ -116,9 +111,7 @@ def check_out(out: Path, source: Path) -> None:
     foreign = [p.name for p in there if p.name not in ours or sha256_file(p) != ours[p.name]["sha256"]]
     if foreign:  # a card that somebody has edited is theirs, too
         found = ", ".join(foreign[:3])
-        raise ConfigError(
-            f"--out {out}: {found} is no unchanged part of an export; move it or name a new folder"
-        )
+        raise ConfigError(f"--out {out}: {found} is no unchanged part of an export; name a new folder")
 
 
 def export(
@@ -133,9 +126,7 @@ def export(
     check_out(target, folder)
     if gguf not in (None, *GGUF_TYPES):
         raise ConfigError(f"--gguf {gguf}: expected one of {', '.join(GGUF_TYPES)}")
-    model, tokenizer = load_model_and_tokenizer(
-        folder
-    )  # fp32, verified byte by byte where there is a manifest
+    model, tokenizer = load_model_and_tokenizer(folder)  # fp32; a checkpoint of ours is verified
     state, template, ends = recorded(folder), chat_template(folder), read_end_ids(folder, model.config)
     config, tensors = exported_config(model.config, state), stored_tensors(model)
     if dtype is None:  # an export loses nothing unless asked to
@@ -169,9 +160,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, help="of model.safetensors (default: as stored)")
     parser.add_argument("--gguf", choices=GGUF_TYPES, help="also write a GGUF file for llama.cpp and Ollama")
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload the folder to this model on the Hub")
-    parser.add_argument(
-        "--dry_run", action="store_true", help="with --push: say what it would upload, no more"
-    )
+    parser.add_argument("--dry_run", action="store_true", help="with --push: only say what it would upload")
     args = parser.parse_args(argv)
     if args.dry_run and not args.push:
         raise ConfigError("--dry_run goes with --push OWNER/NAME: without it nothing is uploaded anyway")

@@ -94,9 +94,7 @@ def _explained(error: Exception, repo_id: str) -> UserError:
     is_of_disk = isinstance(error, OSError) and error.errno  # the network's errors have no number
     if is_of_disk or "home directory" in said:
         folder = getattr(error, "filename", None) or constants.HF_HUB_CACHE
-        return UserError(
-            f"{folder} cannot be used ({said}): set HF_HUB_CACHE (or HF_HOME) to a folder that can be written"
-        )
+        return UserError(f"{folder} cannot be used ({said}): set HF_HUB_CACHE or HF_HOME to another folder")
     token, status = get_token() or "", getattr(getattr(error, "response", None), "status_code", 0)
     if not (token.isascii() and token.isprintable()):  # some libraries would show it in their message
         return UserError("HF_TOKEN holds characters that no access token has: copy it again, or unset it")

@@ -113,9 +113,7 @@ def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], where: str)
 def model_files(config: SmolLM2Config, dtype: str = "float32", end_ids: tuple = ()) -> dict[str, bytes]:
     """`config.json` and `generation_config.json`. `end_ids`: see `read_end_ids`; config's own by default."""
     ends = end_ids or (config.eos_token_id,)
-    pad = (
-        ends[0] if config.pad_token_id is None else config.pad_token_id
-    )  # transformers warns where there is none
+    pad = ends[0] if config.pad_token_id is None else config.pad_token_id  # transformers warns without
     generation = {"bos_token_id": config.bos_token_id, "pad_token_id": pad}
     generation["eos_token_id"] = list(ends) if len(ends) > 1 else ends[0]
     fields = config.to_hf_dict(dtype)
