@@ -1,118 +1,117 @@
-"""Take a checkpoint anywhere: `python -m smollm2.export` writes a folder for transformers, llama.cpp, Ollama and the Hub.
+"""`python -m smollm2.export`: a checkpoint as a folder for transformers, llama.cpp, Ollama and the Hub.
 
 Notable:
-* transformers 4 and 5 read it alike: both RoPE forms, both dtype forms, a tokenizer class that both keep as it is;
+* transformers 4 and 5 read it alike: both RoPE forms, both dtype forms, a tokenizer class that both know;
 * `tokenizer.json` is copied byte for byte;
 * `max_position_embeddings` is the context really trained, the model card holds the run's own figures;
-* written to a temporary sibling and renamed: `--out` is the old export or the new one, never a mixture.
+* written by `commit_folder`: `--out` is the old export or the new one, never a mixture.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import secrets
-import shutil
+import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from .card import PLOT, model_card, plot, read_log
+from .card import model_card
 from .config import SmolLM2Config
-from .conversation import chat_template
+from .conversation import chat_template, render_chat
 from .errors import ArgumentParser, CheckpointError, ConfigError, OutputLost, run_command
-from .files import dump_json, fsync_folder, kind_of, sha256_file, strict_json, write_durably
+from .files import commit_folder, dump_json, kind_of, sha256_file, write_tensors
 from .gguf_file import GGUF_TYPES, write_gguf
-from .model import SmolLM2
+from .hub import check_repo_id, push
 from .origin import published_base, recorded
+from .pretrained import load_model_and_tokenizer
 from .tokenizer import Tokenizer
-from .weights import model_files, resolve, stored_tensors
+from .weights import model_files, read_end_ids, read_weights, resolve, stored_tensors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RECEIPT = "export.json"  # names every file of an export: what makes a folder ours to replace
+TURN, ANSWER = "<|im_start|>{}\n{}<|im_end|>\n", "<|im_start|>assistant\n"  # ChatML
 
 
-def exported_config(config: SmolLM2Config, state: dict) -> SmolLM2Config:
+def exported_config(config: SmolLM2Config, state: dict[str, Any]) -> SmolLM2Config:
     """The configuration with the context that was really trained: positions beyond it were never seen.
 
     Weights that started from others keep theirs: a short fine-tuning does not undo a long pre-training.
     """
-    run = state.get("config") or {}
-    trained = (run.get("data") or {}).get("sequence_length")
-    if not trained or state.get("init_from") or trained >= config.max_position_embeddings:
-        return config
-    return config.model_copy(update={"max_position_embeddings": trained})
+    data, context = (state.get("config") or {}).get("data") or {}, config.max_position_embeddings
+    trained = context if state.get("init_from") else data.get("sequence_length") or context
+    return config.model_copy(update={"max_position_embeddings": min(trained, context)})
+
+
+def special_tokens(tokenizer: Tokenizer, config: SmolLM2Config) -> dict[str, str]:
+    """{"eos_token": its text, ...} of those roles whose id `config.json` names."""
+    ids = {f"{role}_token": getattr(config, f"{role}_token_id") for role in ("bos", "eos", "pad")}
+    return {role: tokenizer.token(i) for role, i in ids.items() if i is not None and tokenizer.token(i)}
 
 
 def tokenizer_files(tokenizer: Tokenizer, config: SmolLM2Config, template: str | None) -> dict[str, bytes]:
-    """`tokenizer.json` unchanged, and a `tokenizer_config.json` with the model's own special tokens and chat template."""
+    """`tokenizer.json` unchanged, `tokenizer_config.json` with the model's own special tokens."""
     files = tokenizer.files(config.max_position_embeddings)
-    fields = json.loads(files["tokenizer_config.json"])
-    for role in ("bos", "eos", "pad"):
-        token_id = getattr(config, f"{role}_token_id")
-        if token_id is not None and tokenizer.token(token_id) is not None:
-            fields[f"{role}_token"] = tokenizer.token(token_id)
-    if template:
-        fields["chat_template"] = template
+    fields = json.loads(files["tokenizer_config.json"]) | special_tokens(tokenizer, config)
+    fields |= {"chat_template": template} if template else {}
     return files | {"tokenizer_config.json": dump_json(fields)}
 
 
-def modelfile(weights: str, config: SmolLM2Config, tokenizer: Tokenizer, is_chat: bool) -> str:
-    """Ollama's recipe. A base model completes the prompt as it stands; an Instruct one is wrapped in ChatML."""
-    chat = "{{- range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n"
-    stop = (
-        "<|im_end|>"
-        if is_chat
-        else tokenizer.token(config.eos_token_id)
-        if config.eos_token_id is not None
-        else None
-    )
-    lines = [
-        f"FROM {weights}",
-        f'TEMPLATE """{chat if is_chat else "{{ .Prompt }}"}"""',
-        f"PARAMETER num_ctx {config.max_position_embeddings}",
-    ]
-    lines += ["PARAMETER temperature 0.8"] + ([f'PARAMETER stop "{stop}"'] if stop else [])
+def chatml_system(template: str, special: dict[str, str]) -> str | None:
+    """The system message that a ChatML template adds by itself, perhaps empty; None for any other template.
+
+    Recognised by what it writes for a conversation of several turns, with a system message and without one.
+    """
+    talk = [{"role": role, "content": f"{role} said"} for role in ("system", "user", "assistant", "user")]
+    system, *turns = [TURN.format(turn["role"], turn["content"]) for turn in talk]
+    try:
+        asked, alone = render_chat(template, talk, special), render_chat(template, talk[1:], special)
+    except CheckpointError:  # it takes no system message, or does not run at all
+        return None
+    turns = "".join(turns) + ANSWER
+    default = r"(?:<\|im_start\|>system\n(.*?)<\|im_end\|>\n)?"
+    found = re.fullmatch(default + re.escape(turns), alone, re.DOTALL)
+    return (found[1] or "") if found and asked == system + turns else None
+
+
+def modelfile(
+    weights: str, config: SmolLM2Config, tokenizer: Tokenizer, ends: tuple, template: str | None
+) -> str:
+    """Ollama's recipe. A base model completes the prompt as it stands, an Instruct model reads ChatML where
+    its own template writes that. `ends`: ids that end a text."""
+    context = config.max_position_embeddings
+    lines = [f"FROM {weights}", f"PARAMETER num_ctx {context}", "PARAMETER temperature 0.8"]
+    stops = [tokenizer.token(i) for i in ends if tokenizer.is_special(i)]
+    system = chatml_system(template, special_tokens(tokenizer, config)) if template else None
+    if not template:
+        lines.append('TEMPLATE """{{ .Prompt }}"""')
+    elif system is None:
+        lines.append(
+            "# No TEMPLATE: the model's chat template is not ChatML, the only kind that is translated."
+        )
+        lines.append("# Ollama takes the one in the model's own files where it knows it; else write one.")
+    else:
+        turns = "{{- range .Messages }}" + TURN.format("{{ .Role }}", "{{ .Content }}") + "{{ end }}" + ANSWER
+        lines.append(f'TEMPLATE """{turns}"""')
+        lines += [f'SYSTEM """{system}"""'] if system else []
+        stops.append("<|im_end|>")
+    lines += [f'PARAMETER stop "{stop}"' for stop in dict.fromkeys(stops)]
     return "\n".join(lines) + "\n"
 
 
 def check_out(out: Path, source: Path) -> None:
-    """`--out` must be new, empty, or an earlier export with nothing added to it; raises `ConfigError`."""
-    if out.resolve().is_relative_to(source.resolve()):
+    """`--out` must be new, empty, or an earlier export, nothing added or changed; raises `ConfigError`."""
+    if out.is_relative_to(source.resolve()):
         raise ConfigError(f"--out {out}: lies inside the checkpoint {source}; expected a folder of its own")
-    if not out.exists() and not out.is_symlink():
-        return
-    if not out.is_dir() or out.is_symlink():
-        raise ConfigError(
-            f"--out {out}: {'a link' if out.is_symlink() else kind_of(out)}; expected a folder that is new or empty"
-        )
-    found = {path.name for path in out.iterdir()}
-    if not found:
-        return
-    receipt = out / RECEIPT
-    if not receipt.is_file() or receipt.stat().st_size > 2**20:
-        raise ConfigError(
-            f"--out {out}: not empty and not an export ({', '.join(sorted(found)[:3])}); name a new folder"
-        )
-    fields = strict_json(receipt.read_bytes(), str(receipt))
-    known = set(fields.get("files", {})) if isinstance(fields, dict) else set()
-    foreign = sorted(found - known - {RECEIPT})
-    if foreign:
-        raise ConfigError(
-            f"--out {out}: an export, but {', '.join(foreign[:3])} was added to it and would be lost; move it or name a new folder"
-        )
-
-
-def stored_dtype(folder: Path) -> str:
-    """`bf16` where the weights are stored so, else `fp32`: an export loses nothing unless asked to."""
-    from safetensors import safe_open
-
-    file = next(iter(sorted(folder.glob("model*.safetensors"))), None)
-    if file is None:
-        return "fp32"
-    with safe_open(file, framework="pt") as tensors:
-        dtypes = {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118 - not a dict
-    return "bf16" if dtypes == {"BF16"} else "fp32"
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out}: {kind_of(out)}; expected a folder that is new or empty")
+    ours = recorded(out, RECEIPT).get("files") or {}
+    there = [path for path in sorted(out.glob("*")) if path.name != RECEIPT or not ours]
+    foreign = [p.name for p in there if p.name not in ours or sha256_file(p) != ours[p.name]["sha256"]]
+    if foreign:  # a card that somebody has edited is theirs, too
+        found = ", ".join(foreign[:3])
+        raise ConfigError(f"--out {out}: {found} is no unchanged part of an export; name a new folder")
 
 
 def export(
@@ -120,122 +119,62 @@ def export(
 ) -> Path:
     """Write the export of a checkpoint folder or Hub id to `out` and return it.
 
-    `dtype` is fp32 or bf16 (default: as stored); `gguf` adds a `model-f16.gguf` or `model-q8_0.gguf`. Raises a
-    `UserError` for anything wrong, before `out` is touched.
+    `dtype` is fp32 or bf16 (default: as stored); `gguf`, f16 or q8_0, adds `model-f16.gguf` or
+    `model-q8_0.gguf`. Raises a `UserError` for anything wrong, before `out` is touched.
     """
-    out, folder = Path(out), resolve(checkpoint)
-    check_out(out, folder)
-    state = recorded(folder)
-    model = SmolLM2.from_pretrained(folder)  # fp32, verified byte by byte where there is a manifest
-    tokenizer = Tokenizer.from_file(folder)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise CheckpointError(
-            f"{folder}: tokenizer of {tokenizer.vocab_size:,} entries, model of {model.config.vocab_size:,}: they do not belong together"
-        )
-    config, template = exported_config(model.config, state), chat_template(folder)
-    rows = read_log(folder, state.get("step"))
-    dtype = dtype or stored_dtype(folder)
-    title = folder.name.removesuffix(".ckpt") if Path(checkpoint).exists() else str(checkpoint)
-    gguf_file = f"model-{gguf}.gguf" if gguf else None
-    temporary = out.absolute().with_name(f".{out.absolute().name}.tmp-{secrets.token_hex(4)}")
+    folder, target = resolve(checkpoint), Path(os.path.realpath(out))
+    check_out(target, folder)
+    if gguf not in (None, *GGUF_TYPES):
+        raise ConfigError(f"--gguf {gguf}: expected one of {', '.join(GGUF_TYPES)}")
+    model, tokenizer = load_model_and_tokenizer(folder)  # fp32; a checkpoint of ours is verified
+    state, template, ends = recorded(folder), chat_template(folder), read_end_ids(folder, model.config)
+    config, tensors = exported_config(model.config, state), stored_tensors(model)
+    if dtype is None:  # an export loses nothing unless asked to
+        stored = {tensor.dtype for tensor in read_weights(folder, config).values()}
+        dtype = "bf16" if stored == {torch.bfloat16} else "fp32"
+    rounded = {name: tensor.to(DTYPES[dtype]).contiguous() for name, tensor in tensors.items()}
+    title = folder.name.removesuffix(".ckpt") if os.path.exists(checkpoint) else str(checkpoint)
+    base, gguf_file = published_base(checkpoint, folder), f"model-{gguf}.gguf" if gguf else None
+    card = model_card(title, folder, config, sum(p.numel() for p in tensors.values()), dtype, gguf_file, base)
+    recipe = modelfile(f"./{gguf_file}" if gguf else ".", config, tokenizer, ends, template)
+    files = model_files(config, str(DTYPES[dtype]).removeprefix("torch."), ends)
+    files |= tokenizer_files(tokenizer, config, template)
+    files |= {"README.md": card.encode(), "Modelfile": recipe.encode()}
+    files["model.safetensors"] = lambda path: write_tensors(path, rounded)
+    if gguf:  # from the fp32 weights, not from those rounded to bf16
+        files[gguf_file] = lambda path: write_gguf(path, config, tensors, tokenizer, gguf, title, template)
+    receipt = {"made_by": "smollm2.export", "step": state.get("step"), "dtype": dtype, "base_model": base}
     try:
-        temporary.mkdir(parents=True)
-        if gguf:  # from the fp32 weights, before they are rounded to bf16
-            write_gguf(temporary / gguf_file, config, stored_tensors(model), tokenizer, gguf, title, template)
-        model.to(DTYPES[dtype]).save_pretrained(temporary)
-        small = model_files(config, str(DTYPES[dtype]).removeprefix("torch.")) | tokenizer_files(
-            tokenizer, config, template
-        )
-        small["Modelfile"] = modelfile(
-            f"./{gguf_file}" if gguf else ".", config, tokenizer, bool(template)
-        ).encode()
-        has_plot = plot(rows, temporary / PLOT)
-        parameters = sum(p.numel() for p in model.parameters())
-        base = published_base(checkpoint, folder)
-        small["README.md"] = model_card(
-            title, config, parameters, dtype, state, rows, has_plot, gguf_file, base
-        ).encode()
-        for name, data in small.items():
-            write_durably(temporary / name, data)
-        files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-            for path in sorted(temporary.iterdir())
-        }
-        receipt = {
-            "made_by": "smollm2.export",
-            "step": state.get("step"),
-            "dtype": dtype,
-            "base_model": base,
-            "files": files,
-        }
-        write_durably(temporary / RECEIPT, dump_json(receipt))
-        fsync_folder(temporary)
-        put_in_place(temporary, out.absolute())
+        target.parent.mkdir(parents=True, exist_ok=True)
+        commit_folder(target, files, lambda table: {RECEIPT: dump_json(receipt | {"files": table})})
     except OSError as error:
         raise OutputLost(f"--out {out}: {error.strerror or error}; nothing was changed there") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return out
-
-
-def put_in_place(temporary: Path, out: Path) -> None:
-    """Rename the finished folder to its name. An earlier export steps aside first and is removed last."""
-    aside = out.with_name(f".{out.name}.old-{secrets.token_hex(4)}")
-    if out.exists():
-        os.rename(out, aside)
-    try:
-        os.rename(temporary, out)
-    except OSError:
-        if aside.exists():
-            os.rename(aside, out)
-        raise
-    fsync_folder(out.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    return Path(out)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = ArgumentParser(
-        prog="python -m smollm2.export",
-        description="Write a checkpoint as a folder that other programs read.",
-    )
+    about = "Write a checkpoint as a folder that other programs read."
+    parser = ArgumentParser(prog="python -m smollm2.export", description=about)
     parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or a Hub id")
     parser.add_argument("--out", required=True, help="folder to write: new, empty, or an earlier export")
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default=None, help="of model.safetensors (default: as stored)"
-    )
-    parser.add_argument(
-        "--gguf", choices=GGUF_TYPES, default=None, help="also write a GGUF file for llama.cpp and Ollama"
-    )
-    parser.add_argument(
-        "--push", metavar="OWNER/NAME", default=None, help="upload the folder to this model on the Hub"
-    )
-    parser.add_argument(
-        "--dry_run", action="store_true", help="with --push: say what would be uploaded, upload nothing"
-    )
+    parser.add_argument("--dtype", choices=DTYPES, help="of model.safetensors (default: as stored)")
+    parser.add_argument("--gguf", choices=GGUF_TYPES, help="also write a GGUF file for llama.cpp and Ollama")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="upload the folder to this model on the Hub")
+    parser.add_argument("--dry_run", action="store_true", help="with --push: only say what it would upload")
     args = parser.parse_args(argv)
     if args.dry_run and not args.push:
-        raise ConfigError(
-            "--dry_run goes with --push OWNER/NAME: an export without it uploads nothing anyway"
-        )
+        raise ConfigError("--dry_run goes with --push OWNER/NAME: without it nothing is uploaded anyway")
     if args.push:
-        from .hub import check_repo_id
-
         check_repo_id(args.push, "--push")
-    earlier = {path.name for path in Path(args.out).iterdir()} if os.path.isdir(args.out) else set()
+    earlier = set(os.listdir(args.out)) if os.path.isdir(args.out) else set()
     out = export(args.checkpoint, args.out, args.dtype, args.gguf)
-    files = sorted(path for path in out.iterdir())
-    print(f"{out}: " + ", ".join(f"{path.name} {path.stat().st_size:,} bytes" for path in files))
-    if gone := sorted(earlier - {path.name for path in files}):
-        print(
-            f"removed with the earlier export: {', '.join(gone)} (an export replaces the whole folder; another --out keeps both)"
-        )
+    sizes = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
+    print(f"{out}: " + ", ".join(f"{name} {size:,} bytes" for name, size in sizes.items()))
+    if gone := ", ".join(sorted(earlier - set(sizes))):
+        print(f"removed with the earlier export: {gone} (an export replaces the whole folder)")
     if args.push and args.dry_run:
-        print(
-            f"dry run: would upload {len(files)} files, {sum(path.stat().st_size for path in files):,} bytes, to {args.push}; nothing was uploaded"
-        )
+        print(f"dry run: would upload {len(sizes)} files, {sum(sizes.values()):,} bytes, to {args.push}")
     elif args.push:
-        from .hub import push
-
         print(f"uploaded to {push(out, args.push)}")
     return 0
 

@@ -1,4 +1,4 @@
-"""What a model folder tells of its origin: the run that made it, and the weights which that run began with."""
+"""What a model folder tells of its origin: the run that made it, and the weights which it began with."""
 
 from __future__ import annotations
 
@@ -10,24 +10,16 @@ from pydantic import ValidationError
 
 from .config import DataConfig, PlaceConfig, RunConfig, problems
 from .errors import CheckpointError, ConfigError
-from .files import strict_json
-
-MAX_RECORD_BYTES = 16 * 2**20
+from .weights import read_table
 
 
 def recorded(folder: Path, name: str = "state.json") -> dict[str, Any]:
-    """The table in `state.json` (of a checkpoint) or `export.json` (of an export); empty for a folder that has none."""
-    path = folder / name
-    if not path.is_file() or path.stat().st_size > MAX_RECORD_BYTES:
-        return {}
-    table = strict_json(path.read_bytes(), str(path))
-    if not isinstance(table, dict):
-        raise CheckpointError(f"{path}: found {type(table).__name__}, expected the record of a run")
-    return table
+    """The table in `state.json` (of a checkpoint) or `export.json` (of an export); empty without one."""
+    return read_table(folder / name, "the record of a run") if (folder / name).is_file() else {}
 
 
 def trained_with(folder: Path) -> DataConfig | None:
-    """The data settings of the run that made a checkpoint: rows, held-out part. None for any other model folder."""
+    """The data settings of the run that made a checkpoint: rows, held-out part. None for any other folder."""
     settings = recorded(folder).get("config")
     fields = settings.get("data") if isinstance(settings, dict) else None
     try:
@@ -37,12 +29,12 @@ def trained_with(folder: Path) -> DataConfig | None:
 
 
 def origin_name(source: str | Path) -> str:
-    """What a record keeps of a source of weights: a Hub id as it is, of a folder its last part. Where it lay is nobody's business."""
+    """What a record keeps of a source of weights: a Hub id, or a folder's name. Where it lay is private."""
     return Path(source).resolve().name if os.path.exists(source) else str(source)
 
 
 def published_base(source: str | Path, folder: Path) -> str | None:
-    """Hub id of the published weights that `source` (resolved: `folder`) is or was made from; None where nothing says so."""
+    """Hub id of the published weights that `source` (resolved: `folder`) is or comes from, if known."""
     if not os.path.exists(source):
         return str(source)
     bases = (recorded(folder, name).get("base_model") for name in ("state.json", "export.json"))

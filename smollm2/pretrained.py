@@ -1,4 +1,4 @@
-"""A model and its tokenizer, together, from a checkpoint folder or the Hub: what every command that uses a model begins with."""
+"""A model and its tokenizer, together, from a folder or the Hub: what every command begins with."""
 
 from __future__ import annotations
 
@@ -19,8 +19,6 @@ def load_model_and_tokenizer(
     folder = resolve(source)
     model, tokenizer = SmolLM2.from_pretrained(folder, dtype, device), Tokenizer.from_file(folder)
     if tokenizer.vocab_size > model.config.vocab_size:
-        raise CheckpointError(
-            f"{folder}: its tokenizer has {tokenizer.vocab_size:,} entries, its model {model.config.vocab_size:,}: "
-            "they do not belong together"
-        )
+        sizes = f"its tokenizer has {tokenizer.vocab_size:,} entries, its model {model.config.vocab_size:,}"
+        raise CheckpointError(f"{folder}: {sizes}: they do not belong together")
     return model, tokenizer

@@ -1,4 +1,4 @@
-"""Model folders in and out: our checkpoints, any Hugging Face Llama folder, or the Hub. Safetensors only, never pickle.
+"""Model folders in and out: our checkpoints, any Hugging Face Llama folder, the Hub. Never pickle.
 
 Nothing here knows the network: `SmolLM2.from_pretrained` builds itself from what is read here.
 """
@@ -7,99 +7,86 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from .config import SmolLM2Config
 from .errors import CheckpointError
-from .files import (
-    dump_json,
-    kind_of,
-    load_tensors,
-    strict_json,
-)
+from .files import dump_json, kind_of, load_tensors, strict_json
+from .hub import fetch_files
 
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+OPTIONAL_FILES = ("generation_config.json", "tokenizer_config.json", "chat_template.jinja")
+MAX_TABLE_BYTES = 16 * 2**20
 
 
 def resolve(source: str | Path, revision: str | None = None) -> Path:
-    """Local folder of a checkpoint folder or Hub id, its weights downloaded when needed; raises `CheckpointError`."""
-    path = Path(source)
-    if os.path.isfile(path):  # unlike Path.is_file it never raises
-        hint = "a pickled file is never opened" if path.suffix in PICKLE_SUFFIXES else "that is a single file"
-        raise CheckpointError(
-            f"{path}: expected a checkpoint folder with config.json and model.safetensors, and {hint}; "
-            "convert it with transformers' save_pretrained"
-        )
-    if os.path.isdir(path):
-        if not (path / "config.json").exists():
-            inside = (
-                sorted(p.name for p in path.glob("*.ckpt"))[-3:]
-                or sorted(p.name for p in path.glob("checkpoints/*.ckpt"))[-3:]
-            )
-            hint = f"; did you mean one of {', '.join(inside)} in it?" if inside else ""
-            raise CheckpointError(f"{path}: no config.json: not a checkpoint folder{hint}")
+    """Local folder of a checkpoint folder or Hub id, downloaded when needed; raises `CheckpointError`."""
+    path, text = Path(source), str(source)
+    if os.path.isfile(path / "config.json"):  # unlike Path.is_file it never raises
         return path
-    text = str(source)
-    looks_local = (
-        text.startswith((".", "/", "~")) or path.suffix in PICKLE_SUFFIXES or os.path.isdir(path.parent)
-    )
-    if text.count("/") != 1 or looks_local:
-        raise CheckpointError(
-            f"{source}: {kind_of(path)}; expected a checkpoint folder or a Hub id such as HuggingFaceTB/SmolLM2-135M"
-        )
-    from .hub import fetch_files
+    if os.path.isdir(path):
+        found = sorted(path.glob("*.ckpt")) or sorted(path.glob("checkpoints/*.ckpt"))
+        inside = ", ".join(str(checkpoint.relative_to(path)) for checkpoint in found[-3:])
+        hint = f"; did you mean one of {inside} in it?" if inside else ""
+        raise CheckpointError(f"{path}: no config.json: not a checkpoint folder{hint}")
+    looks_local = text.startswith((".", "/", "~")) or os.path.isdir(path.parent)
+    if text.count("/") == 1 and not looks_local and path.suffix not in PICKLE_SUFFIXES:
+        return fetch_files(text, MODEL_FILES, OPTIONAL_FILES, revision)["config.json"].parent
+    expected = "expected a checkpoint folder with config.json and model.safetensors, or a Hub id OWNER/NAME"
+    hint = "; a single file is not enough, and a pickled one is never opened" if os.path.isfile(path) else ""
+    raise CheckpointError(f"{source}: {kind_of(path)}; {expected}{hint}")
 
-    files = fetch_files(
-        text, MODEL_FILES, optional=("tokenizer_config.json", "chat_template.jinja"), revision=revision
-    )
-    return files["config.json"].parent
+
+def read_table(path: Path, expected: str) -> dict[str, Any]:
+    """The table in a JSON file; raises `CheckpointError` that says what was `expected` there."""
+    if not os.path.isfile(path):
+        raise CheckpointError(f"{path}: {kind_of(path)}, expected {expected}")
+    if path.stat().st_size > MAX_TABLE_BYTES:
+        raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes, expected {expected}")
+    table = strict_json(path.read_bytes(), str(path))
+    if not isinstance(table, dict):
+        raise CheckpointError(f"{path}: found {type(table).__name__}, expected {expected}")
+    return table
 
 
 def read_config(folder: Path) -> SmolLM2Config:
     path = folder / "config.json"
-    if not os.path.isfile(path):
-        raise CheckpointError(f"{path}: {kind_of(path)}, expected the config.json of a Llama model")
-    if path.stat().st_size > 2**20:
-        raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes is no config.json")
-    fields = strict_json(path.read_bytes(), str(path))
-    if not isinstance(fields, dict):
-        raise CheckpointError(
-            f"{path}: found {type(fields).__name__}, expected the config.json of a Llama model"
-        )
-    return SmolLM2Config.from_hf_dict(fields, str(path))
+    return SmolLM2Config.from_hf_dict(read_table(path, "the config.json of a Llama model"), str(path))
+
+
+def read_end_ids(folder: Path, config: SmolLM2Config) -> tuple[int, ...]:
+    """All tokens that end a text: config.json's first, then those that only generation_config.json names."""
+    found = []
+    for name in ("config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            ids = read_table(folder / name, "a table").get("eos_token_id")
+            found += ids if isinstance(ids, list) else [ids]
+    return tuple(dict.fromkeys(i for i in found if type(i) is int and 0 <= i < config.vocab_size))
 
 
 def read_weights(folder: Path, config: SmolLM2Config) -> dict[str, torch.Tensor]:
-    """Tensors by transformers' names, one file or sharded; a tied model may store only either of the tied names."""
+    """Tensors by transformers' names, one file or shards; a tied model may store either of the tied names."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists():
         tensors = load_tensors(single)
     elif index.exists():
-        table = strict_json(index.read_bytes(), str(index))
-        names = table.get("weight_map") if isinstance(table, dict) else None
-        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-            raise CheckpointError(f"{index}: expected a table 'weight_map' of tensor names and file names")
-        shards = set(names.values())
-        if any("/" in name or ".." in name for name in shards):
-            raise CheckpointError(f"{index}: a shard name leaves the folder")
-        tensors = {
-            name: tensor for shard in sorted(shards) for name, tensor in load_tensors(folder / shard).items()
-        }
+        names = read_table(index, "a table 'weight_map'").get("weight_map")
+        if not isinstance(names, dict) or any(Path(str(name)).name != name for name in names.values()):
+            raise CheckpointError(f"{index}: expected in 'weight_map' the names of files in this folder")
+        tensors = {}
+        for shard in sorted(set(names.values())):
+            tensors |= load_tensors(folder / shard)
     else:
         pickled = [p.name for p in folder.iterdir() if p.suffix in PICKLE_SUFFIXES and p.is_file()]
         found = f"only {', '.join(pickled)}, and pickled files are never opened" if pickled else "no weights"
         raise CheckpointError(f"{folder}: {found}; expected model.safetensors")
-    if config.tie_word_embeddings:
-        head = tensors.pop("lm_head.weight", None)
-        if head is not None:
-            embedding = tensors.setdefault("model.embed_tokens.weight", head)
-            if embedding is not head and not torch.equal(embedding, head):
-                raise CheckpointError(
-                    f"{folder}: tie_word_embeddings is true, but the file holds two different matrices"
-                )
+    head = tensors.pop("lm_head.weight", None) if config.tie_word_embeddings else None
+    if head is not None and not torch.equal(tensors.setdefault("model.embed_tokens.weight", head), head):
+        raise CheckpointError(f"{folder}: tie_word_embeddings is true, but there are two different matrices")
     return {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
@@ -107,12 +94,10 @@ def check_shapes(model: nn.Module, tensors: dict[str, torch.Tensor], where: str)
     """Raises `CheckpointError` that lists the first differences in names and shapes."""
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
     found = {name: tuple(t.shape) for name, t in tensors.items()}
-    if found != expected:
-        names = sorted(set(expected.items()) ^ set(found.items()))[:5]
-        lines = ", ".join(
-            f"{n}: file {found.get(n, 'absent')}, model {expected.get(n, 'absent')}" for n in dict(names)
-        )
-        raise CheckpointError(f"{where}: weights do not fit the configuration ({lines})")
+    names = [name for name in sorted(expected | found) if expected.get(name) != found.get(name)]
+    if names:
+        lines = (f"{n}: file {found.get(n, 'absent')}, model {expected.get(n, 'absent')}" for n in names[:5])
+        raise CheckpointError(f"{where}: weights do not fit the configuration ({', '.join(lines)})")
 
 
 def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], where: str) -> None:
@@ -120,23 +105,19 @@ def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], where: str)
     check_shapes(model, tensors, where)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if not tensors[name].is_floating_point():
-                raise CheckpointError(f"{where}: {name} is {tensors[name].dtype}, expected floating point")
-            if not torch.isfinite(tensors[name]).all():
-                raise CheckpointError(f"{where}: {name} holds numbers that are not finite")
+            if not tensors[name].is_floating_point() or not torch.isfinite(tensors[name]).all():
+                raise CheckpointError(f"{where}: {name} holds integers or numbers that are not finite")
             parameter.copy_(tensors[name])
 
 
-def model_files(config: SmolLM2Config, dtype: str = "float32") -> dict[str, bytes]:
-    """`config.json` and `generation_config.json`."""
-    generation = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
-    generation["pad_token_id"] = (
-        config.pad_token_id if config.pad_token_id is not None else config.eos_token_id
-    )
-    return {
-        "config.json": dump_json(config.to_hf_dict(dtype)),
-        "generation_config.json": dump_json(generation),
-    }
+def model_files(config: SmolLM2Config, dtype: str = "float32", end_ids: tuple = ()) -> dict[str, bytes]:
+    """`config.json` and `generation_config.json`. `end_ids`: see `read_end_ids`; config's own by default."""
+    ends = end_ids or (config.eos_token_id,)
+    pad = ends[0] if config.pad_token_id is None else config.pad_token_id  # transformers warns without
+    generation = {"bos_token_id": config.bos_token_id, "pad_token_id": pad}
+    generation["eos_token_id"] = list(ends) if len(ends) > 1 else ends[0]
+    fields = config.to_hf_dict(dtype)
+    return {"config.json": dump_json(fields), "generation_config.json": dump_json(generation)}
 
 
 def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

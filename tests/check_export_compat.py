@@ -1,14 +1,13 @@
 """Compare an exported folder, read by whatever transformers is installed, with this project's own model.
 
-    python tests/check_export_compat.py FOLDER [--length 256]
+    python tests/check_export_compat.py FOLDER
 
-Prints one line of figures; ends with 1 when logits differ by more than 1e-5 (fp32) or any token id differs. It needs
-torch, transformers, pydantic and pyyaml only, so it runs in a bare environment of any transformers version.
+Prints one line of figures; ends with 1 when logits differ by more than 1e-5 (fp32) or any token id differs. It
+needs torch, transformers, pydantic and pyyaml only, so it runs in a bare environment of any version of them.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -24,21 +23,17 @@ HARD_STRINGS = (
 
 @torch.no_grad()
 def compare(folder: str | Path, length: int = 256) -> dict[str, object]:
-    """{"logits": largest difference in fp32, "scale": largest logit, "tokens": number of differing strings, ...}."""
+    """{"logits": largest difference in fp32, "scale": largest logit, "tokens": the strings that differ, ...}."""
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
     from smollm2 import SmolLM2, Tokenizer
 
-    ours = SmolLM2.from_pretrained(folder)
-    try:
-        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    except TypeError:  # before `dtype` had this name
-        theirs = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
+    ours, tokenizer = SmolLM2.from_pretrained(folder), Tokenizer.from_file(folder)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     length = min(length, ours.config.max_position_embeddings)
     ids = torch.randint(ours.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
     expected, found = ours(ids), theirs(ids).logits
-    tokenizer = Tokenizer.from_file(folder)
     differing = [
         (type(reader).__name__, text)
         for reader in (PreTrainedTokenizerFast.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
@@ -54,18 +49,8 @@ def compare(folder: str | Path, length: int = 256) -> dict[str, object]:
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folder")
-    parser.add_argument("--length", type=int, default=256)
-    args = parser.parse_args()
-    result = compare(args.folder, args.length)
+if __name__ == "__main__":
+    result = compare(sys.argv[1])
     is_equal = result["logits"] <= 1e-5 and not result["tokens"]
     print("equal" if is_equal else "DIFFERENT", *(f"{key}={value}" for key, value in result.items()))
-    return 0 if is_equal else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(0 if is_equal else 1)

@@ -1,4 +1,4 @@
-"""A fine-tuned model says what it was made from: in its state, on its card, and through an export of an export."""
+"""A fine-tuned model says what it was made from: in its state, on its card, through an export of an export."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from pathlib import Path
 import pytest
 
 from smollm2 import evaluate
-from smollm2.checkpoint import FINAL_NAMES, commit, verify
-from smollm2.config import DataConfig, PlaceConfig, RunConfig, SmolLM2Config
-from smollm2.errors import ConfigError
+from smollm2.checkpoint import FINAL_NAMES, verify
+from smollm2.config import DataConfig, RunConfig, SmolLM2Config
+from smollm2.errors import CheckpointError, ConfigError
 from smollm2.export import export
-from smollm2.files import dump_json, strict_json
 from smollm2.origin import origin_name
 from smollm2.progress import Reporter
 from smollm2.state import read_state
 from smollm2.training import train
-from tests.soak import compare, outcome, small_config, small_text
+from tests.soak import small_config, small_text
 
 BASE = "HuggingFaceTB/SmolLM2-135M"
 
@@ -29,164 +28,127 @@ def text(tmp_path_factory) -> Path:
 
 
 def configured(text: Path, folder: Path, init_from: str | Path | None = None, steps: int = 4, more: int = 0):
-    config = small_config(
-        text,
-        folder,
-        max_steps=steps,
-        continue_steps=more,
-        val_every=2,
-        sample_every=4,
-        save_every=2,
-        warmup_steps=1,
-    )
-    return config.model_copy(
-        update={"run": config.run.model_copy(update={"init_from": str(init_from) if init_from else None})}
-    )
+    often = {"val_every": 2, "sample_every": 4, "save_every": 2, "warmup_steps": 1}
+    config = small_config(text, folder, max_steps=steps, continue_steps=more, **often)
+    run = config.run.model_copy(update={"init_from": str(init_from) if init_from else None})
+    return config.model_copy(update={"run": run})
+
+
+def trained(*args, **steps) -> Path:
+    return train(configured(*args, **steps), Reporter()).checkpoint
 
 
 @pytest.fixture(scope="module")
 def scratch(text, tmp_path_factory) -> Path:
     """A finished run from random weights."""
-    return train(configured(text, tmp_path_factory.mktemp("scratch") / "output"), Reporter()).checkpoint
+    return trained(text, tmp_path_factory.mktemp("scratch") / "output")
 
 
 @pytest.fixture
-def hub(scratch, tmp_path, monkeypatch):
-    """The Hub holds a model of that shape."""
-    copy = shutil.copytree(
-        scratch,
-        tmp_path / "snapshot",
-        ignore=shutil.ignore_patterns("state.json", "manifest.json", "optim.safetensors"),
-    )
+def weights(scratch, tmp_path, monkeypatch) -> Path:
+    """A folder of weights of that shape that says nothing of its origin; the Hub holds them, too."""
+    ours = shutil.ignore_patterns("state.json", "manifest.json", "optim.safetensors")
+    copy = shutil.copytree(scratch, tmp_path / "weights of a friend", ignore=ours)
     files = {path.name: path for path in copy.iterdir()}
-    monkeypatch.setattr("smollm2.hub.fetch_files", lambda *_, **__: files)
+    monkeypatch.setattr("smollm2.weights.fetch_files", lambda *_, **__: files)
+    return copy
 
 
 def card(checkpoint: Path, out: Path) -> str:
     return (export(checkpoint, out) / "README.md").read_text()
 
 
+def origin(checkpoint: Path) -> tuple[str | None, str | None]:
+    state = read_state(verify(checkpoint))
+    return state.init_from, state.base_model
+
+
 def test_a_run_from_random_weights_is_its_own(scratch, tmp_path):
-    state = read_state(verify(scratch))
-    assert state.init_from is None and state.base_model is None
+    assert origin(scratch) == (None, None)
     written = card(scratch, tmp_path / "out")
     assert "license: mit\n" in written and "base_model" not in written and "started from" not in written
+    assert (
+        "| preset | nano |" in written and "| text | `text.txt` |" in written and "datasets:" not in written
+    )
+    assert f"| tokens seen | {4 * 8 * 16:,} |" in written
 
 
-def test_a_fine_tune_names_its_base_model_and_licence(hub, scratch, text, tmp_path):
-    tuned = train(configured(text, tmp_path / "a", BASE), Reporter()).checkpoint
-    state = read_state(verify(tuned))
-    assert (state.init_from, state.base_model) == (BASE, BASE)
-    written = card(tuned, tmp_path / "out")
-    header = written.split("---")[1]
+def test_a_damaged_checkpoint_is_not_exported(scratch, tmp_path):
+    damaged = shutil.copytree(scratch, tmp_path / scratch.name)
+    raw = bytearray((damaged / "model.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (damaged / "model.safetensors").write_bytes(raw)
+    with pytest.raises(CheckpointError, match="sha256 differs"):
+        export(damaged, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_fine_tune_names_its_base_model_and_licence(weights, scratch, text, tmp_path):
+    tuned = trained(text, tmp_path / "a", BASE)
+    assert origin(tuned) == (BASE, BASE)
     assert verify(tuned).run_id != verify(scratch).run_id  # same settings, same text, another run
-    assert f"base_model: {BASE}\n" in header and "license: apache-2.0\n" in header
+    written = card(tuned, tmp_path / "out")
+    assert f"base_model: {BASE}\n" in written and "license: apache-2.0\n" in written
     assert f"| started from | {BASE} |" in written and "Apache licence 2.0" in written
     # a fine-tune of that fine-tune, and of its export, still knows; neither says where the folder lay
     for i, source in enumerate((tuned, tmp_path / "out")):
-        again = train(configured(text, tmp_path / f"again{i}", source), Reporter()).checkpoint
-        state = read_state(verify(again))
-        assert (state.init_from, state.base_model) == (source.name, BASE)
+        again = trained(text, tmp_path / f"again{i}", source)
+        assert origin(again) == (source.name, BASE)
         written = card(again, tmp_path / f"out{i}")
         assert f"base_model: {BASE}\n" in written and str(tmp_path) not in written
     assert f"base_model: {BASE}\n" in card(tmp_path / "out", tmp_path / "copy")
 
 
-def test_a_licence_that_is_not_known_is_not_named(hub, scratch, text, tmp_path):
-    tuned = train(configured(text, tmp_path / "a", "someone/model"), Reporter()).checkpoint
-    written = card(tuned, tmp_path / "out")
-    assert (
-        "base_model: someone/model\n" in written
-        and "license:" not in written
-        and "their licence holds for these, too" in written
-    )
-    nameless = shutil.copytree(tmp_path / "snapshot", tmp_path / "weights of a friend")
-    tuned = train(configured(text, tmp_path / "b", nameless), Reporter()).checkpoint
-    written = card(tuned, tmp_path / "out2")
-    assert (
-        "license:" not in written
-        and "base_model" not in written
-        and "`weights of a friend`" in written
-        and str(tmp_path) not in written
-    )
-    assert "license:" not in card(nameless, tmp_path / "out3")
+def test_a_licence_that_is_not_known_is_not_named(weights, text, tmp_path):
+    written = card(trained(text, tmp_path / "a", "someone/model"), tmp_path / "out")
+    assert "base_model: someone/model\n" in written and "their licence holds for these, too" in written
+    nameless = card(trained(text, tmp_path / "b", weights), tmp_path / "out2")
+    assert "`weights of a friend`" in nameless and "base_model" not in nameless
+    silent = card(weights, tmp_path / "out3")
+    assert not any("license:" in words or str(tmp_path) in words for words in (written, nameless, silent))
 
 
-def test_the_origin_survives_a_resume_to_the_bit(hub, text, tmp_path):
-    train(configured(text, tmp_path / "whole", BASE, steps=8), Reporter())
-    config = configured(text, tmp_path / "parts", BASE, steps=4, more=4)
-    final = train(config, Reporter()).checkpoint
+def test_the_origin_survives_a_resume_to_the_bit(weights, text, tmp_path):
+    whole = trained(text, tmp_path / "whole", BASE, steps=8)
+    final = trained(text, tmp_path / "parts", BASE, steps=4, more=4)
     assert final.name == FINAL_NAMES[1]
     for name in ("model.safetensors", "optim.safetensors", "state.json"):
-        assert (final / name).read_bytes() == (
-            tmp_path / "whole" / "checkpoints" / FINAL_NAMES[0] / name
-        ).read_bytes(), name
-    expected = outcome(tmp_path / "parts")
-    train(
-        configured(text, tmp_path / "parts", steps=4, more=4), Reporter()
-    )  # without naming it again: finished, and unchanged
-    compare(tmp_path / "parts", expected)
+        assert (final / name).read_bytes() == (whole / name).read_bytes(), name
+    before = (final / "manifest.json").read_bytes()
+    assert trained(text, tmp_path / "parts", steps=4, more=4) == final  # not named again: finished, unchanged
+    assert (final / "manifest.json").read_bytes() == before
     with pytest.raises(ConfigError, match=f"run.init_from=someone/model: .* began with {BASE}"):
-        train(configured(text, tmp_path / "parts", "someone/model", steps=4, more=8), Reporter())
+        trained(text, tmp_path / "parts", "someone/model", steps=4, more=8)
 
 
 def test_a_run_from_random_weights_does_not_take_others_silently(scratch, text, tmp_path):
     output = shutil.copytree(scratch.parent.parent, tmp_path / "output")
     with pytest.raises(ConfigError, match="began with random weights; leave it out"):
-        train(configured(text, output, scratch, steps=8), Reporter())
+        trained(text, output, scratch, steps=8)
 
 
+@pytest.mark.parametrize("source", ["Hub", "folder"])
 def test_a_resume_that_does_not_name_the_weights_it_has_its_shape_from_is_told_what_to_pass(
-    hub, scratch, text, tmp_path
+    weights, text, tmp_path, source
 ):
-    for source, said in ((BASE, BASE), (scratch, f"FOLDER, the one called {scratch.name}")):
-        output = tmp_path / Path(source).name
-        config = configured(text, output, source, steps=8)
-        train(configured(text, output, source), Reporter())
-        other = config.model_copy(
-            update={"model": SmolLM2Config(), "run": config.run.model_copy(update={"init_from": None})}
-        )
-        with pytest.raises(
-            ConfigError,
-            match=f"began with the weights of {origin_name(source)} and has their shape: pass --set run.init_from={said}, again; or choose",
-        ) as error:
-            train(other, Reporter())
-        assert "hidden_size" not in str(error.value) and f"--output_dir {output} began" in str(error.value)
-        assert train(config.model_copy(update={"model": other.model}), Reporter()).step == 8
+    source, said = (BASE, BASE) if source == "Hub" else (weights, f"FOLDER, the one called {weights.name}")
+    output = tmp_path / "output"
+    trained(text, output, source)
+    config = configured(text, output, steps=8).model_copy(update={"model": SmolLM2Config()})
+    told = f"weights of {origin_name(source)} and has their shape: pass --set run.init_from={said}, again"
+    with pytest.raises(ConfigError, match=told) as error:
+        train(config, Reporter())
+    assert "hidden_size" not in str(error.value) and f"--output_dir {output} began" in str(error.value)
 
 
 def test_rows_longer_than_the_context_it_starts_from_are_refused_before_anything_is_written(
     scratch, text, tmp_path
 ):
-    config = RunConfig(
-        data=DataConfig(input_file=str(text), sequence_length=100),
-        run=PlaceConfig(output_dir=str(tmp_path / "o"), init_from=str(scratch)),
-    )
+    run = configured(text, tmp_path / "o", scratch).run
+    config = RunConfig(data=DataConfig(input_file=str(text), sequence_length=100), run=run)
     with pytest.raises(ConfigError, match=r"run\.init_from=.*data\.sequence_length 100 exceeds"):
         train(config, Reporter())
     assert not (tmp_path / "o").exists()
-
-
-def test_a_checkpoint_from_before_the_origin_was_recorded_goes_on(scratch, text, tmp_path):
-    output = tmp_path / "output"
-    shutil.copytree(scratch.parent.parent, output)
-    checkpoints, old = output / "checkpoints", verify(scratch)
-    fields = strict_json((scratch / "state.json").read_bytes(), "state.json")
-    del fields["init_from"], fields["base_model"]
-    files = {path.name: path.read_bytes() for path in scratch.iterdir() if path.name != "manifest.json"} | {
-        "state.json": dump_json(fields)
-    }
-    for folder in checkpoints.iterdir():
-        shutil.rmtree(folder)
-    made = commit(checkpoints, FINAL_NAMES[0], files, old.run_id, old.step, old.facts)
-    assert "license:" not in card(made.folder, tmp_path / "out")  # it does not say
-    train(configured(text, output, steps=8), Reporter())
-    train(configured(text, tmp_path / "whole", steps=4, more=4), Reporter())
-    later, whole = (
-        json.loads((folder / "state.json").read_text())
-        for folder in (checkpoints / FINAL_NAMES[0], tmp_path / "whole/checkpoints" / FINAL_NAMES[1])
-    )
-    assert later["step"] == 8 and set(later) == set(whole) and later["init_from"] is None
 
 
 def test_only_a_name_is_kept_of_a_folder(tmp_path):
@@ -195,20 +157,13 @@ def test_only_a_name_is_kept_of_a_folder(tmp_path):
 
 
 def test_the_command_scores_a_checkpoint_as_its_run_did(text, tmp_path, capsys):
-    """Rows as long as in training, and the part that this run held out: else half of it might have been trained on."""
-    config = small_config(text, tmp_path / "output", max_steps=6, warmup_steps=1)
-    config = config.model_copy(update={"data": config.data.model_copy(update={"held_out_fraction": 0.3})})
-    result = train(config, Reporter())
+    """Rows as long as in training, and the part that this run held out: it was not trained on."""
+    config = configured(text, tmp_path / "output")
+    data = config.data.model_copy(update={"held_out_fraction": 0.3})
+    result = train(config.model_copy(update={"data": data}), Reporter())
     capsys.readouterr()
-    evaluate.main(
-        ["--checkpoint", str(result.checkpoint), "--input_file", str(text), "--split", "val", "--json"]
-    )
+    words = ["--checkpoint", str(result.checkpoint), "--input_file", str(text), "--split", "val", "--json"]
+    evaluate.main(words)
     score = json.loads(capsys.readouterr().out)
     assert score["bits_per_byte"] == pytest.approx(result.bits_per_byte, rel=1e-6)
     assert score["bytes"] == pytest.approx(0.3 * text.stat().st_size, abs=2)
-
-
-def test_the_card_names_preset_text_and_all_tokens(scratch, text, tmp_path):
-    written = card(scratch, tmp_path / "out")
-    assert "| preset | nano |" in written and "| text | `text.txt` |" in written
-    assert f"| tokens seen | {4 * 8 * 16:,} |" in written and "datasets:" not in written
