@@ -178,7 +178,7 @@ class Run:
                 f"restore it, pass --set run.allow_data_change=true, or {self.whereabouts[1]}"
             )
         self.data: TokenData = prepare_tokens(
-            path, self.tokenizer, self.output_dir / "data", config.data.held_out_fraction, source, end_id
+            path, self.tokenizer, self.output_dir / "data", config.data.held_out_fraction, end_id
         )
         check_length(self.data, config.data.sequence_length, path)
         self.say(
