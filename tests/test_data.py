@@ -189,6 +189,15 @@ def test_a_cut_at_any_place_would_change_tokens(monkeypatch, tokenizer):
     assert tokens_of(tokenizer, in_pieces(TEXT, 33)) != tokenizer.encode(TEXT)
 
 
+def test_paragraphs_of_a_chinese_novel_are_cut_into_pieces(monkeypatch, tokenizer):
+    """Two ideographic blanks, a blank line between: no blank and no line break there stands alone."""
+    novel = "\u3000\u3000大江東去浪淘盡千古風流人物\n\n" * 200
+    set_chunk(monkeypatch, 200)
+    pieces = list(documents(in_pieces(novel, 200)))
+    assert max(len(text) for text, _ in pieces) <= 400
+    assert tokens_of(tokenizer, in_pieces(novel, 200)) == tokenizer.encode(novel)
+
+
 def test_text_without_a_single_blank_is_cut_all_the_same(monkeypatch):
     set_chunk(monkeypatch, 10)
     monkeypatch.setattr(text_module, "MAX_UNBROKEN_CHARACTERS", 200)
