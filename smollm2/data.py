@@ -8,26 +8,32 @@ The end of a document becomes the end-of-text token. `text.py` says what the tex
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 
-from .errors import DataError
-from .files import CHUNK_BYTES, fsync_folder, sha256_file, sha256_json, write_durably
-from .text import documents, read_split, source_identity, split_bytes
-from .tokenizer import END_OF_TEXT, Tokenizer
+from .errors import DataError, UserError
+from .files import (
+    CHUNK_BYTES,
+    commit_folder,
+    dump_json,
+    remove_leftovers,
+    sha256_file,
+    sha256_json,
+    strict_json,
+)
+from .text import END_OF_TEXT, documents, markup_note, read_split, source_identity, split_bytes
+from .tokenizer import Tokenizer
 
 FORMAT = 1
 
 
-# --- tokens ---------------------------------------------------------------------------------------------------------
+# --- tokens -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -49,156 +55,110 @@ class TokenData:
 
 
 def encode_documents(
-    tokenizer: Tokenizer, texts: Iterable[str], end_id: int | None, batch: int = 256
+    tokenizer: Tokenizer, texts: Iterable[str], own_end: int | None = None
 ) -> Iterator[np.ndarray]:
-    """uint16 token arrays of a text, with `end_id` where a document ends."""
-    if end_id is None:
-        end_id = tokenizer.end_of_text_id
-    pieces: list[tuple[str, bool]] = []
+    """uint16 token arrays of a text; a document ends with `tokenizer.end_id(own_end)`."""
+    end, seen = tokenizer.end_id(own_end), 0
 
-    def flush():
-        for (_, ends), ids in zip(pieces, tokenizer.encode_batch([text for text, _ in pieces]), strict=True):
-            if ends:
-                if end_id is None:
-                    raise DataError(
-                        f"the text has {END_OF_TEXT} lines, but the tokenizer has no such token: name its own with --set model.eos_token_id=N"
-                    )
-                ids.append(end_id)
-            yield np.asarray(ids, dtype=np.uint16)
-        pieces.clear()
+    def number_of_batch(piece: tuple[str, bool]) -> int:  # about 1 MiB each, tokenised together on all cores
+        nonlocal seen
+        seen += len(piece[0])
+        return seen // CHUNK_BYTES
 
-    for piece in documents(texts):
-        pieces.append(piece)
-        if len(pieces) >= batch or len(piece[0]) > CHUNK_BYTES // 4:
-            yield from flush()
-    yield from flush()
+    for _, batch in groupby(documents(texts), number_of_batch):
+        pieces, ends = zip(*batch, strict=True)
+        if any(ends) and end is None:
+            wrong = f"the text has {END_OF_TEXT} lines, but the tokenizer has no such token"
+            raise DataError(f"{wrong}: name its own with --set model.eos_token_id=N")
+        for ids, is_end in zip(tokenizer.encode_batch(pieces), ends, strict=True):
+            yield np.asarray(ids + [end] * is_end, dtype=np.uint16)
 
 
-def _write_split(
-    folder: Path, name: str, tokenizer: Tokenizer, texts: Iterable[str], total_bytes: int, end_id: int | None
-) -> dict:
-    """Tokenise a split into `<name>.bin`, streaming, with progress for long texts."""
-    from tqdm import tqdm
-
-    count, done, digest = 0, 0, hashlib.sha256()
-
-    def counted():
-        nonlocal done
-        for text in texts:
-            done += len(text.encode())
-            progress.update(len(text.encode()))
-            yield text
-
-    hidden = total_bytes < 16 * CHUNK_BYTES or not sys.stderr.isatty()
-    progress = tqdm(total=total_bytes, unit="B", unit_scale=True, desc=f"tokenising {name}", disable=hidden)
-    with progress, (folder / f"{name}.bin").open("wb") as file:
-        for array in encode_documents(tokenizer, counted(), end_id):
-            raw = array.tobytes()
-            file.write(raw)
-            digest.update(raw)
-            count += len(array)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"tokens": count, "bytes": done, "sha256": digest.hexdigest()}
-
-
-def identity_key(
-    source: dict, tokenizer: Tokenizer, held_out_fraction: float, end_id: int | None = None
-) -> dict:
+def identity_key(source: dict, tokenizer: Tokenizer, held_out: float, own_end: int | None = None) -> dict:
     """All that the token files depend on; its `sha256_json` is the identity of the data."""
-    own_end = {} if end_id in (None, tokenizer.end_of_text_id) else {"end_id": end_id}
-    return {
-        "format": FORMAT,
-        "source": source,
-        "tokenizer": tokenizer.sha256,
-        "held_out_fraction": held_out_fraction,
-    } | own_end
+    key = {"format": FORMAT, "source": source, "tokenizer": tokenizer.sha256, "held_out_fraction": held_out}
+    end = tokenizer.end_id(own_end)
+    return key if end == tokenizer.end_of_text_id else key | {"end_id": end}
 
 
 def prepare_tokens(
-    path: str | Path,
-    tokenizer: Tokenizer,
-    cache_dir: str | Path,
-    held_out_fraction: float,
-    source: dict | None = None,
-    end_id: int | None = None,
+    path: str | Path, tokenizer: Tokenizer, cache_dir: Path, held_out: float, own_end: int | None = None
 ) -> TokenData:
-    """Token files of a text, from the cache or newly written; documents end with `end_id` (default: the tokenizer's `<|endoftext|>`).
+    """Token files of a text, from the cache or newly written; `own_end` as in `encode_documents`.
 
-    The cache folder is named by the hash of text, tokenizer and split. It is built under a temporary name and renamed,
-    so that one that exists is whole; every byte is checked against the sidecar's hashes all the same (about 1 GB/s).
+    The cache folder is named by the hash of text, tokenizer and split. One that exists is whole; every byte
+    is checked against the sidecar's hashes all the same (about 1 GB/s).
     """
-    key = identity_key(source or source_identity(path), tokenizer, held_out_fraction, end_id)
+    from tqdm import tqdm
+
+    if note := markup_note(path):
+        print(note)
+    key = identity_key(source_identity(path), tokenizer, held_out, own_end)
     identity = sha256_json(key)
-    cache_dir = Path(cache_dir)
-    folder = cache_dir / f"tokens-{identity[:16]}"
-    if folder.exists() and (problem := _cache_problem(folder)):
-        print(f"data: {folder.name} cannot be used ({problem}); tokenising again")
-        shutil.rmtree(folder)
-    if not folder.exists():
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        for stale in cache_dir.glob("tokens-*.tmp-*"):
-            shutil.rmtree(stale, ignore_errors=True)
-        temporary = cache_dir / f"{folder.name}.tmp-{os.getpid()}"
-        temporary.mkdir()
-        try:
-            sidecar = dict(key, dtype="uint16", vocab_size=tokenizer.vocab_size, splits={})
-            train_bytes, val_bytes = split_bytes(path, held_out_fraction)
-            for name, size in (("train", train_bytes), ("val", val_bytes)):
-                texts = read_split(path, name, held_out_fraction)
-                sidecar["splits"][name] = _write_split(temporary, name, tokenizer, texts, size, end_id)
-            sidecar["sha256_of_this"] = sha256_json(sidecar)
-            write_durably(temporary / "tokens.json", (json.dumps(sidecar, indent=2) + "\n").encode())
-            os.rename(temporary, folder)
-            fsync_folder(cache_dir)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    sidecar = json.loads((folder / "tokens.json").read_text())
-    splits = {}
+    folder = Path(cache_dir, f"tokens-{identity[:16]}")
+    sidecar = _verified(folder)
+    if sidecar is None:
+        if folder.exists():
+            print(f"data: {folder.name} is damaged; tokenising again")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder.parent)
+        sizes = dict(zip(("train", "val"), split_bytes(path, held_out), strict=True))
+        splits = {name: {"bytes": size} for name, size in sizes.items()}
+        sidecar = key | {"dtype": "uint16", "vocab_size": tokenizer.vocab_size, "splits": splits}
+
+        def write(name: str, file: Path) -> None:
+            texts = read_split(path, name, held_out)  # pieces of 1 MiB
+            hidden = sizes[name] < 2**24 or not sys.stderr.isatty()
+            bar = tqdm(texts, f"tokenising {name}", sizes[name] >> 20, unit="MiB", disable=hidden)
+            with file.open("wb") as out:
+                for ids in encode_documents(tokenizer, bar, own_end):
+                    out.write(ids.tobytes())
+
+        def closing(table: dict[str, dict]) -> dict[str, bytes]:
+            for name, facts in splits.items():
+                written = table[f"{name}.bin"]
+                facts |= {"tokens": written["bytes"] // 2, "sha256": written["sha256"]}
+            return {"tokens.json": dump_json(sidecar | {"sha256_of_this": sha256_json(sidecar)})}
+
+        commit_folder(folder, {f"{name}.bin": partial(write, name) for name in splits}, closing)
+    files = {}
     for name, facts in sidecar["splits"].items():
-        empty = facts["tokens"] == 0  # a memory map cannot be empty
-        tokens = (
-            np.zeros(0, np.uint16) if empty else np.memmap(folder / f"{name}.bin", dtype=np.uint16, mode="r")
-        )
-        splits[name] = TokenFile(tokens, facts["bytes"])
-    return TokenData(splits["train"], splits["val"], identity, folder)
+        file = folder / f"{name}.bin"  # a memory map cannot be empty
+        tokens = np.memmap(file, np.uint16, "r") if facts["tokens"] else np.zeros(0, np.uint16)
+        files[name] = TokenFile(tokens, facts["bytes"])
+    return TokenData(files["train"], files["val"], identity, folder)
 
 
-def _cache_problem(folder: Path) -> str | None:
+def _verified(folder: Path) -> dict | None:
+    """The sidecar of token files that are, byte for byte, what was written; None where anything differs."""
     try:
-        sidecar = json.loads((folder / "tokens.json").read_text())
-        recorded = sidecar.pop("sha256_of_this", None)
-        if recorded is None:
-            return "an earlier version made it, without hashes"
-        if recorded != sha256_json(sidecar):
-            return "tokens.json is damaged: it does not match its own sha256"
+        sidecar = strict_json((folder / "tokens.json").read_bytes(), "tokens.json")
+        is_whole = sidecar.pop("sha256_of_this") == sha256_json(sidecar)
         for name, facts in sidecar["splits"].items():
-            if sha256_file(folder / f"{name}.bin") != facts["sha256"]:
-                return f"{name}.bin is damaged: its sha256 differs from the one in tokens.json"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"damaged: {type(error).__name__}: {error}"
-    return None
+            is_whole = is_whole and sha256_file(folder / f"{name}.bin") == facts["sha256"]
+    except (UserError, OSError, KeyError, TypeError, AttributeError):
+        return None
+    return sidecar if is_whole else None
 
 
 def check_length(data: TokenData, sequence_length: int, path: str | Path) -> None:
     """Raises `DataError` when the training split is shorter than one row."""
-    if len(data.train.tokens) <= sequence_length:
-        raise DataError(
-            f"{path}: {len(data.train.tokens):,} training tokens, but one row needs {sequence_length + 1:,}; "
-            f"use a longer text or --set data.sequence_length={max(2, len(data.train.tokens) // 2)}"
-        )
+    count = len(data.train.tokens)
+    if count <= sequence_length:
+        wrong = f"{path}: {count:,} training tokens, but one row needs {sequence_length + 1:,}"
+        raise DataError(f"{wrong}; use a longer text or --set data.sequence_length={max(2, count // 2)}")
     if len(data.val.tokens) < 2:
         raise DataError(f"{path}: the held-out part has {len(data.val.tokens)} tokens; use a longer text")
 
 
-# --- batches --------------------------------------------------------------------------------------------------------
+# --- batches ------------------------------------------------------------------------------------------------
 
 
 class BatchOrder:
     """Which rows batch n holds: a pure function of (seed, n), reshuffled and shifted anew in every epoch.
 
-    An epoch cuts the tokens into `rows_per_epoch` rows of `sequence_length` + 1 (inputs and targets overlap by one),
-    beginning at a random offset, and visits them in random order.
+    An epoch cuts the tokens into `rows_per_epoch` rows of `sequence_length` + 1 (inputs and targets overlap
+    by one), beginning at a random offset, and visits them in random order.
     """
 
     def __init__(self, token_count: int, sequence_length: int, batch_size: int, seed: int):
@@ -233,7 +193,7 @@ class BatchOrder:
 class BatchStream:
     """Endless iterator over batches position, position + 1, ... as (rows, sequence_length + 1) int64 tensors.
 
-    With several workers, worker r of w takes every w-th row of the same global batch: batches do not depend on w.
+    With several workers, worker r of w takes every w-th row of the same global batch, whatever w is.
     """
 
     def __init__(

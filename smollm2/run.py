@@ -46,8 +46,8 @@ from .parameters import parameter_count
 from .progress import Reporter
 from .saver import Saver, check_space
 from .state import TrainState, check_unchanged, fixed_settings, read_state, restore_rng, rng_tensors
-from .text import documents, read_split, read_text, source_identity
-from .tokenizer import END_OF_TEXT, Tokenizer, choose_tokenizer
+from .text import END_OF_TEXT, documents, read_split, read_text, source_identity
+from .tokenizer import Tokenizer, choose_tokenizer
 from .weights import load_weights, model_files, read_config, read_weights, resolve, stored_tensors
 from .workers import announce_open, check_workers, is_first_worker, wait_until_open
 
@@ -278,7 +278,8 @@ def _with_text(config: RunConfig, say: Say) -> RunConfig:
     data = config.data
     if data.dataset is None:
         return config
-    path = dataset_to_text(data.dataset, Path(config.run.output_dir) / "data", data.dataset_tokens, say=say)
+    folder = Path(config.run.output_dir) / "data"
+    path = dataset_to_text(data.dataset, folder, data.dataset_tokens, data.dataset_column, say)
     return config.model_copy(update={"data": data.model_copy(update={"input_file": str(path)})})
 
 
@@ -370,7 +371,7 @@ def _prepare_data(
             f"{path} is not the text this run was trained on (its hash differs from the checkpoint's); "
             f"restore it, pass --set run.allow_data_change=true, or {way_out}"
         )
-    data = prepare_tokens(path, tokenizer, Path(config.run.output_dir) / "data", fraction, source, end_id)
+    data = prepare_tokens(path, tokenizer, Path(config.run.output_dir) / "data", fraction, end_id)
     check_length(data, config.data.sequence_length, path)
     say(
         f"data: {path}, {source['bytes']:,} bytes; {len(data.train.tokens):,} tokens to train on, "

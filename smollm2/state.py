@@ -23,7 +23,7 @@ CHANGEABLE = {
         "log_every", "val_every", "val_max_tokens", "sample_every", "sample_tokens", "prompts", "save_every",
         "save_every_seconds", "keep_last",
     },
-    "data": {"input_file", "dataset", "tokenizer", "tokenizer_vocab_size"},  # identified by their hashes instead
+    "data": {"input_file", "dataset", "dataset_column", "tokenizer", "tokenizer_vocab_size"},  # identified by their hashes instead
 }  # fmt: skip
 
 OneLine = Annotated[

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from smollm2.config import RunConfig, SmolLM2Config
 from smollm2.errors import CheckpointError, ConfigError
-from smollm2.settings import MAX_YAML_BYTES, load_config, parse_override, preset_names, read_yaml
+from smollm2.settings import DOTTED, FIELDS, load_config, parse_override, preset_names, read_yaml
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def config_file(tmp_path):
     return write
 
 
-# --- reading ------------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------------------
 
 
 def test_every_preset_loads_and_says_its_name():
@@ -38,52 +38,32 @@ def test_every_preset_loads_and_says_its_name():
 def test_the_135m_preset_is_the_official_pretraining_configuration(test_data):
     official = yaml.safe_load((test_data / "official/config_smollm2_135M.yaml").read_text())
     theirs, ours = official["model"]["model_config"], load_config("smollm2-135m").model
-    same = [
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "vocab_size",
-    ]
-    same += ["max_position_embeddings", "rope_theta", "rms_norm_eps", "tie_word_embeddings"]
+    same = set(SmolLM2Config.model_fields) - {"head_dim", "initializer_range"}
     assert {name: theirs[name] for name in same} == {name: getattr(ours, name) for name in same}
     assert ours == SmolLM2Config()
 
 
-def test_the_released_config_json_is_read_and_its_theta_kept(test_data):
-    released = json.loads((test_data / "official/smollm2-135m_hf_config_dump.json").read_text())
-    released = released.get("config", released)
-    config = SmolLM2Config.from_hf_dict(released)
-    assert (config.rope_theta, config.max_position_embeddings, config.hidden_size) == (100000.0, 8192, 576)
-
-
 def test_precedence_is_preset_then_file_then_set_then_flag(config_file):
     path = config_file("train:\n  max_steps: 2\n  seed: 2\n  log_every: 2\n")
-    config = load_config(
-        "nano", path, ["train.seed=3", "log_every=3"], **{"train.log_every": 4, "train.keep_last": None}
-    )
-    assert (config.train.max_steps, config.train.seed, config.train.log_every) == (2, 3, 4)
-    assert config.train.batch_size == load_config("nano").train.batch_size
-    assert config.train.keep_last == load_config("nano").train.keep_last  # None: the flag was not given
+    flags = {"train.log_every": 4, "train.keep_last": None}  # None: the flag was not given
+    train = load_config("nano", path, ["train.seed=3", "log_every=3"], **flags).train
+    assert (train.max_steps, train.seed, train.log_every) == (2, 3, 4)
+    nano = load_config("nano").train
+    assert (train.batch_size, train.keep_last) == (nano.batch_size, nano.keep_last)
 
 
-def test_a_file_may_name_its_preset(config_file):
-    config = load_config(None, config_file("preset: smollm2-135m\n"))
-    assert config.preset == "smollm2-135m" and config.model.hidden_size == 576
-    config = load_config(
-        "nano", config_file("preset: smollm2-135m\n")
-    )  # a flag beats the file, as everywhere
-    assert config.preset == "nano" and config.model.hidden_size == 192
+def test_a_file_may_name_its_preset_and_a_flag_beats_it(config_file):
+    path = config_file("preset: smollm2-135m\n")
+    assert load_config(None, path) == load_config("smollm2-135m") and load_config(
+        "nano", path
+    ) == load_config("nano")
 
 
 def test_what_a_run_wrote_gives_the_same_configuration_again(config_file):
-    for config in (
-        RunConfig(),
-        load_config("nano", None, ["train.seed=3"]),
-        RunConfig(model=SmolLM2Config(num_hidden_layers=2)),
-    ):
-        assert load_config(None, config_file(config.to_yaml())) == config
+    changed = load_config("smollm2-135m", None, ["learning_rate=3e-4", "data.tokenizer=x/y"])
+    for config in (RunConfig(), changed, RunConfig(model=SmolLM2Config(num_hidden_layers=2))):
+        path = config_file(config.to_yaml())
+        assert load_config(None, path) == config == RunConfig(**read_yaml(path))
 
 
 @pytest.mark.parametrize(("preset", "is_refused"), [("smollm2-135m", False), ("nano", True)])
@@ -91,94 +71,76 @@ def test_auto_judges_settings_by_the_preset_this_machine_gets(monkeypatch, prese
     """Rows of 1,024 tokens fit the 135M that a GPU gets, not nano."""
     import colab_train
     import smollm2.device
-    import smollm2.training
 
-    trained = []
+    trained = trained_configs(monkeypatch)
     monkeypatch.setattr(smollm2.device, "choose_preset", lambda asked: (preset, "a stand-in"))
-    monkeypatch.setattr(
-        smollm2.training,
-        "train",
-        lambda config: trained.append(config) or SimpleNamespace(table=str, stopped_by=None),
-    )
-    with (
-        pytest.raises(ConfigError, match=r"exceeds model\.max_position_embeddings 256")
-        if is_refused
-        else contextlib.nullcontext()
-    ):
+    refused = pytest.raises(ConfigError, match=r"exceeds model\.max_position_embeddings 256")
+    with refused if is_refused else contextlib.nullcontext():
         colab_train.main(["--set", "data.sequence_length=1024"])
     assert [config.preset for config in trained] == ([] if is_refused else [preset])
+
+
+def trained_configs(monkeypatch) -> list[RunConfig]:
+    """The configurations that `colab_train` would have trained."""
+    import smollm2.training
+
+    trained, nothing = [], SimpleNamespace(table=str, stopped_by=None)
+    monkeypatch.setattr(smollm2.training, "train", lambda config: trained.append(config) or nothing)
+    return trained
 
 
 def test_from_another_folder_the_shipped_text_is_read_and_named_unless_one_was_asked_for(
     monkeypatch, tmp_path, config_file, capsys
 ):
     import colab_train
-    import smollm2.training
 
-    trained, shipped = [], str(Path(colab_train.__file__).with_name("input.txt"))
-    monkeypatch.setattr(
-        smollm2.training,
-        "train",
-        lambda config: trained.append(config.data.input_file) or SimpleNamespace(table=str, stopped_by=None),
-    )
+    trained, shipped = trained_configs(monkeypatch), str(Path(colab_train.__file__).with_name("input.txt"))
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "a folder").mkdir()
     named = config_file("preset: nano\ndata: {input_file: input.txt}\n")
-    for asked in (
-        [],
-        ["--input_file", "input.txt"],
-        ["--set", "data.input_file=input.txt"],
-        ["--config", str(named)],
-        ["--dataset", "a folder"],
-    ):
-        colab_train.main(["--preset", "nano", *asked])
+    by_set = ["--set", "data.input_file=input.txt"]
+    for flags in ([], ["--input_file", "input.txt"], by_set, ["--config", named], ["--dataset", "."]):
+        colab_train.main(["--preset", "nano", *flags])
     (tmp_path / "input.txt").write_text("a text of one's own")
     colab_train.main(["--preset", "nano"])
-    assert trained == [shipped] + 5 * ["input.txt"]
-    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("text:")] == [
-        f"text: {shipped}, which lies beside this program: there is no input.txt in this folder"
-    ]
+    assert [config.data.input_file for config in trained] == [shipped] + 5 * ["input.txt"]
+    assert capsys.readouterr().out.count(f"text: {shipped}, which lies beside this program") == 1
 
 
-def test_a_preset_is_no_setting():
-    with pytest.raises(ConfigError, match="chosen by --preset"):
-        load_config("nano", None, ["preset=smollm2-135m"])
-
-
-def test_what_is_written_is_what_is_read_back(config_file):
-    config = load_config(
-        "smollm2-135m", None, ["train.learning_rate=3e-4", "model.rope_theta=100000", "data.tokenizer=x/y"]
-    )
-    assert RunConfig(**read_yaml(config_file(config.to_yaml()))) == config
-
-
-@pytest.mark.parametrize("text", ["3e-4", "3E-4", "3.0e-4", "0.0003", "3e-04", "+3e-4"])
-def test_scientific_notation_is_a_number(config_file, text):
+@pytest.mark.parametrize("text", ["3e-4", "3E-4", "3.0e-4", "+3e-04"])
+def test_scientific_notation_is_a_number_in_a_file_too(config_file, text):
     """PyYAML alone reads 3e-4 as a word."""
-    assert load_config(
-        "nano", config_file(f"train:\n  learning_rate: {text}\n")
-    ).train.learning_rate == pytest.approx(3e-4, rel=1e-12)
-    assert load_config("nano", None, [f"train.learning_rate={text}"]).train.learning_rate == pytest.approx(
-        3e-4, rel=1e-12
+    config = load_config("nano", config_file(f"train:\n  learning_rate: {text}\n"))
+    assert config.train.learning_rate == 3e-4
+
+
+AS_TYPED = {
+    "learning_rate=1e-3": 1e-3, "train.seed=010": 10, "model.tie_word_embeddings=false": False, "drive_dir=~": str(Path.home()),
+    'prompts=["a, b: #c", "no"]': ("a, b: #c", "no"), "data.input_file=a=b.txt": "a=b.txt", "micro_batch_size=null": None,
+    "save_every_seconds=None": None,
+    **{f"output_dir={name}": name for name in ("runs/exp #2", "no", "2024-05-01", "1:30", "null", "[x]", "'a'", "007", " a ")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", AS_TYPED)
+def test_set_takes_a_value_as_it_is_typed_and_finds_its_section(text):
+    assert len(DOTTED) == len(FIELDS)  # no two sections share a name
+    section, leaf = parse_override(text)[0].split(".")
+    assert getattr(getattr(load_config("nano", None, [text]), section), leaf) == AS_TYPED[text]
+
+
+def test_a_path_means_what_it_means_in_a_shell_wherever_it_is_written(config_file, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/x")
+    in_file = load_config("nano", config_file("run: {output_dir: ~/runs}\n"))
+    by_set, by_flag = (
+        load_config("nano", None, ["output_dir=~/runs"]),
+        load_config("nano", **{"run.output_dir": "~/runs"}),
     )
+    assert in_file == by_set == by_flag and by_flag.run.output_dir == "/home/x/runs"
+    places = ("input_file", "dataset", "tokenizer", "init_from", "drive_dir")
+    assert str(load_config("nano", None, [f"{key}=~/x" for key in places])).count("'/home/x/x'") == 5
 
 
-@pytest.mark.parametrize(
-    ("text", "key", "value"),
-    [
-        ("learning_rate=1e-3", "train.learning_rate", "1e-3"),
-        ("train.seed=7", "train.seed", 7),
-        ("model.tie_word_embeddings=false", "model.tie_word_embeddings", False),
-        ("prompts=[a, b]", "train.prompts", ["a", "b"]),
-        ("data.input_file=a=b.txt", "data.input_file", "a=b.txt"),
-        ("micro_batch_size=null", "train.micro_batch_size", None),
-    ],
-)
-def test_set_reads_values_as_yaml_and_finds_the_section(text, key, value):
-    assert parse_override(text) == (key, value)
-
-
-# --- mistakes -----------------------------------------------------------------------------------------------------------
+# --- mistakes -------------------------------------------------------------------------------------------------
 
 
 def fails(*args, **kwargs) -> str:
@@ -190,114 +152,69 @@ def fails(*args, **kwargs) -> str:
     return message
 
 
-@pytest.mark.parametrize(
-    ("override", "expected"),
-    [
-        ("train.lerning_rate=1", "did you mean 'train.learning_rate'"),
-        ("hiden_size=64", "did you mean"),
-        ("train.learning_rate", "expected key=value"),
-        ("=3", "expected key=value"),
-        ("train.learning_rate=fast", "train.learning_rate: "),
-        ("train.learning_rate=nan", "train.learning_rate: "),
-        ("train.learning_rate=.nan", "train.learning_rate: "),
-        ("train.learning_rate=.inf", "train.learning_rate: "),
-        ("train.learning_rate=-1", "greater than 0"),
-        ("train.learning_rate=true", "not the boolean True"),
-        ("train.batch_size=yes", "not the boolean True"),
-        ("train.batch_size=1.5", "train.batch_size: "),
-        ("train.batch_size=[1]", "train.batch_size: "),
-        ("train.batch_size={a: 1}", "train.batch_size: "),
-        ("train.batch_size=", "train.batch_size: "),
-        ("train.precision=fp8", "'fp32', 'bf16' or 'fp16'"),
-        ("model.vocab_size=70000", "65536"),
-        ("model.num_key_value_heads=4", "not a multiple of num_key_value_heads 4"),
-        ("model.hidden_size=193", "not a multiple of num_attention_heads"),
-        ("model.head_dim=31", "head_dim 31 is odd"),
-        ("train.micro_batch_size=5", "not a multiple of micro_batch_size 5"),
-        ("data.sequence_length=100000", "exceeds model.max_position_embeddings"),
-        ("run.devices=7", "not a multiple of 7 workers"),
-        ("train.seed=99999999999999999999999", "train.seed: "),
-        ("train.seed=-1", "train.seed: "),
-        ("data.held_out_fraction=1", "data.held_out_fraction: "),
-        ("train.prompts=[]", "train.prompts: "),
-        ("train.prompts=3", "train.prompts: "),
-    ],
-)
-def test_a_mistake_in_set_is_one_clear_line(override, expected):
-    assert expected in fails("nano", None, [override])
+SET_MISTAKES = {
+    "preset=smollm2-135m": "chosen by --preset", "train.lerning_rate=1": "did you mean 'train.learning_rate'",
+    "hiden_size=64": "did you mean", "train.learning_rate": "expected key=value", "=3": "expected key=value",
+    "train.learning_rate=fast": "train.learning_rate: ", "train.learning_rate=nan": "train.learning_rate: ",
+    "train.learning_rate=-1": "greater than 0", "train.batch_size=yes": "train.batch_size: ",
+    "train.batch_size=1.5": "train.batch_size: ", "train.batch_size=1:30": "train.batch_size: ",
+    "train.batch_size=": "train.batch_size: ", "train.batch_size=null": "train.batch_size: ",
+    "train.precision=fp8": "'fp32', 'bf16' or 'fp16'", "model.vocab_size=70000": "65536",
+    "model.num_key_value_heads=4": "not a multiple of num_key_value_heads 4",
+    "model.hidden_size=193": "not a multiple of num_attention_heads", "model.head_dim=31": "head_dim 31 is odd",
+    "train.micro_batch_size=5": "not a multiple of micro_batch_size 5", "run.devices=7": "not a multiple of 7 workers",
+    "data.sequence_length=100000": "exceeds model.max_position_embeddings",
+    "train.seed=" + "9" * 6000: "train.seed: ",  # more digits than Python converts
+    "train.prompts=[]": "train.prompts: ", "train.prompts=[a, b]": "expected a JSON list",
+    "train.prompts=" + "[" * 10**5: "expected a JSON list", "run.output_dir=\udcff": "not UTF-8",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("train:\n  lrr: 1\n", "unknown key 'train.lrr'"),
-        ("train:\n  learning_rat: 1\n", "did you mean 'learning_rate'"),
-        ("trian:\n  seed: 1\n", "did you mean 'train'"),
-        ("train:\n  seed: 1\n  seed: 2\n", "'seed' appears twice"),
-        ("train: {seed: 1}\ntrain: {seed: 2}\n", "'train' appears twice"),
-        ("train: 3\n", "train: "),
-        ("train:\n", "train: "),
-        ("a: &x [1]\nb: *x\n", "aliases"),
-        ("a: &x {b: *x}\n", "aliases"),
-        ("train:\n  <<: {seed: 1}\n", "not valid YAML"),
-        ("- 1\n- 2\n", "found list"),
-        ("", "found NoneType"),
-        ("just words\n", "found str"),
-        ("1: 2\n", "the key 1 is not a word"),
-        ("? [a]\n: 1\n", "not a word"),
-        ("[" * 200, "nested deeper than"),
-        ("[" * 30 + "]" * 30, "nested deeper than"),
-        ("train: {seed: 1\n", "not valid YAML"),
-        ("train:\n\tseed: 1\n", "not valid YAML"),
-        ("x: !!python/object/apply:os.system ['true']\n", "not valid YAML"),
-        ("x: !!timestamp 2001-99-99\n", "not valid YAML"),
-        ("train:\n  learning_rate: .nan\n", "train.learning_rate: "),
-        ("model:\n  hidden_size: 1_000_000_000_000_000_000_000_000\n", "model"),
-        ("preset: gpt\n", "unknown preset 'gpt'"),
-        ("preset: [nano]\n", "unknown preset"),
-        ("--- 1\n--- 2\n", "not valid YAML"),
-        (b"\xff\xfe\x00", "not UTF-8"),
-        (b"train:\n  seed: \x00\n", "not valid YAML"),
-        ("# " + "x" * MAX_YAML_BYTES, "larger than 64 KiB"),
-    ],
-    ids=lambda value: repr(value)[:30],
-)
-def test_a_mistake_in_a_file_is_one_clear_line_with_its_name(config_file, text, expected):
+@pytest.mark.parametrize("override", SET_MISTAKES, ids=lambda text: repr(text[:30]))
+def test_a_mistake_in_set_is_one_clear_line(override):
+    assert SET_MISTAKES[override] in fails("nano", None, [override])
+
+
+FILE_MISTAKES = {
+    "train:\n  learning_rat: 1\n": "unknown key 'train.learning_rat'; did you mean 'learning_rate'",
+    "trian:\n  seed: 1\n": "did you mean 'train'", "train:\n  seed: 1\n  seed: 2\n": "'seed' appears twice",
+    "train: 3\n": "train: ", "train:\n": "train: ", "train: {max_steps: yes}\n": "a boolean is no value for it",
+    "a: &x [1]\nb: *x\n": "aliases", "train:\n  <<: {seed: 1}\n": "not valid YAML", "- 1\n- 2\n": "found list",
+    "": "found NoneType", "1: 2\n": "the key 1 is not a word", "? [a]\n: 1\n": "not a word",
+    "[" * 10_000: "not valid YAML", "train:\n\tseed: 1\n": "not valid YAML", "--- 1\n--- 2\n": "not valid YAML",
+    "x: !!python/object/apply:os.system ['true']\n": "not valid YAML", "x: !!timestamp 2001-99-99\n": "not valid YAML",
+    "train:\n  learning_rate: .nan\n": "train.learning_rate: ", "preset: gpt\n": "unknown preset 'gpt'",
+    "preset: [nano]\n": "unknown preset", b"\xff\xfe\x00": "not UTF-8", b"seed: \x00\n": "not valid YAML",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", FILE_MISTAKES, ids=lambda text: repr(text)[:30])
+def test_a_mistake_in_a_file_is_one_clear_line_with_its_name(config_file, text):
     path = config_file(text)
-    assert expected in fails("nano", path)
+    message = fails("nano", path)
+    assert FILE_MISTAKES[text] in message and (path in message or "YAML" not in message)
 
 
-def test_a_broken_file_is_named(config_file):
-    path = config_file("a: [\n")
-    assert path in fails("nano", path)
-
-
-def test_missing_files_and_folders_are_named(tmp_path):
-    assert "no such file" in fails("nano", str(tmp_path / "absent.yaml"))
-    assert "not a regular file" in fails("nano", str(tmp_path))
-
-
-def test_an_unknown_preset_suggests_the_nearest():
-    assert "did you mean 'smollm2-135m'" in fails("smolm2-135m")
-    assert "unknown preset" in fails("../../secret")
-
-
-def test_values_too_long_are_not_parsed():
-    assert "too long" in fails("nano", None, ["train.seed=" + "1" * (MAX_YAML_BYTES + 1)])
-    assert len(fails("nano", None, ["train.seed=" + "1" * 6000])) < 300  # more digits than Python converts
+def test_a_missing_file_and_an_unknown_preset_are_named(tmp_path):
+    assert "absent.yaml: no such file" in fails("nano", str(tmp_path / "absent.yaml"))
+    assert f"{tmp_path}: not a regular file" in fails("nano", str(tmp_path))
+    assert "did you mean 'smollm2-135m'" in fails("smolm2-135m") and "unknown preset" in fails("../../secret")
 
 
 def test_all_mistakes_are_reported_at_once():
     message = fails("nano", None, ["train.batch_size=-1", "model.rms_norm_eps=0"])
     assert "train.batch_size" in message and "model.rms_norm_eps" in message
-
-
-def test_a_configuration_cannot_be_changed_in_place():
     with pytest.raises(ValidationError):
-        SmolLM2Config().hidden_size = 1
+        SmolLM2Config().hidden_size = 1  # none can be made later
 
 
-# --- config.json of transformers ----------------------------------------------------------------------------------------
+# --- config.json of transformers ------------------------------------------------------------------------------
+
+
+def test_the_released_config_json_is_read_and_its_theta_kept(test_data):
+    released = json.loads((test_data / "official/smollm2-135m_hf_config_dump.json").read_text())
+    config = SmolLM2Config.from_hf_dict(released.get("config", released))
+    assert (config.rope_theta, config.max_position_embeddings, config.hidden_size) == (100000.0, 8192, 576)
 
 
 @pytest.mark.parametrize("theta", [10000.0, 100000.0, 130000.0])
@@ -307,33 +224,29 @@ def test_config_json_keeps_theta_in_both_forms(theta):
     assert fields["rope_theta"] == fields["rope_parameters"]["rope_theta"] == theta
     assert SmolLM2Config.from_hf_dict(fields) == config
     for absent in ("rope_theta", "rope_parameters"):
-        assert (
-            SmolLM2Config.from_hf_dict({k: v for k, v in fields.items() if k != absent}).rope_theta == theta
-        )
+        rest = {key: value for key, value in fields.items() if key != absent}
+        assert SmolLM2Config.from_hf_dict(rest).rope_theta == theta
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"model_type": "gpt2"},
-        {"hidden_act": "gelu"},
-        {"attention_bias": True},
-        {"mlp_bias": True},
-        {"rope_scaling": {"rope_type": "yarn", "factor": 4}},
-        {"rope_scaling": {"type": "linear", "factor": 2}},
-        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}},
-        {"quantization_config": {"bits": 4}},
-        {"vocab_size": 100000},
-        {"hidden_size": None},
-        {"hidden_size": "big"},
-        {"rope_parameters": "all"},
-        {"rope_scaling": [1]},
-        {"bos_token_id": "x"},
-        {"num_attention_heads": 0},
-        {"rms_norm_eps": float("nan")},
-    ],
-    ids=str,
-)
+def test_a_field_that_config_json_lacks_has_the_default_of_transformers():
+    from transformers import LlamaConfig
+
+    ours, theirs = SmolLM2Config.from_hf_dict({"model_type": "llama"}).model_dump(), LlamaConfig()
+    theta = (getattr(theirs, "rope_parameters", None) or vars(theirs))["rope_theta"]  # transformers 5, 4
+    assert ours == {name: theta if name == "rope_theta" else getattr(theirs, name) for name in ours}
+
+
+FOREIGN = [
+    *({"model_type": name} for name in ("gpt2", "")),
+    {"hidden_act": "gelu"}, {"attention_bias": True}, {"mlp_bias": True}, {"quantization_config": {"bits": 4}},
+    {"rope_scaling": {"rope_type": "yarn", "factor": 4}}, {"rope_scaling": {"type": "linear", "factor": 2}},
+    {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, {"rope_parameters": "all"}, {"rope_scaling": [1]},
+    {"vocab_size": 100000}, {"hidden_size": None}, {"hidden_size": "big"}, {"num_attention_heads": 0},
+    {"max_position_embeddings": 2**20}, {"rms_norm_eps": float("nan")}, {"bos_token_id": "x"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", FOREIGN, ids=str)
 def test_a_foreign_config_json_is_refused_by_name(change):
     fields = SmolLM2Config().to_hf_dict() | change
     with pytest.raises(CheckpointError, match=r"some/config\.json: ") as caught:
@@ -341,14 +254,11 @@ def test_a_foreign_config_json_is_refused_by_name(change):
     assert next(iter(change)) in str(caught.value)
 
 
-@pytest.mark.parametrize(("value", "expected"), [(2, 2), ([5, 6], 5), ([], None), (None, None)])
-def test_a_list_of_end_tokens_gives_its_first(value, expected):
-    assert (
-        SmolLM2Config.from_hf_dict(SmolLM2Config().to_hf_dict() | {"eos_token_id": value}).eos_token_id
-        == expected
-    )
+IDS = [(2, 2), ([5, 6], 5), ([], None), (None, None), (-1, None), ([-1], None)]
 
 
-def test_a_config_json_of_something_else_is_refused():
-    with pytest.raises(CheckpointError, match="no vocab_size, hidden_size, num_hidden_layers"):
-        SmolLM2Config.from_hf_dict({})
+@pytest.mark.parametrize(("value", "expected"), IDS)
+def test_a_token_id_may_be_one_of_a_list_or_none(value, expected):
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        config = SmolLM2Config.from_hf_dict(SmolLM2Config().to_hf_dict() | {key: value})
+        assert getattr(config, key) == expected
