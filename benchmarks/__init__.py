@@ -1,1 +1,1 @@
-"""Speed and memory beside named peers, measured in one run: `python -m benchmarks train|decode`. See README.md."""
+"""Speed and memory beside named peers, measured in one run. See README.md."""

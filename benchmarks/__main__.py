@@ -1,4 +1,4 @@
-"""`python -m benchmarks train|decode`: ours and its peers in one run; `gpu`: what a borrowed GPU must show."""
+"""`python -m benchmarks train|decode`: ours and its peers; `gpu`: what a borrowed GPU must show."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def parse(argv: list[str] | None):
             raise ConfigError(f"--{name} is {value}; expected at least {least}")
     if args.new_tokens < 2:
         raise ConfigError(
-            f"--new_tokens is {args.new_tokens}; expected at least 2: speed is taken between the first and the last"
+            f"--new_tokens is {args.new_tokens}; expected at least 2: speed is taken between two tokens"
         )
     if needed > config.max_position_embeddings:
         raise ConfigError(
@@ -81,8 +81,8 @@ def parse(argv: list[str] | None):
 
 
 def memory(name: str, job: Job) -> dict:
-    """Peak memory of two units of work in this fresh process, above what it holds after the same work on a tiny model:
-    libraries that load themselves at first use are no part of it."""
+    """Peak memory of two units of work in this fresh process, above what it holds after the same work on a
+    tiny model: libraries that load themselves at first use are no part of it."""
     tiny = SmolLM2Config(
         vocab_size=256,
         hidden_size=48,

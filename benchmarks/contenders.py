@@ -1,7 +1,7 @@
 """The contenders: the same weights, the same tokens and the same work, each in its own library's usual way.
 
-Training: forward, mean cross-entropy, backward, clipping at norm 1, fused AdamW. Decoding: greedy, with the library's own
-KV cache. A contender is a function that does one unit of that work.
+Training: forward, mean cross-entropy, backward, clipping at norm 1, fused AdamW. Decoding: greedy, with the
+library's own KV cache. A contender is a function that does one unit of that work.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Job:
-    """What is measured. `length` is tokens of a training row, or of the prompt; `new_tokens` are decoded behind it."""
+    """What is measured. `length`: tokens of a training row, or of the prompt that `new_tokens` follow."""
 
     task: str
     config: SmolLM2Config
@@ -55,7 +55,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def build(name: str, job: Job, state: dict[str, torch.Tensor] | None = None) -> torch.nn.Module:
-    """A contender's model on the device, with the weights of `state` (None: freshly drawn, enough to measure memory)."""
+    """A contender's model on the device, with the weights of `state` (None: freshly drawn)."""
     torch.manual_seed(SEED)
     if name == OURS:
         model = SmolLM2(job.config)
@@ -124,8 +124,8 @@ class _Clock:
 def decode(
     name: str, model: torch.nn.Module, job: Job, **options
 ) -> Callable[[], tuple[torch.Tensor, float]]:
-    """Continue the prompt; returns (ids (batch, length + new), seconds between the first and the last new token).
-    `options` go to transformers' `generate`."""
+    """Continue the prompt; returns (ids (batch, length + new), seconds between the first and the last new
+    token). `options` go to transformers' `generate`."""
     ids = job.input_ids()
 
     def ours() -> tuple[torch.Tensor, float]:

@@ -1,7 +1,7 @@
-"""`python -m benchmarks gpu --out FILE.jsonl`: everything a borrowed GPU must show, in one call of bounded length.
+"""`python -m benchmarks gpu --out FILE.jsonl`: all a borrowed GPU must show, in one call of bounded length.
 
-* Every item is a process of its own, forked from one that has loaded the libraries and opened no GPU: what runs out of memory,
-  crashes or hangs takes nothing with it, and is killed when its seconds are over.
+* Every item is a process of its own, forked from one that has loaded the libraries and opened no GPU: what
+  runs out of memory, crashes or hangs takes nothing with it, and is killed when its seconds are over.
 * Every result is one JSON line, flushed and fsynced at once; what failed or was skipped is a line, too.
 * `--tiny` runs all of it on a CPU with tiny shapes: so the tests keep this script alive between two loans.
 
@@ -100,7 +100,7 @@ def look_at_machine() -> dict[str, str]:
 
 
 def open_machine(is_tiny: bool) -> tuple[str, dict[str, str]]:
-    """How processes are started here, and facts of the machine. Raises `ConfigError` without a GPU, if one is needed."""
+    """How processes start here, and facts of the machine. Raises `ConfigError` for a missing GPU."""
     if is_tiny:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     # asks the driver library whether there is a GPU: asking CUDA itself would make it useless in every fork

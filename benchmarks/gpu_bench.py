@@ -1,4 +1,4 @@
-"""What the items of `python -m benchmarks gpu` stand on: sizes, a process for each piece of work, one JSON line a result."""
+"""What the items of `python -m benchmarks gpu` stand on: sizes, processes, one JSON line a result."""
 
 from __future__ import annotations
 
@@ -89,8 +89,9 @@ class ChildDied(RuntimeError):
 def in_child(start: str, function: Callable, *args, timeout: float, is_leader: bool = False):
     """What `function(*args)` returns in a process of its own; `start` is "fork" or "spawn".
 
-    Raises `RuntimeError` with type and text of what it raised, and `ChildDied` where it ended without an answer or had none
-    after `timeout` seconds. Nothing of it is left running; a leader takes the processes that it started with it.
+    Raises `RuntimeError` with type and text of what it raised, and `ChildDied` where it ended without an
+    answer or had none after `timeout` seconds. Nothing of it is left running; a leader takes the processes
+    that it started with it.
     """
     context = multiprocessing.get_context(start)
     receiver, sender = context.Pipe(duplex=False)
@@ -162,7 +163,7 @@ class Bench:
         print(f"{item}: {case}: {words}"[:400], flush=True)
 
     def attempt(self, item: str, case: str, work: Callable, *args, needs: float = 0.0):
-        """What `work(*args)` returns. None, and a line that says why, for an exception or with fewer than `needs` seconds left."""
+        """What `work(*args)` returns; None, and a line, where it fails or `needs` more time than is left."""
         if self.left() < needs:
             self.record(item, case, skipped=f"needs {needs:.0f} s, {max(self.left(), 0):.0f} s are left")
             return None

@@ -153,7 +153,7 @@ def fp64_difference(model, job: Job, exact_logits: torch.Tensor) -> dict:
 
 
 def errors_beside(models: dict, job: Job, exact) -> dict:
-    """Relative errors of logits and gradients, ours and theirs, and the parameter where ours is worst beside theirs."""
+    """Relative errors of logits and gradients, ours and theirs; where ours is worst beside theirs."""
     facts, by_name = {}, {}
     for name, model in models.items():
         logits, gradients = logits_and_gradients(name, model, job)
@@ -192,7 +192,7 @@ def contender(case: str, job: Job, state: dict | None = None) -> torch.nn.Module
 
 
 def speed(bench: Bench) -> None:
-    """Training in bf16: A B B A windows, medians; the whole compilation of the peer only once, it takes a minute."""
+    """Training in bf16: A B B A windows, medians; the peer compiled whole only once, it takes a minute."""
     job = job_of(bench, "train", bench.scale.shapes[0], "bf16")
     roof = gemm_roof(job.device, "bf16", bench.scale.roof, bench.scale.seconds)
     first = contender(EAGER, job)
@@ -328,7 +328,7 @@ def two_passes(work, job: Job, seen: list[torch.Tensor]) -> dict:
 
 
 def graph_decode(model: SmolLM2, job: Job):
-    """One decoding step as one CUDA graph: fixed key length, the position a tensor. A trial; on a CPU the same step, eager."""
+    """A trial: a decoding step as one CUDA graph, with a fixed key length; on a CPU the same step, eager."""
     config, device = model.config, job.device
     capacity = job.length + job.new_tokens
     cache = model.new_cache(1, capacity)

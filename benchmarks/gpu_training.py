@@ -1,7 +1,7 @@
 """Whole runs of `train`: a T4 rehearsed, kills and resumes compared bit for bit, the default run, a long run.
 
-Faults are planted from outside: a `Reporter` that kills its own process, `SmolLM2.loss` that runs out of memory, a loss scale
-that is far too high. Only the package's public names are used.
+Faults are planted from outside: a `Reporter` that kills its own process, `SmolLM2.loss` that runs out of
+memory, a loss scale that is far too high. Only the package's public names are used.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Watcher(Reporter):
 
 
 def plant_out_of_memory(at_call: int | None = None, above_rows: int | None = None) -> Counter:
-    """`SmolLM2.loss` runs out of memory once, or always with many rows. Returns how often it was called with how many rows."""
+    """`SmolLM2.loss` runs out of memory once, or with many rows. Returns {rows: calls}, as they come."""
     original, calls = SmolLM2.loss, Counter()
 
     def loss(self, input_ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -153,7 +153,7 @@ def scale_run(bench: Bench) -> dict:
 
 
 def halving_run(bench: Bench) -> dict:
-    """16 rows of 2,048 tokens do not fit a T4: the micro-batch halves until they do, and the run ends well."""
+    """16 rows of 2,048 tokens do not fit a T4: the micro-batch halves until they do."""
     become_a_t4()
     is_gpu = choose_device().type == "cuda"
     rows, length = (16, 2048) if is_gpu else bench.scale.run
@@ -233,8 +233,8 @@ def default_run(bench: Bench) -> dict:
 
 
 def loop_run(bench: Bench) -> dict:
-    """Lightning's loop and ours around it beside the bare loop, at the shape where launches, not work, take the time; how long
-    a save holds up training; how fast it is while one is written."""
+    """Lightning's loop and ours around it beside the bare loop, at the shape where launches, not work, take
+    the time; how long a save holds up training; how fast it is while one is written."""
     rows, length = bench.scale.run[0] // 2, bench.scale.run[1]
     job = job_of(bench, "train", (rows, length), "bf16")
     step = train_step(OURS, contender(EAGER, job), job)

@@ -1,4 +1,4 @@
-"""How it is measured: alternating windows with medians, memory of a process of its own, and the device's own roofs."""
+"""How it is measured: alternating windows, medians, memory of a process of its own, the device's roofs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def resident_bytes(field: str = "VmRSS") -> int:
-    """Memory of this process now, or its peak (`VmHWM`). `getrusage` would include the parent's peak before exec."""
+    """Memory of this process now, or its peak (`VmHWM`); `getrusage` would include the parent's."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
 
@@ -54,7 +54,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
 
     def read(self) -> int:
-        """On a CPU above what the process held at construction: interpreter and libraries are no part of it."""
+        """On a CPU above what the process held at construction: libraries are no part of it."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return resident_bytes("VmHWM") - self.before
@@ -84,7 +84,7 @@ def best_rate(
 def gemm_roof(
     device: torch.device, dtype: str, size: int | None = None, seconds: float = ROOF_SECONDS
 ) -> float:
-    """FLOP/s of a large square product in `dtype`: what this device sustains, whatever its data sheet says."""
+    """FLOP/s of a large square product in `dtype`: what this device sustains."""
     size = size or (8192 if device.type == "cuda" else 2048)
     a = torch.randn(size, size, device=device).to(DTYPES[dtype])
     b, out = torch.randn_like(a), torch.empty_like(a)

@@ -1,4 +1,4 @@
-"""Which device, which precision, and why: one decision, one line that explains it; and what this machine cannot hold."""
+"""Which device, which precision, and why: one decision, one line that explains it; and what does not fit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Precision:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bf16 in hardware (AVX512-BF16 or AMX); elsewhere autocast is slower than fp32."""
+    """Whether this CPU multiplies bf16 in hardware (AVX512-BF16, AMX); else autocast is slower than fp32."""
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, probe)() for probe in probes if hasattr(torch.cpu, probe))
 
@@ -97,7 +97,7 @@ def fingerprint(device: torch.device, precision: Precision, train: TrainConfig) 
 
 @contextlib.contextmanager
 def repeatable_sums(wanted: bool):
-    """Inside it, if `wanted`, a GPU adds in the same order every time, so that equal steps are equal bits; slower."""
+    """Inside it, if `wanted`, a GPU adds in the same order every time: equal steps are equal bits; slower."""
     if not wanted:
         yield
         return
@@ -105,7 +105,7 @@ def repeatable_sums(wanted: bool):
     was_filling = settings.fill_uninitialized_memory
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first product
     torch.use_deterministic_algorithms(True)
-    # torch would write NaN into every empty tensor first, to find reads of what was never written: time, and no other bits
+    # else torch fills every empty tensor with NaN, to find reads of what was never written: only time
     settings.fill_uninitialized_memory = False
     try:
         yield
@@ -124,7 +124,7 @@ def choose_preset(requested: str) -> tuple[str, str]:
 
 
 def memory_bytes(groups: str = "/proc/self/cgroup", mounted: str = "/sys/fs/cgroup") -> int:
-    """Memory that this process may use: the machine's, or what its container leaves it (control groups, versions 2 and 1)."""
+    """Memory that this process may use: the machine's, or what a control group (version 2 or 1) leaves it."""
     import psutil
 
     limits = [psutil.virtual_memory().total]
@@ -134,7 +134,8 @@ def memory_bytes(groups: str = "/proc/self/cgroup", mounted: str = "/sys/fs/cgro
             folder, name = Path(mounted, group.lstrip("/")), "memory.max"
             if "memory" in controllers.split(","):  # version 1
                 folder, name = Path(mounted, "memory", group.lstrip("/")), "memory.limit_in_bytes"
-            # the groups around it count as well; and in a container the host's path leads nowhere, but its end is mounted
+            # the groups around it count as well; and in a container the host's path leads nowhere, but its
+            # end is mounted
             for place in (folder, *folder.parents):
                 with contextlib.suppress(OSError, ValueError):  # no such file; "max"
                     limits.append(int((place / name).read_text()))
@@ -155,9 +156,10 @@ def check_memory(config: RunConfig, device: torch.device) -> None:
     total = memory_bytes()
     if needed > total:
         raise ConfigError(
-            f"{count:,} parameters and a train.batch_size of {rows:,} x {length:,} tokens need {needed / 2**30:,.1f} GiB of memory; this "
-            f"machine, or its container, has {total / 2**30:,.1f} GiB: choose a smaller train.micro_batch_size, train.batch_size, "
-            "data.sequence_length, or a smaller model"
+            f"{count:,} parameters and a train.batch_size of {rows:,} x {length:,} tokens need "
+            f"{needed / 2**30:,.1f} GiB of memory; this machine, or its container, has {total / 2**30:,.1f} "
+            "GiB: choose a smaller train.micro_batch_size, train.batch_size, data.sequence_length, or a "
+            "smaller model"
         )
 
 

@@ -1,7 +1,7 @@
 """Numbers that go wrong: decide, before each update, whether it may be applied.
 
-Loss and gradient norm arrive together, in the one transfer that the loss log needs anyway. A skipped update moves
-neither the step nor the learning rate; its batch is counted as used.
+Loss and gradient norm arrive together, in the one transfer that the loss log needs anyway. A skipped update
+moves neither the step nor the learning rate; its batch is counted as used.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SPIKE_HISTORY, SPIKE_MINIMUM, SPIKE_SIGMAS = 128, 64, 6.0
 
 
 class NumericGuard:
-    """Counts skipped updates and knows when to stop. Its whole state is a JSON value, so a resume replays it."""
+    """Counts skipped updates and knows when to stop. Its state is a JSON value, so a resume replays it."""
 
     def __init__(self, on_spike: str = "ignore", has_scaler: bool = False, state: dict | None = None):
         state = state or {}
@@ -38,7 +38,7 @@ class NumericGuard:
         return counts | {name: list(getattr(self, name)) for name in ("recent", "losses", "norms")}
 
     def verdict(self, loss: float, norm: float, position: int) -> str | None:
-        """None to apply the update, else why it is skipped. Raises `NumericStop` when skipping has not helped."""
+        """None to apply the update, else why it is skipped; `NumericStop` when skipping has not helped."""
         reason = None
         if not math.isfinite(loss):
             reason = f"the loss is {loss}"
@@ -64,9 +64,9 @@ class NumericGuard:
             self.overflows_in_a_row += 1
             if self.overflows_in_a_row >= MAX_SCALER_SKIPS:
                 raise NumericStop(
-                    f"fp16 gradients overflowed {self.overflows_in_a_row} times in a row ({reason}); what was saved stays "
-                    "as it is: use a lower train.learning_rate, --set train.precision=fp32, or train.precision=bf16 on a GPU "
-                    "that has it (compute capability 8.0)"
+                    f"fp16 gradients overflowed {self.overflows_in_a_row} times in a row ({reason}); what was "
+                    "saved stays as it is: use a lower train.learning_rate, --set train.precision="
+                    "fp32, or train.precision=bf16 on a GPU that has it (compute capability 8.0)"
                 )
             return
         self.in_a_row += 1
@@ -91,7 +91,8 @@ class NumericGuard:
         sigma = math.sqrt(math.fsum((v - mean) ** 2 for v in history) / len(history))
         if value <= mean + SPIKE_SIGMAS * sigma:
             return None
-        return f"the {name} {value:.4g} is above mean {mean:.4g} + {SPIKE_SIGMAS:g} sigma ({sigma:.3g}) of {len(history)} steps"
+        bound = f"mean {mean:.4g} + {SPIKE_SIGMAS:g} sigma ({sigma:.3g}) of {len(history)} steps"
+        return f"the {name} {value:.4g} is above {bound}"
 
 
 def make_scaler(device_type: str, enabled: bool, state: dict[str, float]) -> torch.amp.GradScaler:

@@ -1,12 +1,13 @@
 """Next-token cross-entropy that never holds all logits at once.
 
 With 49,152 classes the logits, not the network, decide how much memory a step needs: the usual way keeps four
-buffers of (tokens, 49152), 0.56 MiB for every token. Here the output projection and the loss are one function that
-walks over blocks of rows. The gradients of a block are taken while its logits are at hand, so no product is computed
-twice and the peak is one block.
+buffers of (tokens, 49152), 0.56 MiB for every token. Here the output projection and the loss are one function
+that walks over blocks of rows. The gradients of a block are taken while its logits are at hand, so no product
+is computed twice and the peak is one block.
 
-Why it stays exact in half precision: inside, gradients are those of the *sum* (entries of size 1, no underflow) and
-accumulate in fp32; the 1/count of the mean and the loss scale of a GradScaler are applied afterwards, in fp32.
+Why it stays exact in half precision: inside, gradients are those of the *sum* (entries of size 1, no
+underflow) and accumulate in fp32; the 1/count of the mean and the loss scale of a GradScaler are applied
+afterwards, in fp32.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import math
 import torch
 
 IGNORE_INDEX = -100
-# fp32 bytes of a block's logits: 512 rows of 49,152 on a CPU. Fewer rows read the weights more often; measured in docs/log.md.
+# fp32 bytes of a block's logits: 512 rows of 49,152 on a CPU. Fewer rows read the weights more often;
+# measured in docs/log.md.
 BLOCK_BYTES = {"cpu": 96 * 2**20, "cuda": 512 * 2**20}
 
 
@@ -37,7 +39,7 @@ def matmul_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def _block(hidden, weight, targets, dtype, grad_hidden, grad_weight) -> torch.Tensor:
-    """Loss of some rows, summed in `dtype`; gradients (None: not wanted) go into `grad_hidden` and are added to `grad_weight`.
+    """Summed loss of some rows; gradients (None: unwanted) go into `grad_hidden` and add to `grad_weight`.
 
     A function of its own: what it makes is gone before the next block is made.
     """
@@ -98,12 +100,13 @@ def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: to
         targets: (tokens,) int64 class indices, already shifted; -100 is ignored.
 
     Returns:
-        A scalar in fp32 (fp64 for fp64 input); 0 when every target is ignored. Under autocast the products run in
-        the autocast dtype, the log-sum-exp and all sums in fp32.
+        A scalar in fp32 (fp64 for fp64 input); 0 when every target is ignored. Under autocast the products
+        run in the autocast dtype, the log-sum-exp and all sums in fp32.
     """
     compute_dtype = matmul_dtype(hidden)
     with torch.autocast(hidden.device.type, enabled=False):
-        # asked here: inside a Function gradients are always off, and `needs_input_grad` ignores no_grad and inference_mode
+        # asked here: inside a Function gradients are always off, and `needs_input_grad` ignores no_grad and
+        # inference_mode
         wants_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
         total = _LinearCrossEntropy.apply(hidden, weight, targets, compute_dtype, wants_grad)
         return total / (targets != IGNORE_INDEX).sum().clamp_min(1)

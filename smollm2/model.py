@@ -4,7 +4,7 @@ Notable:
 * the tensors carry transformers' `LlamaForCausalLM` names, so saving and loading is an identity;
 * grouped-query attention: 9 query heads share 3 key/value heads, through PyTorch's fused attention;
 * RoPE rotates halves (first half against second half), as transformers does;
-* RMSNorm before attention, before the MLP and at the end; SwiGLU; no biases; output tied to the input embedding;
+* RMSNorm before attention, before the MLP and at the end; SwiGLU; no biases; output tied to the input;
 * the loss never materialises all logits (`loss.py`); generation keeps a preallocated KV cache.
 
 Shapes: B batch, T time, C hidden_size, H query heads, K key/value heads, D head_dim, V vocabulary.
@@ -29,8 +29,9 @@ from .files import write_durably, write_tensors
 from .loss import linear_cross_entropy, matmul_dtype
 from .sampling import generate
 
-# All but cuDNN's, which plans for each new shape, and behind a cache every token has a new number of keys: 0.44 s each on a
-# B200 (FunASR#3704); with fewer than 8 key/value heads its results there were wrong as well (pytorch#193893).
+# All but cuDNN's, which plans for each new shape, and behind a cache every token has a new number of keys:
+# 0.44 s each on a B200 (FunASR#3704); with fewer than 8 key/value heads its results there were wrong as well
+# (pytorch#193893).
 DECODING_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -43,15 +44,15 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # cast here, once: each of the matrices that read the result would otherwise cast, and keep, a copy of its own
+        # cast here, once: each matrix that reads the result would otherwise cast, and keep, a copy of its own
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps).to(matmul_dtype(x))
 
 
 def rope_tables(config: SmolLM2Config, device=None) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of every position's angles, each (max_position_embeddings, D/2), fp32.
 
-    Pair i turns by position * theta^(-2i/D) (Su et al. 2021). Computed in fp32 from integer powers as transformers
-    does, so that both give the same bits.
+    Pair i turns by position * theta^(-2i/D) (Su et al. 2021). Computed in fp32 from integer powers as
+    transformers does, so that both give the same bits.
     """
     exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
     inverse_frequencies = 1.0 / (config.rope_theta**exponents)
@@ -70,9 +71,9 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 def fused_gqa(device: torch.device, dtype: torch.dtype, is_masked: bool) -> bool:
     """Whether a fused attention kernel of this device takes fewer key/value heads than query heads.
 
-    Where none does, `enable_gqa` falls back to products in fp32 with the whole (T, T) matrix in memory, several times slower.
-    The CPU's kernel does (torch 2.9). On a GPU only flash and cuDNN do: both want half precision and no mask, and flash
-    compute capability 8.0, which a T4 does not have (pytorch#181528).
+    Where none does, `enable_gqa` falls back to products in fp32 with the whole (T, T) matrix in memory,
+    several times slower. The CPU's kernel does (torch 2.9). On a GPU only flash and cuDNN do: both want half
+    precision and no mask, and flash compute capability 8.0, which a T4 does not have (pytorch#181528).
     """
     if device.type == "cpu":
         return True
@@ -82,10 +83,10 @@ def fused_gqa(device: torch.device, dtype: torch.dtype, is_masked: bool) -> bool
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask=None) -> torch.Tensor:
-    """Grouped-query attention. q (B, H, T, D); k, v (B, K, S, D); mask (T, S), True where seen -> (B, H, T, D).
+    """Grouped-query attention. q (B, H, T, D); k, v (B, K, S, D); mask (T, S): True is seen -> (B, H, T, D).
 
-    Query head h reads key/value head h // (H/K). With no mask and T > 1, T must equal S and attention is causal; a
-    single query (T = 1) sees all S keys.
+    Query head h reads key/value head h // (H/K). With no mask and T > 1, T must equal S and attention is
+    causal; a single query (T = 1) sees all S keys.
     """
     batch, heads, time, dim = q.shape
     kv_heads = k.shape[1]
@@ -104,7 +105,7 @@ class KVCache:
     """Keys and values of the tokens seen so far, preallocated: one (B, K, capacity, D) pair a layer.
 
     Args:
-        config: shape of the model. batch: rows. capacity: tokens that fit. dtype, device: of the stored tensors.
+        config: shape of the model. batch: rows. capacity: tokens that fit. dtype, device: of the tensors.
     """
 
     def __init__(self, config: SmolLM2Config, batch: int, capacity: int, dtype: torch.dtype, device):
@@ -140,7 +141,7 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(batch, time, -1, self.head_dim)  # (B, T, H, D)
         k = self.k_proj(x).view(batch, time, -1, self.head_dim)  # (B, T, K, D)
         v = self.v_proj(x).view(batch, time, -1, self.head_dim)
-        # rotated before the transposition: attention gives y the memory layout of q, so that o_proj reads it without a copy
+        # rotated, then transposed: attention gives y the layout of q, so that o_proj reads it without a copy
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # (T, 1, D/2)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
@@ -205,7 +206,7 @@ class Decoder(nn.Module):
         if start and time > 1:  # several new tokens behind a filled cache: causal among themselves
             mask = torch.ones(time, start + time, dtype=torch.bool, device=input_ids.device).tril(start)
         x = self.embed_tokens(input_ids)
-        # around the layers and no wider: the setting is the process's, and a generator may be left between two tokens
+        # no wider than the layers: the setting is the process's, and never may a generator yield inside it
         with contextlib.nullcontext() if cache is None else sdpa_kernel(DECODING_KERNELS):
             for layer in self.layers:
                 x = layer(x, cos, sin, cache, mask)
@@ -228,8 +229,8 @@ class SmolLM2(nn.Module):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Normal with std `initializer_range`; matrices that write to the residual stream (o_proj, down_proj) are
-        divided by sqrt(2 * layers), once and only here (nanotron's scaling; huggingface/smollm)."""
+        """Normal with std `initializer_range`; matrices that write to the residual stream (o_proj, down_proj)
+        are divided by sqrt(2 * layers), once and only here (nanotron's scaling; huggingface/smollm)."""
         std = self.config.initializer_range
         residual_std = std / math.sqrt(2 * self.config.num_hidden_layers)
         for name, parameter in self.named_parameters():
@@ -246,8 +247,8 @@ class SmolLM2(nn.Module):
     def forward(self, input_ids: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         """Token ids (B, T) int64 -> logits (B, T, V) in the compute dtype.
 
-        With a `cache` the ids are the tokens *after* those already in it. Raises ValueError when the tokens exceed
-        `max_position_embeddings`.
+        With a `cache` the ids are the tokens *after* those already in it. Raises ValueError when the tokens
+        exceed `max_position_embeddings`.
         """
         return self.lm_head(self.model(input_ids, cache))
 
@@ -266,14 +267,14 @@ class SmolLM2(nn.Module):
     def generate(
         self, input_ids: torch.Tensor, max_new_tokens: int = 64, temperature: float = 0.0, **options
     ) -> torch.Tensor:
-        """Continue (B, T) int64 ids; returns (B, T + new), prompt included. See `smollm2.sampling.generate`."""
+        """Continue (B, T) int64 ids; returns (B, T + new), prompt included. See `sampling.generate`."""
         return generate(self, input_ids, max_new_tokens, temperature=temperature, **options)
 
     @classmethod
     def from_pretrained(
         cls, source: str | Path, dtype: torch.dtype = torch.float32, device="cpu", revision: str | None = None
     ) -> SmolLM2:
-        """A model in eval mode with the weights of a checkpoint folder, any Hugging Face Llama folder, or a Hub id.
+        """A model in eval mode, from a checkpoint folder, any Hugging Face Llama folder, or a Hub id.
 
         Our own checkpoints are verified byte by byte first. Raises `CheckpointError`.
         """
@@ -297,8 +298,8 @@ class SmolLM2(nn.Module):
         return model.to(device=device, dtype=dtype).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json`, `generation_config.json` and `model.safetensors` (in the weights' own dtype) so that
-        `AutoModelForCausalLM.from_pretrained(folder)` works."""
+        """Write `config.json`, `generation_config.json` and `model.safetensors` (in the weights' own dtype)
+        so that `AutoModelForCausalLM.from_pretrained(folder)` works."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         dtype = str(self.model.embed_tokens.weight.dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Every parameter accounted for: formula, number and tensor, row by row; and what training costs. No torch needed."""
+"""Every parameter accounted for, row by row, and what training costs. No torch needed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .config import SmolLM2Config
 
 
 class Row(NamedTuple):
-    """One tensor of the model: transformers' name, shape, number of parameters, and the formula that gives it."""
+    """One tensor: transformers' name, shape, number of parameters, and the formula that gives it."""
 
     name: str
     shape: tuple[int, ...]
@@ -49,8 +49,9 @@ def _rows(config: SmolLM2Config) -> list[Row]:
 def parameter_table(model_or_config) -> list[Row]:
     """Rows (name, shape, count, formula) whose counts sum to the total.
 
-    Takes a `SmolLM2` or a `SmolLM2Config` (default `SmolLM2Config()` sums to 134,515,008). The tied output matrix is
-    the embedding, so it has no row. With a model each row is also checked against its tensor; ValueError on mismatch.
+    Takes a `SmolLM2` or a `SmolLM2Config` (default `SmolLM2Config()` sums to 134,515,008). The tied output
+    matrix is the embedding, so it has no row. With a model each row is also checked against its tensor;
+    ValueError on mismatch.
     """
     rows = _rows(getattr(model_or_config, "config", model_or_config))
     if hasattr(model_or_config, "named_parameters"):
@@ -76,7 +77,7 @@ def parameter_count(config: SmolLM2Config) -> int:
 
 
 def flops_per_token(config: SmolLM2Config, time: int) -> float:
-    """Training FLOPs of one token: 6 per matrix parameter plus causal attention (performance notes in docs/log.md)."""
+    """Training FLOPs of one token: 6 a matrix parameter, and causal attention over `time` tokens."""
     rows = parameter_table(config)
     look_ups = (
         0 if config.tie_word_embeddings else rows[0].count

@@ -100,23 +100,26 @@ def check_unchanged(
 ) -> None:
     """Raises `ConfigError` with the differences when a fixed setting, or the weights that the run is asked to begin with
     (`began_with`), changed since the checkpoint. `place` names where the run lies, `way_out` how to begin another one."""
+    now, began = fixed_settings(config), state.init_from
+    if began and not began_with and state.config.get("model") != now["model"]:
+        again = began if "/" in began else f"FOLDER, the one called {began}"
+        raise ConfigError(
+            f"the run in {place} began with the weights of {began} and has their shape: pass --set "
+            f"run.init_from={again}, again; or {way_out}"
+        )
     changes = [
         f"{section}.{key}: {was} -> {value}"
-        for section, settings in fixed_settings(config).items()
+        for section, settings in now.items()
         for key, value in settings.items()
         # a setting that an earlier version did not know had its default
         if (was := state.config.get(section, {}).get(key, value)) != value
     ]
-    if began_with and began_with != state.init_from:
-        changes.append(f"run.init_from: {state.init_from or 'random weights'} -> {began_with}")
+    if began_with and began_with != began:
+        changes.append(f"run.init_from: {began or 'random weights'} -> {began_with}")
     if changes:
-        again = (
-            f" (it began with {state.init_from}: pass run.init_from again)"
-            if state.init_from and not began_with
-            else ""
-        )
+        listed = "; ".join(changes)
         raise ConfigError(
-            f"the run in {place} was made with other settings ({'; '.join(changes)}){again}: put them back, or {way_out}"
+            f"the run in {place} was made with other settings ({listed}): put them back, or {way_out}"
         )
 
 

@@ -1,4 +1,5 @@
-"""The benchmarks' promises: rows beside a peer, and a script for a borrowed GPU that must not fail there for the first time."""
+"""The benchmarks' promises: rows beside a peer, and a script for a borrowed GPU that must not fail there for
+the first time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The loss is the cross-entropy, computed in blocks: its value, its gradients, its memory, and what it ignores."""
+"""The loss is the cross-entropy, computed in blocks: its value, its gradients, its memory, and what it
+ignores."""
 
 from __future__ import annotations
 
@@ -67,7 +68,8 @@ def test_a_row_with_nothing_to_predict_costs_nothing_and_has_no_gradient():
 @pytest.mark.parametrize("scale", [1.0, 65536.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_gradients_survive_many_rows(dtype, scale):
-    """With a mean over N rows inside, the smallest softmax gradients would underflow to 0 in fp16 before any loss scale."""
+    """With a mean over N rows inside, the smallest softmax gradients would underflow to 0 in fp16 before any
+    loss scale."""
     hidden, weight, targets = random_case(rows=4096, width=32, vocab=512, ignored=0)
 
     def gradients(enabled):
@@ -92,7 +94,8 @@ def test_huge_logits_stay_finite():
 
 
 class Blocks(TorchDispatchMode):
-    """The largest tensor made inside it, and how many (64, 512) were alive whenever the next logits were made."""
+    """The largest tensor made inside it, and how many (64, 512) were alive whenever the next logits were
+    made."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,5 @@
-"""The network equals transformers' `LlamaForCausalLM`, sees no future, and each classical mistake is caught."""
+"""The network equals transformers' `LlamaForCausalLM`, sees no future, and each classical mistake is
+caught."""
 
 from __future__ import annotations
 
@@ -74,7 +75,7 @@ def test_no_token_sees_the_future():
     assert not leaks_from_the_future()
 
 
-# --- which kernel computes attention ------------------------------------------------------------------------------------
+# --- which kernel computes attention ------------------------------------------------------------------------
 
 
 def test_attention_with_unequal_head_counts_runs_in_the_fused_kernel():
@@ -128,7 +129,7 @@ def test_decoding_never_goes_through_cudnn_and_training_may(attention_calls):
     assert [may_be_cudnn for _, _, may_be_cudnn in attention_calls[6:]] == [True] * 2
 
 
-# --- planted mistakes: the checks above must turn red ------------------------------------------------------------------
+# --- planted mistakes: the checks above must turn red -------------------------------------------------------
 
 
 def interleaved_rope(x, cos, sin):
@@ -172,7 +173,7 @@ def test_a_mistake_is_caught(monkeypatch, mistake):
     assert leaks_from_the_future() == (mistake == "a missing mask")
 
 
-# --- start of training --------------------------------------------------------------------------------------------------
+# --- start of training --------------------------------------------------------------------------------------
 
 
 def excess_over_uniform(seed: int = 1, **changes) -> float:
@@ -194,8 +195,8 @@ def test_a_fresh_model_starts_within_half_a_nat_of_ln_vocabulary(changes):
 
 
 def test_the_excess_of_a_fresh_model_is_half_the_variance_of_its_logits():
-    """E[log sum exp] of Gaussian logits is ln V + variance/2, and std 1/sqrt(width) makes the variance 1: SmolLM2's official
-    initialisation starts half a nat above ln(vocabulary), by design."""
+    """E[log sum exp] of Gaussian logits is ln V + variance/2, and std 1/sqrt(width) makes the variance 1:
+    SmolLM2's official initialisation starts half a nat above ln(vocabulary), by design."""
     wide = {"vocab_size": 8192, "hidden_size": 192, "intermediate_size": 512, "initializer_range": 192**-0.5}
     assert sum(excess_over_uniform(seed, **wide) for seed in range(4)) / 4 == pytest.approx(0.5, abs=0.1)
 
@@ -212,7 +213,7 @@ def test_initialisation_scales_the_residual_writers_once():
         assert abs(parameter.mean().item()) < 5 * expected / math.sqrt(parameter.numel()), name
 
 
-# --- cache and limits ---------------------------------------------------------------------------------------------------
+# --- cache and limits ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("is_expanded", [False, True])

@@ -123,7 +123,7 @@ def test_the_origin_survives_a_resume_to_the_bit(weights, text, tmp_path):
 
 def test_a_run_from_random_weights_does_not_take_others_silently(scratch, text, tmp_path):
     output = shutil.copytree(scratch.parent.parent, tmp_path / "output")
-    with pytest.raises(ConfigError, match="began with random weights; leave it out"):
+    with pytest.raises(ConfigError, match="run.init_from: random weights -> final_model.ckpt"):
         trained(text, output, scratch, steps=8)
 
 
