@@ -19,9 +19,9 @@ from pathlib import Path
 from tokenizers import Tokenizer as _Tokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from . import hub
 from .errors import DataError
 from .files import kind_of, sha256_bytes, write_durably
-from .hub import HubUnreachable, fetch
 from .text import END_OF_TEXT
 
 SMOLLM2_TOKENIZER = "HuggingFaceTB/SmolLM2-135M"
@@ -179,7 +179,7 @@ def load_tokenizer(spec: str) -> tuple[Tokenizer, str]:
     """The tokenizer of `--tokenizer PATH` or `--tokenizer HUB_ID`, and a line that says where it is from."""
     if os.path.exists(spec) or spec.endswith(".json"):  # unlike Path.exists it never raises
         return Tokenizer.from_file(spec), f"from {spec}, as asked"
-    return Tokenizer.from_file(fetch(spec, "tokenizer.json")), f"{spec} from the Hub, as asked"
+    return Tokenizer.from_file(hub.fetch(spec, "tokenizer.json")), f"{spec} from the Hub, as asked"
 
 
 def choose_tokenizer(

@@ -117,13 +117,13 @@ def test_the_origin_survives_a_resume_to_the_bit(weights, text, tmp_path):
     before = (final / "manifest.json").read_bytes()
     assert trained(text, tmp_path / "parts", steps=4, more=4) == final  # not named again: finished, unchanged
     assert (final / "manifest.json").read_bytes() == before
-    with pytest.raises(ConfigError, match=f"run.init_from=someone/model: .* began with {BASE}"):
+    with pytest.raises(ConfigError, match=f"run.init_from: {BASE} -> someone/model"):
         trained(text, tmp_path / "parts", "someone/model", steps=4, more=8)
 
 
 def test_a_run_from_random_weights_does_not_take_others_silently(scratch, text, tmp_path):
     output = shutil.copytree(scratch.parent.parent, tmp_path / "output")
-    with pytest.raises(ConfigError, match="run.init_from: random weights -> final_model.ckpt"):
+    with pytest.raises(ConfigError, match=r"run\.init_from: random weights -> final_model"):
         trained(text, output, scratch, steps=8)
 
 
