@@ -200,9 +200,7 @@ def choose_tokenizer(
             reason = (
                 f"SmolLM2's own, {tokenizer.vocab_size:,} entries, from the Hub (default for this preset)"
             )
-        except (
-            HubUnreachable
-        ) as error:  # a Hub that answers with a refusal is no reason to train on other tokens
+        except hub.HubUnreachable as error:  # a Hub that refuses is no reason to train on other tokens
             why = f"SmolLM2's own cannot be fetched ({error}); pass --tokenizer PATH to use the real one"
             size = vocab_size
     if spec == "auto" and size:
