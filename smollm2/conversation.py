@@ -1,7 +1,7 @@
 """Several turns with a model, in a terminal too: a text that grows, or an Instruct model's messages.
 
 What a model folder says about that (template, special tokens, what ends a text) is read here. A chat template
-is a small program from that folder: transformers' own renderer runs it in Jinja's sandbox, so the text is its.
+is a small program from that folder: transformers' own renderer runs it in Jinja's sandbox, to the same text.
 """
 
 from __future__ import annotations

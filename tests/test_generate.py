@@ -258,10 +258,10 @@ def test_a_conversation_continues_its_text_and_forgets_the_oldest(checkpoint):
 def test_a_chat_forgets_its_oldest_turns_and_refuses_a_message_that_never_fits(chat_checkpoint):
     tokenizer, model = chat_tokenizer(), wide_model(max_position_embeddings=128)
     talk = Conversation(model, tokenizer, chat_checkpoint, chat=True, room=16)
-    for said in ("one", "two " * 8, "three", "four", "five " * 5):
+    for said in ("one " * 8, "two " * 8, "three " * 5, "four " * 5):
         ids = talk.ask(said)
         assert talk.messages[0]["role"] == "user"  # a question goes together with its answer
-        talk.answer("yes " * 8)
+        talk.answer("yes")
     assert len(ids) <= 112 and talk.forgotten and "one" not in tokenizer.decode(ids)
     with pytest.raises(UserError, match="tokens, 112 fit; shorten it"):
         talk.ask("far too long " * 60)
