@@ -1,7 +1,7 @@
-"""Several turns with a model, in a terminal too: a text that grows, or messages in the chat template of an Instruct model.
+"""Several turns with a model, in a terminal too: a text that grows, or an Instruct model's messages.
 
-What a model folder says about that (template, special tokens, what ends a text) is read here. A chat template is a
-small program from that folder: transformers' own renderer runs it, in Jinja's sandbox, so the text is the same.
+What a model folder says about that (template, special tokens, what ends a text) is read here. A chat template
+is a small program from that folder: transformers' own renderer runs it in Jinja's sandbox, to the same text.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from .files import strict_json
 from .sampling import SamplingOptions, document_ids, stream_continuation
 from .tokenizer import Tokenizer
 
-# --- what the folder says ---------------------------------------------------------------------------------------------
+# --- what the folder says -----------------------------------------------------------------------------------
 
 
 def folder_file(folder: Path, name: str) -> bytes:
-    """A small file of a model folder, empty where there is none; raises `CheckpointError` where its manifest says else."""
+    """A small file of a model folder, empty where there is none; raises `CheckpointError` where damaged."""
     if (folder / MANIFEST).exists():
         verify(folder, only=(name,))
     return (folder / name).read_bytes() if (folder / name).is_file() else b""
@@ -44,7 +44,7 @@ def special_tokens(folder: Path) -> dict[str, str]:
 
 
 def stop_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """All ids that end a text: those that `generation_config.json` and `config.json` name, and the tokenizer's end token."""
+    """All ids that end a text: those of `generation_config.json`, of `config.json` and of the tokenizer."""
     stops = [tokenizer.token_id(special_tokens(folder).get("eos_token", ""))]
     for name in ("generation_config.json", "config.json"):
         ids = folder_fields(folder, name).get("eos_token_id")
@@ -81,13 +81,13 @@ def render_chat(template: str, messages: list[dict], special_tokens: dict | None
     return texts[0]
 
 
-# --- what was said ----------------------------------------------------------------------------------------------------
+# --- what was said ------------------------------------------------------------------------------------------
 
 
 class Conversation:
     """What was said so far. `ask` gives the ids to continue from, `answer` keeps what the model wrote.
 
-    With `chat` it is messages in the folder's chat template (raises `UserError` where it has none), else one text.
+    With `chat` it is messages in the folder's chat template (`UserError` where there is none), else one text.
     """
 
     def __init__(self, model, tokenizer: Tokenizer, folder: Path, chat: bool = False, room: int = 64):
@@ -109,7 +109,7 @@ class Conversation:
         return self.tokenizer.encode(render_chat(self.template, messages, self.special_tokens))
 
     def ask(self, line: str) -> list[int]:
-        """Ids of everything so far and `line`. What does not fit the context is forgotten, the oldest first."""
+        """Ids of everything so far and `line`. What does not fit the context is forgotten, oldest first."""
         if self.template is None and self.messages and line:
             line = "\n" + line
         messages = [*self.messages, {"role": "user", "content": line}]
@@ -132,7 +132,7 @@ class Conversation:
         self.messages.append({"role": "assistant", "content": text})
 
 
-# --- in a terminal ----------------------------------------------------------------------------------------------------
+# --- in a terminal ------------------------------------------------------------------------------------------
 
 
 def utf8(text: str, where: str) -> str:
@@ -144,7 +144,7 @@ def utf8(text: str, where: str) -> str:
 
 
 def standard_input() -> TextIO:
-    """Standard input, with bytes that are not UTF-8 left for `utf8` to name; raises `UserError` where it is closed."""
+    """Standard input, with bytes that are not UTF-8 left for `utf8`; raises `UserError` where closed."""
     if sys.stdin is None or sys.stdin.closed:
         raise UserError("standard input is closed: pass the text with --prompt")
     if hasattr(sys.stdin, "reconfigure"):

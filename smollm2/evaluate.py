@@ -1,8 +1,9 @@
 """How well a model predicts a text, in bits per byte, and `python -m smollm2.evaluate`.
 
-bits per byte = nats of all tokens / (ln 2 x UTF-8 bytes of the text): the one figure that models with different
-tokenizers share. Every token is scored exactly once; the first one is conditioned on the end-of-text token and each
-block (a row as in training, where the checkpoint says how long it was, else the context) starts afresh.
+bits per byte = nats of all tokens / (ln 2 x UTF-8 bytes of the text): the one figure that models with
+different tokenizers share. Every token is scored exactly once; the first one is conditioned on the
+end-of-text token and each block (a row as in training, where the checkpoint says how long it was, else the
+context) starts afresh.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ def score_tokens(
 ) -> Score:
     """Score (count,) token ids that stand for `text_bytes` bytes of text.
 
-    `block_length` in tokens defaults to the model's context. `max_tokens` scores only the beginning (bytes are scaled in
-    proportion). `autocast()` gives a context manager for the forward passes. Sums are kept in float64.
+    `block_length` defaults to the model's context. `max_tokens` scores only the beginning (bytes are scaled
+    in proportion). `autocast()` gives a context manager for the forward passes. Sums are kept in float64.
     """
     count = min(max_tokens or len(tokens), len(tokens))
     if count == 0:
@@ -80,8 +81,8 @@ def score_tokens(
 
 
 def score_file(model: SmolLM2, tokenizer, path, split="all", held_out_fraction=0.1, **options) -> Score:
-    """Score a text file, or its held-out end (`split="val"`); `options` as in `score_tokens`. Raises `DataError` for a
-    text that the tokenizer cannot hold."""
+    """Score a text file, or its held-out end (`split="val"`); `options` as in `score_tokens`. Raises
+    `DataError` for a text that the tokenizer cannot hold."""
     texts = list(read_split(path, split, held_out_fraction))
     share, lost = tokenizer.not_kept(text for text, _ in documents(texts))
     if share > MAX_LOST_SHARE:
@@ -97,7 +98,7 @@ def score_file(model: SmolLM2, tokenizer, path, split="all", held_out_fraction=0
 
 
 def compression_bits_per_byte(path, split: str = "val", held_out_fraction: float = 0.1) -> dict[str, float]:
-    """Bits per byte that `gzip -9` and `xz` need for the same text: what a model must beat to have learned anything."""
+    """Bits per byte that `gzip -9` and `xz` need for the same text: what a model must beat."""
     text = "".join(read_split(path, split, held_out_fraction)).encode()
     if not text:
         raise DataError(f"{path}: nothing to compress in split {split!r}")

@@ -1,4 +1,4 @@
-"""Sampling with a KV cache: from logits to tokens, from tokens to text. It takes any model that has `new_cache`.
+"""Sampling with a KV cache: from logits to tokens, from tokens to text. It takes any model with `new_cache`.
 
 The filters are applied in transformers' order: temperature, top-k, top-p, min-p.
 """
@@ -14,7 +14,7 @@ from .errors import UserError
 
 
 class SamplingOptions(BaseModel):
-    """How a text is continued: the one set of names, bounds and defaults, for Python, command line and page."""
+    """How a text is continued: the names, bounds and defaults for Python, command line and page alike."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -31,10 +31,10 @@ class SamplingOptions(BaseModel):
 
 
 def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None, min_p=None) -> torch.Tensor:
-    """Distribution that is sampled from: (..., V) logits -> (..., V) probabilities, fp32. Settings as in `SamplingOptions`.
+    """Distribution that is sampled from: (..., V) logits -> (..., V) probabilities, fp32.
 
-    `top_k` keeps the k likeliest tokens, `top_p` the smallest set whose probability reaches p (Holtzman et al. 2020),
-    `min_p` those at least min_p times as likely as the best. The likeliest token is always kept.
+    `top_k` keeps the k likeliest tokens, `top_p` the smallest set whose probability reaches p (Holtzman et
+    al. 2020), `min_p` those at least min_p times as likely as the best. The likeliest token is always kept.
     """
     logits = logits.float()
     # the best logit becomes 0 first, so that no temperature, however small, can overflow
@@ -62,8 +62,8 @@ def stream(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yields (tokens (B,), logits (B, V)) one position at a time, until every row has produced a stop token.
 
-    `options` are those of `SamplingOptions`; `stop_ids` defaults to the model's end-of-text token. When the context
-    is full, the older half of it is forgotten. Raises ValueError for options out of range.
+    `options` are those of `SamplingOptions`; `stop_ids` defaults to the model's end-of-text token. When the
+    context is full, the older half of it is forgotten. Raises ValueError for options out of range.
     """
     asked = SamplingOptions(max_new_tokens=max_new_tokens, **options)
     if input_ids.dim() != 2 or input_ids.shape[1] == 0:
@@ -105,15 +105,16 @@ def generate(model, input_ids: torch.Tensor, max_new_tokens: int = 64, **options
     return torch.cat([input_ids.to(model.device), *tokens], dim=1)
 
 
-# --- text -------------------------------------------------------------------------------------------------------------
+# --- text ---------------------------------------------------------------------------------------------------
 
 
 class StreamDecoder:
     """Turns token ids into text piece by piece; holds back bytes that are not yet a whole character.
 
-    `before` are the ids that the new ones continue: the pieces join to what decoding all of them gives, less what
-    `before` alone gives (a Metaspace tokenizer drops the blank in front of the first token it decodes). The library's
-    `DecodeStream` says a prompt that ends in U+FFFD again and raises where stray bytes meet byte fallback.
+    `before` are the ids that the new ones continue: the pieces join to what decoding all of them gives, less
+    what `before` alone gives (a Metaspace tokenizer drops the blank in front of the first token it decodes).
+    tokenizers' `DecodeStream` says a prompt again that ends in U+FFFD, and raises where stray bytes meet byte
+    fallback.
     """
 
     def __init__(self, tokenizer, before: Sequence[int] = ()):
@@ -140,7 +141,7 @@ class StreamDecoder:
 
 
 def document_ids(model, tokenizer, prompt: str) -> list[int]:
-    """Ids of a prompt of any length as generation reads it, behind what begins a document (`Tokenizer.begin_ids`)."""
+    """Ids of a prompt of any length, behind what begins a document (`Tokenizer.begin_ids`)."""
     ids = [*tokenizer.begin_ids, *tokenizer.encode(prompt)]
     if not ids and model.config.bos_token_id is None:
         raise ValueError("an empty prompt, and the model has no begin-of-text token")

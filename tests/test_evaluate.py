@@ -1,4 +1,4 @@
-"""Bits per byte: every token once, every byte counted, and one figure for models with different tokenizers."""
+"""Bits per byte: every token once, every byte counted, one figure for models with different tokenizers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def tokens_of(model, count: int) -> np.ndarray:
 
 
 def nats_token_by_token(model, tokens, block: int) -> float:
-    """The definition, written out with transformers: each block afresh, its first token behind the one before it."""
+    """The definition, with transformers: each block afresh, its first token behind the one before it."""
     twin, total = transformers_twin(model), 0.0
     previous = np.concatenate(([model.config.bos_token_id], tokens[:-1]))
     for start in range(0, len(tokens), block):
@@ -80,7 +80,7 @@ def test_nothing_to_score_is_an_error(tmp_path):
         score_file(tiny_model(), metaspace_tokenizer(), tmp_path / "empty.txt")
 
 
-# --- files --------------------------------------------------------------------------------------------------------------
+# --- files --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

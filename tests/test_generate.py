@@ -1,4 +1,4 @@
-"""What a real trained model says, with the cache and without, and the terminal: one shot, from a pipe, in turns, as a chat."""
+"""What a real trained model says, with the cache and without; and the terminal: once, in turns, as a chat."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from smollm2.tokenizer import Tokenizer
 ROOT = Path(__file__).parent.parent
 
 
-# --- tokens -----------------------------------------------------------------------------------------------------------
+# --- tokens -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_a_real_models_prompt_and_text_are_those_of_transformers(stories, test_d
 
 
 def lively_model(**changes) -> SmolLM2:
-    """A random model whose greedy text does not fall into one repeated token, as that of a tied one soon does."""
+    """A random model whose greedy text does not soon fall into one repeated token, as a tied one's does."""
     return tiny_model(tie_word_embeddings=False, initializer_range=0.3, eos_token_id=None, **changes)
 
 
@@ -136,7 +136,7 @@ def test_a_stream_comes_token_by_token_and_a_text_piece_by_piece():
             model.generate(wrong)
 
 
-# --- the command line -------------------------------------------------------------------------------------------------
+# --- the command line ---------------------------------------------------------------------------------------
 
 CHAT_TEMPLATE = (  # the form of the official Instruct models
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -237,7 +237,7 @@ def test_output_may_be_closed_or_an_object_with_write_and_flush_alone(checkpoint
         say(checkpoint, *INTERACTIVE, stdin=b"The king\n")
 
 
-# --- turns and chats --------------------------------------------------------------------------------------------------
+# --- turns and chats ----------------------------------------------------------------------------------------
 
 
 def test_turns_grow_one_text_until_ctrl_d(checkpoint, say):
@@ -256,15 +256,16 @@ def test_a_conversation_continues_its_text_and_forgets_the_oldest(checkpoint):
 
 
 def test_a_chat_forgets_its_oldest_turns_and_refuses_a_message_that_never_fits(chat_checkpoint):
-    tokenizer, model = chat_tokenizer(), wide_model(max_position_embeddings=128)
-    talk = Conversation(model, tokenizer, chat_checkpoint, chat=True, room=16)
-    for said in ("one", "two " * 8, "three"):
-        ids = talk.ask(said)
-        talk.answer("yes " * 8)
-    assert len(ids) <= 112 and talk.forgotten and "one" not in tokenizer.decode(ids)
-    with pytest.raises(UserError, match="tokens, 112 fit; shorten it"):
+    talk = Conversation(wide_model(), chat_tokenizer(), chat_checkpoint, chat=True)
+    talk.ask("one " * 8)
+    talk.answer("yes")
+    talk.limit = len(talk.ask("two")) - 1  # one token too few: the question goes, and its answer with it
+    talk.messages.pop()
+    assert len(talk.ask("two")) < talk.limit and talk.forgotten
+    assert talk.messages == [{"role": "user", "content": "two"}]
+    with pytest.raises(UserError, match=f"tokens, {talk.limit} fit; shorten it"):
         talk.ask("far too long " * 60)
-    assert "far too" not in tokenizer.decode(talk.ask("again"))
+    assert len(talk.messages) == 1  # what was refused was not said
 
 
 TURN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}\n{% endfor %}"

@@ -1,4 +1,4 @@
-"""Samples follow the distribution they claim, options have one set of bounds, and tokens stream as whole characters."""
+"""Samples follow the distribution they claim, options have bounds, and tokens stream as whole characters."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def peaked():
 
 
 def standard_deviations(peaked, drawn: dict, expected: dict) -> float:
-    """How far the counts of 20,000 tokens drawn by `generate` with some settings are from transformers' for others."""
+    """How far 20,000 tokens drawn by `generate` with some settings are from transformers' for others."""
     model, prompt, logits = peaked
     fresh = generate(model, prompt.expand(DRAWS, -1), 1, seed=11, stop_ids=(), **{"temperature": 1.0} | drawn)
     counts = torch.bincount(fresh[:, -1], minlength=logits.shape[-1])
@@ -120,11 +120,11 @@ def test_the_last_seed_is_followed_by_the_first():
         SamplingOptions(seed=2**63)
 
 
-# --- decoding piece by piece --------------------------------------------------------------------------------------------
+# --- decoding piece by piece --------------------------------------------------------------------------------
 
 
 def byte_fallback_tokenizer() -> Tokenizer:
-    """Bytes as tokens of their own, as SentencePiece has them: one stray byte spoils the whole run it stands in."""
+    """Bytes as tokens, as SentencePiece has them: one stray byte spoils the whole run it stands in."""
     entries = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "a"]
     vocabulary = {name: i for i, name in enumerate(entries)}
     made = hf.Tokenizer(hf.models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
@@ -143,7 +143,7 @@ def pieces(tokenizer, before: list[int], after: list[int]) -> list[str]:
 @pytest.mark.parametrize("length", [1, 3, 80, 400])
 @pytest.mark.parametrize("made", [metaspace_tokenizer, tiny_tokenizer])
 def test_streamed_text_is_what_all_ids_decode_to_less_the_prompt(made, length):
-    """A Metaspace decoder strips the first blank it meets: neither the continuation's nor that of any later piece may go."""
+    """A Metaspace decoder strips the first blank it meets: that of a later piece may not go."""
     tokenizer, random_ids = made(), random.Random(13)
     for prompt in (None, "", "The king", "and speak of the year " * 30, "\ufffd"):
         before = [] if prompt is None else [*tokenizer.begin_ids, *tokenizer.encode(prompt)]
