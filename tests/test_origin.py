@@ -64,7 +64,7 @@ def origin(checkpoint: Path) -> tuple[str | None, str | None]:
 
 
 def test_a_run_from_random_weights_is_its_own(scratch, tmp_path):
-    assert origin(scratch) == (None, None)
+    assert origin(scratch) == (None, None) and origin_name(scratch / "." / "") == scratch.name
     written = card(scratch, tmp_path / "out")
     assert "license: mit\n" in written and "base_model" not in written and "started from" not in written
     assert (
@@ -121,10 +121,15 @@ def test_the_origin_survives_a_resume_to_the_bit(weights, text, tmp_path):
         trained(text, tmp_path / "parts", "someone/model", steps=4, more=8)
 
 
-def test_a_run_from_random_weights_does_not_take_others_silently(scratch, text, tmp_path):
+def test_weights_that_do_not_go_with_the_run_are_refused_before_anything_is_written(scratch, text, tmp_path):
     output = shutil.copytree(scratch.parent.parent, tmp_path / "output")
     with pytest.raises(ConfigError, match=r"run\.init_from: random weights -> final_model"):
         trained(text, output, scratch, steps=8)
+    config = configured(text, tmp_path / "new", scratch)
+    longer = RunConfig(data=DataConfig(input_file=str(text), sequence_length=100), run=config.run)
+    with pytest.raises(ConfigError, match=r"run\.init_from=.*data\.sequence_length 100 exceeds"):
+        train(longer, Reporter())
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("source", ["Hub", "folder"])
@@ -139,21 +144,6 @@ def test_a_resume_that_does_not_name_the_weights_it_has_its_shape_from_is_told_w
     with pytest.raises(ConfigError, match=told) as error:
         train(config, Reporter())
     assert "hidden_size" not in str(error.value) and f"--output_dir {output} began" in str(error.value)
-
-
-def test_rows_longer_than_the_context_it_starts_from_are_refused_before_anything_is_written(
-    scratch, text, tmp_path
-):
-    run = configured(text, tmp_path / "o", scratch).run
-    config = RunConfig(data=DataConfig(input_file=str(text), sequence_length=100), run=run)
-    with pytest.raises(ConfigError, match=r"run\.init_from=.*data\.sequence_length 100 exceeds"):
-        train(config, Reporter())
-    assert not (tmp_path / "o").exists()
-
-
-def test_only_a_name_is_kept_of_a_folder(tmp_path):
-    assert origin_name(tmp_path / "." / "") == tmp_path.name
-    assert origin_name(BASE) == BASE
 
 
 def test_the_command_scores_a_checkpoint_as_its_run_did(text, tmp_path, capsys):
