@@ -27,10 +27,11 @@ from .files import (
     sha256_json,
     strict_json,
 )
-from .text import END_OF_TEXT, documents, markup_note, read_split, source_identity, split_bytes
+from .text import END_OF_TEXT, documents, read_split, source_identity, split_bytes
 from .tokenizer import Tokenizer
 
 FORMAT = 1
+MARKUP = {".json", ".jsonl", ".csv", ".tsv", ".html", ".htm", ".xml"}
 
 
 # --- tokens -------------------------------------------------------------------------------------------------
@@ -91,8 +92,8 @@ def prepare_tokens(
     """
     from tqdm import tqdm
 
-    if note := markup_note(path):
-        print(note)
+    if Path(path).suffix.lower() in MARKUP:
+        print(f"note: {path}: markup is learned with the text; --dataset reads .jsonl, .csv and .parquet")
     key = identity_key(source_identity(path), tokenizer, held_out, own_end)
     identity = sha256_json(key)
     folder = Path(cache_dir, f"tokens-{identity[:16]}")

@@ -27,17 +27,11 @@ BUILDERS = {  # of the datasets package, by a file's ending; .gz and the like ma
 }  # fmt: skip
 
 
-def parse_dataset(spec: str) -> tuple[str, str | None, str | None]:
-    """`ID_OR_PATH[:CONFIG][@SPLIT]` -> (Hub id or path, configuration, split). A path has only itself."""
-    if os.path.exists(spec):
-        return spec, None, None
-    return re.fullmatch(r"(.*?)(?::([^:@/]+))?(?:@([^:@/]+))?", spec, re.DOTALL).groups()
-
-
 def dataset_to_text(
     spec: str, folder: Path, tokens: int, column: str | None = None, say: Callable[[str], None] = print
 ) -> Path:
-    """Path of a text file in `folder`, a run's `data`, with about `tokens` tokens of a dataset.
+    """Path of a text file in `folder`, a run's `data`, with about `tokens` tokens of the dataset `spec`: a file,
+    a folder, or `ID[:CONFIG][@SPLIT]` of the Hub.
 
     A row is a document, and so is a text file. Of a local folder every text and table is read, in the order
     of their names, and what is left out is said. Raises `DataError` that names file and row.
@@ -86,8 +80,9 @@ def dataset_to_text(
 
 def _sources(spec: str, output: Path) -> tuple[dict[str, Callable], list[str], list]:
     """({name: function that begins to read its rows}, names of what is not read, what tells a change)."""
-    source, config, split = parse_dataset(spec)
-    if not os.path.exists(spec):
+    if not os.path.exists(spec):  # a path may hold the signs : and @ itself
+        pattern = r"(.*?)(?::([^:@/]+))?(?:@([^:@/]+))?"
+        source, config, split = re.fullmatch(pattern, spec, re.DOTALL).groups()
         if os.path.exists(source) or source.startswith((".", "/")) or source.count("/") > 1:
             raise DataError(f"--dataset {spec}: no such file or folder (a local one has no split)")
         return {spec: partial(_rows, source, split or "train", name=config)}, [], []

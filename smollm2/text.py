@@ -18,7 +18,6 @@ from .files import CHUNK_BYTES, kind_of
 
 END_OF_TEXT = "<|endoftext|>"
 SEPARATOR = END_OF_TEXT + "\n"
-MARKUP = (".json", ".jsonl", ".csv", ".tsv", ".html", ".htm", ".xml", ".parquet")
 BEGINNINGS = {  # of files that are no text, to say what they may be
     b"\x1f\x8b": "a gzip file", b"PK\x03\x04": "a zip file", b"%PDF": "a PDF",
     b"\xff\xfe": "UTF-16 or UTF-32", b"\xfe\xff": "UTF-16", b"PAR1": "Parquet, which --dataset reads",
@@ -127,9 +126,3 @@ def split_bytes(path: str | Path, held_out_fraction: float = 0.1) -> tuple[int, 
     """(training, held-out) UTF-8 bytes of the normalised text."""
     train = sum(len(text.encode()) for text in read_split(path, "train", held_out_fraction))
     return train, source_identity(path)["bytes"] - train
-
-
-def markup_note(path: str | Path) -> str | None:
-    """A word about a file whose braces, commas or tags would be learned as if they were text."""
-    note = f"note: {path}: markup is learned with the text; --dataset reads .jsonl, .csv and .parquet"
-    return note if str(path).lower().endswith(MARKUP) else None

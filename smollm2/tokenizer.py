@@ -42,6 +42,7 @@ class Tokenizer:
             raise DataError(f"{where}: not a tokenizer.json: {str(error)[:120]}") from None
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        self._added = self._tokenizer.get_added_tokens_decoder()
         self.raw = raw
         self.sha256 = sha256_bytes(raw)
 
@@ -76,10 +77,6 @@ class Tokenizer:
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
     # --- special tokens
-
-    @cached_property
-    def _added(self) -> dict:
-        return self._tokenizer.get_added_tokens_decoder()
 
     def is_special(self, token_id: int) -> bool:
         return token_id in self._added and self._added[token_id].special

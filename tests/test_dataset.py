@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from smollm2.dataset import dataset_to_text, parse_dataset
+from smollm2.dataset import dataset_to_text
 from smollm2.errors import DataError
 from smollm2.text import documents, read_text
 
@@ -59,15 +59,7 @@ def test_a_text_file_is_one_document_and_its_own_separators_count(place):
 
 def test_every_text_of_a_folder_is_read_whatever_its_name_and_others_are_named(place):
     """The datasets package drops files without a word where one of them is called test, train or dev."""
-    texts = [
-        "alice.txt",
-        "dev.txt",
-        "night-train.txt",
-        "test/A.TXT",
-        "[x]{1}*?.md",
-        "#50%.txt",
-        "__s__/t.txt",
-    ]
+    texts = ["a.txt", "dev.txt", "night-train.txt", "test/A.TXT", "[x]{1}*?.md", "#5%.txt", "__s__/t.txt"]
     write(
         place / "in",
         {name: f"{name}\n" for name in texts} | {"t.csv": "text,n\ncell,1\n", "u.TSV": "n\ttext\n1\ttab\n"},
@@ -131,11 +123,11 @@ def test_the_column_is_chosen_or_named(place, column, rows, expected):
 @pytest.mark.parametrize(
     "name, content", [("a.txt", b"caf\xe9"), ("a.csv", b"t,n\na,1\nb,c,d\n"), ("a.jsonl", b"{")]
 )
-def test_a_file_that_cannot_be_read_is_named_in_one_line(place, name, content, capfd):
+def test_a_file_that_cannot_be_read_is_named_in_one_line(place, name, content):
     write(place / "in", {"0.txt": "fine", name: content})
     with pytest.raises(DataError, match=rf"--dataset .*in/{name}, after row 0: ") as caught:
         read()
-    assert "\n" not in str(caught.value) and capfd.readouterr().err == ""
+    assert "\n" not in str(caught.value)
     assert not list((place / "out/data").iterdir())
 
 
@@ -153,7 +145,6 @@ def test_configuration_and_split_are_part_of_the_name(monkeypatch, place, config
         datasets, "load_dataset_builder", lambda *args, **kw: asked.append((args, kw)) or Builder()
     )
     spec = "a/b" + (f":{config}" if config else "") + (f"@{split}" if split else "")
-    assert parse_dataset(spec) == ("a/b", config, split)
     assert read(spec)[0] == [f"split {split or 'train'}\n"]
     assert asked == [(("a/b",), {"name": config})]
 

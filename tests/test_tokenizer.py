@@ -154,7 +154,7 @@ def test_documents_begin_and_end_as_the_tokenizer_says_and_its_files_name_the_sa
         (gpt2_like.files(64), ("<|endoftext|>", "<|endoftext|>")),
         (llama.files(64), ("<begin>", None)),
         (llama.files(64, bos_id=1, eos_id=2), ("<begin>", "<end>")),
-        (real.files(64, eos_id=2), ("<|endoftext|>", "<|im_end|>")),
+        (real.files(64, bos_id=1, eos_id=2), ("<|im_start|>", "<|im_end|>")),
     ):
         config = json.loads(files["tokenizer_config.json"])
         assert (config.get("bos_token"), config.get("eos_token")) == expected
