@@ -1,10 +1,10 @@
-"""The second tier: committed checkpoints copied to Google Drive (or any remote folder) while training goes on, and back.
+"""The second tier: checkpoints copied to Google Drive (or any remote folder) during training, and back.
 
-`DriveMirror` has one copy in flight, on a thread of its own; when copying falls behind, steps in between are skipped.
-A copy is: a new folder name; file by file written, fsynced, closed, read again and compared; the text logs likewise;
-and last the manifest, which lists them all. No failure of the remote side reaches training: it is told once, and tried
-again after 5 seconds up to 5 minutes. `newest_on_drive` is the way back: the newest checkpoint of both tiers, committed
-on this machine as any save is.
+`DriveMirror` has one copy in flight, on a thread of its own; when copying falls behind, steps in between are
+skipped. A copy is: a new folder name; file by file written, fsynced, closed, read again and compared; the
+text logs likewise; and last the manifest, which lists them all. No failure of the remote side reaches
+training: it is told once, and tried again after 5 seconds up to 5 minutes. `newest_on_drive` is the way back:
+the newest checkpoint of both tiers, committed on this machine as any save is.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ from .files import replace_durably, sha256_bytes, strict_json
 KEEP = 3  # checkpoints on Drive before a copy starts, the best one included: with the copy never more than 4
 FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 5.0, 300.0
 PAUSES = (2.0, 8.0)  # Drive may need a moment: a fresh file reads as 0 bytes, a fresh mount shows nothing
-HEARTBEAT_SECONDS = 60.0
-CLOSE_SECONDS, CLOSE_SECONDS_IN_TROUBLE = 600.0, 60.0
+HEARTBEAT_SECONDS, CLOSE_SECONDS, CLOSE_SECONDS_IN_TROUBLE = 60.0, 600.0, 60.0
 
 Say = Callable[[str], None]
 
@@ -55,7 +54,7 @@ class DriveMirror:
         self._done: Manifest | None = None  # the last one that was copied
         self._unfinished: Path | None = None  # folder of a copy that failed half-way
         self._trouble, self._delay, self._next_beat, self._end = "", 0.0, 0.0, math.inf
-        self._pause, self._news, self._closing = pause or time.sleep, threading.Event(), threading.Event()
+        self._pause, self._news = pause or time.sleep, threading.Event()
         self._thread = threading.Thread(target=self._serve, name="drive", daemon=True)
         if pause is None:
             self._thread.start()
@@ -69,17 +68,14 @@ class DriveMirror:
 
     def close(self, seconds: float = CLOSE_SECONDS) -> None:
         """Wait for the newest copy, for a bounded time, and say what is not confirmed."""
-        if self._closing.is_set():
+        if self._end < math.inf:  # closed already
             return
         self._end = time.monotonic() + seconds
-        self._closing.set()
         self._news.set()
         self._thread.join(min(seconds, 2.0))
         if self._thread.is_alive():
-            self.say(
-                f"waiting for Drive, {seconds:.0f} s at most; Ctrl-C leaves at once and loses nothing here"
-            )
-            self._thread.join(max(0.0, self._end - time.monotonic()))
+            self.say(f"waiting for Drive, at most {seconds:.0f} s; Ctrl-C leaves at once and loses nothing")
+            self._thread.join(seconds)
         if self._newest is not self._done:
             lost = f"NOT on Drive: step {self._newest.step} is only on this machine"
             why = self._trouble or "copying takes too long"
@@ -88,18 +84,20 @@ class DriveMirror:
     # --- the thread
 
     def _serve(self) -> None:
-        while not self._closing.is_set():
+        while time.monotonic() < self._end:
             self._news.clear()
-            if delay := self.turn():
-                self._closing.wait(delay)  # news do not cut the pause of a failing disk short
-            elif self._newest is self._done:
-                self._news.wait(HEARTBEAT_SECONDS)
-        last_try = time.monotonic() + CLOSE_SECONDS_IN_TROUBLE
-        while self._newest is not self._done and time.monotonic() < min(last_try, self._end):
-            time.sleep(min(self.turn(), FIRST_RETRY_SECONDS))
+            delay, is_closing = self.turn(), self._end < math.inf
+            if self._newest is self._done:
+                if is_closing:
+                    break
+                delay = HEARTBEAT_SECONDS
+            elif is_closing and delay:
+                delay = FIRST_RETRY_SECONDS
+                self._end = min(self._end, time.monotonic() + CLOSE_SECONDS_IN_TROUBLE)
+            self._news.wait(delay)
         if self.copied and is_uploading(self.copied.folder):
-            word = f"Drive has NOT confirmed the upload of step {self.copied.step} yet"
-            self.say(f"{word}: keep this runtime for some minutes")
+            lost = f"Drive has NOT confirmed the upload of step {self.copied.step} yet"
+            self.say(f"{lost}: keep this runtime for some minutes")
         with contextlib.suppress(OSError):  # a heartbeat that stays behind is dead in five minutes
             drive_folder.erase_file(self.folder / drive_folder.HEARTBEAT)
 
@@ -164,11 +162,11 @@ class DriveMirror:
         _patiently(partial(drive_folder.check, path, facts), self._pause)
 
     def _make_room(self, there: list[Entry], run_id: str, best_step: int | None) -> None:
-        """At most `KEEP` checkpoints of this run stay: the newest that Drive has uploaded, the newest, the best,
-        then by age.
+        """At most `KEEP` checkpoints of this run stay: the newest that Drive has uploaded, the newest, the
+        best, then by age.
 
-        Folders that another machine left unfinished may be whole ones that are seen too early: the newest of them
-        stays until a copy has overtaken it. Folders of other runs, and of people, are never touched.
+        Folders that another machine left unfinished may be whole ones that are seen too early: the newest of
+        them stays until a copy has overtaken it. Folders of other runs, and of people, are never touched.
         """
         ours = [entry for entry in there if drive_folder.is_name_of(run_id, entry.path.name)]
         whole = [entry for entry in ours if entry.manifest]
@@ -189,14 +187,14 @@ def _facts(data: bytes) -> dict:
     return {"bytes": len(data), "sha256": sha256_bytes(data)}
 
 
-# --- where a run continues ------------------------------------------------------------------------------------------
+# --- where a run continues ----------------------------------------------------------------------------------
 
 
 def check_places(output_dir: str | Path, drive_dir: str | Path | None, resume: str) -> None:
     """Raises `ConfigError` for folders that cannot serve, before anything is written.
 
-    With `--resume never` Drive must hold no checkpoint: nothing there may be moved aside (Drive takes renames back),
-    and the next start would continue the old run.
+    With `--resume never` Drive must hold no checkpoint: nothing there may be moved aside (Drive takes renames
+    back), and the next start would continue the old run.
     """
     flag = f"--drive_dir {drive_dir}"
     try:
@@ -218,13 +216,13 @@ def check_places(output_dir: str | Path, drive_dir: str | Path | None, resume: s
 
 
 def newest_on_drive(drive_dir, checkpoint_dir, local, say, *, check=None, take_over=False, sleep=time.sleep):
-    """The `Manifest` of the newest checkpoint that verifies, of the `local` folders and of Drive, then copied to
-    `checkpoint_dir`; one line for each that does not. On an equal step this machine's wins. None when there is none at
-    all. `check` as for `checkpoint.newest_usable`.
+    """The `Manifest` of the newest checkpoint that verifies, of the `local` folders and of Drive, then copied
+    to `checkpoint_dir`; one line for each that does not. On an equal step this machine's wins. None when
+    there is none at all. `check` as for `checkpoint.newest_usable`.
 
-    Raises `NoUsableCheckpoint` when there are some and none is usable, or when Drive cannot be read and this machine has
-    nothing: starting from zero would hide a loss. `BusyError` when another runtime has been writing to the folder in the
-    last five minutes, `ConfigError` for a folder that cannot be meant.
+    Raises `NoUsableCheckpoint` when there are some and none is usable, or when Drive cannot be read and this
+    machine has nothing: starting from zero would hide a loss. `BusyError` when another runtime has been
+    writing to the folder in the last five minutes, `ConfigError` for a folder that cannot be meant.
     """
     flag, here, there = f"--drive_dir {drive_dir}", [look(Path(path)) for path in local], []
     try:
@@ -253,8 +251,8 @@ def newest_on_drive(drive_dir, checkpoint_dir, local, say, *, check=None, take_o
 
 
 def _copy_here(source: Path, checkpoint_dir: Path, say: Say) -> Path:
-    """Commit a copy of a Drive checkpoint to this machine's folder, every byte compared on the way; before it its logs,
-    where this machine has fewer lines. Raises `CheckpointError` when it is not whole."""
+    """Commit a copy of a Drive checkpoint to this machine's folder, every byte compared on the way; before it
+    its logs, where this machine has fewer lines. Raises `CheckpointError` when it is not whole."""
     there = drive_folder.read_checkpoint(source)
     files = {name: partial(_copy_file, source / name, facts) for name, facts in there.files.items()}
     for name in [name for name in files if name.endswith(".txt")]:

@@ -13,15 +13,18 @@ from .errors import CheckpointError
 
 MOUNT_POINT = Path("/content/drive")
 
-# What the type, error number or text of a failure holds -> what it means, and what to do. The first two do not pass.
+# What the type, error number or text of a failure holds -> what it means, and what to do. FINAL do not pass.
 FINAL = {
-    "NotImplementedError": "this kind of runtime cannot mount Drive (Colab Enterprise, or no Colab screen behind it)",
-    "must not already contain files": f"a plain folder lies at {MOUNT_POINT}, made before Drive was mounted; rename it, then run this cell again",
+    "NotImplementedError": "this kind of runtime cannot mount Drive (Colab Enterprise, or no Colab screen)",
+    "must not already contain files": f"a plain folder lies at {MOUNT_POINT}: rename it, run this cell again",
 }
 WORDS = FINAL | {
-    "credential propagation|consent": "Google did not get permission: allow pop-ups, choose the account of this Colab tab and tick every box, then run this cell again",
-    "timeout|timed out": "Drive did not answer in time (a root folder with thousands of files does that); try again later",
-    "ENOTCONN": "Drive is mounted but no longer connected (errno 107); Runtime > Restart session, then mount again",
+    "credential propagation|consent": (
+        "Google did not get permission: allow pop-ups, choose the account of this Colab tab and tick every box; "
+        "then run this cell again"
+    ),
+    "timeout|timed out": "Drive did not answer in time (thousands of files in its root?); try again later",
+    "ENOTCONN": "Drive is mounted but no longer connected (errno 107); Runtime > Restart session, then mount",
     "EDQUOT": "your Drive is full; empty its trash",
     "ENOSPC": "your Drive, or this machine's disk behind it, is full; empty its trash",
     "EROFS": "Drive is mounted read-only",

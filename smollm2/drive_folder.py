@@ -1,9 +1,10 @@
 """A folder on a remote disk that may lie: Google Drive on Colab, or any mount that can vanish.
 
-What is assumed of it: nothing. Files are written once under names never used before, closed, read back and compared;
-the manifest comes last and alone makes a folder a checkpoint; what a folder holds is read from its manifest, never
-from its name (Drive renames to "name (1)" and takes renames back). Nothing is renamed, appended to or linked.
-Deleting goes through an empty file, because Drive's trash counts against the quota. Every function may raise OSError.
+What is assumed of it: nothing. Files are written once under names never used before, closed, read back and
+compared; the manifest comes last and alone makes a folder a checkpoint; what a folder holds is read from its
+manifest, never from its name (Drive renames to "name (1)" and takes renames back). Nothing is renamed,
+appended to or linked. Deleting goes through an empty file, because Drive's trash counts against the quota.
+Every function may raise OSError.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ UPLOAD_ID = "user.drive.id"  # extended attribute; ids beginning with "local" ar
 HEARTBEAT = "heartbeat.txt"  # host, pid and time of the runtime that writes here
 LIVE_SECONDS = 300.0  # whoever has been silent for longer is gone
 
-# --- the place ------------------------------------------------------------------------------------------------------
+# --- the place ----------------------------------------------------------------------------------------------
 
 
 def is_below_mount_point(path: str | Path) -> bool:
@@ -43,8 +44,8 @@ def is_below_mount_point(path: str | Path) -> bool:
 
 
 def check_mounted(path: str | Path) -> None:
-    """Raises `NotThere` for a path in Drive's place while the kernel's mount table has no Drive there: what is written
-    to a plain folder of that name is lost with the machine, and Drive refuses to mount over it."""
+    """Raises `NotThere` for a path in Drive's place while the kernel's mount table has no Drive there: what
+    is written to a plain folder of that name is lost with the machine, and Drive refuses to mount over it."""
     table = MOUNTS_TABLE.read_text(encoding="utf-8", errors="replace") if MOUNTS_TABLE.exists() else ""
     is_mounted = re.search(rf"^\S+ {re.escape(str(MOUNT_POINT))} fuse\.drive", table, re.MULTILINE)
     if is_below_mount_point(path) and not is_mounted:
@@ -81,13 +82,14 @@ def names_in(folder: Path) -> list[str]:
         return []
 
 
-# --- what is there --------------------------------------------------------------------------------------------------
+# --- what is there ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A folder that holds or should hold a checkpoint. Without a manifest, `problem` says why: `CheckpointError` where
-    it is damaged or unfinished, OSError where it could not be read just now, so that nothing is known about it."""
+    """A folder that holds or should hold a checkpoint. Without a manifest, `problem` says why:
+    `CheckpointError` where it is damaged or unfinished, OSError where it could not be read just now, so that
+    nothing is known about it."""
 
     path: Path
     manifest: Manifest | None
@@ -95,7 +97,7 @@ class Entry:
 
     @property
     def step(self) -> float:
-        """From the manifest; where that is unreadable from the name, which only decides what is looked at first."""
+        """From the manifest; else from the name, which only decides what is looked at first."""
         match = re.search(r"step-(\d{1,15})", self.path.name)
         return self.manifest.step if self.manifest else int(match[1]) if match else math.inf
 
@@ -108,7 +110,7 @@ def look(path: Path) -> Entry:
 
 
 def entries(folder: Path) -> list[Entry]:
-    """The checkpoints in a folder, whole or not, newest first. A folder that does not exist yet holds none."""
+    """The checkpoints in a folder, whole or not, newest first; none where the folder does not exist yet."""
     found = [look(folder / name) for name in names_in(folder)]
     claims = [entry for entry in found if entry.manifest or ".ckpt" in entry.path.name]
     files = (FileNotFoundError, NotADirectoryError)  # deleted just now, or a plain file
@@ -117,7 +119,7 @@ def entries(folder: Path) -> list[Entry]:
 
 
 def read_checkpoint(folder: Path) -> Manifest:
-    """The manifest of a folder that shows each file in its size; raises `CheckpointError` where it does not."""
+    """The manifest of a folder that shows each file in its size, else `CheckpointError` is raised."""
     there = os.listdir(folder)
     if MANIFEST not in there:
         raise CheckpointError(f"no {MANIFEST}: its copy was never finished")
@@ -136,12 +138,13 @@ def new_name(manifest: Manifest) -> str:
 
 
 def is_name_of(run_id: str, name: str) -> bool:
-    """Whether a copy of this run has this name, and so may be removed. All else in the folder belongs to somebody."""
+    """Whether a copy of this run has this name, and so may be removed. All else in the folder belongs to
+    somebody."""
     pattern = rf"(final_\w+-)?step-\d{{8,}}-{re.escape(run_id)}-[0-9a-f]{{8}}(\.ckpt| \(\d+\))+"
     return re.fullmatch(pattern, name) is not None
 
 
-# --- bytes ----------------------------------------------------------------------------------------------------------
+# --- bytes --------------------------------------------------------------------------------------------------
 
 
 def read_small(path: Path) -> bytes:
@@ -151,7 +154,8 @@ def read_small(path: Path) -> bytes:
 
 
 def verified(path: Path, facts: dict) -> Iterator[bytes]:
-    """The chunks of a file; raises `CheckpointError` at its end when they are not what its manifest entry says."""
+    """The chunks of a file; raises `CheckpointError` at its end when they are not what its manifest entry
+    says."""
     digest, total = hashlib.sha256(), 0
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK_BYTES):
@@ -177,8 +181,8 @@ def write(path: Path, source: io.BufferedIOBase, mode: str = "xb") -> None:
 
 
 def erase(folder: Path) -> None:
-    """Remove a checkpoint folder so that Drive's trash holds none of its bytes. The manifest goes first: what is half
-    removed is not a checkpoint."""
+    """Remove a checkpoint folder so that Drive's trash holds none of its bytes. The manifest goes first: what
+    is half removed is not a checkpoint."""
     for name in sorted(names_in(folder), key=lambda name: name != MANIFEST):
         if not os.path.isdir(folder / name):  # a folder in it is a person's
             erase_file(folder / name)
@@ -196,16 +200,17 @@ def erase_file(path: Path) -> None:
 
 
 def is_uploading(folder: Path) -> bool:
-    """Whether Drive itself says that a copied checkpoint is not on Google's side yet. Mounts that do not tell: False."""
+    """Whether Drive itself says that a copied checkpoint is not on Google's side yet. Mounts that do not
+    tell: False."""
     try:
         return any(os.getxattr(folder / name, UPLOAD_ID).startswith(b"local") for name in os.listdir(folder))
     except (OSError, AttributeError):  # Python has os.getxattr on Linux alone
         return False
 
 
-# --- who else writes here -------------------------------------------------------------------------------------------
-# A courtesy, not a lock: Drive has none, and another machine may see the file late. Names of copies never repeat, so two
-# writers cannot damage each other's; the heartbeat keeps them from wasting the quota and a person's time.
+# --- who else writes here -----------------------------------------------------------------------------------
+# A courtesy, not a lock: Drive has none, and another machine may see the file late. Names of copies never
+# repeat, so two writers cannot damage each other's; this saves the quota and a person's time.
 
 
 def beat(folder: Path) -> None:
@@ -214,8 +219,8 @@ def beat(folder: Path) -> None:
 
 
 def live_writer(folder: Path) -> str | None:
-    """Another runtime that wrote to the folder within `LIVE_SECONDS`, in words; None where its process is known to be
-    dead, or nothing can be read."""
+    """Another runtime that wrote to the folder within `LIVE_SECONDS`, in words; None where its process is
+    known to be dead, or nothing can be read."""
     try:
         host, pid, seconds = read_small(folder / HEARTBEAT).decode().split()
         silent, is_here = time.time() - int(seconds), host == socket.gethostname()

@@ -1,10 +1,10 @@
 """A Google Drive that lies as the real one does, for the tests of the Drive tier.
 
-It stands in for `os`, `open` and `shutil.disk_usage` inside `smollm2.drive_folder`, the one module that touches the
-remote folder. There are two views: what the mounted folder shows (the virtual machine's cache) and what the server has.
-Writes reach the server later, in order or not, and never when the machine dies first. On top of that come bursts of
-errno 107 and 5, files that read as 0 bytes for a while, folders that turn up as "name (1)", a quota, and a trash that
-counts. The clock moves with every call, and with `advance`.
+It stands in for `os`, `open` and `shutil.disk_usage` inside `smollm2.drive_folder`, the one module that
+touches the remote folder. There are two views: what the mounted folder shows (the virtual machine's cache)
+and what the server has. Writes reach the server later, in order or not, and never when the machine dies
+first. On top of that come bursts of errno 107 and 5, files that read as 0 bytes for a while, folders that
+turn up as "name (1)", a quota, and a trash that counts. The clock moves with every call, and with `advance`.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class MachineDied(BaseException):
 
 
 class FakeDrive:
-    """`tree` is what the mount shows and `server` what Google has: {path: bytes, or None for a folder}. `scale` shortens
-    its moods for tests in real time, where the clock moves with the calls alone."""
+    """`tree` is what the mount shows and `server` what Google has: {path: bytes, or None for a folder}.
+    `scale` shortens its moods for tests in real time, where the clock moves with the calls alone."""
 
     def __init__(
         self, root: Path, seed=0, in_order=True, tells_uploads=True, fault_rate=0.0, stale_rate=0.0,
@@ -129,7 +129,8 @@ class FakeDrive:
     # --- the machine dies, another one mounts the same Drive
 
     def next_machine(self, renames: bool = True) -> None:
-        """Uploads in flight are lost (out of order: some of them), the cache is gone, names come back changed."""
+        """Uploads in flight are lost (out of order: some of them), the cache is gone, names come back
+        changed."""
         blocked: set[str] = set()
         for job in [] if self.in_order else list(self.queue):
             if job[2] in blocked or self.random.random() < 0.5:
@@ -220,7 +221,8 @@ class FakeDrive:
     # --- putting it in place
 
     def install(self, monkeypatch, tmp_path: Path) -> None:
-        """Make `smollm2.drive_folder` see this Drive under its mount point, and the real disk everywhere else."""
+        """Make `smollm2.drive_folder` see this Drive under its mount point, and the real disk everywhere
+        else."""
 
         def call(name: str, real):
             def either(path, *rest):

@@ -65,7 +65,8 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 
 
 def whole_steps_on_server(fake: FakeDrive) -> list[int]:
-    """Steps that a download of the whole Drive would find intact, newest first. Independent of the code under test."""
+    """Steps that a download of the whole Drive would find intact, newest first. Independent of the code under
+    test."""
     found = []
     for files in fake.server_folders().values():
         raw = files.get("manifest.json", b"")
@@ -128,7 +129,7 @@ def test_a_lying_drive_never_stops_training_and_loses_nothing_confirmed(seed, tm
         return sum(map(len, files_of(step, step).values())) + 1200 + 50 * (step // 10)
 
     fake = install(
-        seed, in_order=seed % 2 == 0, tells_uploads=seed % 2 == 1 or seed % 4 == 0, fault_rate=0.01, stale_rate=0.1,
+        seed, in_order=seed % 2 == 0, tells_uploads=seed % 4 != 2, fault_rate=0.01, stale_rate=0.1,
         duplicate_rate=0.15, upload_seconds=(0.0, 40.0), quota=None if seed % 3 else 5 * bytes_on_drive(1200),
     )  # fmt: skip
     said, confirmed, reached = [], 0, 0
@@ -166,7 +167,7 @@ def test_a_lying_drive_never_stops_training_and_loses_nothing_confirmed(seed, tm
         fake.next_machine()
         fake.advance(400)  # bursts end
         fake.stale_until = {path: fake.now + until % 9 for path, until in fake.stale_until.items()}
-    # 3 kept + 1 in flight; heartbeat and empty folders besides. Out of order, deletions may lag behind an upload.
+    # 3 kept + 1 in flight; heartbeat and empty folders besides. Out of order, deletions lag behind uploads.
     one = bytes_on_drive(reached)
     assert reached and fake.most_tree_bytes <= 4 * one, fake.most_tree_bytes / one
     assert fake.most_server_bytes <= (4 if fake.in_order else 6) * one, fake.most_server_bytes / one
@@ -428,7 +429,8 @@ SILENT, KILLED, THIS = f"elsewhere 7 {NOW - 301}", f"{HERE} {2**22 + 1} {NOW}", 
 
 @pytest.mark.parametrize("words", [SILENT, KILLED, THIS, *TORN])
 def test_a_dead_runtime_is_not_in_the_way(words, fake, tmp_path):
-    """Silent for five minutes; of this machine, and killed a moment ago; an earlier run of this process; unreadable."""
+    """Silent for five minutes; of this machine, and killed a moment ago; an earlier run of this process;
+    unreadable."""
     heartbeat(fake, words)
     assert restore(fake, tmp_path, []) is None
 
@@ -505,8 +507,8 @@ TINY = {
     "model": {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
               "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32},
     "data": {"sequence_length": 16, "tokenizer_vocab_size": 300},
-    "train": {"batch_size": 4, "warmup_steps": 3, "max_steps": 30, "val_every": 10, "val_max_tokens": 200, "log_every": 1,
-              "sample_every": 10, "sample_tokens": 4, "save_every": 3, "precision": "fp32"},
+    "train": {"batch_size": 4, "warmup_steps": 3, "max_steps": 30, "val_every": 10, "val_max_tokens": 200,
+              "log_every": 1, "sample_every": 10, "sample_tokens": 4, "save_every": 3, "precision": "fp32"},
 }  # fmt: skip
 SETTINGS = [f"{section}.{key}={value}" for section, values in TINY.items() for key, value in values.items()]
 
@@ -608,7 +610,7 @@ def test_a_run_that_was_found_on_drive_is_said_to_lie_there_and_the_advice_works
     train(short(text, tmp_path / "output", tmp_path / "drive"), Reporter())
     advice = "or choose another --output_dir and another --drive_dir$"
     for name, place in (("fresh", "--drive_dir .*drive"), ("output", "--output_dir .*output")):
-        words = rf"the run in {place} was made with other settings \(train\.seed: .* -> 5\): put them back, {advice}"
+        words = rf"the run in {place} was made with other settings \(train\.seed: .* -> 5\): put .*, {advice}"
         with pytest.raises(ConfigError, match=words):
             train(short(text, tmp_path / name, tmp_path / "drive", **{"train.seed": 5}), Reporter())
     assert not (tmp_path / "fresh").exists()
@@ -637,7 +639,8 @@ def test_folders_that_cannot_serve_are_refused_before_anything_is_written(text, 
 
 @pytest.mark.slow
 def test_a_killed_process_and_a_lost_machine_end_with_the_same_bits(text, uninterrupted, tmp_path):
-    """kill -9 of a real process, its output folder lost, and at once a rerun with nothing but the Drive folder."""
+    """kill -9 of a real process, its output folder lost, and at once a rerun with nothing but the Drive
+    folder."""
     command = [sys.executable, "colab_train.py", "--preset", "nano", "--input_file", str(text)]
     command += ["--drive_dir", str(tmp_path / "drive"), *(f"--set={setting}" for setting in SETTINGS)]
     place = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, "text": True}

@@ -1,4 +1,5 @@
-"""A notebook's run with a Drive that dies, lies or is claimed: it says so, goes on, and touches nothing there."""
+"""A notebook's run with a Drive that dies, lies or is claimed: it says so, goes on, and touches nothing
+there."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from smollm2.settings import load_config
 
 
 class Run:
-    """Plays `train` through `keep_training`: raises the given errors in turn, then returns its configuration."""
+    """Plays `train` through `keep_training`: raises the given errors in turn, then returns its
+    configuration."""
 
     def __init__(self, drive_dir, *errors):
         self.config = load_config("nano", **({"run.drive_dir": str(drive_dir)} if drive_dir else {}))

@@ -1,8 +1,9 @@
-"""A notebook's run and its Drive: wait for a dead runtime's claim to end, go on here when Drive is gone, list what is kept.
+"""A notebook's run and its Drive: wait for a dead runtime's claim to end, go on here when Drive is gone, list
+what is kept.
 
-`train` refuses to guess: it stops with an error when another runtime seems to write to the same Drive folder, or when
-Drive cannot be read and might hold a newer checkpoint. A notebook left alone by its reader takes the safe way instead
-and says so: waiting, or training on this machine only. Neither touches what lies on Drive.
+`train` refuses to guess: it stops with an error when another runtime seems to write to the same Drive folder,
+or when Drive cannot be read and might hold a newer checkpoint. A notebook left alone by its reader takes the
+safe way instead and says so: waiting, or training on this machine only. Neither touches what lies on Drive.
 """
 
 from __future__ import annotations
@@ -31,45 +32,47 @@ def drive_problem(drive_dir: str | Path) -> str | None:
 
 
 def keep_training(config: RunConfig, train: Callable[[RunConfig], object], say=print, sleep=time.sleep):
-    """`train(config)`; with `run.drive_dir` it waits while another runtime's claim on that folder is fresh (five minutes
-    at most), and trains on this machine only when Drive does not answer. Errors that Drive does not explain pass."""
+    """`train(config)`; with `run.drive_dir` it waits while another runtime's claim on that folder is fresh
+    (five minutes at most), and trains on this machine only when Drive does not answer. Errors that Drive does
+    not explain pass."""
     waited = 0.0
     while True:
         drive_dir = config.run.drive_dir
         try:
             return train(config)
-        except BusyError as error:
-            if not drive_dir or str(drive_dir) not in str(error) or waited > LIVE_SECONDS + PAUSE_SECONDS:
-                raise
-            if not waited:
-                say(f"{error}. Waiting for that: a dead runtime keeps its claim for five minutes ...")
-            waited += PAUSE_SECONDS
-            sleep(PAUSE_SECONDS)
         except UserError as error:
-            problem = drive_dir and drive_problem(drive_dir)
-            if not problem:
+            is_busy = isinstance(error, BusyError)
+            is_claimed = is_busy and drive_dir and str(drive_dir) in str(error)
+            problem = drive_dir and not is_busy and drive_problem(drive_dir)
+            if is_claimed and waited <= LIVE_SECONDS + PAUSE_SECONDS:
+                if not waited:
+                    say(f"{error}. Waiting for that: a dead runtime keeps its claim for five minutes ...")
+                waited += PAUSE_SECONDS
+                sleep(PAUSE_SECONDS)
+            elif problem:
+                say(f"Drive does not answer ({problem}): this run goes on WITHOUT it, on this machine only.")
+                say(f"What is on Drive stays as it is. The message was: {str(error)[:200]}")
+                config = config.model_copy(update={"run": config.run.model_copy(update={"drive_dir": None})})
+            else:
                 raise
-            say(f"Drive does not answer ({problem}): this run goes on WITHOUT it, on this machine only.")
-            say(f"What is on Drive stays as it is. The message was: {str(error)[:200]}")
-            config = config.model_copy(update={"run": config.run.model_copy(update={"drive_dir": None})})
 
 
 def kept(folders: Iterable[tuple[str, str | Path]]) -> list[dict[str, object]]:
-    """One row a checkpoint in the (place, folder) pairs, newest first: every byte of it is read and compared."""
+    """One row a checkpoint in the (place, folder) pairs, newest first; every byte is read and compared."""
     rows = []
     for place, folder in folders:
         row = {"place": place, "name": str(folder), "step": None, "bytes": 0, "sha256": "", "state": "whole"}
         try:
-            found = entries(Path(folder))
+            for entry in entries(Path(folder)):
+                rows.append(row | {"name": entry.path.name, "step": entry.step} | _verified(entry.path))
         except OSError as error:
             rows.append(row | {"state": f"out of reach: {explain(error)}"})
-            continue
-        for entry in found:
-            row |= {"name": entry.path.name, "step": entry.step}
-            try:
-                manifest = verify(entry.path)
-                facts = {"bytes": manifest.bytes, "sha256": manifest.files["model.safetensors"]["sha256"]}
-            except (CheckpointError, OSError) as error:
-                facts = {"state": f"NOT usable: {str(error)[:60]}"}
-            rows.append(row | facts)
     return rows
+
+
+def _verified(folder: Path) -> dict[str, object]:
+    try:
+        manifest = verify(folder)
+    except (CheckpointError, OSError) as error:
+        return {"state": f"NOT usable: {str(error)[:60]}"}
+    return {"bytes": manifest.bytes, "sha256": manifest.files["model.safetensors"]["sha256"]}
