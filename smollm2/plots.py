@@ -10,6 +10,7 @@ import html
 import io
 import sys
 import textwrap
+import warnings
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -53,7 +54,9 @@ def label(axis, title: str, x: str, y: str, legend: bool = False):
 def png_bytes(fig: Figure, dpi: int = DPI) -> bytes:
     """The figure as PNG on opaque white; the same figure gives the same bytes."""
     buffer = io.BytesIO()
-    fig.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # of a script the font lacks: drawn as a box
+        fig.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
     return buffer.getvalue()
 
 

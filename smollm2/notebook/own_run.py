@@ -19,7 +19,14 @@ from ..weights import MODEL_FILES, read_config
 SMALL = "small"  # the run made here: a folder of its own, so that it never stands in the way of notebook 04's
 PLACES = [f"{folders}*.ckpt/{MANIFEST}" for folders in ("", "*/", "*/checkpoints/")]
 ONE_MINUTE = {"max_steps": 300, "save_every": 50, "val_every": 100, "val_max_tokens": 16384, "keep_last": 20}
-SECONDS = ONE_MINUTE | {"max_steps": 40, "save_every": 8, "val_every": 20, "batch_size": 4, "warmup_steps": 5}
+SECONDS = {
+    "max_steps": 40,
+    "save_every": 8,
+    "val_every": 20,
+    "val_max_tokens": 2048,
+    "batch_size": 4,
+    "warmup_steps": 5,
+}
 Place = str | Path
 
 
