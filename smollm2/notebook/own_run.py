@@ -19,14 +19,7 @@ from ..weights import MODEL_FILES, read_config
 SMALL = "small"  # the run made here: a folder of its own, so that it never stands in the way of notebook 04's
 PLACES = [f"{folders}*.ckpt/{MANIFEST}" for folders in ("", "*/", "*/checkpoints/")]
 ONE_MINUTE = {"max_steps": 300, "save_every": 50, "val_every": 100, "val_max_tokens": 16384, "keep_last": 20}
-SECONDS = {
-    "max_steps": 40,
-    "save_every": 8,
-    "val_every": 20,
-    "val_max_tokens": 2048,
-    "batch_size": 4,
-    "warmup_steps": 5,
-}
+SECONDS = {"max_steps": 40, "save_every": 8, "val_max_tokens": 2048, "batch_size": 4, "warmup_steps": 5}
 Place = str | Path
 
 
@@ -52,9 +45,9 @@ def own_checkpoints(folders: Iterable[Place], say: Callable[[str], None] = print
 
 def small_run(input_file: Place, output_dir: Place = "output", smoke: bool = False) -> RunConfig:
     """The `nano` preset for a minute on a CPU (`smoke`: a few seconds), with checkpoints along the way to look at later."""
+    train = ONE_MINUTE | (SECONDS if smoke else {})
     settings = {"data.input_file": str(input_file), "run.output_dir": str(Path(output_dir) / SMALL)}
-    settings |= {f"train.{name}": value for name, value in (SECONDS if smoke else ONE_MINUTE).items()}
-    return load_config("nano", **settings)
+    return load_config("nano", **settings, **{f"train.{name}": value for name, value in train.items()})
 
 
 class FewLines(Reporter):
@@ -68,9 +61,7 @@ class FewLines(Reporter):
         print(f"step {step}: {bits_per_byte:.3f} bits per byte on the held-out text", flush=True)
 
 
-def own_run(
-    input_file: Place, output_dir: Place = "output", others=(), smoke: bool = False
-) -> list[Manifest]:
+def own_run(input_file: Place, output_dir: Place = "output", others=(), smoke=False) -> list[Manifest]:
     """`own_checkpoints` of `output_dir` and `others`; where there are none, of a `small_run` trained now."""
     folders = [output_dir, *others]
     checkpoints = own_checkpoints(folders)
@@ -79,10 +70,8 @@ def own_run(
 
         train(small_run(input_file, output_dir, smoke), FewLines())
         checkpoints = own_checkpoints(folders)
-    first, last = checkpoints[0].step, checkpoints[-1].step
-    print(
-        f"your run: {len(checkpoints)} checkpoints, steps {first} to {last}, in {checkpoints[0].folder.parent}"
-    )
+    steps = f"steps {checkpoints[0].step} to {checkpoints[-1].step}"
+    print(f"your run: {len(checkpoints)} checkpoints, {steps}, in {checkpoints[0].folder.parent}")
     return checkpoints
 
 
