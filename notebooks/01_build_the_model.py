@@ -13,7 +13,7 @@
 # # 1 · Build the model
 #
 # You will be able to
-# * write every part of SmolLM2 yourself: embedding, RMSNorm, RoPE, grouped-query attention, SwiGLU, block, model;
+# * read every part of SmolLM2 in a few lines of PyTorch and run it: embedding, RMSNorm, RoPE, grouped-query attention, SwiGLU, block, model;
 # * prove that each part equals this project's and that of Hugging Face's transformers, number by number;
 # * find a bug in a transformer by looking at *where* two models begin to differ.
 #
@@ -22,7 +22,7 @@
 #
 # *Runtime → Run all* runs everything. Each `?` asks you to guess first: type a number in place of `None` and run that cell again. Each `✔`
 # is a check: the largest difference between two things that should be equal, and how much of it rounding may cause (the tolerance). A check that
-# fails stops the notebook.
+# fails stops the notebook. The code is all here; what you write yourself comes in the exercises.
 
 # %% cellView="form" id="setup" tags=["setup"]
 # @title Set-up (about 20 s on Colab) { display-mode: "form" }
@@ -31,16 +31,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-ADDRESS = os.environ.get("SMOLLM2_REPO") or "https://github.com/smollm2-from-scratch/smollm2-from-scratch"
-here = [Path(globals().get("__file__", "notebook")).resolve(), Path.cwd().resolve() / "notebook"]
+ADDRESS = "https://github.com/smollm2-from-scratch/smollm2-from-scratch"
+ADDRESS = os.environ.get("SMOLLM2_REPO") or ADDRESS
+here = Path(globals().get("__file__", "notebook")).resolve(), Path.cwd().resolve() / "notebook"
 clone = Path.cwd().resolve() / "smollm2-from-scratch"
 folders = [*(parent for start in here for parent in start.parents), clone]
-REPO = next((folder for folder in folders if (folder / "smollm2" / "colab.py").is_file()), None)
+REPO = next((path for path in folders if (path / "smollm2" / "colab.py").is_file()), None)
 if REPO is None:  # a bare notebook, as the Colab badge opens it: fetch the project beside it
     half = clone.with_name(f"{clone.name}.part{os.getpid()}")
-    fetched = subprocess.run(["git", "clone", "--quiet", "--depth", "1", ADDRESS, str(half)], capture_output=True, text=True)
+    command = ["git", "clone", "--quiet", "--depth", "1", ADDRESS, str(half)]
+    fetched = subprocess.run(command, capture_output=True, text=True)
     if fetched.returncode:
-        raise RuntimeError(f"Could not fetch {ADDRESS}: {fetched.stderr.strip()}. Is the network there? Then run this cell again.")
+        reason = f"Could not fetch {ADDRESS}: {fetched.stderr.strip()}"
+        raise RuntimeError(f"{reason}. Is the network there? Then run this cell again.")
     REPO = half.rename(clone)
 if str(REPO) not in sys.path:
     sys.path.insert(0, str(REPO))
@@ -65,7 +68,7 @@ from smollm2 import SmolLM2, SmolLM2Config, plots, widgets
 from smollm2.errors import UserError
 from smollm2.notebook import lesson
 from smollm2.tokenizer import Tokenizer
-from smollm2.weights import read_config, read_weights, resolve
+from smollm2.weights import resolve
 
 lesson.quiet()
 
@@ -78,16 +81,19 @@ lesson.quiet()
 
 # %% id="config" tags=["lesson"]
 full = SmolLM2Config()
-tiny = SmolLM2Config(vocab_size=512, hidden_size=72, intermediate_size=192, num_hidden_layers=3, max_position_embeddings=128)
-for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+small = {"vocab_size": 512, "hidden_size": 72, "intermediate_size": 192, "num_hidden_layers": 3}
+tiny = SmolLM2Config(**small, max_position_embeddings=128)
+for name in (*small, "num_attention_heads", "num_key_value_heads"):
     print(f"{name:22} SmolLM2-135M {getattr(full, name):6,}   here {getattr(tiny, name):4}")
 
 # %% cellView="form" id="predict-head-dim" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
 guess = None  # @param {type:"raw"}
 lesson.predict(
-    "Each query head (section 5) works on an equal part of the hidden_size. How many numbers does one head of SmolLM2-135M get?",
-    guess, full.head_dim, within=0, why=f"{full.hidden_size} / {full.num_attention_heads} = {full.head_dim}: the head_dim.",
+    "Each query head (section 5) works on an equal part of the hidden_size. How many numbers "
+    "does one head of SmolLM2-135M get?",
+    guess, full.head_dim, within=0,
+    why=f"{full.hidden_size} / {full.num_attention_heads} = {full.head_dim}: the head_dim.",
 )  # fmt: skip
 
 
@@ -121,7 +127,8 @@ torch.manual_seed(0)
 ids = torch.randint(tiny.vocab_size, (2, 10))
 logits = Skeleton(tiny)(ids)
 print("ids", tuple(ids.shape), "-> logits", tuple(logits.shape))
-lesson.check("one score per vocabulary entry, at every position", torch.tensor(logits.shape) - torch.tensor([*ids.shape, tiny.vocab_size]))
+wrong = logits.shape != (*ids.shape, tiny.vocab_size)
+lesson.check("one score per vocabulary entry, at every position", wrong)
 
 # %% [markdown] id="tying"
 # ## 2 · Embedding, and the same matrix again at the end
@@ -133,7 +140,8 @@ lesson.check("one score per vocabulary entry, at every position", torch.tensor(l
 # %% id="embedding-check" tags=["check"]
 table = nn.Embedding(tiny.vocab_size, tiny.hidden_size)
 one_hot = F.one_hot(ids, tiny.vocab_size).float()  # (B, T, V), a single 1 in each row
-lesson.check("a look-up is a product with a one-hot vector", table(ids) - one_hot @ table.weight)
+product = one_hot @ table.weight
+lesson.check("a look-up is a product with a one-hot vector", table(ids) - product)
 
 # %% cellView="form" id="predict-tying" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
@@ -142,7 +150,8 @@ share = full.vocab_size * full.hidden_size
 lesson.predict(
     "How many parameters does tying save in SmolLM2-135M (in millions)?",
     guess, share / 1e6, unit="million",
-    why=f"{full.vocab_size:,} rows x {full.hidden_size} = {share:,}. Without tying there would be a second table of that size.",
+    why=f"{full.vocab_size:,} rows x {full.hidden_size} = {share:,}. Without tying there would "
+    "be a second table of that size.",
 )  # fmt: skip
 
 # %% [markdown] id="rmsnorm"
@@ -155,7 +164,7 @@ lesson.predict(
 x = torch.tensor([3.0, 4.0, 0.0, 0.0, 0.0])
 mean_square = x.square().mean()
 rms = mean_square.sqrt()
-print("mean square", mean_square.item(), "· root", round(rms.item(), 4), "· divided", [round(value, 4) for value in (x / rms).tolist()])
+print(f"mean square {mean_square:.4f} · root {rms:.4f} · divided {(x / rms).tolist()}")
 lesson.check("after dividing, the mean square is 1", (x / rms).square().mean() - 1, 1e-6)
 
 
@@ -163,7 +172,7 @@ lesson.check("after dividing, the mean square is 1", (x / rms).square().mean() -
 class RMSNorm(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.hidden_size))  # a learned gain for every dimension
+        self.weight = nn.Parameter(torch.ones(config.hidden_size))  # a gain for each dimension
         self.eps = config.rms_norm_eps  # keeps the all-zero vector from dividing by zero
 
     def forward(self, x):
@@ -171,9 +180,11 @@ class RMSNorm(nn.Module):
 
 
 # %% id="rmsnorm-check" tags=["check"]
-x = torch.randn(2, 10, tiny.hidden_size) * torch.logspace(-2, 2, 10)[:, None]  # ten tokens, very different sizes
+sizes = torch.logspace(-2, 2, 10)  # ten tokens, very different in size
+x = torch.randn(2, 10, tiny.hidden_size) * sizes[:, None]
 gain = torch.rand(tiny.hidden_size)
-mine, package, library = RMSNorm(tiny), ours.RMSNorm(tiny.hidden_size, tiny.rms_norm_eps), theirs.LlamaRMSNorm(tiny.hidden_size, tiny.rms_norm_eps)
+mine, package = RMSNorm(tiny), ours.RMSNorm(tiny.hidden_size, tiny.rms_norm_eps)
+library = theirs.LlamaRMSNorm(tiny.hidden_size, tiny.rms_norm_eps)
 for norm in (mine, package, library):
     norm.weight.data = gain
 likely = "is eps inside the root, and the mean over the last dimension only?"
@@ -183,19 +194,25 @@ lesson.check("zeros stay zeros (no NaN)", mine(torch.zeros_like(x)))
 
 # %% id="rmsnorm-figure" tags=["figure"]
 fig, ax = plots.figure(7.5, 2.8)
-after = RMSNorm(tiny)(x)
-for values, name, color, marker in ((x, "before", plots.ORANGE, "s"), (after, "after RMSNorm", plots.BLUE, "o")):
-    ax.semilogy(values[0].square().mean(-1).sqrt().detach(), marker, color=color, label=name)
-plots.label(ax, "Ten tokens, very different sizes: one size after the norm", "token (position)", "root mean square", legend=True)
-plots.show(fig, alt="Root mean square of ten tokens: from 0.01 to 100 before RMSNorm, all close to 1 after it.")
+before, after = x[0], RMSNorm(tiny)(x)[0].detach()
+ax.semilogy(before.square().mean(-1).sqrt(), "s", color=plots.ORANGE, label="before")
+ax.semilogy(after.square().mean(-1).sqrt(), "o", color=plots.BLUE, label="after RMSNorm")
+title = "Ten tokens, very different sizes: one size after the norm"
+plots.label(ax, title, "token (position)", "root mean square", legend=True)
+alt = (
+    "Root mean square of ten tokens: from 0.01 to 100 before RMSNorm, all close to 1 after it."
+)
+plots.show(fig, alt)
 
 # %% [markdown] id="rope"
 # ## 4 · RoPE: position as a rotation
 #
-# Attention (section 5) compares vectors of one head, 64 numbers. Without a mask it cannot tell *dog bites man* from *man bites dog*; the causal
-# mask alone tells a token only *who* came before it, not where. RoPE (rotary position embedding) takes the numbers in pairs and turns each pair, like a clock
-# hand, by an angle that grows with the position: the first pair by one radian a token, the last hardly at all. Why should turning be better than adding a
-# position vector? Watch what the dot product does.
+# Attention (section 5) compares vectors of one head, 64 numbers. Without a mask it cannot tell *dog bites man* from *man bites dog*. With the causal mask
+# *one* layer knows only who came before a token, not in which order; several layers can work the order out (deep causal models learn to, with no position
+# given at all: [arXiv 2203.16634](https://arxiv.org/abs/2203.16634)), but that costs layers. RoPE (rotary position embedding) gives it for nothing: it takes the
+# numbers in pairs and turns each pair, like a clock hand, by an angle that grows with the position: the first pair by one radian a token, the last hardly at
+# all. Why should turning be better than adding a position vector? Watch what the dot product does.
+
 
 # %% id="rope-code" tags=["lesson"]
 def rope_angles(config):
@@ -215,33 +232,42 @@ def rotate(x, cos, sin):
 # %% cellView="form" id="predict-rope" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
 guess = None  # @param {type:"raw"}
-turn = 2 * math.pi * full.rope_theta ** (1 - 2 / full.head_dim)  # tokens for one turn of the slowest pair
+turn = 2 * math.pi * full.rope_theta ** (1 - 2 / full.head_dim)  # tokens, of the slowest pair
 lesson.predict(
-    f"The fastest hand needs 2π = 6.3 tokens for a turn. How many does the slowest of the {full.head_dim // 2} need (rope_theta = {full.rope_theta:,.0f})?",
+    "The fastest hand needs 2π = 6.3 tokens for a turn. How many does the slowest of the "
+    f"{full.head_dim // 2} need (rope_theta = {full.rope_theta:,.0f})?",
     guess, turn, unit="tokens", within=0.25,
-    why=f"2π · θ^(62/64) = {turn:,.0f}, far longer than the context of {full.max_position_embeddings:,}: slow pairs say 'near or far', fast ones 'how far exactly'.",
+    why=f"2π · θ^(62/64) = {turn:,.0f}, far longer than the context of "
+    f"{full.max_position_embeddings:,}: slow pairs say 'near or far', fast ones 'how far "
+    "exactly'.",
 )  # fmt: skip
 
 # %% id="rope-figure" tags=["figure"]
 fig, axes = plots.figure(7.5, 2.9, columns=3)
 full_cos, full_sin = rope_angles(full)
 for ax, pair in zip(axes, (0, 6, 16), strict=True):
-    for position in range(8):
-        tip = (full_cos[position, pair], full_sin[position, pair])
-        ax.plot([0, tip[0]], [0, tip[1]], color=plots.BLUE, alpha=0.25 + 0.09 * position, marker="")
+    tips = torch.stack((full_cos[:8, pair], full_sin[:8, pair]), dim=-1).tolist()
+    for position, (x, y) in enumerate(tips):
+        ax.plot([0, x], [0, y], color=plots.BLUE, alpha=0.25 + 0.09 * position, marker="")
         if pair < 16 or position == 3:  # the last hands lie on one another
-            ax.annotate(position if pair < 16 else "0-7", (1.2 * tip[0], 1.2 * tip[1]), ha="center", va="center", fontsize=8)
-    ax.set(xlim=(-1.35, 1.35), ylim=(-1.35, 1.35), aspect="equal", xticks=[-1, 0, 1], yticks=[-1, 0, 1])
-    plots.label(ax, f"pair {pair}: {full_sin[1, pair].asin():.2f} rad", "first number of the pair", "" if pair else "second number")
-fig.suptitle("Each token turns a pair by its own angle; the number at a tip is the position", fontsize=10)
-plots.show(fig, alt="Clock hands at positions 0 to 7: pair 0 turns 1 radian a token, pair 6 about 0.18, pair 16 only 0.01 and seems to stand.")
+            name = position if pair < 16 else "0-7"
+            ax.annotate(name, (1.2 * x, 1.2 * y), ha="center", va="center", fontsize=8)
+    ax.set(xlim=(-1.35, 1.35), ylim=(-1.35, 1.35), aspect="equal")
+    ax.set(xticks=[-1, 0, 1], yticks=[-1, 0, 1])
+    title = f"pair {pair}: {full_sin[1, pair].asin():.2f} rad"
+    plots.label(ax, title, "first number of the pair", "" if pair else "second number")
+title = "Each token turns a pair by its own angle; the number at a tip is the position"
+fig.suptitle(title, fontsize=10)
+alt = "Clock hands at positions 0 to 7: pair 0 turns 1 radian a token, pair 6 about 0.18, "
+plots.show(fig, alt + "pair 16 only 0.01 and seems to stand.")
 
 # %% id="rope-check" tags=["check"]
 cos, sin = rope_angles(tiny)
 q, k = torch.randn(2, 1, 9, 128, tiny.head_dim)  # twice (batch, heads, positions, head_dim)
-mine = rotate(q, cos, sin)
-lesson.check("RoPE equals the package's", mine - ours.apply_rope(q, *ours.rope_tables(tiny)), 1e-5, "which numbers form a pair?")
-library, _ = theirs.apply_rotary_pos_emb(q, k, torch.cat((cos, cos), -1)[None], torch.cat((sin, sin), -1)[None])
+mine, package = rotate(q, cos, sin), ours.apply_rope(q, *ours.rope_tables(tiny))
+twice = [torch.cat((t, t), -1)[None] for t in (cos, sin)]  # transformers keeps both halves
+library, _ = theirs.apply_rotary_pos_emb(q, k, *twice)
+lesson.check("RoPE equals the package's", mine - package, 1e-5, "which numbers form a pair?")
 lesson.check("RoPE equals transformers'", mine - library, 1e-5, "which numbers form a pair?")
 lesson.check("a rotation keeps lengths", mine.norm(dim=-1) - q.norm(dim=-1), 1e-4)
 
@@ -254,32 +280,42 @@ lesson.check("a rotation keeps lengths", mine.norm(dim=-1) - q.norm(dim=-1), 1e-
 q, k = torch.randn(2, tiny.head_dim)
 scores = rotate(q.expand(128, -1), cos, sin) @ rotate(k.expand(128, -1), cos, sin).T  # (m, n)
 one_step = scores[1:, 1:] - scores[:-1, :-1]  # compares (m, n) with (m - 1, n - 1)
-print("scores of (m, n) = (5, 3), (50, 48), (120, 118):", [round(scores[m, m - 2].item(), 4) for m in (5, 50, 120)])
+for m, n in (5, 3), (50, 48), (120, 118):
+    print(f"score of (m, n) = ({m}, {n}): {scores[m, n]:.4f}")
 lesson.check("the score depends on m - n alone", one_step, 1e-4)
 
-
 # %% id="rope-widget" tags=["widget", "figure"]
+PAIR = [0, tiny.head_dim // 2]  # the first pair of numbers
+
+
 def rope_view(m, n):
-    """A query at position m and a key at n, as their first pair of numbers, and the score over all distances."""
+    """A query at m and a key at n, as their first pair, and the score over all distances."""
     fig, (left, right) = plots.figure(7.5, 2.9, columns=2, width_ratios=[1, 2])
     for vector, at, color, name in ((q, m, plots.BLUE, "query"), (k, n, plots.ORANGE, "key")):
-        tip = rotate(vector, cos[at], sin[at])[[0, tiny.head_dim // 2]]
-        left.annotate("", tip.tolist(), (0, 0), arrowprops={"arrowstyle": "-|>", "color": color, "lw": 2})
+        tip = rotate(vector, cos[at], sin[at])[PAIR].tolist()
+        arrow = {"arrowstyle": "-|>", "color": color, "lw": 2}
+        left.annotate("", tip, (0, 0), arrowprops=arrow)
         left.plot([], [], color=color, marker="", label=f"{name} at {at}")
-    reach = 1.2 * max(vector[[0, tiny.head_dim // 2]].norm().item() for vector in (q, k))
+    reach = 1.2 * max(vector[PAIR].norm().item() for vector in (q, k))
     left.set(xlim=(-reach, reach), ylim=(-1.6 * reach, reach), aspect="equal")
     left.legend(loc="lower center", frameon=False)
     plots.label(left, "the first pair", "first number", "second number")
-    distance = torch.arange(-40, 41)
-    curve = [scores[64 + d // 2 + d % 2, 64 - d // 2].item() for d in distance.tolist()]
+    distance, score = list(range(-40, 41)), scores[m, n].item()
+    curve = [scores[max(d, 0), max(-d, 0)].item() for d in distance]
     right.plot(distance, curve, color=plots.GREY, marker="")
-    right.plot(m - n, scores[m, n], "o", color=plots.RED, markersize=9, label=f"score {scores[m, n].item():.2f}")
+    right.plot(m - n, score, "o", color=plots.RED, markersize=9, label=f"score {score:.2f}")
     right.set_ylim(min(curve) - 0.5, max(curve) + 2.5)
-    plots.label(right, "all pairs: only the distance counts", "m - n (tokens)", "dot product", legend=True)
-    return fig, f"Query at {m}, key at {n}: score {scores[m, n].item():.2f}, read off one curve over the distance m - n = {m - n}."
+    title = "all pairs: only the distance counts"
+    plots.label(right, title, "m - n (tokens)", "dot product", legend=True)
+    alt = f"Query at {m}, key at {n}: score {score:.2f}, "
+    return fig, alt + f"read off one curve over the distance m - n = {m - n}."
 
 
-widgets.explore(rope_view, m=widgets.slider("query position m", 0, 40, 12), n=widgets.slider("key position n", 0, 40, 7))
+widgets.explore(
+    rope_view,
+    m=widgets.slider("query position m", 0, 40, 12),
+    n=widgets.slider("key position n", 0, 40, 7),
+)
 
 # %% [markdown] id="gqa"
 # ## 5 · Grouped-query attention: nine ask, three answer
@@ -291,26 +327,32 @@ widgets.explore(rope_view, m=widgets.slider("query position m", 0, 40, 12), n=wi
 # %% cellView="form" id="predict-kv" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
 guess = None  # @param {type:"raw"}
-stored = 2 * full.num_key_value_heads * full.head_dim
+heads, stored = full.num_key_value_heads, 2 * full.num_key_value_heads * full.head_dim
 lesson.predict(
-    "How many numbers, keys and values together, must one layer of SmolLM2-135M remember for each token it has read?",
+    "How many numbers, keys and values together, must one layer of SmolLM2-135M remember for "
+    "each token it has read?",
     guess, stored, within=0,
-    why=f"A key and a value of {full.head_dim} numbers in each of {full.num_key_value_heads} heads: {stored}. Nine heads would need {3 * stored:,}.",
+    why=f"A key and a value of {full.head_dim} numbers in each of {heads} heads: {stored}. "
+    f"Nine heads would need {3 * stored:,}.",
 )  # fmt: skip
 
 
 # %% id="attention-steps" tags=["lesson"]
 def share_heads(x, groups):
-    """(B, K, T, D) -> (B, K * groups, T, D): each head repeated for the query heads of its group."""
+    """(B, K, T, D) -> (B, K * groups, T, D): a head once for every query head of its group."""
     return x.repeat_interleave(groups, dim=1)
 
 
 def attention_steps(q, k, v, cos, sin, rotate=rotate, share=share_heads, scale=None):
-    """Every step from projected q (B, H, T, D) and k, v (B, K, T, D) to the output, by name; the last three arguments are for section 9."""
+    """Every step, by name, from projected q (B, H, T, D) and k, v (B, K, T, D) to the output.
+
+    The last three arguments are for section 9.
+    """
     groups, time = q.shape[1] // k.shape[1], q.shape[2]
     step = {"q": rotate(q, cos, sin), "k": rotate(k, cos, sin)}
     step["shared k"] = share(step["k"], groups)
-    step["scores"] = step["q"] @ step["shared k"].transpose(-1, -2) * (scale or q.shape[-1] ** -0.5)
+    scale = scale or q.shape[-1] ** -0.5
+    step["scores"] = step["q"] @ step["shared k"].transpose(-1, -2) * scale
     future = torch.ones(time, time, dtype=torch.bool).triu(1)
     step["weights"] = step["scores"].masked_fill(future, -torch.inf).softmax(-1)  # (B, H, T, T)
     step["output"] = step["weights"] @ share(v, groups)  # (B, H, T, D)
@@ -321,12 +363,14 @@ def attention_steps(q, k, v, cos, sin, rotate=rotate, share=share_heads, scale=N
 # Two details to notice. The scores are divided by √head_dim: a sum of 64 products of numbers of spread 1 has spread √64 = 8, and a softmax over
 # such numbers would pick one token and ignore the rest. And the future is set to −∞ *before* the softmax, so that it gets weight exactly 0.
 
+
 # %% id="attention-code" tags=["lesson"]
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.head_dim = config.head_dim
-        query_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        query_size = config.num_attention_heads * config.head_dim
+        kv_size = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
@@ -335,7 +379,8 @@ class Attention(nn.Module):
 
     def project(self, x):
         """(B, T, C) -> q (B, H, T, D) and k, v (B, K, T, D)."""
-        return [proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)]
+        vectors = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        return [v.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for v in vectors]
 
     def forward(self, x):
         time = x.shape[1]
@@ -351,10 +396,12 @@ library = theirs.LlamaAttention(hf_config, layer_idx=0)
 for other in (package, library):
     other.load_state_dict(mine.state_dict())
 x = torch.randn(2, 10, tiny.hidden_size)
-twice = [torch.cat((t[:10], t[:10]), -1)[None] for t in (cos, sin)]  # transformers keeps both halves of the angles
+from_package = package(x, cos[:10], sin[:10])
+angles = [t[:, :10] for t in twice]
+from_library = library(x, position_embeddings=angles, attention_mask=None)[0]
 likely = "heads in the right order, scale, mask before the softmax?"
-lesson.check("attention equals the package's", mine(x) - package(x, cos[:10], sin[:10]), 1e-5, likely)
-lesson.check("attention equals transformers'", mine(x) - library(x, position_embeddings=twice, attention_mask=None)[0], 1e-5, likely)
+lesson.check("attention equals the package's", mine(x) - from_package, 1e-5, likely)
+lesson.check("attention equals transformers'", mine(x) - from_library, 1e-5, likely)
 
 # %% id="causal-check" tags=["check"]
 changed = x.clone()
@@ -366,7 +413,8 @@ lesson.check("the weights of every query sum to 1", step["weights"].sum(-1) - 1,
 # %% id="gqa-figure" tags=["figure"]
 fig, (left, right) = plots.figure(7.5, 3.1, columns=2)
 for head in range(9):
-    left.plot([head, 3 * (head // 3) + 1], [1, 0], color=plots.PALETTE[head // 3], marker="o", markersize=9)
+    ends, color = [head, 3 * (head // 3) + 1], plots.PALETTE[head // 3]
+    left.plot(ends, [1, 0], color=color, marker="o", markersize=9)
 left.set(xticks=range(9), ylim=(-0.4, 1.4))
 left.set_yticks([0, 1], ["3 key/value\nheads", "9 query\nheads"])
 left.grid(False)
@@ -375,7 +423,8 @@ picture = right.imshow(step["weights"][0, 0].detach(), cmap="Blues", vmin=0)
 fig.colorbar(picture, ax=right, label="attention weight")
 right.grid(False)
 plots.label(right, "head 0: only the past", "key position", "query position")
-plots.show(fig, alt="Left: query heads 0-2, 3-5 and 6-8 each join one key/value head. Right: attention weights fill the lower triangle, zero above it.")
+alt = "Left: query heads 0-2, 3-5 and 6-8 each join one key/value head. "
+plots.show(fig, alt + "Right: attention weights fill the lower triangle, zero above it.")
 
 # %% [markdown] id="swiglu"
 # ## 6 · SwiGLU: a gate on every feature
@@ -383,6 +432,7 @@ plots.show(fig, alt="Left: query heads 0-2, 3-5 and 6-8 each join one key/value 
 # Attention moves information between positions; the MLP works on each position alone. `up` computes 1,536 features, `gate` decides how far each
 # is let through, `down` brings them back to 576. The gate's curve is SiLU, x · sigmoid(x): almost 0 far below zero, almost x far above. So
 # there are **three** matrices, not two.
+
 
 # %% id="swiglu-code" tags=["lesson"]
 class MLP(nn.Module):
@@ -401,22 +451,26 @@ class MLP(nn.Module):
 mine, package, library = MLP(tiny), ours.MLP(tiny), theirs.LlamaMLP(hf_config)
 for other in (package, library):
     other.load_state_dict(mine.state_dict())
-lesson.check("SwiGLU equals the package's", mine(x) - package(x), 1e-6, "SiLU on the gate, not on up")
-lesson.check("SwiGLU equals transformers'", mine(x) - library(x), 1e-6, "SiLU on the gate, not on up")
+likely = "SiLU on the gate, not on up"
+lesson.check("SwiGLU equals the package's", mine(x) - package(x), 1e-6, likely)
+lesson.check("SwiGLU equals transformers'", mine(x) - library(x), 1e-6, likely)
 
 # %% id="swiglu-figure" tags=["figure"]
 fig, ax = plots.figure(7.5, 2.6)
 t = torch.linspace(-6, 6, 121)
-ax.plot(t, t * torch.sigmoid(t), color=plots.BLUE, marker="", lw=2, label="SiLU(x) = x · sigmoid(x)")
+ax.plot(t, F.silu(t), color=plots.BLUE, marker="", label="SiLU(x) = x · sigmoid(x)")
 ax.plot(t, t.relu(), "--", color=plots.ORANGE, marker="", label="ReLU(x), for comparison")
-plots.label(ax, "The gate's curve is smooth and dips to -0.28", "gate input x", "gate output", legend=True)
-plots.show(fig, alt="SiLU against its input from -6 to 6: near zero on the left, lowest -0.28 at x = -1.28, close to x on the right; ReLU for comparison.")
+title = "The gate's curve is smooth and dips to -0.28"
+plots.label(ax, title, "gate input x", "gate output", legend=True)
+alt = "SiLU against its input from -6 to 6: near zero on the left, lowest -0.28 at x = -1.28, "
+plots.show(fig, alt + "close to x on the right; ReLU for comparison.")
 
 # %% [markdown] id="whole"
 # ## 7 · The block, and the whole model
 #
 # A block takes each token's running vector (the *residual stream*), adds what attention found, then adds what the MLP made of it. Both read through
 # a norm and *add*: the straight line from input to output stays open, which is what makes 30 blocks trainable. Now the placeholders go.
+
 
 # %% id="block-code" tags=["lesson"]
 class Block(nn.Module):
@@ -436,46 +490,51 @@ class Block(nn.Module):
 torch.manual_seed(1)
 package = SmolLM2(tiny)
 model = Skeleton(tiny, Block, RMSNorm)  # the skeleton of section 1, every placeholder replaced
-_ = model.load_state_dict(package.model.state_dict())  # raises unless all names and shapes agree
-lesson.check("your whole model equals the package's", model(ids) - package(ids), 1e-4)
+_ = model.load_state_dict(package.model.state_dict())  # raises unless names and shapes agree
+lesson.check("the whole model equals the package's", model(ids) - package(ids), 1e-4)
 
 # %% id="count-check" tags=["check"]
 with torch.device("meta"):  # shapes without memory
     real = Skeleton(full, Block, RMSNorm)
 total = sum(parameter.numel() for parameter in real.parameters())
-print(f"at full size your model has {total:,} parameters")
+print(f"at full size this model has {total:,} parameters")
 lesson.check("the number that SmolLM2-135M has", total - 134_515_008)
 
 # %% [markdown] id="official"
-# ## 8 · The official weights in the model you wrote
+# ## 8 · The official weights in this model
 #
-# Names and shapes agree, so the published weights fit into your classes. Were a single detail different, so would be the numbers, and the text most
+# Names and shapes agree, so the published weights fit into the classes above. Were a single detail different, so would be the numbers, and the text most
 # often nonsense. Online this loads SmolLM2-135M (270 MB), whose `rope_theta` is 100,000: after pre-training it learned longer contexts. Offline it
 # makes a small model with random weights and the same 9:3 heads. Either way the reference is transformers, reading the same folder.
 
 # %% id="load" tags=["lesson", "slow"]
 try:
-    folder = resolve("HuggingFaceTB/SmolLM2-135M")
-    tokenizer = Tokenizer.from_file(folder)
+    source = resolve("HuggingFaceTB/SmolLM2-135M")
+    tokenizer = Tokenizer.from_file(source)
     prompt = tokenizer.encode("Gravity is the force that")
 except UserError as reason:
     print(f"{reason}.\nSo: a small local model, same lesson. Its prompt is made of bytes.")
-    folder, tokenizer = tempfile.mkdtemp(), None
+    source, tokenizer = tempfile.mkdtemp(), None
     torch.manual_seed(2)
-    wild = {"num_hidden_layers": 8, "initializer_range": 0.3}  # weights large enough for every layer to matter
-    SmolLM2(tiny.model_copy(update=wild)).save_pretrained(folder)
+    wild = {"num_hidden_layers": 8, "initializer_range": 0.3}  # so that every layer matters
+    SmolLM2(tiny.model_copy(update=wild)).save_pretrained(source)
     prompt = list(b"Gravity is the force that")
-library = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-config = read_config(resolve(folder))
+library = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+package = SmolLM2.from_pretrained(source)
+config = package.config
 model = Skeleton(config, Block, RMSNorm)
-model.load_state_dict({name.removeprefix("model."): weight.float() for name, weight in read_weights(resolve(folder), config).items()})
-print(f"{config.num_hidden_layers} layers, theta {config.rope_theta:,.0f}, {sum(p.numel() for p in model.parameters()):,} parameters")
+_ = model.load_state_dict(package.model.state_dict())
+count = sum(p.numel() for p in model.parameters())
+print(
+    f"{config.num_hidden_layers} layers, theta {config.rope_theta:,.0f}, {count:,} parameters"
+)
 
 
 # %% id="layers-code" tags=["lesson"]
 @torch.no_grad()
 def hidden_states(model, ids):
-    """The running vector after the embedding and after each block; the last one after the final norm, as transformers gives it."""
+    """The running vector after the embedding and after each block; as in transformers, the
+    last one stands behind the final norm."""
     x = [model.embed_tokens(ids)]
     for layer in model.layers:
         x.append(layer(x[-1]))
@@ -490,28 +549,32 @@ def gap(mine, reference):
 # %% id="layers-check" tags=["check"]
 ids = torch.tensor([prompt])
 with torch.no_grad():
-    reference = library(ids, output_hidden_states=True)
-gaps = [gap(mine, other) for mine, other in zip(hidden_states(model, ids), reference.hidden_states, strict=True)]
-with torch.no_grad():
-    logits = model(ids)
+    reference, logits = library(ids, output_hidden_states=True), model(ids)
+pairs = zip(hidden_states(model, ids), reference.hidden_states, strict=True)
+gaps = [gap(mine, other) for mine, other in pairs]
 lesson.check("every layer equals transformers' (relative)", max(gaps), 1e-4)
 lesson.check("the logits equal transformers' (relative)", gap(logits, reference.logits), 1e-4)
 
 # %% id="layers-figure" tags=["figure"]
 fig, ax = plots.figure(7.5, 2.8)
-ax.semilogy([max(value, 1e-9) for value in gaps], color=plots.BLUE, marker="o", label="your model against transformers (0 drawn as 1e-9)")
+name = "this model against transformers (0 drawn as 1e-9)"
+ax.semilogy([max(value, 1e-9) for value in gaps], color=plots.BLUE, marker="o", label=name)
 ax.axhline(1e-4, color=plots.RED, ls="--", label="tolerance")
 ax.set_ylim(5e-10, 1e-3)
-plots.label(ax, "Layer by layer: rounding, nothing else", "layer (0 = embedding)", "max|difference|, relative", legend=True)
-plots.show(fig, alt=f"Relative difference after each layer: at most {max(gaps):.0e}, against a tolerance of 1e-4.")
+title, unit = "Layer by layer: rounding, nothing else", "max|difference|, relative"
+plots.label(ax, title, "layer (0 = embedding)", unit, legend=True)
+alt = f"Relative difference after each layer: at most {max(gaps):.0e}, "
+plots.show(fig, alt + "against a tolerance of 1e-4.")
 
 # %% id="greedy-check" tags=["check"]
 mine = ids
+greedy = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 12}
 with torch.no_grad():
     for _ in range(12):  # always take the likeliest next token
         mine = torch.cat((mine, model(mine)[:, -1:].argmax(-1)), dim=1)
-    other = library.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
-print("your 12 tokens:", repr(tokenizer.decode(mine[0].tolist())) if tokenizer else mine[0, len(prompt) :].tolist())
+    other = library.generate(ids, attention_mask=torch.ones_like(ids), **greedy)
+written = mine[0].tolist()
+print("12 tokens:", tokenizer.decode(written) if tokenizer else written[len(prompt) :])
 lesson.check("the 12 greedy tokens are transformers'", mine - other)
 
 # %% [markdown] id="bugs"
@@ -521,29 +584,42 @@ lesson.check("the 12 greedy tokens are transformers'", mine - other)
 # mistakes: in `q` (RoPE pairs neighbours instead of halves), in `shared k` (heads repeated as 0 1 2 0 1 2 … instead of 0 0 0 1 1 1 …), or in
 # `scores` (no division by √head_dim). The chart shows at which step each begins to differ from yours. Who did what?
 
+
 # %% id="bugs-code" tags=["lesson"]
 def pair_neighbours(x, cos, sin):
     a, b = x[..., 0::2], x[..., 1::2]
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
 
 
-mistakes = [{"share": lambda x, groups: x.repeat(1, groups, 1, 1)}, {"scale": 1.0}, {"rotate": pair_neighbours}]
-order = torch.randperm(3, generator=torch.Generator().manual_seed(9)).tolist()  # shuffled: these lines do not tell who did what
+def repeat_in_turn(x, groups):
+    return x.repeat(1, groups, 1, 1)
+
+
+mistakes = [{"share": repeat_in_turn}, {"scale": 1.0}, {"rotate": pair_neighbours}]
+order = torch.randperm(3, generator=torch.Generator().manual_seed(9)).tolist()  # who did what
 attention = Attention(tiny)
-inputs = (*attention.project(torch.randn(2, 10, tiny.hidden_size)), attention.cos[:10], attention.sin[:10])
+projected = attention.project(torch.randn(2, 10, tiny.hidden_size))
+inputs = (*projected, attention.cos[:10], attention.sin[:10])
 right_steps = attention_steps(*inputs)
-wrong = {name: attention_steps(*inputs, **mistakes[which]) for name, which in zip(("Ada", "Bo", "Cy"), order, strict=True)}
-first = {name: next(s for s in right_steps if (steps[s] - right_steps[s]).abs().max() > 1e-6) for name, steps in wrong.items()}
+wrong, first = {}, {}
+for name, which in zip(("Ada", "Bo", "Cy"), order, strict=True):
+    steps = wrong[name] = attention_steps(*inputs, **mistakes[which])
+    differs = [s for s in right_steps if (steps[s] - right_steps[s]).abs().max() > 1e-6]
+    first[name] = differs[0]
 
 # %% id="bugs-figure" tags=["figure"]
 fig, ax = plots.figure(7.5, 2.8)
 for number, (name, steps) in enumerate(wrong.items()):
-    jumps = [max((steps[s] - right_steps[s]).abs().max().item(), 1e-8) for s in right_steps]
-    ax.semilogy([x + 0.06 * (number - 1) for x in range(len(jumps))], jumps, color=plots.PALETTE[number], marker=plots.MARKERS[number], label=name)
+    jumps = [max(lesson.largest(steps[s] - right_steps[s]), 1e-8) for s in right_steps]
+    at = [x + 0.06 * (number - 1) for x in range(len(jumps))]
+    style = {"color": plots.PALETTE[number], "marker": plots.MARKERS[number]}
+    ax.semilogy(at, jumps, **style, label=name)
 ax.set_xticks(range(len(right_steps)), right_steps)
-plots.label(ax, "Where does each one begin to differ? (0 is drawn as 1e-8)", "step of attention", "max|difference|", legend=True)
+title = "Where does each one begin to differ? (0 is drawn as 1e-8)"
+plots.label(ax, title, "step of attention", "max|difference|", legend=True)
 begins = ", ".join(f"{name}'s first differs at '{step}'" for name, step in first.items())
-plots.show(fig, alt=f"Difference from the correct attention at the steps {', '.join(right_steps)}: {begins}.")
+alt = f"Difference from the correct attention at the steps {', '.join(right_steps)}: "
+plots.show(fig, alt + f"{begins}.")
 
 # %% cellView="form" id="predict-bugs" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
@@ -552,13 +628,15 @@ bo = "?"  # @param ["?", "q", "shared k", "scores"]
 cy = "?"  # @param ["?", "q", "shared k", "scores"]
 guesses = {"Ada": ada, "Bo": bo, "Cy": cy}
 for name, step in first.items():
-    lesson.predict(f"Where is {name}'s mistake: q, shared k or scores?", guesses[name], step, why=f"Before '{step}' all numbers agree.")
+    question = f"Where is {name}'s mistake: q, shared k or scores?"
+    lesson.predict(question, guesses[name], step, why=f"Before '{step}' all numbers agree.")
 
 # %% id="bugs-check" tags=["check"]
 for name, steps in wrong.items():
-    difference = steps["output"] - right_steps["output"]
-    lesson.check_fails(f"{name}'s bug", lambda difference=difference: lesson.check("attention", difference, 1e-5))
-lesson.check("and without a mistake the check passes", attention_steps(*inputs)["output"] - right_steps["output"])
+    off = steps["output"] - right_steps["output"]
+    lesson.check_fails(f"{name}'s bug", lambda off=off: lesson.check("attention", off, 1e-5))
+off = attention_steps(*inputs)["output"] - right_steps["output"]
+lesson.check("and without a mistake the check passes", off)
 
 # %% [markdown] id="self-test"
 # ## What you can now explain
@@ -600,7 +678,7 @@ lesson.score()
 #    y[:, 0] += 1
 #    lesson.check("a window of 5", (attention(x) - attention(y))[:, 5:])
 #    ```
-# 2. *your whole model equals the package's* fails, and the chart jumps at layer 1: the embedding (layer 0) is still the same.
+# 2. *the whole model equals the package's* fails, and the chart jumps at layer 1: the embedding (layer 0) is still the same.
 #    ```python
 #    # in Block.forward
 #    x = x + self.mlp(self.post_attention_layernorm(x))
@@ -621,4 +699,4 @@ lesson.score()
 #
 # You have built it; now account for it. [2 · Count every parameter](02_count_every_parameter.ipynb)
 # ([open in Colab](https://colab.research.google.com/github/smollm2-from-scratch/smollm2-from-scratch/blob/main/notebooks/02_count_every_parameter.ipynb)) predicts, then proves,
-# where each of the 134,515,008 parameters sits, what they cost in memory and time, and where a well-known wrong sum comes from.
+# where each of the 134,515,008 parameters sits, what they cost in memory and time, and what a wrong sum forgot.

@@ -29,16 +29,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-ADDRESS = os.environ.get("SMOLLM2_REPO") or "https://github.com/smollm2-from-scratch/smollm2-from-scratch"
-here = [Path(globals().get("__file__", "notebook")).resolve(), Path.cwd().resolve() / "notebook"]
+ADDRESS = "https://github.com/smollm2-from-scratch/smollm2-from-scratch"
+ADDRESS = os.environ.get("SMOLLM2_REPO") or ADDRESS
+here = Path(globals().get("__file__", "notebook")).resolve(), Path.cwd().resolve() / "notebook"
 clone = Path.cwd().resolve() / "smollm2-from-scratch"
 folders = [*(parent for start in here for parent in start.parents), clone]
-REPO = next((folder for folder in folders if (folder / "smollm2" / "colab.py").is_file()), None)
+REPO = next((path for path in folders if (path / "smollm2" / "colab.py").is_file()), None)
 if REPO is None:  # a bare notebook, as the Colab badge opens it: fetch the project beside it
     half = clone.with_name(f"{clone.name}.part{os.getpid()}")
-    fetched = subprocess.run(["git", "clone", "--quiet", "--depth", "1", ADDRESS, str(half)], capture_output=True, text=True)
+    command = ["git", "clone", "--quiet", "--depth", "1", ADDRESS, str(half)]
+    fetched = subprocess.run(command, capture_output=True, text=True)
     if fetched.returncode:
-        raise RuntimeError(f"Could not fetch {ADDRESS}: {fetched.stderr.strip()}. Is the network there? Then run this cell again.")
+        reason = f"Could not fetch {ADDRESS}: {fetched.stderr.strip()}"
+        raise RuntimeError(f"{reason}. Is the network there? Then run this cell again.")
     REPO = half.rename(clone)
 if str(REPO) not in sys.path:
     sys.path.insert(0, str(REPO))
@@ -56,12 +59,15 @@ import torch.nn.functional as F
 from matplotlib.patches import Rectangle
 from torch.utils.flop_counter import FlopCounterMode
 
-from smollm2 import KVCache, SmolLM2, SmolLM2Config, load_config, parameter_table, plots, widgets
+from smollm2 import SmolLM2, SmolLM2Config, load_config, parameter_table, plots, widgets
+from smollm2.model import KVCache
 from smollm2.notebook import lesson
 from smollm2.parameters import flops_per_token, group_totals, parameter_count
 
 config = SmolLM2Config()
-KINDS = {"embedding": plots.BLUE, "attention": plots.ORANGE, "MLP": plots.GREEN, "norms": plots.BLACK, "output head": plots.PINK}
+NAMES = ("embedding", "attention", "MLP", "norms", "output head")
+COLORS = (plots.BLUE, plots.ORANGE, plots.GREEN, plots.BLACK, plots.PINK)
+KINDS = dict(zip(NAMES, COLORS, strict=True))
 GIB = 2**30
 T4_GIB = 14.7  # what PyTorch can use of a T4's 16 GB
 
@@ -75,16 +81,18 @@ T4_GIB = 14.7  # what PyTorch can use of a T4's 16 GB
 V, C, M = config.vocab_size, config.hidden_size, config.intermediate_size
 L, H, K = config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads
 D = config.head_dim  # C / H
-print(f"V = {V:,} vocabulary   C = {C} hidden   M = {M:,} MLP features   L = {L} layers   H = {H} query heads   K = {K} key/value heads")
-print(f"and D = C / H = {D} numbers a head")
+print(f"V = {V:,} vocabulary   C = {C} hidden   M = {M:,} MLP features   L = {L} layers")
+print(f"H = {H} query heads   K = {K} key/value heads, and D = C / H = {D} numbers a head")
 
 # %% cellView="form" id="predict-mlp" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
 guess = None  # @param {type:"raw"}
 share = group_totals(parameter_table(config))["MLP"] / parameter_count(config)
 lesson.predict(
-    "What share of all parameters sits in the MLPs (in %)?", guess, 100 * share, unit="%",
-    why="Three matrices of 576 x 1,536 in each layer outweigh everything else: attention shares heads, and the vocabulary is stored once.",
+    "What share of all parameters sits in the MLPs (in %)?",
+    guess, 100 * share, unit="%",
+    why="Three matrices of 576 x 1,536 in each layer outweigh everything else: attention "
+    "shares heads, and the vocabulary is stored once.",
 )  # fmt: skip
 
 # %% [markdown] id="ledger"
@@ -100,8 +108,8 @@ mlp = C * M + C * M + M * C  # gate, up, down
 norms = C + C  # before attention, before the MLP
 block = attention + mlp + norms
 total = embedding + L * block + C  # and the final norm
-print(f"embedding {embedding:,}\nattention {attention:,} + MLP {mlp:,} + norms {norms:,} = block {block:,}")
-print(f"{embedding:,} + {L} x {block:,} + {C} = {total:,}")
+print(f"block: attention {attention:,} + MLP {mlp:,} + norms {norms:,} = {block:,}")
+print(f"embedding {embedding:,} + {L} x {block:,} + {C} = {total:,}")
 
 # %% id="by-hand-check" tags=["check"]
 lesson.check("your sum is what the published weights hold", total - 134_515_008)
@@ -113,23 +121,29 @@ lesson.check("and what the package computes", total - parameter_count(config))
 
 # %% id="rows" tags=["lesson"]
 rows = parameter_table(config)
-letters = {"vocab_size": "V", "hidden_size": "C", "intermediate_size": "M", "num_attention_heads": "H", "num_key_value_heads": "K", "head_dim": "D"}
+words = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
+words = (*words, "num_key_value_heads", "head_dim")
 for row in [*rows[:10], rows[-1]]:
     name, formula = row.name.removeprefix("model.").removesuffix(".weight"), row.formula
-    for word, letter in letters.items():
+    for word, letter in zip(words, "VCMHKD", strict=True):
         formula = formula.replace(word, letter)
-    print(f"{name:33} {formula:11} {' x '.join(f'{n:,}' for n in row.shape):>12} {row.count:>11,}")
-print(f"{len(rows)} rows; the nine of layer 0 come {L} times. Sum {sum(row.count for row in rows):,}")
+    shape = " x ".join(f"{n:,}" for n in row.shape)
+    print(f"{name:33} {formula:11} {shape:>12} {row.count:>11,}")
+summed = sum(row.count for row in rows)
+print(f"{len(rows)} rows; the nine of layer 0 come {L} times. Sum {summed:,}")
 
 # %% id="rows-check" tags=["check"]
 with torch.device("meta"):
     model = SmolLM2(config)
 tensors = dict(model.named_parameters())
-lesson.check("every tensor has a row, and every row a tensor", len(set(tensors) ^ {row.name for row in rows}))
-wrong = [row.name for row in rows if tuple(tensors[row.name].shape) != row.shape or tensors[row.name].numel() != row.count]
+unpaired = set(tensors) ^ {row.name for row in rows}
+lesson.check("every tensor has a row, and every row a tensor", len(unpaired))
+shapes = {name: (tuple(tensor.shape), tensor.numel()) for name, tensor in tensors.items()}
+wrong = [row.name for row in rows if shapes[row.name] != (row.shape, row.count)]
 lesson.check("every row has its tensor's shape and number", len(wrong))
 lesson.check("the tensors sum to the total", sum(t.numel() for t in tensors.values()) - total)
-lesson.check("the output matrix is the embedding itself, not a copy", model.lm_head.weight is not model.model.embed_tokens.weight)
+is_copy = model.lm_head.weight is not model.model.embed_tokens.weight
+lesson.check("the output matrix is the embedding itself, not a copy", is_copy)
 
 # %% [markdown] id="map"
 # ## 3 · A map of the model
@@ -139,57 +153,66 @@ lesson.check("the output matrix is the embedding itself, not a copy", model.lm_h
 
 # %% id="map-figure" tags=["figure"]
 fig, ax = plots.figure(7.5, 4.2)
-split = embedding / total
+split, words = embedding / total, {"ha": "center", "va": "center", "fontsize": 9}
 ax.add_patch(Rectangle((0, 0), split, L, facecolor=KINDS["embedding"], edgecolor="white"))
-ax.text(split / 2, L / 2, f"embedding\n{embedding:,}\n{split:.1%}", ha="center", va="center", color="white", fontsize=9)
+text = f"embedding\n{embedding:,}\n{split:.1%}"
+ax.text(split / 2, L / 2, text, color="white", **words)
 for layer in range(L):
     left = split
     for row in rows[1 + 9 * layer : 10 + 9 * layer]:
         width = row.count / block * (1 - split)
-        kind = next(iter(group_totals([row])))
-        ax.add_patch(Rectangle((left, layer), width, 1, facecolor=KINDS[kind], edgecolor="white", lw=0.4))
+        style = {"facecolor": KINDS[next(iter(group_totals([row])))], "lw": 0.4}
+        ax.add_patch(Rectangle((left, layer), width, 1, edgecolor="white", **style))
         if layer == 0 and width > 0.02:
             name = row.name.split(".")[-2].removesuffix("_proj")
             ax.text(left + width / 2, -0.4, name, ha="center", va="bottom", fontsize=9)
         left += width
-for name, middle in (("attention", split + attention / block * (1 - split) / 2), ("MLP", 1 - mlp / block * (1 - split) / 2)):
-    share = L * {"attention": attention, "MLP": mlp}[name] / total
-    ax.text(middle, L / 2, f"{name}\n{share:.1%}", ha="center", va="center", fontsize=9, bbox={"fc": "white", "ec": "none"})
+middles = {"attention": attention / block / 2, "MLP": 1 - mlp / block / 2}
+for (name, middle), count in zip(middles.items(), (attention, mlp), strict=True):
+    text, box = f"{name}\n{L * count / total:.1%}", {"fc": "white", "ec": "none"}
+    ax.text(split + middle * (1 - split), L / 2, text, bbox=box, **words)
 ax.set(xlim=(0, 1), ylim=(L, -2), yticks=[0.5, 9.5, 19.5, 29.5], yticklabels=[1, 10, 20, 30])
 ax.grid(False)
 plots.label(ax, "Equal area, equal number of parameters", "share of all parameters", "layer")
-plots.show(fig, alt="Map: embedding 21.0 %; 30 equal rows for the blocks, in each q, k, v, o (19.7 % over all blocks) and gate, up, down (59.2 %).")
+alt = "Map: embedding 21.0 %; 30 equal rows for the blocks, in each q, k, v, o "
+plots.show(fig, alt + "(19.7 % over all blocks) and gate, up, down (59.2 %).")
 
 # %% id="shares-check" tags=["check"]
 totals = group_totals(rows)
 for kind, count in totals.items():
     print(f"{kind:10} {count:>11,}  {count / total:7.2%}")
-lesson.check("MLP share is 59.2 %, attention 19.7 %", max(abs(totals["MLP"] / total - 0.592), abs(totals["attention"] / total - 0.197)), 1e-3)
+shares = torch.tensor([totals["MLP"] / total, totals["attention"] / total])
+lesson.check(
+    "MLP share is 59.2 %, attention 19.7 %", shares - torch.tensor([0.592, 0.197]), 1e-3
+)
 
 # %% [markdown] id="wrong-sum"
 # ## 4 · A sum that is wrong, and what it tells
 #
-# A well-known account of this very model adds up its parts and gets **107,972,928**. The missing fifth is then explained away as "other
-# parameters". But a model has no other parameters. Divide what is missing by the number of layers before you guess.
+# A student's README about a model of this very architecture (the one that this course grew out of) adds up the parts and gets **107,972,928**. The missing
+# fifth is then explained away as "other parameters". But a model has no other parameters. Divide what is missing by the number of layers before you guess.
 
 # %% id="wrong-sum-numbers" tags=["lesson"]
 claimed = 107_972_928
 missing = total - claimed
 print(f"missing {missing:,} = {missing / total:.1%} of the model = {L} x {missing / L:,.0f}")
-print(f"candidates in one layer: all of attention {attention:,}; one MLP matrix {C * M:,}; the norms {norms:,}")
+print(f"in one layer: attention {attention:,}; one MLP matrix {C * M:,}; the norms {norms:,}")
 
 # %% cellView="form" id="predict-missing" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
-forgotten = "?"  # @param ["?", "embed_tokens", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+forgotten = "?"  # @param ["?", "embed_tokens", "q_proj", "o_proj", "gate_proj", "up_proj"]
 lesson.predict(
-    "That account lists the embedding, q, k, v, o, the norms, and an MLP of 'up' and 'down'. Which matrix did it forget (its name in the ledger)?",
+    "That README lists the embedding, q, k, v, o, the norms, and an MLP of 'up' and 'down'. "
+    "Which matrix did it forget (its name in the ledger)?",
     forgotten, "gate_proj",
-    why="SwiGLU has three. By chance one is exactly as large as all of attention in a layer: the number cannot tell them apart, the list can.",
+    why="SwiGLU has three. By chance one is exactly as large as all of attention in a layer: "
+    "the number cannot tell them apart, the list can.",
 )  # fmt: skip
 
 # %% id="wrong-sum-check" tags=["check"]
 gates = sum(row.count for row in rows if "gate_proj" in row.name)
-lesson.check("the wrong sum plus thirty gate_proj matrices is the total", claimed + gates - total)
+mended = claimed + gates
+lesson.check("the wrong sum plus thirty gate_proj matrices is the total", mended - total)
 lesson.check("one gate_proj and all of attention have the same size", C * M - attention)
 
 # %% [markdown] id="counterfactual"
@@ -198,27 +221,29 @@ lesson.check("one gate_proj and all of attention have the same size", C * M - at
 # Each design choice has a price in parameters. Move the controls: what does untying cost, what do nine key/value heads cost instead of three, and how
 # narrow must a 60-layer model be to stay at 135M? (The MLP keeps its width of 8/3 of the hidden size.)
 
+
 # %% id="counterfactual-widget" tags=["widget", "figure"]
 def what_if(heads, width, depth, tied):
     """Bars of SmolLM2-135M and of the model with these choices; heads is 'query:key/value'."""
     query, shared = map(int, heads.split(":"))
-    other = SmolLM2Config(
-        hidden_size=width, intermediate_size=width * 8 // 3, num_hidden_layers=depth,
-        num_attention_heads=query, num_key_value_heads=shared, tie_word_embeddings=tied,
-    )  # fmt: skip
+    shape = {"hidden_size": width, "intermediate_size": width * 8 // 3}
+    shape |= {"num_attention_heads": query, "num_key_value_heads": shared}
+    other = SmolLM2Config(**shape, num_hidden_layers=depth, tie_word_embeddings=tied)
     fig, ax = plots.figure(7.5, 2.3)
-    for y, shape in enumerate((other, config)):
+    for y, each in enumerate((other, config)):
         start = 0
-        for kind, count in group_totals(parameter_table(shape)).items():
-            ax.barh(y, count / 1e6, left=start, color=KINDS[kind], edgecolor="white", label=kind if y == 0 else None)
+        for kind, count in group_totals(parameter_table(each)).items():
+            style = {"color": KINDS[kind], "label": None if y else kind}
+            ax.barh(y, count / 1e6, left=start, edgecolor="white", **style)
             start += count / 1e6
-        ax.text(start, y, f" {parameter_count(shape):,}", va="center", fontsize=9)
+        ax.text(start, y, f" {parameter_count(each):,}", va="center", fontsize=9)
+    total, usual = parameter_count(other), parameter_count(config)
     ax.set_yticks([0, 1], ["yours", "SmolLM2-135M"])
-    ax.set_xlim(0, 1.3 * max(parameter_count(shape) for shape in (other, config)) / 1e6)
-    plots.label(ax, f"{depth} layers of width {width}, heads {heads}, {'tied' if tied else 'untied'}", "parameters (millions)", "")
+    ax.set_xlim(0, 1.3 * max(total, usual) / 1e6)
+    chosen = f"{depth} layers of width {width}, heads {heads}, {'tied' if tied else 'untied'}"
+    plots.label(ax, chosen, "parameters (millions)", "")
     ax.legend(loc="upper center", bbox_to_anchor=(0.45, -0.35), ncols=5, frameon=False)
-    ratio = parameter_count(other) / parameter_count(config)
-    return fig, f"{parameter_count(other):,} parameters, {ratio:.2f} times SmolLM2-135M, with heads {heads}, width {width}, {depth} layers, tied {tied}."
+    return fig, f"{total:,} parameters, {total / usual:.2f} times SmolLM2-135M: {chosen}."
 
 
 # %% id="counterfactual-show" tags=["widget", "figure"]
@@ -230,15 +255,18 @@ widgets.explore(
     tied=widgets.switch("tied embeddings", True),
 )
 
+
 # %% id="counterfactual-check" tags=["check"]
 def count_with(**changes):
     """Parameters of SmolLM2-135M with these fields changed."""
-    return sum(row.count for row in parameter_table(SmolLM2Config(**changes)))
+    return parameter_count(SmolLM2Config(**changes))
 
 
-lesson.check("untied, the vocabulary counts twice: 162,826,560", count_with(tie_word_embeddings=False) - 162_826_560)
-lesson.check("nine key/value heads (multi-head): 147,786,048", count_with(num_key_value_heads=9) - 147_786_048)
-lesson.check("one key/value head (multi-query): 130,091,328", count_with(num_key_value_heads=1) - 130_091_328)
+untied = count_with(tie_word_embeddings=False)
+lesson.check("untied, the vocabulary counts twice: 162,826,560", untied - 162_826_560)
+many, one = count_with(num_key_value_heads=9), count_with(num_key_value_heads=1)
+lesson.check("nine key/value heads (multi-head): 147,786,048", many - 147_786_048)
+lesson.check("one key/value head (multi-query): 130,091,328", one - 130_091_328)
 deep = count_with(num_hidden_layers=60, hidden_size=432, intermediate_size=1152)
 lesson.check("60 layers want a width of 432 (relative)", deep / total - 1, 0.05)
 
@@ -253,27 +281,31 @@ lesson.check("60 layers want a width of 432 (relative)", deep / total - 1, 0.05)
 guess = None  # @param {type:"raw"}
 per_token = 2 * L * K * D * 2  # key and value, layers, heads, numbers a head, bytes of bf16
 lesson.predict(
-    "How many bytes does one token of context cost in bf16 (2 bytes a number)?", guess, per_token, unit="bytes",
+    "How many bytes does one token of context cost in bf16 (2 bytes a number)?",
+    guess, per_token, unit="bytes",
     why=f"2 (key and value) x {L} layers x {K} heads x {D} numbers x 2 bytes = {per_token:,}.",
 )  # fmt: skip
 
 # %% id="cache-check" tags=["check"]
 cache = KVCache(config, batch=1, capacity=256, dtype=torch.bfloat16, device="cpu")
-measured = cache.keys.nbytes + cache.values.nbytes
-print(f"cache of 256 tokens: {measured:,} bytes; of 8,192 tokens: {8192 * per_token / 2**20:.0f} MiB")
+measured, long = cache.keys.nbytes + cache.values.nbytes, 8192 * per_token / 2**20
+print(f"cache of 256 tokens: {measured:,} bytes; of 8,192 tokens: {long:.0f} MiB")
 lesson.check("predicted bytes are the cache's bytes", measured - 256 * per_token)
 
 # %% id="cache-figure" tags=["figure"]
 fig, ax = plots.figure(7.5, 2.9)
-tokens = torch.tensor([2**n for n in range(7, 18)])
-for number, (heads, name) in enumerate({9: "9 heads (multi-head)", 3: "3 heads (SmolLM2)", 1: "1 head (multi-query)"}.items()):
-    size = tokens * per_token / K * heads / 2**20
-    ax.loglog(tokens, size, color=plots.PALETTE[number], marker=plots.MARKERS[number], label=name, base=2)
+tokens = [2**n for n in range(7, 18)]
+names = {9: "9 heads (multi-head)", 3: "3 heads (SmolLM2)", 1: "1 head (multi-query)"}
+for number, (heads, name) in enumerate(names.items()):
+    size = [n * per_token / K * heads / 2**20 for n in tokens]
+    ax.loglog(tokens, size, marker=plots.MARKERS[number], label=name, base=2)
 ax.axhline(total * 2 / 2**20, color=plots.BLACK, ls="--", label="all weights in bf16")
-ax.set_xticks(tokens[::2].tolist(), [f"{n:,}" for n in tokens[::2].tolist()])
+ax.set_xticks(tokens[::2], [f"{n:,}" for n in tokens[::2]])
 ax.set_yticks([1, 8, 64, 512, 4096], ["1", "8", "64", "512", "4,096"])
-plots.label(ax, "With 3 heads the cache outweighs the model from 11,700 tokens on", "context (tokens)", "KV cache (MiB, bf16)", legend=True)
-plots.show(fig, alt="KV cache in MiB against context: 180 MiB at 8,192 tokens with 3 heads, 540 with 9, 60 with 1; the weights, 257 MiB, are passed at 11,700.")
+title = "With 3 heads the cache outweighs the model from 11,700 tokens on"
+plots.label(ax, title, "context (tokens)", "KV cache (MiB, bf16)", legend=True)
+alt = "KV cache in MiB against context: 180 MiB at 8,192 tokens with 3 heads, 540 with 9, 60 "
+plots.show(fig, alt + "with 1; the weights, 257 MiB, are passed at 11,700.")
 
 # %% [markdown] id="flops"
 # ## 7 · FLOPs: how much arithmetic is a token?
@@ -283,17 +315,20 @@ plots.show(fig, alt="KV cache in MiB against context: 180 MiB at 8,192 tokens wi
 # distance looked back. PyTorch can count what it executes, even on `meta` tensors that hold no numbers. Do rule and count agree?
 
 # %% id="flops-check" tags=["check"]
-length = load_config("smollm2-135m").data.sequence_length  # tokens in a row of this project's training
+length = load_config("smollm2-135m").data.sequence_length  # tokens of a row in training
 with torch.device("meta"):
     ids = torch.zeros(1, length, dtype=torch.long)
 with FlopCounterMode(display=False) as counter:
     F.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
-counted = {str(op).split(".")[-1]: flops for op, flops in counter.get_flop_counts()["Global"].items()}
+operations = counter.get_flop_counts()["Global"].items()
+counted = {str(operation).split(".")[-1]: flops for operation, flops in operations}
 matrices = length * flops_per_token(config, 0)  # looking back 0 tokens: the matrices alone
 attending = length * flops_per_token(config, length) - matrices
-print(f"matrices {matrices / 1e9:.1f} GFLOP, attention {attending / 1e9:.1f} GFLOP for one row of {length} tokens, forward and backward")
-lesson.check("6 FLOPs a matrix parameter and token (relative)", counted["mm"] / matrices - 1, 1e-9)
-lesson.check("attention: the count is twice the rule (relative)", counted["bmm"] / (2 * attending) - 1, 1e-9)
+print(f"one row of {length} tokens, forward and backward, in GFLOP:")
+print(f"matrices {matrices / 1e9:.1f}, attention {attending / 1e9:.1f}")
+ratios = counted["mm"] / matrices, counted["bmm"] / attending
+lesson.check("6 FLOPs a matrix parameter and token (relative)", ratios[0] - 1, 1e-9)
+lesson.check("attention: the count is twice the rule (relative)", ratios[1] / 2 - 1, 1e-9)
 
 # %% [markdown] id="flops-note"
 # Why twice? Computed plainly, attention multiplies the whole square of scores and throws the future half away. Fused kernels skip that half. The rule
@@ -303,12 +338,15 @@ lesson.check("attention: the count is twice the rule (relative)", counted["bmm"]
 fig, ax = plots.figure(7.5, 2.7)
 lengths = [2**n for n in range(7, 16)]
 base = [flops_per_token(config, 0) / 1e9] * len(lengths)
-extra = [(flops_per_token(config, n) - flops_per_token(config, 0)) / 1e9 for n in lengths]
+extra = [flops_per_token(config, n) / 1e9 - base[0] for n in lengths]
 ax.bar(range(len(lengths)), base, color=plots.GREEN, label="matrices: 6 x parameters")
-ax.bar(range(len(lengths)), extra, bottom=base, color=plots.ORANGE, hatch="//", edgecolor="white", label="attention")
+style = {"color": plots.ORANGE, "hatch": "//", "edgecolor": "white"}
+ax.bar(range(len(lengths)), extra, bottom=base, label="attention", **style)
 ax.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
-plots.label(ax, "Attention costs as much as all matrices from 7,800 tokens on", "sequence length (tokens)", "training GFLOP a token", legend=True)
-plots.show(fig, alt="Training GFLOP a token: 0.81 for the matrices at every length; attention adds 0.05 at 512, 0.21 at 2,048 and 3.4 at 32,768 tokens.")
+title = "Attention costs as much as all matrices from 7,800 tokens on"
+plots.label(ax, title, "sequence length (tokens)", "training GFLOP a token", legend=True)
+alt = "Training GFLOP a token: 0.81 for the matrices at every length; attention adds 0.05 at "
+plots.show(fig, alt + "512, 0.21 at 2,048 and 3.4 at 32,768 tokens.")
 
 # %% [markdown] id="memory"
 # ## 8 · Training memory: predict, then measure
@@ -321,19 +359,22 @@ plots.show(fig, alt="Training GFLOP a token: 0.81 for the matrices at every leng
 guess = None  # @param {type:"raw"}
 fixed = 16 * total
 lesson.predict(
-    "Weights, gradients and Adam's state of SmolLM2-135M in fp32: how many GB?", guess, fixed / 1e9, unit="GB",
-    why=f"4 numbers x 4 bytes x {total:,} = {fixed / 1e9:.2f} GB. A checkpoint leaves the gradients out: {12 * total / 1e9:.2f} GB.",
+    "Weights, gradients and Adam's state of SmolLM2-135M in fp32: how many GB?",
+    guess, fixed / 1e9, unit="GB",
+    why=f"4 numbers x 4 bytes x {total:,} = {fixed / 1e9:.2f} GB. A checkpoint leaves the "
+    f"gradients out: {12 * total / 1e9:.2f} GB.",
 )  # fmt: skip
 
 # %% id="fixed-check" tags=["check"]
-nano = load_config("nano").model  # small enough to run here; bytes a parameter do not depend on size
+nano = load_config("nano").model  # small enough to run here; the bytes a parameter are the same
 small = SmolLM2(nano)
 optimizer = torch.optim.AdamW(small.parameters())
 ids = torch.randint(nano.vocab_size, (2, 64))
 small.loss(ids, ids).backward()
 optimizer.step()
-state = [t for s in optimizer.state.values() for t in s.values() if t.dim()]  # without Adam's step counters
-held = sum(t.nbytes for p in small.parameters() for t in (p, p.grad)) + sum(t.nbytes for t in state)
+tensors = [t for p in small.parameters() for t in (p, p.grad)]
+tensors += [t for s in optimizer.state.values() for t in s.values() if t.dim()]  # no counters
+held = sum(t.nbytes for t in tensors)
 print(f"held for {parameter_count(nano):,} parameters: {held:,} bytes")
 lesson.check("16 bytes a parameter", held / parameter_count(nano) - 16, 1e-9)
 
@@ -348,16 +389,21 @@ lesson.check("16 bytes a parameter", held / parameter_count(nano) - 16, 1e-9)
 # PyTorch tells what it keeps if we hook into it. To see one block alone: measure with two blocks, with one, and subtract. (This is the CPU. A GPU's
 # fused norms keep one vector of C less each; a T4's attention wants keys and values expanded to all H heads, 2 - 2 K/H vectors more. The two nearly cancel.)
 
+
 # %% id="saved-code" tags=["lesson"]
 def saved_bytes(depth, length=256):
-    """Bytes that one forward pass keeps for the backward pass, parameters and tables not counted."""
-    net = SmolLM2(SmolLM2Config(num_hidden_layers=depth, vocab_size=64, max_position_embeddings=length))
+    """Bytes that one forward pass keeps for the backward pass, without the model's own."""
+    shape = {"num_hidden_layers": depth, "vocab_size": 64, "max_position_embeddings": length}
+    net = SmolLM2(SmolLM2Config(**shape))
     own = {t.untyped_storage().data_ptr() for t in (*net.parameters(), *net.buffers())}
     kept = {}
 
     def remember(tensor):
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # holding the tensor keeps its address its own
+        kept[storage.data_ptr()] = (
+            storage.nbytes(),
+            tensor,
+        )  # held, so its address stays its own
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
@@ -384,31 +430,44 @@ guess = None  # @param {type:"raw"}
 row_bytes = predicted * L * length
 fits = int((T4_GIB * GIB - fixed) / row_bytes)
 lesson.predict(
-    f"How many rows of {length} tokens fit into one micro-batch of SmolLM2-135M on a T4, everything in fp32?", guess, fits, unit="rows", within=0.25,
-    why=f"A row keeps {row_bytes / GIB:.2f} GiB; ({T4_GIB} - {fixed / GIB:.1f}) / {row_bytes / GIB:.2f} gives {fits}. The preset takes 8, to be safe.",
+    f"How many rows of {length} tokens fit into one micro-batch of SmolLM2-135M on a T4, "
+    "everything in fp32?",
+    guess, fits, unit="rows", within=0.25,
+    why=f"A row keeps {row_bytes / GIB:.2f} GiB; ({T4_GIB} - {fixed / GIB:.1f}) / "
+    f"{row_bytes / GIB:.2f} gives {fits}. The preset takes 8, to be safe.",
 )  # fmt: skip
 
+
 # %% id="t4-figure" tags=["figure"]
-fig, ax = plots.figure(7.5, 2.8)
-presets = ("smollm2-135m", "smollm2-360m", "smollm2-1.7b")
-needed = []
-for x, preset in enumerate(presets):
-    shape = load_config(preset).model
-    parts = {"weights": 4, "gradients": 4, "Adam": 8}
-    sizes = {name: factor * parameter_count(shape) / GIB for name, factor in parts.items()}
+def training_gib(shape, rows):
+    """GiB of each kind that training holds, in fp32."""
     groups = shape.num_key_value_heads / shape.num_attention_heads
     per_layer = 4 * ((8 + 2 * groups) * shape.hidden_size + 4 * shape.intermediate_size)
-    sizes[f"activations, 4 rows of {length}"] = per_layer * shape.num_hidden_layers * length * 4 / GIB
+    activations = per_layer * shape.num_hidden_layers * length * rows / GIB
+    weights = 4 * parameter_count(shape) / GIB
+    return {"weights": weights, "gradients": weights, "Adam": 2 * weights, "rows": activations}
+
+
+fig, ax = plots.figure(7.5, 2.8)
+presets, needed = ("smollm2-135m", "smollm2-360m", "smollm2-1.7b"), []
+for y, preset in enumerate(presets):
     start = 0
-    for number, (name, size) in enumerate(sizes.items()):
-        ax.barh(x, size, left=start, color=plots.PALETTE[number], edgecolor="white", label=name if x == 0 else None)
+    sizes = training_gib(load_config(preset).model, rows=4)
+    for color, (name, size) in zip(plots.PALETTE, sizes.items(), strict=False):
+        name = f"activations, 4 rows of {length}" if name == "rows" else name
+        ax.barh(y, size, left=start, color=color, edgecolor="white", label=None if y else name)
         start += size
-    ax.text(start, x, f" {start:.1f} GiB", va="center", fontsize=8.5)
+    ax.text(start, y, f" {start:.1f} GiB", va="center", fontsize=8.5)
     needed.append(f"{start:.1f}")
 ax.axvline(T4_GIB, color=plots.BLACK, ls="--", label=f"T4: {T4_GIB} GiB")
 ax.set(yticks=range(3), yticklabels=presets, xlim=(0, 40), ylim=(2.6, -0.6))
-plots.label(ax, "135M and 360M train on a T4, 1.7B does not", "GPU memory (GiB), everything in fp32", "", legend=True)
-plots.show(fig, alt=f"Training memory in fp32 with 4 rows of {length} tokens: {', '.join(needed)} GiB for 135M, 360M, 1.7B; a T4 has {T4_GIB}.")
+title, unit = (
+    "135M and 360M train on a T4, 1.7B does not",
+    "GPU memory (GiB), everything in fp32",
+)
+plots.label(ax, title, unit, "", legend=True)
+alt = f"Training memory in fp32 with 4 rows of {length} tokens: {', '.join(needed)} GiB "
+plots.show(fig, alt + f"for 135M, 360M, 1.7B; a T4 has {T4_GIB}.")
 
 # %% [markdown] id="how-long"
 # Memory decides whether a model trains at all; FLOPs decide how long. What would the real training, 2 trillion tokens, take on that one T4?
@@ -419,8 +478,10 @@ start = time.perf_counter()
 small.loss(ids, ids).backward()
 seconds = time.perf_counter() - start
 speed = ids.numel() * flops_per_token(nano, ids.shape[1]) / seconds
-years = 2e12 * flops_per_token(config, config.max_position_embeddings) / (65e12 * 0.3) / (365 * 86400)  # 30 % of 65 TFLOP/s in fp16
-print(f"this machine: {speed / 1e9:.0f} GFLOP/s on a small model. SmolLM2-135M's 2 trillion tokens on one T4 (30 % of 65 TFLOP/s): {years:.1f} years")
+print(f"this machine: {speed / 1e9:.0f} GFLOP/s on a small model")
+work = 2e12 * flops_per_token(config, config.max_position_embeddings)  # 2 trillion tokens
+years = work / (0.3 * 65e12) / (365 * 86400)
+print(f"SmolLM2-135M's training on one T4, at 30 % of 65 TFLOP/s in fp16: {years:.1f} years")
 
 # %% [markdown] id="self-test"
 # ## What you can now explain

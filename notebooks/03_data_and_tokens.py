@@ -32,16 +32,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-ADDRESS = os.environ.get("SMOLLM2_REPO") or "https://github.com/smollm2-from-scratch/smollm2-from-scratch"
-here = [Path(globals().get("__file__", "notebook")).resolve(), Path.cwd().resolve() / "notebook"]
+ADDRESS = "https://github.com/smollm2-from-scratch/smollm2-from-scratch"
+ADDRESS = os.environ.get("SMOLLM2_REPO") or ADDRESS
+here = Path(globals().get("__file__", "notebook")).resolve(), Path.cwd().resolve() / "notebook"
 clone = Path.cwd().resolve() / "smollm2-from-scratch"
 folders = [*(parent for start in here for parent in start.parents), clone]
-REPO = next((folder for folder in folders if (folder / "smollm2" / "colab.py").is_file()), None)
+REPO = next((path for path in folders if (path / "smollm2" / "colab.py").is_file()), None)
 if REPO is None:  # a bare notebook, as the Colab badge opens it: fetch the project beside it
     half = clone.with_name(f"{clone.name}.part{os.getpid()}")
-    fetched = subprocess.run(["git", "clone", "--quiet", "--depth", "1", ADDRESS, str(half)], capture_output=True, text=True)
+    command = ["git", "clone", "--quiet", "--depth", "1", ADDRESS, str(half)]
+    fetched = subprocess.run(command, capture_output=True, text=True)
     if fetched.returncode:
-        raise RuntimeError(f"Could not fetch {ADDRESS}: {fetched.stderr.strip()}. Is the network there? Then run this cell again.")
+        reason = f"Could not fetch {ADDRESS}: {fetched.stderr.strip()}"
+        raise RuntimeError(f"{reason}. Is the network there? Then run this cell again.")
     REPO = half.rename(clone)
 if str(REPO) not in sys.path:
     sys.path.insert(0, str(REPO))
@@ -70,6 +73,7 @@ from tokenizers import pre_tokenizers
 
 from smollm2 import SmolLM2, SmolLM2Config, Tokenizer, load_config, plots, widgets
 from smollm2.data import BatchOrder, BatchStream, prepare_tokens
+from smollm2.errors import UserError
 from smollm2.evaluate import compression_bits_per_byte, score_tokens
 from smollm2.notebook import data_plots, lesson
 from smollm2.text import documents, read_split, split_bytes
@@ -83,8 +87,10 @@ print(f"{len(pieces):,} pieces to learn from. The first begins: {pieces[0][:60]!
 
 # %% id="split-check" tags=["check"]
 train_bytes, val_bytes = split_bytes(TEXT)
-lesson.check("the two splits together are the whole file", train_bytes + val_bytes - TEXT.stat().st_size, likely="a lost character at the cut")
-lesson.check("the held-out share is a tenth", val_bytes / (train_bytes + val_bytes) - NANO.data.held_out_fraction, 1e-5)
+missing = TEXT.stat().st_size - train_bytes - val_bytes
+lesson.check("the two splits together are the whole file", missing, likely="a cut character")
+share = val_bytes / (train_bytes + val_bytes)
+lesson.check("the held-out share is a tenth", share - NANO.data.held_out_fraction, 1e-5)
 
 # %% [markdown] id="token"
 # ## 1 · A token you can see
@@ -97,34 +103,35 @@ lesson.check("the held-out share is a tenth", val_bytes / (train_bytes + val_byt
 tokenizer = Tokenizer.train(pieces, NANO.data.tokenizer_vocab_size)
 sentence = "The printer made a slip, and in 1984 six singers sang unbelievably."
 ids = tokenizer.encode(sentence)
-print(f"a tokenizer of {tokenizer.vocab_size:,} entries; the sentence has {len(sentence.split())} words and {len(sentence)} characters")
+print(f"a tokenizer of {tokenizer.vocab_size:,} entries")
+print(f"the sentence has {len(sentence.split())} words and {len(sentence)} characters")
 
 # %% cellView="form" id="token-predict" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
 guess = None  # @param {type:"raw"}
 lesson.predict(
     "Into how many tokens does the sentence fall?",
-    guess,
-    answer=len(ids),
-    within=0.1,
-    unit="tokens",
-    why="Common words are one token, together with the blank before them; every digit stands alone; 'unbelievably' is rare and falls apart.",
-)
+    guess, len(ids), unit="tokens",
+    why="Common words are one token, together with the blank before them; every digit stands "
+    "alone; 'unbelievably' is rare and falls apart.",
+)  # fmt: skip
 
 # %% id="token-figure" tags=["figure"]
 fig = data_plots.token_strip(tokenizer, ids, f"{len(ids)} tokens: text (· is a blank) and id")
-plots.show(fig, alt=f"The sentence cut into {len(ids)} boxes, each with its text and its number; a blank belongs to the word after it.")
+alt = f"The sentence cut into {len(ids)} boxes, each with its text and its number; "
+plots.show(fig, alt + "a blank belongs to the word after it.")
 
 # %% [markdown] id="token-back-text"
 # Nothing may be lost on the way. The tokenizer is **byte-level**: all 256 bytes are entries, so any text in any script can be written, if need be
 # byte by byte. What does that cost for a script it has never seen?
 
 # %% id="token-back" tags=["check"]
-texts = [sentence, "  two  blanks\n\n\ttab", "naïve café", "Ωμέγα", "日本語", "🙂🙃", "1 + 1 = 2"]
+texts = ["naïve café", "Ωμέγα", "日本語", "🙂🙃", sentence, "  two  blanks\n\n\ttab"]
 wrong = [text for text in texts if tokenizer.decode(tokenizer.encode(text)) != text]
-for text in texts[2:6]:
+for text in texts[:4]:
     print(f"{len(text.encode()):>3} bytes -> {len(tokenizer.encode(text)):>2} tokens  {text}")
-lesson.check(f"decode(encode(text)) is the text, for {len(texts)} texts from English to emoji", len(wrong), likely="a byte without an entry")
+name = f"decode(encode(text)) is the text, for {len(texts)} texts from English to emoji"
+lesson.check(name, len(wrong), likely="a byte without an entry")
 
 # %% [markdown] id="token-widget-text"
 # **Try it.** Type a text, and choose how many entries the vocabulary has. With 257 entries there is one for each byte and one for
@@ -137,12 +144,17 @@ tokenizers = {size: Tokenizer.train(pieces, size) for size in SIZES}
 
 def show_tokens(text, entries):
     ids = tokenizers[entries].encode(text)
-    title = f"{entries:,} entries: {len(text.encode())} bytes are {len(ids)} tokens" + (" (the first 150)" if len(ids) > 150 else "")
-    fig = data_plots.token_strip(tokenizers[entries], ids[:150], title)
-    return fig, f"With {entries:,} entries, {len(text.encode())} bytes of text become {len(ids)} tokens, drawn as boxes with text and id."
+    title = f"{entries:,} entries: {len(text.encode())} bytes are {len(ids)} tokens"
+    more = " (the first 150)" if len(ids) > 150 else ""
+    fig = data_plots.token_strip(tokenizers[entries], ids[:150], title + more)
+    return fig, f"{title}, drawn as boxes with text and id{more}."
 
 
-widgets.explore(show_tokens, text=widgets.text("text", sentence), entries=widgets.choice("entries", SIZES, 512))
+widgets.explore(
+    show_tokens,
+    text=widgets.text("text", sentence),
+    entries=widgets.choice("entries", SIZES, 512),
+)
 
 # %% [markdown] id="bpe"
 # ## 2 · Train a tokenizer yourself
@@ -151,9 +163,10 @@ widgets.explore(show_tokens, text=widgets.text("text", sentence), entries=widget
 # Of equally frequent pairs, the one with the oldest entries wins; letters are numbered by the alphabet. Take *low* (5 times), *lower* (2), *slow* (1) and
 # *newest* (4). `l o` and `o w` both occur eight times: which is merged first, and what does the second merge see?
 
+
 # %% id="bpe-code" tags=["lesson"]
 def best_pair(words, number):
-    """The most frequent pair of neighbours; of equals, the one whose entries have the lowest numbers."""
+    """The most frequent pair of neighbours; of equals, the one with the oldest entries."""
     counts = Counter()
     for word, times in words.items():
         for pair in pairwise(word):
@@ -188,8 +201,10 @@ for _ in range(4):
 sample = "".join(pieces[:150])  # enough for 40 merges
 digits = pre_tokenizers.Digits(individual_digits=True)
 cut = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-words = {tuple(word): times for word, times in Counter(w for w, _ in cut.pre_tokenize_str(sample)).items()}
-number = {entry: n for n, entry in enumerate([END_OF_TEXT, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+counts = Counter(word for word, _ in cut.pre_tokenize_str(sample))
+words = {tuple(word): times for word, times in counts.items()}
+alphabet = [END_OF_TEXT, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+number = {entry: n for n, entry in enumerate(alphabet)}
 mine = []
 for _ in range(40):
     mine.append(best_pair(words, number))
@@ -199,7 +214,8 @@ print("the first merges:", "  ".join("".join(pair) for pair in mine[:16]))
 
 library = json.loads(Tokenizer.train([sample], len(number)).raw)["model"]["merges"]
 differing = sum(tuple(theirs) != ours for theirs, ours in zip(library, mine, strict=True))
-lesson.check("40 merges learned here equal the library's, in order", differing, likely="another rule for equally frequent pairs")
+likely = "another rule for equally frequent pairs"
+lesson.check("40 merges learned here equal the library's, in order", differing, likely=likely)
 
 # %% [markdown] id="size"
 # ## 3 · How many entries?
@@ -209,7 +225,7 @@ lesson.check("40 merges learned here equal the library's, in order", differing, 
 
 # %% id="size-code" tags=["lesson"]
 held_out_bytes = len(held_out.encode())
-bytes_per_token = {size: held_out_bytes / len(tokenizers[size].encode(held_out)) for size in SIZES}
+bytes_per_token = {n: held_out_bytes / len(tokenizers[n].encode(held_out)) for n in SIZES}
 for size in (257, 512, 4096):
     print(f"{size:>5,} entries: {bytes_per_token[size]:.2f} bytes per token")
 print("(with 257 a little above 1, because <|endoftext|>, 13 bytes, is one token)")
@@ -217,24 +233,27 @@ print("(with 257 a little above 1, because <|endoftext|>, 13 bytes, is one token
 # %% cellView="form" id="size-predict" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
 guess = None  # @param {type:"raw"}
+gained = bytes_per_token[8192] / bytes_per_token[4096] - 1
 lesson.predict(
     "How many bytes does a token hold, on average, with 8,192 entries (held-out text)?",
-    guess,
-    answer=bytes_per_token[8192],
-    within=0.03,
-    unit="bytes per token",
-    why=f"Twice the entries, {bytes_per_token[8192] / bytes_per_token[4096] - 1:.0%} more bytes: what is added now are rare words. Only a far larger text fills 49,152 entries.",
-)
+    guess, bytes_per_token[8192], within=0.03, unit="bytes per token",
+    why=f"Twice the entries, {gained:.0%} more bytes: what is added now are rare words. Only a "
+    "far larger text fills 49,152 entries.",
+)  # fmt: skip
 
 # %% id="size-figure" tags=["figure"]
 fig, (left, right) = plots.figure(9, 3.2, columns=2)
-names = [f"{size:,}" for size in SIZES]
+names, entries = [f"{size:,}" for size in SIZES], "entries of the vocabulary"
+few, many = bytes_per_token[257], bytes_per_token[8192]
 left.plot(names, list(bytes_per_token.values()))
-plots.label(left, f"What more entries bring, up to {bytes_per_token[8192]:.2f} ...", "entries of the vocabulary", "bytes per token (held out)")
+title = f"What more entries bring, up to {many:.2f} ..."
+plots.label(left, title, entries, "bytes per token (held out)")
 width = SmolLM2Config().hidden_size
 right.plot(names, [size * width / 1e6 for size in SIZES], color=plots.ORANGE, marker="s")
-plots.label(right, f"... and cost, at SmolLM2's width {width}", "entries of the vocabulary", "embedding (million parameters)")
-plots.show(fig, alt=f"Bytes per token rise from {bytes_per_token[257]:.2f} at 257 entries to {bytes_per_token[8192]:.2f} at 8,192, ever more slowly; the embedding doubles each time.")
+title = f"... and cost, at SmolLM2's width {width}"
+plots.label(right, title, entries, "embedding (million parameters)")
+alt = f"Bytes per token rise from {few:.2f} at 257 entries to {many:.2f} at 8,192, "
+plots.show(fig, alt + "ever more slowly; the embedding doubles each time.")
 
 # %% [markdown] id="real"
 # SmolLM2 uses 49,152 entries, learned from a far larger text than ours: prose, code and mathematics. Online, the next cell shows how it cuts the same
@@ -243,10 +262,11 @@ plots.show(fig, alt=f"Bytes per token rise from {bytes_per_token[257]:.2f} at 25
 # %% id="real-code" tags=["lesson"]
 try:
     official, where = load_tokenizer(SMOLLM2_TOKENIZER)
-    print(f"{where}: {official.vocab_size:,} entries, {held_out_bytes / len(official.encode(held_out)):.2f} bytes per token on the held-out text")
+    size = held_out_bytes / len(official.encode(held_out))
+    print(f"{where}: {official.vocab_size:,} entries, {size:.2f} bytes per token (held out)")
     print([official.decode([i]) for i in official.encode(sentence)])
-except colab.UserError as error:
-    print(f"Skipped ({type(error).__name__}). SmolLM2's own tokenizer has {SmolLM2Config().vocab_size:,} entries; the lesson goes on with ours.")
+except UserError as error:
+    print(f"Skipped ({type(error).__name__}): the lesson goes on with our own tokenizer.")
 
 # %% [markdown] id="disk"
 # ## 4 · Tokens on disk
@@ -258,21 +278,25 @@ except colab.UserError as error:
 tokens = prepare_tokens(TEXT, tokenizer, "output/lesson-3", NANO.data.held_out_fraction)
 for name, part in (("train", tokens.train), ("val", tokens.val)):
     size = (tokens.folder / f"{name}.bin").stat().st_size
-    print(f"{name}.bin: {len(part.tokens):>7,} tokens of {part.tokens.dtype}, {size:>7,} bytes on disk, for {part.text_bytes:>9,} bytes of text")
+    kept = f"{len(part.tokens):>7,} tokens of {part.tokens.dtype}, {size:>7,} bytes on disk"
+    print(f"{name}.bin: {kept}, for {part.text_bytes:>9,} bytes of text")
 
 # %% id="disk-check" tags=["check"]
 size = (tokens.folder / "train.bin").stat().st_size
 lesson.check("two bytes per token, no header", size - 2 * len(tokens.train.tokens))
 back = tokenizer.decode(tokens.val.tokens).replace(END_OF_TEXT, END_OF_TEXT + "\n")
-lesson.check("the held-out tokens decode to the held-out text, byte for byte", back != held_out, likely="a document border lost or doubled")
+likely = "a document border lost or doubled"
+lesson.check("held-out tokens decode to the text, byte for byte", back != held_out, 0, likely)
 largest = max(tokenizer.vocab_size, SmolLM2Config().vocab_size) - 1
-lesson.check("the largest id fits 16 bits, here and in SmolLM2", max(0, largest - (2**16 - 1)), likely="a vocabulary for more than 16 bits")
+likely = "a vocabulary for more than 16 bits"
+lesson.check("the largest id fits 16 bits, here and in SmolLM2", largest >= 2**16, 0, likely)
 
 # %% id="disk-speed" tags=["lesson"]
 start = time.perf_counter()
 tokenizer.encode_batch(pieces)
 speed = train_bytes / (time.perf_counter() - start)
-print(f"tokenised {speed / 1e6:.1f} MB a second; this machine would need {1e12 / speed / 86400:.0f} days for 1 TB of web text")
+days = 1e12 / speed / 86400
+print(f"tokenised {speed / 1e6:.1f} MB a second: 1 TB of web text would take {days:.0f} days")
 
 # %% [markdown] id="rows"
 # ## 5 · Rows, packed and shifted
@@ -297,8 +321,12 @@ batch = BatchStream(tokens.train.tokens, order, position=0).batch(0)  # (B, T + 
 inputs, targets = batch[:, :-1], batch[:, 1:]
 flat = np.stack([tokens.train.tokens[s : s + T + 1] for s in order.starts(0)]).astype(np.int64)
 lesson.check(f"{B} rows of {T} + 1 tokens are windows of the flat file", batch.numpy() - flat)
-lesson.check("targets are the inputs, one token later", inputs[:, 1:] - targets[:, :-1], likely="shifted by zero or by two")
-lesson.check_fails("a shift by zero", lambda: lesson.check("targets = inputs", inputs[:, 1:] - inputs[:, :-1], likely="targets are not shifted"))
+likely = "shifted by zero or by two"
+right, wrong = (inputs[:, 1:] - each[:, :-1] for each in (targets, inputs))
+lesson.check("targets are the inputs, one token later", right, likely=likely)
+lesson.check_fails(
+    "a shift by zero", lambda: lesson.check("targets = inputs", wrong, 0, likely)
+)
 
 # %% [markdown] id="pack"
 # Pieces differ in length, rows do not. **Padding** would give each piece a row of its own and fill it up with a token that teaches nothing. **Packing** lets
@@ -316,25 +344,30 @@ print(f"pieces have {min(lengths)} to {max(lengths)} tokens, {np.mean(lengths):.
 # @title Your prediction { display-mode: "form" }
 guess = None  # @param {type:"raw"}
 lesson.predict(
-    f"{B} pieces make a batch, a row each, all rows as wide as the longest. What per cent of all positions is padding?",
-    guess,
-    answer=100 * padding,
-    within=0.15,
-    unit="%",
-    why=f"The longest of {B} sets the width for all of them. With packing the waste is zero; the price is that a row may begin in mid-piece.",
-)
+    f"{B} pieces make a batch, a row each, all rows as wide as the longest. What per cent of "
+    "all positions is padding?",
+    guess, 100 * padding, within=0.15, unit="%",
+    why=f"The longest of {B} sets the width for all of them. With packing the waste is zero; "
+    "the price is that a row may begin in mid-piece.",
+)  # fmt: skip
 
 # %% id="pack-figure" tags=["figure"]
+border, padding = data_plots.BORDER, data_plots.PADDING
 ends = tokens.train.tokens == tokenizer.end_of_text_id
-numbers = np.where(ends, data_plots.BORDER, np.cumsum(ends) + 1)  # of each token its piece, from 1
+numbers = np.where(ends, border, np.cumsum(ends) + 1)  # of each token its piece, from 1
 first, width = lengths[:B], max(lengths[:B])  # the first pieces, padded and packed
-row = load_config("smollm2-135m").data.sequence_length  # nano's rows are shorter than most pieces
-padded = [[piece] * (size - 1) + [data_plots.BORDER] + [data_plots.PADDING] * (width - size) for piece, size in enumerate(first, start=1)]
+row = load_config("smollm2-135m").data.sequence_length  # nano's are shorter than most pieces
+padded = [
+    [piece] * (size - 1) + [border] + [padding] * (width - size)
+    for piece, size in enumerate(first, start=1)
+]
 filled = [numbers[start : start + row].tolist() for start in range(0, sum(first), row)]
-empty = 1 - sum(first) / (len(first) * width)
-fig = data_plots.packed_rows({f"Padded: {empty:.0%} of it teaches nothing": padded, f"Packed into rows of {row}: nothing is lost": filled})
-alt = f"{B} pieces in rows as wide as the longest, {width} tokens: {empty:.0%} is padding. Packed, they fill {len(filled)} rows of {row}, with a black border between two."
-plots.show(fig, alt=alt)
+empty = f"{1 - sum(first) / (B * width):.0%}"
+titles = f"Padded: {empty} of it teaches nothing", f"Packed into rows of {row}: nothing is lost"
+fig = data_plots.packed_rows(dict(zip(titles, (padded, filled), strict=True)))
+alt = f"{B} pieces in rows as wide as the longest, {width} tokens: {empty} is padding. "
+packed = f"Packed, they fill {len(filled)} rows of {row}, with a black border between two."
+plots.show(fig, alt + packed)
 
 # %% [markdown] id="first"
 # ## 6 · The first loss, before the first step
@@ -348,24 +381,22 @@ plots.show(fig, alt=alt)
 guess = None  # @param {type:"raw"}
 lesson.predict(
     "Which loss, in nats per token, has a uniform guess over SmolLM2's 49,152 entries?",
-    guess,
-    answer=math.log(SmolLM2Config().vocab_size),
-    within=0.01,
-    unit="nats",
+    guess, math.log(SmolLM2Config().vocab_size), within=0.01, unit="nats",
     why="ln 49,152 = 10.80. In bits: log2 49,152 = 15.6, which is why an id fits into 16.",
-)
+)  # fmt: skip
 
 # %% id="first-loss" tags=["lesson"]
 torch.manual_seed(0)
-model = SmolLM2(NANO.model)
+model, V = SmolLM2(NANO.model), NANO.model.vocab_size
 with torch.no_grad():
     loss = model.loss(inputs, targets).item()
-print(f"untrained nano model, V = {NANO.model.vocab_size:,}: ln V = {math.log(NANO.model.vocab_size):.3f}, measured {loss:.3f}")
+print(f"untrained nano model, V = {V:,}: ln V = {math.log(V):.3f}, measured {loss:.3f}")
 
 # %% [markdown] id="first-why"
 # Close, yet too high, and so for every seed. A fresh network is not quite uniform: its logits z are small random numbers with variance σ², and for normal
 # numbers $\ln \sum e^{z}$ is larger than ln V by **σ²/2**. How large is σ? The last norm makes each hidden vector as long as √width; the embedding, which is also
 # the output, is drawn with the standard deviation *init* (1/24 here); so σ = init · √width. Does this finer prediction hold for other vocabularies?
+
 
 # %% id="first-sizes" tags=["lesson"]
 def first_loss(config, rows=16, time=64):
@@ -374,30 +405,37 @@ def first_loss(config, rows=16, time=64):
     ids = torch.randint(config.vocab_size, (rows, time + 1))
     with torch.no_grad():
         measured = SmolLM2(config).loss(ids[:, :-1], ids[:, 1:]).item()
-    return measured, math.log(config.vocab_size) + config.hidden_size * config.initializer_range**2 / 2
+    variance = config.hidden_size * config.initializer_range**2
+    return measured, math.log(config.vocab_size) + variance / 2
 
 
 entries = [1024, 4096, 16384, 49152]
 results = [first_loss(NANO.model.model_copy(update={"vocab_size": size})) for size in entries]
-smol = first_loss(SmolLM2Config(num_hidden_layers=1))  # SmolLM2-135M with 1 of its 30 layers: the same σ
+smol = first_loss(SmolLM2Config(num_hidden_layers=1))  # 1 of SmolLM2-135M's 30: the same σ
 
 # %% id="first-check" tags=["check"]
-lesson.check("first loss = ln V + σ²/2 for four vocabularies", np.array([m - p for m, p in results]), 0.08, likely="wrong initialisation or shift")
+gaps, likely = np.array([m - p for m, p in results]), "wrong initialisation or shift"
+lesson.check("first loss = ln V + σ²/2 for four vocabularies", gaps, 0.08, likely)
 lesson.check("the same at SmolLM2's width and vocabulary", smol[0] - smol[1], 0.08)
-print(f"ln {entries[-1]:,} = {math.log(entries[-1]):.1f}, yet SmolLM2's training starts near {smol[1]:.1f}: its σ is 1/24 · √576 = 1")
+print(f"ln 49,152 = {math.log(49152):.1f}; SmolLM2, with σ = 1/24 · √576 = 1: {smol[1]:.1f}")
 
 # %% id="first-figure" tags=["figure"]
 fig, ax = plots.figure(7.5, 3.4)
 small, large = NANO.model.hidden_size, SmolLM2Config().hidden_size
-ax.semilogx(entries, np.log(entries), color=plots.GREY, marker="", linestyle="--", label="ln V (uniform guess)")
-ax.semilogx(entries, [p for _, p in results], color=plots.BLUE, marker="", label=f"ln V + σ²/2, width {small}")
-ax.semilogx(entries, [m for m, _ in results], color=plots.ORANGE, marker="o", linestyle="", label=f"measured, width {small}")
-ax.semilogx(entries[-1], smol[1], color=plots.BLACK, marker="_", markersize=14, linestyle="", label=f"ln V + σ²/2, width {large}")
-ax.semilogx(entries[-1], smol[0], color=plots.RED, marker="D", linestyle="", label=f"measured, width {large}")
+measured, predicted = zip(*results, strict=True)
+ax.semilogx(entries, np.log(entries), "--", color=plots.GREY, marker="", label="ln V (uniform)")
+style = {"color": plots.BLUE, "marker": ""}
+ax.semilogx(entries, predicted, **style, label=f"ln V + σ²/2, width {small}")
+ax.semilogx(entries, measured, "o", color=plots.ORANGE, label=f"measured, width {small}")
+style = {"color": plots.BLACK, "markersize": 14, "label": f"ln V + σ²/2, width {large}"}
+ax.semilogx(entries[-1], smol[1], "_", **style)
+ax.semilogx(entries[-1], smol[0], "D", color=plots.RED, label=f"measured, width {large}")
 ax.set_xticks(entries, [f"{size:,}" for size in entries], minor=False)
 ax.minorticks_off()
-plots.label(ax, "The first loss is known before the first step", "entries of the vocabulary V", "loss (nats per token)", legend=True)
-plots.show(fig, alt=f"First losses lie on ln V + sigma squared / 2; at V = {entries[-1]:,}: {results[-1][0]:.2f} at width {small}, {smol[0]:.2f} at {large}.")
+title = "The first loss is known before the first step"
+plots.label(ax, title, "entries of the vocabulary V", "loss (nats per token)", legend=True)
+alt = f"First losses lie on ln V + sigma squared / 2; at V = {entries[-1]:,}: "
+plots.show(fig, alt + f"{measured[-1]:.2f} at width {small}, {smol[0]:.2f} at {large}.")
 
 # %% [markdown] id="order"
 # ## 7 · The order of batches is a function
@@ -407,41 +445,47 @@ plots.show(fig, alt=f"First losses lie on ln V + sigma squared / 2; at V = {entr
 # walk through the whole text; each has an order of its own.
 
 # %% id="order-code" tags=["lesson"]
-again = BatchOrder(len(tokens.train.tokens), T, B, seed=NANO.train.seed)
+train = tokens.train.tokens
+again = BatchOrder(len(train), T, B, seed=NANO.train.seed)
 print("the rows of batch 12,345 begin at tokens", *again.starts(12345)[:5], "...")
 print(f"one epoch has {order.rows_per_epoch:,} rows of {T} tokens; a batch has {B}")
 
 # %% id="order-check" tags=["check"]
-walked = [BatchOrder(len(tokens.train.tokens), T, B, NANO.train.seed).starts(n) for n in range(40)]
-lesson.check("batches 39, 38, ... asked backwards equal those walked forwards", np.array([again.starts(n) for n in reversed(range(40))][::-1]) - walked)
+walked = [BatchOrder(len(train), T, B, NANO.train.seed).starts(n) for n in range(40)]
+asked = np.array([again.starts(n) for n in reversed(range(40))][::-1])
+lesson.check("batches 39, 38, ... asked backwards are those walked forwards", asked - walked)
 epoch = sorted(order.row_start(n) for n in range(order.rows_per_epoch))
 lesson.check("an epoch visits every row once, without overlap", np.diff(epoch) - T)
-halves = [BatchStream(tokens.train.tokens, order, 0, rank, world_size=2).batch(3) for rank in range(2)]
-together = torch.stack(halves, dim=1).flatten(0, 1)  # row 0 of worker 0, row 0 of worker 1, row 1 of worker 0, ...
-lesson.check("two workers' halves are the one-worker batch", together - BatchStream(tokens.train.tokens, order, 0).batch(3))
+halves = [BatchStream(train, order, 0, rank, world_size=2).batch(3) for rank in range(2)]
+together = torch.stack(halves, dim=1).flatten(0, 1)  # row 0 of worker 0, row 0 of worker 1, ...
+whole = BatchStream(train, order, 0).batch(3)
+lesson.check("two workers' halves are the one-worker batch", together - whole)
 
 # %% cellView="form" id="order-predict" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
 guess = None  # @param {type:"raw"}
+steps = NANO.train.max_steps
 lesson.predict(
-    f"After how many batches of {B} rows has the model seen all {len(tokens.train.tokens):,} training tokens once?",
-    guess,
-    answer=order.rows_per_epoch / B,
-    within=0.05,
-    unit="batches",
-    why=f"{B} x {T} = {B * T:,} tokens a batch. The {NANO.train.max_steps:,} steps of the nano preset are {order.epoch_of(NANO.train.max_steps):.1f} epochs.",
-)
+    f"After how many batches of {B} rows has the model seen all {len(train):,} training "
+    "tokens once?",
+    guess, order.rows_per_epoch / B, within=0.05, unit="batches",
+    why=f"{B} x {T} = {B * T:,} tokens a batch. The {steps:,} steps of the nano preset are "
+    f"{order.epoch_of(steps):.1f} epochs.",
+)  # fmt: skip
 
 # %% id="order-figure" tags=["figure"]
 fig, ax = plots.figure(9, 3.2)
 per_epoch = order.rows_per_epoch // B
-for first, colour, marker, name in ((0, plots.BLUE, ".", "epoch 1"), (per_epoch, plots.ORANGE, "+", "epoch 2")):
+looks = ((0, plots.BLUE, ".", "epoch 1"), (per_epoch, plots.ORANGE, "+", "epoch 2"))
+for first, color, marker, name in looks:
     points = [(n, s / 1000) for n in range(first, first + per_epoch) for s in order.starts(n)]
-    ax.plot(*zip(*points, strict=True), linestyle="", marker=marker, markersize=3, color=colour, label=name)
+    ax.plot(*zip(*points, strict=True), marker, markersize=3, color=color, label=name)
 ax.axvline(per_epoch, color=plots.GREY)
-plots.label(ax, f"Where the rows of each batch begin: epoch 2 starts at batch {per_epoch}", "batch number n", "position in the text (1,000 tokens)")
+title = f"Where the rows of each batch begin: epoch 2 starts at batch {per_epoch}"
+plots.label(ax, title, "batch number n", "position in the text (1,000 tokens)")
 ax.legend(loc="upper left", bbox_to_anchor=(1, 1), markerscale=3, frameon=False)
-plots.show(fig, alt=f"Row starts of {2 * per_epoch} batches scatter evenly over the whole text; epoch 2 has another order than epoch 1.")
+alt = f"Row starts of {2 * per_epoch} batches scatter evenly over the whole text; "
+plots.show(fig, alt + "epoch 2 has another order than epoch 1.")
 
 # %% [markdown] id="bpb"
 # ## 8 · Bits per byte
@@ -455,22 +499,25 @@ plots.show(fig, alt=f"Row starts of {2 * per_epoch} batches scatter evenly over 
 part = tokens.val.tokens[:1024].astype(np.int64)
 part_bytes = len(tokenizer.decode(part).encode())
 score = score_tokens(model, part, part_bytes, block_length=T)
-before = torch.tensor(np.concatenate(([NANO.model.bos_token_id], part[:-1]))).view(-1, T)  # the token before each
+before = np.concatenate(([NANO.model.bos_token_id], part[:-1]))  # the token before each
 with torch.no_grad():
-    nats = F.cross_entropy(model(before).flatten(0, 1), torch.tensor(part), reduction="sum").item()
-by_hand = nats / (math.log(2) * part_bytes)
-lesson.check("bits per byte by hand equal the package's", by_hand - score.bits_per_byte, 1e-4, likely="log2 and ln mixed up")
-print(f"untrained: {score.loss:.2f} nats per token = {score.bits_per_byte:.2f} bits per byte; not 8, for the tokenizer has learned already")
+    logits = model(torch.tensor(before).view(-1, T)).flatten(0, 1)
+nats = F.cross_entropy(logits, torch.tensor(part), reduction="sum").item()
+gap = nats / (math.log(2) * part_bytes) - score.bits_per_byte
+lesson.check("bits per byte by hand equal the package's", gap, 1e-4, "log2 and ln mixed up")
+print(f"untrained: {score.loss:.2f} nats per token, {score.bits_per_byte:.2f} bits per byte")
+print("(not 8, for the tokenizer has learned already)")
 
 # %% [markdown] id="unigram"
 # Now the simplest model there is, the **unigram**: it knows how often each token occurs, and nothing else. Six tokenizers, six losses. Nats per token and
 # bits per byte disagree about which one is best: how?
 
+
 # %% id="unigram-code" tags=["check"]
 def unigram(tokenizer):
-    """(nats per token, bits per byte) on the held-out text of token frequencies learned from 400 pieces."""
+    """(nats per token, bits per byte), held out, of token frequencies seen in 400 pieces."""
     seen = np.concatenate(tokenizer.encode_batch(pieces[:400]))
-    counts = np.bincount(seen, minlength=tokenizer.vocab_size) + 1  # + 1: a token that was never seen is not impossible
+    counts = np.bincount(seen, minlength=tokenizer.vocab_size) + 1  # never seen: not impossible
     guessed = np.array(tokenizer.encode(held_out))
     nats = -np.log(counts / counts.sum())[guessed].sum()
     return nats / len(guessed), nats / (math.log(2) * held_out_bytes)
@@ -480,31 +527,33 @@ unigrams = [unigram(tokenizers[size]) for size in SIZES]
 packed = compression_bits_per_byte(TEXT, "val", NANO.data.held_out_fraction)
 size = NANO.data.tokenizer_vocab_size
 nats, bits = unigrams[SIZES.index(size)]
-lesson.check("bits per byte = nats per token / ln 2 / bytes per token", bits - nats / math.log(2) / bytes_per_token[size], 1e-9)
+gap = bits - nats / math.log(2) / bytes_per_token[size]
+lesson.check("bits per byte = nats per token / ln 2 / bytes per token", gap, 1e-9)
 print(f"{size:,} entries: {nats:.2f} nats per token, {bits:.2f} bits per byte")
 
 # %% cellView="form" id="unigram-predict" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
 guess = None  # @param {type:"raw"}
 lesson.predict(
-    "A packer like gzip also predicts text, in its way. How many bits per byte does gzip -9 need for the held-out text (8: not packed)?",
-    guess,
-    answer=packed["gzip -9"],
-    within=0.1,
-    unit="bits per byte",
-    why="Well below half: English is predictable. The nano model of the next notebook needs about 1.8 after a few minutes, on text it never saw.",
-)
+    "A packer like gzip also predicts text, in its way. How many bits per byte does gzip -9 "
+    "need for the held-out text (8: not packed)?",
+    guess, packed["gzip -9"], unit="bits per byte",
+    why="Well below half: English is predictable. The nano model of the next notebook needs "
+    "about 1.8 after a few minutes, on text it never saw.",
+)  # fmt: skip
 
 # %% id="unigram-figure" tags=["figure"]
 fig, (left, right) = plots.figure(9, 3.4, columns=2)
+entries = "entries of the vocabulary"
 left.plot(names, [nats for nats, _ in unigrams])
-plots.label(left, "Per token, more entries look worse", "entries of the vocabulary", "loss (nats per token)")
+plots.label(left, "Per token, more entries look worse", entries, "loss (nats per token)")
 right.plot(names, [bits for _, bits in unigrams], label="token frequencies")
 for (name, bits), style in zip(packed.items(), ("--", ":"), strict=True):
     right.axhline(bits, color=plots.GREY, linestyle=style, label=f"{name}: {bits:.2f}")
-plots.label(right, "Per byte, they are better", "entries of the vocabulary", "bits per byte", legend=True)
-alt = f"From 257 to 8,192 entries nats per token rise to {unigrams[-1][0]:.1f} while bits per byte fall to {unigrams[-1][1]:.2f}; gzip: {packed['gzip -9']:.2f}."
-plots.show(fig, alt=alt)
+plots.label(right, "Per byte, they are better", entries, "bits per byte", legend=True)
+nats, bits = unigrams[-1]
+alt = f"From 257 to 8,192 entries nats per token rise to {nats:.1f} while bits per byte fall "
+plots.show(fig, alt + f"to {bits:.2f}; gzip: {packed['gzip -9']:.2f}.")
 
 # %% [markdown] id="self-test"
 # ## What you can now explain
@@ -537,7 +586,7 @@ lesson.score()
 #
 # 1. The key becomes `(-counts[pair], -number[pair[0]], -number[pair[1]])`. With 150 pieces none of the 40 differs: frequent pairs hardly ever tie. With 10
 #    pieces counts are small, some tie, and the check fails: about ten merges stand at another place. So a rule that rarely matters still has to be the same.
-# 2. `set(BatchOrder(len(tokens.train.tokens), T, B, 1).starts(0)) & set(order.starts(0))` is almost always empty: two draws of 16 rows from
+# 2. `set(BatchOrder(len(train), T, B, 1).starts(0)) & set(order.starts(0))` is almost always empty: two draws of 16 rows from
 #    about 2,600, and the cut into rows begins at another token besides.
 # 3. 1.9 bits · ln 2 · 3.1 bytes = 4.08 nats per token.
 #

@@ -17,8 +17,8 @@
 # * export it to the format everyone reads, and prove that nothing changed on the way;
 # * read a model card critically, publish your own, and choose what to do next.
 #
-# **Time** about 25 minutes to read; to run, 1 minute with a run of yours, 1 to 2 more on a CPU without one · **hardware** any CPU ·
-# **network** only to score or fine-tune the official model and to publish; everything else runs offline.
+# **Time** about 25 minutes to read; to run, 1 minute with a run of yours, 1 to 2 more on a CPU without one · **hardware** any CPU (only the optional
+# fine-tuning of section 9 needs a GPU) · **network** only to score or fine-tune the official model and to publish; everything else runs offline.
 #
 # *Runtime → Run all* runs everything, and publishes nothing. Each `?` asks you to guess first: type a number in place of `None` and run that cell again.
 # Each `✔` is a check: the largest difference between two things that should be equal, and how much is allowed.
@@ -30,16 +30,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-ADDRESS = os.environ.get("SMOLLM2_REPO") or "https://github.com/smollm2-from-scratch/smollm2-from-scratch"
-here = [Path(globals().get("__file__", "notebook")).resolve(), Path.cwd().resolve() / "notebook"]
+ADDRESS = "https://github.com/smollm2-from-scratch/smollm2-from-scratch"
+ADDRESS = os.environ.get("SMOLLM2_REPO") or ADDRESS
+here = Path(globals().get("__file__", "notebook")).resolve(), Path.cwd().resolve() / "notebook"
 clone = Path.cwd().resolve() / "smollm2-from-scratch"
 folders = [*(parent for start in here for parent in start.parents), clone]
-REPO = next((folder for folder in folders if (folder / "smollm2" / "colab.py").is_file()), None)
+REPO = next((path for path in folders if (path / "smollm2" / "colab.py").is_file()), None)
 if REPO is None:  # a bare notebook, as the Colab badge opens it: fetch the project beside it
     half = clone.with_name(f"{clone.name}.part{os.getpid()}")
-    fetched = subprocess.run(["git", "clone", "--quiet", "--depth", "1", ADDRESS, str(half)], capture_output=True, text=True)
+    command = ["git", "clone", "--quiet", "--depth", "1", ADDRESS, str(half)]
+    fetched = subprocess.run(command, capture_output=True, text=True)
     if fetched.returncode:
-        raise RuntimeError(f"Could not fetch {ADDRESS}: {fetched.stderr.strip()}. Is the network there? Then run this cell again.")
+        reason = f"Could not fetch {ADDRESS}: {fetched.stderr.strip()}"
+        raise RuntimeError(f"{reason}. Is the network there? Then run this cell again.")
     REPO = half.rename(clone)
 if str(REPO) not in sys.path:
     sys.path.insert(0, str(REPO))
@@ -51,10 +54,10 @@ report = colab.doctor()
 
 # %% id="imports" tags=["setup"]
 import gzip
+import hashlib
 import json
 import math
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -65,15 +68,12 @@ from smollm2.device import choose_device
 from smollm2.errors import UserError
 from smollm2.evaluate import compression_bits_per_byte, score_file
 from smollm2.export import export
-from smollm2.files import sha256_file
 from smollm2.notebook import lesson
-from smollm2.notebook.data_plots import visible
 from smollm2.notebook.inspect_model import token_probabilities
 from smollm2.notebook.ngram import NGram
-from smollm2.notebook.own_run import best_seen, own_run
-from smollm2.notebook.panel import LivePanel
-from smollm2.notebook.token_view import spelled
-from smollm2.origin import trained_with
+from smollm2.notebook.own_run import best_seen, own_run, recorded
+from smollm2.notebook.panel import live_panel
+from smollm2.notebook.token_text import spelled, visible
 from smollm2.pretrained import load_model_and_tokenizer
 from smollm2.sampling import prompt_ids
 from smollm2.text import documents, read_split
@@ -98,8 +98,10 @@ places_on_drive = [place.drive_dir] if place.drive_dir else []
 checkpoints = own_run(TEXT, place.output_dir, places_on_drive, smoke=SMOKE)
 checkpoint = checkpoints[-1].folder
 model, tokenizer = load_model_and_tokenizer(checkpoint, device=choose_device())
-train_bytes, held_out = ("".join(read_split(TEXT, split)).encode() for split in ("train", "val"))
-print(f"{sum(p.numel() for p in model.parameters()):,} parameters; {len(train_bytes):,} bytes to learn from, {len(held_out):,} held out")
+train_bytes = "".join(read_split(TEXT, "train")).encode()
+held_out = "".join(read_split(TEXT, "val")).encode()
+print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
+print(f"{len(train_bytes):,} bytes to learn from, {len(held_out):,} held out")
 
 # %% [markdown] id="bits"
 # ## 1 · One number for every model
@@ -112,16 +114,18 @@ print(f"{sum(p.numel() for p in model.parameters()):,} parameters; {len(train_by
 for p in (1.0, 0.5, 0.25, 1 / 256):
     print(f"probability {p:.4f} costs {math.log2(1 / p):g} bits")
 loss, tokens, size = 3.0, 100, 400  # a made-up model: 3 nats a token, 100 tokens for 400 bytes
-bits_per_byte = loss * tokens / math.log(2) / size
-print(f"{loss} nats a token, {size / tokens:g} bytes a token: {bits_per_byte:.3f} bits per byte")
+bits = loss * tokens / math.log(2) / size
+print(f"{loss} nats a token, {size / tokens:g} bytes a token: {bits:.3f} bits per byte")
 
 # %% cellView="form" id="predict-bits" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
 guess = None  # @param {type:"raw"}
 lesson.predict(
-    "Another model cuts the same 400 bytes into 200 tokens and has a loss of 1.5 nats a token. How many bits per byte?",
+    "Another model cuts the same 400 bytes into 200 tokens and has a loss of 1.5 nats a token. "
+    "How many bits per byte?",
     guess, 1.5 * 200 / math.log(2) / size, within=0.01, unit="bits per byte",
-    why="Half the loss, twice the tokens: just as good a model. Losses of different tokenizers cannot be compared, bits per byte can.",
+    why="Half the loss, twice the tokens: just as good a model. Losses of different tokenizers "
+    "cannot be compared, bits per byte can.",
 )  # fmt: skip
 
 # %% [markdown] id="compressors"
@@ -149,7 +153,7 @@ lesson.check("and it loses nothing", gzip.decompress(gzip.compress(held_out, 9))
 
 # %% id="counting-code" tags=["lesson"]
 def chance(text, context, symbol):
-    """P(symbol | context), by counting in `text`; a context with few or no occurrences leans on the shorter one."""
+    """P(symbol | context), by counting in `text`; a rare context leans on the shorter one."""
     shorter = chance(text, context[1:], symbol) if context else 1 / 256
     k = len(context)  # bytes; n-gram people call k + 1 the order
     after = Counter(text[i + k] for i in range(len(text) - k) if text[i : i + k] == context)
@@ -161,10 +165,13 @@ def chance(text, context, symbol):
 # %% id="counting-check" tags=["check"]
 small = train_bytes[:3000]
 ngram = NGram(small, order=4)  # the package's, counted once with numpy
+likely = "who gets the share of the unseen?"
 for context in (b"", b"th", b"the", b"qzx"):
     by_hand = np.array([chance(small, context, symbol) for symbol in range(256)])
-    lesson.check(f"after {context.decode()!r} all 256 probabilities sum to 1", by_hand.sum() - 1, 1e-9, "who gets the share of the unseen?")
-    lesson.check("  and they equal the package's", by_hand - ngram.probabilities(context), 1e-12)
+    name, total = f"after {context.decode()!r} all 256 probabilities sum to 1", by_hand.sum()
+    lesson.check(name, total - 1, 1e-9, likely)
+    off = by_hand - ngram.probabilities(context)
+    lesson.check("  and they equal the package's", off, 1e-12)
 
 # %% cellView="form" id="predict-order" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
@@ -173,9 +180,11 @@ ngram = NGram(train_bytes, order=8)
 orders = {order: float(ngram.bits(held_out, order).mean()) for order in range(1, 9)}
 best_order = min(orders, key=orders.get)
 lesson.predict(
-    "Longer contexts know more but are seen more rarely. With which order (bytes of context + 1, from 1 to 8) does counting do best here?",
+    "Longer contexts know more but are seen more rarely. With which order (bytes of context "
+    "+ 1, from 1 to 8) does counting do best here?",
     guess, best_order, within=0,
-    why="A longer context was seen fewer times, so its counts are mostly chance, and they outweigh the better ones of the shorter. (One never seen does no harm.)",
+    why="A longer context was seen fewer times, so its counts are mostly chance, and they "
+    "outweigh the better ones of the shorter. (One never seen does no harm.)",
 )  # fmt: skip
 
 
@@ -186,18 +195,26 @@ def counted(order, context):
     left.plot(list(orders), list(orders.values()), color=plots.BLUE, marker="o")
     left.plot(order, orders[order], "D", color=plots.RED, markersize=9)
     left.set_ylim(0)
-    plots.label(left, f"order {order}: {orders[order]:.2f} bits per byte", "order (bytes of context + 1)", "bits per byte, held out")
+    needs = f"{orders[order]:.2f} bits per byte"
+    title = f"order {order}: {needs}"
+    plots.label(left, title, "order (bytes of context + 1)", "bits per byte, held out")
     chances = ngram.probabilities(context.encode(), order)
     best = np.argsort(chances)[::-1][:8]
-    names = [visible(bytes([b])) for b in best]
+    names = [f"'{visible(bytes([b]))}'" for b in best]
     right.barh(range(8), chances[best], color=plots.BLUE)
-    right.set_yticks(range(8), [f"'{name}'" for name in names], family="monospace", parse_math=False)
+    right.set_yticks(range(8), names, family="monospace", parse_math=False)
     right.invert_yaxis()
-    plots.label(right, "the next byte", f"probability after '{visible(context.encode())[-12:]}'", "")
-    return fig, f"Order {order} needs {orders[order]:.2f} bits per byte; after '{context}' it expects '{names[0]}' with probability {chances[best[0]]:.2f}."
+    end = visible(context.encode())[-12:]
+    plots.label(right, "the next byte", f"probability after '{end}'", "")
+    alt = f"Order {order} needs {needs}; after '{context}' it expects {names[0]} "
+    return fig, alt + f"with probability {chances[best[0]]:.2f}."
 
 
-_ = widgets.explore(counted, order=widgets.slider("order", 1, 8, best_order), context=widgets.text("context", "Once upon a t"))
+widgets.explore(
+    counted,
+    order=widgets.slider("order", 1, 8, best_order),
+    context=widgets.text("context", "Once upon a t"),
+)
 
 # %% [markdown] id="yours"
 # ## 4 · Your model
@@ -208,17 +225,21 @@ _ = widgets.explore(counted, order=widgets.slider("order", 1, 8, best_order), co
 # %% cellView="form" id="predict-yours" tags=["predict", "slow"]
 # @title Your prediction { display-mode: "form" }
 guess = None  # @param {type:"raw"}
-block = trained_with(checkpoint).sequence_length  # tokens it reads at a time, as in training
+block = recorded(checkpoints[-1])["config"]["data"]["sequence_length"]  # as in training
 score = score_file(model, tokenizer, TEXT, "val", block_length=block)
+rival = orders[best_order]
 lesson.predict(
-    f"Counting needs {orders[best_order]:.2f} bits per byte. How many does your model need?",
+    f"Counting needs {rival:.2f} bits per byte. How many does your model need?",
     guess, score.bits_per_byte, within=0.05, unit="bits per byte",
-    why=f"That is {score.bits_per_byte / orders[best_order]:.2f} times what counting needs. A network shares what it learned between contexts that counting keeps apart.",
+    why=f"That is {score.bits_per_byte / rival:.2f} times what counting needs. A network "
+    "shares what it learned between contexts that counting keeps apart.",
 )  # fmt: skip
 
 # %% id="yours-check" tags=["check"]
-print(f"yours: {score.loss:.3f} nats a token, {score.bits_per_byte:.3f} bits per byte ({score.tokens:,} tokens, {score.bytes:,} bytes)")
-lesson.check("bits per byte follow from the loss", score.loss * score.tokens / math.log(2) / score.bytes - score.bits_per_byte, 1e-6)
+print(f"yours: {score.loss:.3f} nats a token, {score.bits_per_byte:.3f} bits per byte")
+print(f"({score.tokens:,} tokens, {score.bytes:,} bytes)")
+bits = score.loss * score.tokens / math.log(2) / score.bytes
+lesson.check("bits per byte follow from the loss", bits - score.bits_per_byte, 1e-6)
 lesson.check("all held-out bytes are counted", score.bytes - len(held_out))
 
 # %% [markdown] id="best"
@@ -226,64 +247,75 @@ lesson.check("all held-out bytes are counted", score.bytes - len(held_out))
 # and learned its text by heart. Publish whichever needs fewer bits here; the rest of this notebook takes that one.
 
 # %% id="best-score" tags=["slow", "lesson"]
-best, others = best_seen(checkpoints), {}
-if best.step == checkpoints[-1].step:
-    print(f"the last checkpoint, step {best.step}, is also the best that is kept")
+best, last, others = best_seen(checkpoints), checkpoints[-1].step, {}
+if best.step == last:
+    print(f"the last checkpoint, step {last}, is also the best that is kept")
 else:
     model_then = load_model_and_tokenizer(best.folder, device=model.device)[0]
-    then = score_file(model_then, tokenizer, TEXT, "val", block_length=block)
-    print(f"step {best.step}: {then.bits_per_byte:.3f} bits per byte; step {checkpoints[-1].step}, the last: {score.bits_per_byte:.3f}")
-    if then.bits_per_byte < score.bits_per_byte:
-        others = {f"yours, too late (step {checkpoints[-1].step})": score.bits_per_byte}
+    then, now = score_file(model_then, tokenizer, TEXT, "val", block_length=block), score
+    print(f"bits per byte: {then.bits_per_byte:.3f} at step {best.step},")
+    print(f"{now.bits_per_byte:.3f} at step {last}, the last")
+    if then.bits_per_byte < now.bits_per_byte:
+        others = {f"yours, too late (step {last})": now.bits_per_byte}
         checkpoint, model, score = best.folder, model_then, then
 
 # %% id="official" tags=["slow", "lesson"]
-official = None
+official, name = None, "HuggingFaceTB/SmolLM2-135M"
 try:
-    other, other_tokenizer = load_model_and_tokenizer("HuggingFaceTB/SmolLM2-135M", device=model.device)
-    limit = None if model.device.type == "cuda" else 4096  # tokens: a CPU would need minutes for all
-    official = score_file(other, other_tokenizer, TEXT, "val", block_length=1024, max_tokens=limit).bits_per_byte
-    print(f"official SmolLM2-135M: {official:.3f} bits per byte" + (f", on the first {limit:,} tokens" if limit else ""))
+    other, other_tokenizer = load_model_and_tokenizer(name, device=model.device)
+    limit = 4096 if model.device.type == "cpu" else None  # tokens: all would take minutes
+    options = {"block_length": 1024, "max_tokens": limit}
+    official = score_file(other, other_tokenizer, TEXT, "val", **options).bits_per_byte
+    part = f", on the first {limit:,} tokens" if limit else ""
+    print(f"official SmolLM2-135M: {official:.3f} bits per byte{part}")
 except UserError as reason:
     print(f"{reason}.\nSo: the picture below goes without the official model.")
 
 # %% id="all-rows" tags=["lesson"]
-rows = {"no model": 8.0, "counting (order 1)": orders[1], **packed, f"counting (order {best_order})": orders[best_order], "YOURS": score.bits_per_byte, **others}
+rows = {"no model": 8.0, "counting (order 1)": orders[1], **packed}
+rows |= {f"counting (order {best_order})": orders[best_order]}
+rows |= {"YOURS": score.bits_per_byte, **others}
 if official:
     rows["SmolLM2-135M, official" + (" (beginning)" if limit else "")] = official
 rows = dict(sorted(rows.items(), key=lambda row: -row[1]))
 
 # %% id="all-figure" tags=["figure"]
 fig, ax = plots.figure(7.5, 0.9 + 0.32 * len(rows))
-drawn = ax.barh(list(rows), list(rows.values()), color=[plots.ORANGE if name == "YOURS" else plots.BLUE for name in rows])
+colors = [plots.ORANGE if name == "YOURS" else plots.BLUE for name in rows]
+drawn = ax.barh(list(rows), list(rows.values()), color=colors)
 ax.bar_label(drawn, fmt="%.2f", padding=3)
 ax.invert_yaxis()
 ax.set_xlim(0, 9)
-plots.label(ax, "The same held-out text, in bits per byte (less is better)", "bits per byte", "")
-plots.show(fig, alt="Bits per byte on the held-out text: " + ", ".join(f"{name} {value:.2f}" for name, value in rows.items()) + ".")
+title = "The same held-out text, in bits per byte (less is better)"
+plots.label(ax, title, "bits per byte", "")
+told = ", ".join(f"{name} {value:.2f}" for name, value in rows.items())
+plots.show(fig, f"Bits per byte on the held-out text: {told}.")
 
 # %% [markdown] id="where"
 # **Where** does each of the two win? Take one passage, share each token's bits out evenly among its bytes, and add up yours minus counting's as we read. The
 # curve falls where your model is better and rises where counting is.
 
 # %% id="where-bits" tags=["check"]
-passage = [text for text, _ in documents([held_out.decode()])][1]  # the first whole piece of the held-out text
+passage = [text for text, _ in documents([held_out.decode()])][1]  # its first whole piece
 start = prompt_ids(model, tokenizer, "")  # what stands before every text
-ids = [*start, *tokenizer.encode(passage)][: block + 1]  # no longer than the rows it was trained on
-bits = -token_probabilities(model, torch.tensor([ids], device=model.device))[0].log2().cpu().numpy()
-sizes = np.array([len(spelled(tokenizer, i)) for i in ids[1:]])  # the first id is the given start
-rival = ngram.bits(passage.encode()[: sizes.sum()], best_order)
-per_byte = np.repeat(bits / sizes, sizes)[: len(rival)]  # some tokenizers put a blank before the text
-lesson.check("no byte was lost on the way to bytes", len(per_byte) - len(rival))
+ids = [*start, *tokenizer.encode(passage)][: block + 1]  # as long as the rows of its training
+chances = token_probabilities(model, torch.tensor([ids], device=model.device))[0]
+bits = -chances.log2().cpu().numpy()
+sizes = np.array([len(spelled(tokenizer, i)) for i in ids[1:]])  # the first id was given
+counted_bits = ngram.bits(passage.encode()[: sizes.sum()], best_order)
+per_byte = np.repeat(bits / sizes, sizes)[: len(counted_bits)]  # some add a blank in front
+lesson.check("no byte was lost on the way to bytes", len(per_byte) - len(counted_bits))
 
 # %% id="where-figure" tags=["figure"]
 fig, ax = plots.figure(7.5, 3)
-ax.plot(np.cumsum(per_byte - rival), color=plots.BLUE, marker="")
+gained = np.cumsum(per_byte - counted_bits)
+ax.plot(gained, color=plots.BLUE, marker="")
 ax.axhline(0, color=plots.GREY, ls="--", marker="")
-plots.label(ax, "Your model against counting, byte by byte", "bytes read", "bits: yours minus counting's")
-ahead = float((per_byte - rival).sum())
-winner = "yours" if ahead < 0 else "counting"
-plots.show(fig, alt=f"Running difference in bits, your model minus counting, over {len(rival)} bytes; it ends at {ahead:+.0f} bits, {winner} is ahead.")
+title = "Your model against counting, byte by byte"
+plots.label(ax, title, "bytes read", "bits: yours minus counting's")
+winner = "yours" if gained[-1] < 0 else "counting"
+alt = f"Running difference in bits, your model minus counting, over {len(gained)} bytes; "
+plots.show(fig, alt + f"it ends at {gained[-1]:+.0f} bits, {winner} is ahead.")
 
 # %% [markdown] id="published"
 # ## 5 · Published figures, and how to read them
@@ -298,36 +330,46 @@ guess = None  # @param {type:"raw"}
 questions = 1267  # WinoGrande's validation set; each has two answers
 error = 100 * math.sqrt(0.5 * 0.5 / questions)
 lesson.predict(
-    f"Answer WinoGrande's {questions:,} questions by flipping a coin. By how many points (per cent) will you typically miss 50 %: the standard error?",
-    guess, error, within=0.1, unit="points",
-    why=f"√(0.5 · 0.5 / {questions}) = {error:.1f} points. A result less than two of them above luck may be luck.",
+    f"Answer WinoGrande's {questions:,} questions by flipping a coin. By how many points (per "
+    "cent) will you typically miss 50 %: the standard error?",
+    guess, error, unit="points",
+    why=f"√(0.5 · 0.5 / {questions}) = {error:.1f} points. A result less than two of them "
+    "above luck may be luck.",
 )  # fmt: skip
 
 # %% id="published-table" tags=["lesson", "check"]
-# task: (SmolLM2-135M, its predecessor SmolLM-135M, luck), all in per cent; from the model card
+# task: (SmolLM2-135M, its predecessor SmolLM-135M, luck), in per cent; from the model card
 CARD = {
     "HellaSwag": (42.1, 41.2, 25), "ARC (average)": (43.9, 42.4, 25), "PIQA": (68.4, 68.4, 50),
-    "MMLU (cloze)": (31.5, 30.2, 25), "CommonsenseQA": (33.9, 32.7, 20), "WinoGrande": (51.3, 51.3, 50),
-    "OpenBookQA": (34.6, 34.0, 25), "TriviaQA": (4.1, 4.3, 0), "GSM8K": (1.4, 1.0, 0),
+    "MMLU (cloze)": (31.5, 30.2, 25), "CommonsenseQA": (33.9, 32.7, 20),
+    "WinoGrande": (51.3, 51.3, 50), "OpenBookQA": (34.6, 34.0, 25), "TriviaQA": (4.1, 4.3, 0),
+    "GSM8K": (1.4, 1.0, 0),
 }  # fmt: skip
+print("task           SmolLM2  SmolLM  luck  above luck")
 for task, (new, old, luck) in CARD.items():
-    print(f"{task:14} SmolLM2 {new:5.1f}   SmolLM {old:5.1f}   luck {luck:3}   above luck {new - luck:5.1f}")
+    print(f"{task:14} {new:7.1f} {old:7.1f} {luck:5} {new - luck:11.1f}")
 new, _, luck = CARD["WinoGrande"]
-lesson.check(f"WinoGrande, {new - luck:.1f} points above luck, is within one standard error ({error:.1f})", new - luck > error)
+name = f"WinoGrande, {new - luck:.1f} points above luck, is within one standard error"
+lesson.check(f"{name} ({error:.1f})", new - luck > error)
 
 # %% id="published-figure" tags=["figure"]
 fig, ax = plots.figure(7.5, 3.4)
 at = np.arange(len(CARD))
 new, old, luck = np.array(list(CARD.values())).T
 ax.barh(at - 0.2, new, 0.38, color=plots.BLUE, label="SmolLM2-135M, 2 T tokens")
-ax.barh(at + 0.2, old, 0.38, color=plots.SKY, hatch="//", edgecolor="white", label="SmolLM-135M, 0.6 T tokens")
+style = {"color": plots.SKY, "hatch": "//", "edgecolor": "white"}
+ax.barh(at + 0.2, old, 0.38, label="SmolLM-135M, 0.6 T tokens", **style)
 ax.plot(luck, at, "|", color=plots.RED, markersize=20, markeredgewidth=3, label="luck")
 ax.set_yticks(at, list(CARD))
 ax.invert_yaxis()
 ax.set_xlim(0, 100)
-plots.label(ax, f"SmolLM2 beside SmolLM: {(new - old).mean():+.1f} points on average", "per cent right, from the model card", "", legend=True)
-named = ", ".join(f"{task} {CARD[task][0]} % (luck {CARD[task][2]})" for task in ("HellaSwag", "PIQA", "WinoGrande", "GSM8K"))
-plots.show(fig, alt=f"Nine benchmarks of SmolLM2-135M: {named}; on average {(new - old).mean():+.1f} points beside SmolLM-135M, which read 0.6 trillion tokens.")
+gain = f"{(new - old).mean():+.1f} points"
+title = f"SmolLM2 beside SmolLM: {gain} on average"
+plots.label(ax, title, "per cent right, from the model card", "", legend=True)
+some = ("HellaSwag", "PIQA", "WinoGrande", "GSM8K")
+told = ", ".join(f"{task} {CARD[task][0]} % (luck {CARD[task][2]})" for task in some)
+alt = f"Nine benchmarks of SmolLM2-135M: {told}; on average {gain} beside SmolLM-135M, "
+plots.show(fig, alt + "which read 0.6 trillion tokens.")
 
 # %% [markdown] id="judge"
 # SmolLM2 read three times as many tokens, and of another mixture: which of the two brought the points, the card cannot tell.
@@ -345,32 +387,40 @@ out = export(checkpoint, Path(place.output_dir) / "export")
 for path in sorted(out.iterdir()):
     print(f"{path.stat().st_size:>12,} bytes  {path.name}")
 
+
 # %% id="export-check" tags=["check"]
-copy = SmolLM2.from_pretrained(out)
-weights = dict(SmolLM2.from_pretrained(checkpoint).named_parameters())
-lesson.check("every weight is the same number", max(lesson.largest(p - weights[name]) for name, p in copy.named_parameters()))
+def apart(one, other):
+    """The largest difference between two models' weights."""
+    weights = dict(other.named_parameters())
+    return max(lesson.largest(p - weights[name]) for name, p in one.named_parameters())
+
+
+copy, original = SmolLM2.from_pretrained(out), SmolLM2.from_pretrained(checkpoint)
+lesson.check("every weight is the same number", apart(copy, original))
 theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
 words = torch.tensor([prompt_ids(copy, tokenizer, "Once upon a time there was")])
+greedy = {"attention_mask": torch.ones_like(words), "max_new_tokens": 20, "do_sample": False}
 with torch.inference_mode():
     gap = (copy(words).softmax(-1) - theirs(words).logits.softmax(-1)).abs()
-    mine = copy.generate(words, 20)
-    other = theirs.generate(words, attention_mask=torch.ones_like(words), max_new_tokens=20, do_sample=False)
-lesson.check("transformers gives the same probabilities", gap, 1e-5, "RoPE theta: is it in config.json in both forms?")
+    mine, other = copy.generate(words, 20), theirs.generate(words, **greedy)
+likely = "RoPE theta: is it in config.json in both forms?"
+lesson.check("transformers gives the same probabilities", gap, 1e-5, likely)
 lesson.check("and writes the same 20 greedy tokens", mine[:, : other.shape[1]] - other)
 
 # %% id="tokenizer-check" tags=["check"]
 their_tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
 probe = held_out.decode()[:5000] + "\n\n1. First, 2,048 steps — déjà vu.\n"
-ids = tokenizer.encode(probe)
-likely = "AutoTokenizer of transformers 5 cuts digits in another way; use the class named in tokenizer_config.json"
-lesson.check("transformers' tokenizer gives the same ids", their_tokenizer(probe, add_special_tokens=False).input_ids != ids, 0, likely)
+ids, other = tokenizer.encode(probe), their_tokenizer(probe, add_special_tokens=False)
+likely = "AutoTokenizer of transformers 5 cuts digits in another way; use the class that "
+likely += "tokenizer_config.json names"
+lesson.check("transformers' tokenizer gives the same ids", other.input_ids != ids, 0, likely)
 lesson.check("and the same text back", their_tokenizer.decode(ids) != tokenizer.decode(ids))
 
 # %% id="back-check" tags=["check"]
 folder = Path(place.output_dir) / "there-and-back"
 theirs.save_pretrained(folder)
 back = SmolLM2.from_pretrained(folder)
-lesson.check("there and back: saved by transformers, read by us", max(lesson.largest(p - weights[name]) for name, p in back.named_parameters()))
+lesson.check("there and back: saved by transformers, read by us", apart(back, original))
 
 # %% [markdown] id="card"
 # ## 7 · The card
@@ -382,14 +432,18 @@ lesson.check("there and back: saved by transformers, read by us", max(lesson.lar
 # %% id="card-show" tags=["lesson"]
 card = (out / "README.md").read_text(encoding="utf-8")
 body = card.split("---\n", 2)[2]  # above it stands what the Hub's search reads
-beginning, end = body.split("![")[0].split("## Use")[0], body.split("## Limits")[1]  # without the picture and the usage
-plots.show_markdown(f"{beginning}## Limits{end}".replace("# ", "#### "))
+beginning = body.split("![")[0].split("## Use")[0]  # without the picture and the usage
+told = f"{beginning}## Limits{body.split('## Limits')[1]}".replace("# ", "#### ")
+plots.show_html(told, told, kind="text/markdown")
 
 # %% id="card-check" tags=["check"]
 receipt = json.loads((out / "export.json").read_text(encoding="utf-8"))
-parameters = sum(p.numel() for p in copy.parameters())
-lesson.check("the card names the true number of parameters", f"{parameters:,} parameters" not in card)
-changed = [name for name, entry in receipt["files"].items() if sha256_file(out / name) != entry["sha256"]]
+parameters = f"{sum(p.numel() for p in copy.parameters()):,} parameters"
+lesson.check("the card names the true number of parameters", parameters not in card)
+changed = []
+for name, entry in receipt["files"].items():
+    if hashlib.sha256((out / name).read_bytes()).hexdigest() != entry["sha256"]:
+        changed.append(name)
 lesson.check("every file has the hash that the receipt says", len(changed))
 
 # %% [markdown] id="share"
@@ -402,9 +456,10 @@ lesson.check("every file has the hash that the receipt says", len(changed))
 # @title Publish on the Hugging Face Hub
 PUBLISH = False  # @param {type:"boolean"}
 REPOSITORY = "your-name/my-first-smollm2"  # @param {type:"string"}
-size = sum(path.stat().st_size for path in out.iterdir())
+size = sum(path.stat().st_size for path in out.iterdir()) / 1e6
 if not PUBLISH:
-    print(f"Nothing is published. With the box ticked, {size / 1e6:.1f} MB would go to huggingface.co/{REPOSITORY}.")
+    print(f"Nothing is published. With the box ticked, {size:.1f} MB would go to")
+    print(f"huggingface.co/{REPOSITORY}.")
 elif token := colab.secret("HF_TOKEN"):
     from smollm2.hub import check_repo_id, push
 
@@ -420,7 +475,7 @@ elif token := colab.secret("HF_TOKEN"):
 #   ```
 #   python colab_train.py --preset smollm2-135m --dataset HuggingFaceFW/fineweb-edu --set data.dataset_tokens=500000000 --set data.held_out_fraction=0.001 --max_steps 60000
 #   ```
-# * **Start from the official weights**: fine-tuning, a few steps at a low rate. The form below does it; with a text of yours it is
+# * **Start from the official weights**: fine-tuning, a few steps at a low rate. The form below does it where there is a GPU; with a text of yours it is
 #   ```
 #   python colab_train.py --preset smollm2-135m --set run.init_from=HuggingFaceTB/SmolLM2-135M --input_file mine.txt --max_steps 100 --set train.learning_rate=1e-4 --set train.warmup_steps=10
 #   ```
@@ -433,19 +488,29 @@ elif token := colab.secret("HF_TOKEN"):
 # @title Fine-tune the official SmolLM2-135M on input.txt (a GPU and the network: 270 MB)
 FINE_TUNE = False  # @param {type:"boolean"}
 BASE = "HuggingFaceTB/SmolLM2-135M"
-tuned = {"run.init_from": BASE, "run.output_dir": str(Path(place.output_dir) / "fine-tuned"), "data.input_file": str(TEXT)}
-tuned |= {"train.max_steps": 100, "train.warmup_steps": 10, "train.learning_rate": 1e-4, "train.val_every": 25, "train.keep_last": 1}
+folder = Path(place.output_dir) / "fine-tuned"
+tuned = {"run.init_from": BASE, "run.output_dir": str(folder), "data.input_file": str(TEXT)}
+tuned |= {"train.max_steps": 100, "train.warmup_steps": 10, "train.learning_rate": 1e-4}
+tuned |= {"train.val_every": 25, "train.keep_last": 1}
 if SMOKE or not FINE_TUNE:
-    print("Nothing is fine-tuned. With the box ticked, 100 steps start from the official weights, and are scored before and after.")
+    print("Nothing is fine-tuned. With the box ticked, 100 steps start from the official")
+    print("weights, and are scored before and after.")
 elif model.device.type != "cuda":
-    print("Nothing is fine-tuned: 100 steps of the 135M model take two CPU cores about an hour. Choose a runtime with a GPU.")
+    print(
+        "Nothing is fine-tuned: 100 steps of the 135M model take two CPU cores about an hour."
+    )
+    print("Choose a runtime with a GPU.")
 else:
     try:
         config = load_config("smollm2-135m", **tuned)
-        before = score_file(*load_model_and_tokenizer(BASE, device=model.device), TEXT, "val", block_length=config.data.sequence_length)
-        after = train(config, LivePanel(logs=Path(config.run.output_dir) / "logs"))
-        print(f"held out: {before.bits_per_byte:.3f} bits per byte before, {after.bits_per_byte:.3f} after {after.step} steps (kept in {after.checkpoint})")
-        print("It is your newest run now: notebook 5 looks inside it, and this one, run again, exports it.")
+        base = load_model_and_tokenizer(BASE, device=model.device)
+        before = score_file(*base, TEXT, "val", block_length=config.data.sequence_length)
+        after = train(config, live_panel(logs=folder / "logs"))
+        print(f"bits per byte, held out: {before.bits_per_byte:.3f} before,")
+        print(
+            f"{after.bits_per_byte:.3f} after {after.step} steps (kept in {after.checkpoint})"
+        )
+        print("It is your newest run now: notebook 5 looks inside it, this one exports it.")
     except UserError as reason:
         print(f"{reason}.\nSo: nothing is fine-tuned.")
 
@@ -475,7 +540,7 @@ lesson.score()
 #
 # <details><summary>Solutions</summary>
 #
-# 1. Compare the means of `per_byte`, `rival` and `-np.log2((2.0**-per_byte + 2.0**-rival) / 2)`. Often better: they are wrong in different places, and the mean
+# 1. Compare the means of `per_byte`, `counted_bits` and `-np.log2((2.0**-per_byte + 2.0**-counted_bits) / 2)`. Often better: they are wrong in different places, and the mean
 #    of two distributions never costs more than 1 bit above the better one. (A rough figure: your model's bits were shared out evenly among bytes.)
 # 2. `score_file(model, tokenizer, TEXT, "val", block_length=16)`: each block starts without a past; the difference is what longer context is worth.
 # 3. `from safetensors.torch import load_file, save_file`, `file = out / "model.safetensors"`, `tensors = load_file(file)`,

@@ -21,7 +21,9 @@ FOLDER = Path(__file__).resolve().parent
 REF = "main"
 CELL_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 CELL_METADATA = ("cellView", "id", "tags")
-LINK = re.compile(r"https://colab\.research\.google\.com/github/[^\s)\"]+/notebooks/(\d\d_\w+)\.ipynb")
+LINK = re.compile(
+    r"https://colab\.research\.google\.com/github/[^\s)\"]+/notebooks/(\d\d_\w+)\.ipynb"
+)
 TAGS = {
     "setup",
     "lesson",
@@ -49,16 +51,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-ADDRESS = os.environ.get("SMOLLM2_REPO") or "{address}"
-here = [Path(globals().get("__file__", "notebook")).resolve(), Path.cwd().resolve() / "notebook"]
+ADDRESS = "{address}"
+ADDRESS = os.environ.get("SMOLLM2_REPO") or ADDRESS
+here = Path(globals().get("__file__", "notebook")).resolve(), Path.cwd().resolve() / "notebook"
 clone = Path.cwd().resolve() / "smollm2-from-scratch"
 folders = [*(parent for start in here for parent in start.parents), clone]
-REPO = next((folder for folder in folders if (folder / "smollm2" / "colab.py").is_file()), None)
+REPO = next((path for path in folders if (path / "smollm2" / "colab.py").is_file()), None)
 if REPO is None:  # a bare notebook, as the Colab badge opens it: fetch the project beside it
     half = clone.with_name(f"{{clone.name}}.part{{os.getpid()}}")
-    fetched = subprocess.run(["git", "clone", "--quiet", "--depth", "1", ADDRESS, str(half)], capture_output=True, text=True)
+    command = ["git", "clone", "--quiet", "--depth", "1", ADDRESS, str(half)]
+    fetched = subprocess.run(command, capture_output=True, text=True)
     if fetched.returncode:
-        raise RuntimeError(f"Could not fetch {{ADDRESS}}: {{fetched.stderr.strip()}}. Is the network there? Then run this cell again.")
+        reason = f"Could not fetch {{ADDRESS}}: {{fetched.stderr.strip()}}"
+        raise RuntimeError(f"{{reason}}. Is the network there? Then run this cell again.")
     REPO = half.rename(clone)
 if str(REPO) not in sys.path:
     sys.path.insert(0, str(REPO))
@@ -99,7 +104,9 @@ def fixed_cells(stem: str) -> dict[str, str]:
 def renew_fixed_cells(text: str, stem: str) -> str:
     """The .py text with badge and set-up cell as they must be, links to Colab included; raises `NotebookError` where one has no place."""
     for cell_id, cell in fixed_cells(stem).items():
-        pattern = re.compile(rf'^# %%[^\n]*\bid="{cell_id}"[^\n]*\n.*?(?=^# %%|\Z)', re.M | re.S)
+        pattern = re.compile(
+            rf'^# %%[^\n]*\bid="{cell_id}"[^\n]*\n.*?(?=^# %%|\Z)', re.M | re.S
+        )
         if len(pattern.findall(text)) != 1:
             raise NotebookError(
                 f'{stem}.py: expected exactly one cell with id="{cell_id}" (its text is filled in by build)'
@@ -125,12 +132,19 @@ def to_notebook(text: str, stem: str) -> str:
             )
         seen.add(cell_id)
         cell.id = cell_id
-        cell.metadata = {key: cell.metadata[key] for key in CELL_METADATA if key in cell.metadata}
+        cell.metadata = {
+            key: cell.metadata[key] for key in CELL_METADATA if key in cell.metadata
+        }
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     gpu = {"accelerator": "GPU"} if notebook.metadata.get("accelerator") == "GPU" else {}
     colab = {"provenance": [], "toc_visible": True} | ({"gpuType": "T4"} if gpu else {})
-    notebook.metadata = {**gpu, "colab": colab, "kernelspec": KERNEL, "language_info": {"name": "python"}}
+    notebook.metadata = {
+        **gpu,
+        "colab": colab,
+        "kernelspec": KERNEL,
+        "language_info": {"name": "python"},
+    }
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     nbformat.validate(notebook)
     return nbformat.writes(notebook, indent=1).rstrip("\n") + "\n"
@@ -140,7 +154,10 @@ def build(source: Path) -> list[str]:
     """Renew the .py, write the .ipynb; returns the names of the files that changed."""
     wanted = renew_fixed_cells(source.read_text(encoding="utf-8"), source.stem)
     changed = []
-    for path, text in ((source, wanted), (source.with_suffix(".ipynb"), to_notebook(wanted, source.stem))):
+    for path, text in (
+        (source, wanted),
+        (source.with_suffix(".ipynb"), to_notebook(wanted, source.stem)),
+    ):
         if not path.exists() or path.read_bytes() != text.encode():
             path.write_bytes(text.encode())
             changed.append(path.name)
@@ -155,7 +172,10 @@ def check(source: Path) -> list[str]:
     if wanted != text:
         problems.append(f"{source.name}: badge or set-up cell differs from build.py")
     notebook = source.with_suffix(".ipynb")
-    if not notebook.exists() or notebook.read_bytes() != to_notebook(wanted, source.stem).encode():
+    if (
+        not notebook.exists()
+        or notebook.read_bytes() != to_notebook(wanted, source.stem).encode()
+    ):
         problems.append(f"{notebook.name} is not what {source.name} builds")
     return problems
 
@@ -169,10 +189,14 @@ def pull(notebook_path: Path) -> Path:
         cell_id = cell.metadata.get("id", "")
         if not CELL_ID.fullmatch(cell_id) or cell_id in seen:
             cell_id = f"new-{number}"
-            print(f"{source.name}: cell {number} has no id of its own, named {cell_id}; give it a better one")
+            print(
+                f"{source.name}: cell {number} has no id of its own, named {cell_id}; give it a better one"
+            )
         seen.add(cell_id)
         cell.metadata = {
-            key: value for key, value in {**cell.metadata, "id": cell_id}.items() if key in CELL_METADATA
+            key: value
+            for key, value in {**cell.metadata, "id": cell_id}.items()
+            if key in CELL_METADATA
         }
     gpu = {"accelerator": "GPU"} if notebook.metadata.get("accelerator") == "GPU" else {}
     filters = {
@@ -202,7 +226,9 @@ def main(arguments: list[str]) -> int:
         if verb == "check":
             problems = [problem for source in chosen for problem in check(source)]
             print(
-                "\n".join([*problems, "edit the .py, then run: python notebooks/build.py build"])
+                "\n".join(
+                    [*problems, "edit the .py, then run: python notebooks/build.py build"]
+                )
                 if problems
                 else f"{len(chosen)} notebooks are fresh"
             )

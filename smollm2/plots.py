@@ -8,49 +8,37 @@ from __future__ import annotations
 import base64
 import html
 import io
+import sys
 import textwrap
+import warnings
 
 import matplotlib
 from matplotlib.figure import Figure
 
 # Okabe and Ito (2008): told apart with every common colour blindness, and in this order also by lightness.
-BLUE, ORANGE, GREEN, RED, SKY, PINK, YELLOW, BLACK = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#D55E00",
-    "#56B4E9",
-    "#CC79A7",
-    "#F0E442",
-    "#222222",
-)
-PALETTE = [BLUE, ORANGE, GREEN, RED, SKY, PINK, YELLOW, BLACK]
+PALETTE = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#222222"]
+BLUE, ORANGE, GREEN, RED, SKY, PINK, YELLOW, BLACK = PALETTE
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
 GREY = "#767676"
 DPI = 110
 STYLE = {
     "axes.edgecolor": GREY,
-    "axes.facecolor": "white",
     "axes.grid": True,
     "axes.axisbelow": True,
     "axes.prop_cycle": matplotlib.cycler(color=PALETTE, marker=MARKERS),
     "axes.spines.right": False,
     "axes.spines.top": False,
-    "figure.facecolor": "white",
-    "font.size": 10,
     "grid.color": "#e6e6e6",
     "lines.markersize": 4,
 }
+WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
 
-def figure(
-    width: float = 7.5, height: float = 3.2, rows: int = 1, columns: int = 1, **options
-) -> tuple[Figure, object]:
+def figure(width: float = 7.5, height: float = 3.2, rows: int = 1, columns: int = 1, **options):
     """(figure, axes) like `pyplot.subplots`, in the house style, `width` x `height` in inches."""
     with matplotlib.rc_context(STYLE):
         fig = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-        axes = fig.subplots(rows, columns, **options)
-    return fig, axes
+        return fig, fig.subplots(rows, columns, **options)
 
 
 def label(axis, title: str, x: str, y: str, legend: bool = False):
@@ -66,47 +54,49 @@ def label(axis, title: str, x: str, y: str, legend: bool = False):
 def png_bytes(fig: Figure, dpi: int = DPI) -> bytes:
     """The figure as PNG on opaque white; the same figure gives the same bytes."""
     buffer = io.BytesIO()
-    fig.savefig(buffer, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # of a script the font lacks: drawn as a box
+        fig.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
     return buffer.getvalue()
 
 
 def image_html(fig: Figure, alt: str) -> str:
     """An `<img>` with its alternative text; the picture is inside, so it shows wherever HTML shows."""
     data = base64.b64encode(png_bytes(fig)).decode()
-    return f'<img alt="{html.escape(alt)}" style="background:#fff;max-width:100%" src="data:image/png;base64,{data}"/>'
+    style = "background:#fff;max-width:100%"
+    return f'<img alt="{html.escape(alt)}" style="{style}" src="data:image/png;base64,{data}"/>'
 
 
 def in_notebook() -> bool:
     """Whether a kernel is there to show rich output (IPython at a terminal is not one)."""
-    try:
-        from IPython import get_ipython
-    except ImportError:
-        return False
-    return getattr(get_ipython(), "kernel", None) is not None
+    ipython = sys.modules.get("IPython")  # a kernel has imported it long before this
+    return ipython is not None and getattr(ipython.get_ipython(), "kernel", None) is not None
 
 
-def show_html(markup: str, text: str) -> None:
-    """HTML in a notebook, `text` elsewhere."""
-    if in_notebook():
-        from IPython.display import display
+def show_html(markup: str, text: str, widget=None, kind: str = "text/html") -> None:
+    """HTML (or another `kind` of markup) in a notebook, `text` elsewhere.
 
-        display({"text/html": markup, "text/plain": text}, raw=True)
-    else:
+    `widget` is a live twin of the markup, in the same output: a page with a kernel shows the widget, and a page where
+    none can live (nbconvert, nbviewer) the markup. It is one output, so nobody sees both.
+    """
+    if not in_notebook():
         print(text)
+        return
+    from IPython.display import display  # not at the top: the exporter draws too, and needs no IPython
+
+    bundle = {kind: markup, "text/plain": text}
+    if widget is not None:  # what ipywidgets 7 and 8 both send when they display a widget
+        bundle[WIDGET_VIEW] = {"version_major": 2, "version_minor": 0, "model_id": widget.model_id}
+    display(bundle, raw=True)
 
 
-def show_markdown(text: str) -> None:
-    """Markdown, rendered in a notebook and as it is elsewhere."""
-    if in_notebook():
-        from IPython.display import display
-
-        display({"text/markdown": text, "text/plain": text}, raw=True)
-    else:
-        print(text)
+def figure_text(alt: str) -> str:
+    """What stands for a figure where only text is shown."""
+    return textwrap.fill(f"[figure] {alt}", 110, subsequent_indent="  ")
 
 
-def show(fig: Figure, alt: str) -> None:
+def show(fig: Figure, alt: str, widget=None) -> None:
     """Show a figure. `alt` says in words what it shows, with the number that matters; a plain script prints it."""
     if len(alt) < 20:
         raise ValueError(f"alt text {alt!r} is too short: say what the figure shows and its main number")
-    show_html(image_html(fig, alt), textwrap.fill(f"[figure] {alt}", 110, subsequent_indent="  "))
+    show_html(image_html(fig, alt), figure_text(alt), widget)

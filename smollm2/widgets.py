@@ -1,39 +1,28 @@
 """Controls that redraw a figure. Only what ipywidgets 7.7 and 8 share; callbacks are plain functions that tests call.
 
-`explore` shows the live panel and, under it, the figure of the default settings: where no widget renders (a static
-page, a plain script) the reader still sees that one.
+`explore` shows the live panel where there is a kernel; a static page or a plain script shows the figure of the
+default settings in its place.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import ipywidgets
 
 from . import plots
 
-Render = Callable[..., tuple[plots.Figure, str]]
-LABEL = {"description_width": "9em"}
+# a control reports when it is released, not while it is dragged: drawing takes a tenth of a second
+SETTLED = {"continuous_update": False, "style": {"description_width": "9em"}}
 live: list[ipywidgets.VBox] = []  # panels on the page, so that a test can move their controls
 
 
-def slider(name: str, low: int, high: int, value: int, step: int = 1) -> ipywidgets.IntSlider:
-    """An integer slider that reports when released."""
-    return ipywidgets.IntSlider(
-        value=value, min=low, max=high, step=step, description=name, continuous_update=False, style=LABEL
-    )
-
-
-def float_slider(
-    name: str, low: float, high: float, value: float, step: float = 0.1
-) -> ipywidgets.FloatSlider:
-    return ipywidgets.FloatSlider(
-        value=value, min=low, max=high, step=step, description=name, continuous_update=False, style=LABEL
-    )
+def slider(name: str, low: float, high: float, value: float, step: float = 1) -> ipywidgets.Widget:
+    """A slider over whole numbers, or over fractions where `step` is one."""
+    kind = ipywidgets.IntSlider if isinstance(step, int) else ipywidgets.FloatSlider
+    return kind(value=value, min=low, max=high, step=step, description=name, **SETTLED)
 
 
 def choice(name: str, options: list, value) -> ipywidgets.Dropdown:
-    return ipywidgets.Dropdown(options=options, value=value, description=name, style=LABEL)
+    return ipywidgets.Dropdown(options=options, value=value, description=name, style=SETTLED["style"])
 
 
 def switch(name: str, value: bool) -> ipywidgets.Checkbox:
@@ -41,14 +30,13 @@ def switch(name: str, value: bool) -> ipywidgets.Checkbox:
 
 
 def text(name: str, value: str) -> ipywidgets.Text:
-    return ipywidgets.Text(value=value, description=name, continuous_update=False, style=LABEL)
+    return ipywidgets.Text(value=value, description=name, **SETTLED)
 
 
-def panel(render: Render, **controls) -> ipywidgets.VBox:
+def panel(render, **controls) -> ipywidgets.VBox:
     """Controls above a picture that follows them. `render(**values)` returns (figure, alt text); its errors are not
     caught: they reach the reader and the tests."""
     picture = ipywidgets.HTML()
-    picture.add_class("smollm2-picture")
 
     def redraw(_change=None):
         fig, alt = render(**{name: control.value for name, control in controls.items()})
@@ -60,20 +48,10 @@ def panel(render: Render, **controls) -> ipywidgets.VBox:
     return ipywidgets.VBox([*controls.values(), picture])
 
 
-def explore(render: Render, **controls) -> None:
-    """Show `panel(render, **controls)` where widgets can be, and always the default figure below it."""
-    default = {name: control.value for name, control in controls.items()}
-    if plots.in_notebook():
-        from IPython.display import display
-
-        shown = panel(render, **controls)
-        live.append(shown)
-        display(shown)
-    plots.show(*render(**default))
-
-
-def sampler(model, tokenizer, **settings):
-    """The live sampling panel of `smollm2.notebook.sampler`, and under it what its default settings write."""
-    from .notebook.sampler import show
-
-    return show(model, tokenizer, **settings)
+def explore(render, **controls) -> None:
+    """Show `panel(render, **controls)`, with the figure of the default settings where no widget can live."""
+    default = render(**{name: control.value for name, control in controls.items()})
+    box = panel(render, **controls) if plots.in_notebook() else None
+    if box is not None:
+        live.append(box)
+    plots.show(*default, widget=box)

@@ -31,18 +31,10 @@ def test_attention_and_hidden_states_are_those_of_transformers(seen):
     assert len(inside.attention) == len(theirs.attentions) == model.config.num_hidden_layers
     for mine, other in zip(inside.attention, theirs.attentions, strict=True):
         torch.testing.assert_close(mine, other, rtol=0, atol=1e-5)
-    hidden = [
-        *inside.hidden[:-1],
-        model.model.norm(inside.hidden[-1]),
-    ]  # transformers gives the last one behind the final norm
+    # transformers gives the last one behind the final norm
+    hidden = [*inside.hidden[:-1], model.model.norm(inside.hidden[-1])]
     for mine, other in zip(hidden, theirs.hidden_states, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
-
-
-def test_every_row_sums_to_one_and_sees_no_future(seen):
-    for weights in seen[2].attention:
-        torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
-        assert weights.triu(1).count_nonzero() == 0
 
 
 def test_the_lens_after_the_last_block_is_the_models_answer(seen):
@@ -57,12 +49,5 @@ def test_token_probabilities_multiply_to_the_loss(seen):
     model, ids, _ = seen
     chances = token_probabilities(model, ids)
     with torch.inference_mode():
-        torch.testing.assert_close(
-            -chances.log().mean(), model.loss(ids[:, :-1], ids[:, 1:]), rtol=1e-5, atol=1e-5
-        )
-
-
-def test_more_tokens_than_the_context_are_refused(seen):
-    model = seen[0]
-    with pytest.raises(ValueError, match="exceed max_position_embeddings"):
-        look_inside(model, torch.zeros(1, model.config.max_position_embeddings + 1, dtype=torch.long))
+        loss = model.loss(ids[:, :-1], ids[:, 1:])
+    torch.testing.assert_close(-chances.log().mean(), loss, rtol=1e-5, atol=1e-5)

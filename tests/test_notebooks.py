@@ -8,22 +8,24 @@ import re
 import statistics
 import subprocess
 import sys
+import tokenize
 import tomllib
 import warnings
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-jupytext = pytest.importorskip("jupytext", reason="notebook tests need the dev extra")
-import run_notebooks as runner  # noqa: E402
-from tiny_models import save_folder, tiny_model, tiny_tokenizer  # noqa: E402
+pytest.importorskip("jupytext", reason="notebook tests need the dev extra")
+import run_notebooks as runner
+from tiny_models import save_folder, tiny_model, tiny_tokenizer
 
-from smollm2 import load_config, train  # noqa: E402
-from smollm2.errors import UserError  # noqa: E402
-from smollm2.evaluate import score_file  # noqa: E402
-from smollm2.notebook.panel import LivePanel  # noqa: E402
-from smollm2.pretrained import load_model_and_tokenizer  # noqa: E402
+from smollm2 import load_config, train
+from smollm2.errors import UserError
+from smollm2.evaluate import score_file
+from smollm2.notebook.panel import live_panel
+from smollm2.pretrained import load_model_and_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
@@ -33,20 +35,21 @@ _spec.loader.exec_module(builder)
 
 SOURCES = builder.sources()
 STEMS = [source.stem for source in SOURCES]
+each = pytest.mark.parametrize("stem", STEMS)
 FORBIDDEN = {
     r"^\s*[%!]": "a magic or shell line: the file must also be plain Python",
     r"autoreload|get_ipython\(": "IPython 7 with Python 3.13 breaks on it, plain Python has none",
-    r"\bimport (imp|distutils|pkg_resources)\b": "gone by Python 3.13",
+    r"\bimport (imp|distutils|pkg_resources|fcntl|resource)\b": "gone by Python 3.13, or not on every system",
+    r"SIGKILL|SIGHUP|os\.kill\(|getloadavg": "not on Windows",
     r"enable_custom_widget_manager": "loads a widget manager from a CDN",
     r"is_bf16_supported": "says yes on a T4, which only emulates it; use smollm2.device",
     r"/content/|/root/|MyDrive": "a machine's path; use smollm2.colab.storage",
     r"pyplot": "shows figures twice in a notebook; use smollm2.plots",
-    r"pickle|weights_only=False|trust_remote_code": "runs code from a file",  # reason: a pattern to search for, which no notebook may hold
+    r"pickle|weights_only=False|trust_remote_code": "runs code from a file",  # a pattern to search for
     r"pip install": "only the set-up cell installs",
     r"TagsInput|TimePicker|DatetimePicker|widgets\.Stack\b|titles=|tooltip=": "ipywidgets 8 only",
     r"except Exception:\s*(pass|\.\.\.)|except:": "swallows errors",
 }
-
 DRILLS = {  # what the fake Drive does (tests/fakecolab), and what notebook 04 must then say
     "refused": "KEPT ON THIS MACHINE ONLY.*Google did not get permission",
     "timeout": "KEPT ON THIS MACHINE ONLY.*Drive did not answer in time",
@@ -65,25 +68,16 @@ def repository(tmp_path_factory):
 
 def cells(stem, kind=None):
     notebook = json.loads((NOTEBOOKS / f"{stem}.ipynb").read_text(encoding="utf-8"))
-    return [cell for cell in notebook["cells"] if kind in (None, cell["cell_type"])]
-
-
-def source(cell):
-    return "".join(cell["source"])
-
-
-def code_lines(cell):
-    return [line for line in source(cell).splitlines() if line.strip()]
+    return {c["id"]: "".join(c["source"]) for c in notebook["cells"] if kind in (None, c["cell_type"])}
 
 
 def own_code(stem):
     """Text of all code cells but the shared set-up cell."""
-    return "\n".join(source(cell) for cell in cells(stem, "code") if cell["id"] != "setup")
+    return "\n".join(text for name, text in cells(stem, "code").items() if name != "setup")
 
 
-def test_there_are_notebooks():
-    assert len(SOURCES) >= 2
-    assert {p.stem for p in NOTEBOOKS.glob("*.ipynb")} == set(STEMS)
+def numbered(number):
+    return next(stem for stem in STEMS if stem.startswith(number))
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=STEMS)
@@ -94,27 +88,26 @@ def test_notebook_is_byte_for_byte_what_its_source_builds(path):
 def test_an_edited_notebook_or_setup_cell_is_noticed(tmp_path):
     path = tmp_path / SOURCES[0].name
     path.write_bytes(SOURCES[0].read_bytes())
-    path.with_suffix(".ipynb").write_bytes(
-        SOURCES[0].with_suffix(".ipynb").read_bytes().replace(b"Build the model", b"Build a model")
-    )
+    built = SOURCES[0].with_suffix(".ipynb").read_bytes()
+    path.with_suffix(".ipynb").write_bytes(built.replace(b"Build the model", b"Build a model"))
     assert builder.check(path) == [f"{path.stem}.ipynb is not what {path.name} builds"]
-    path.write_text(path.read_text().replace("colab.doctor()", "colab.doctor() or None"))
+    text = path.read_text(encoding="utf-8").replace("colab.doctor()", "colab.doctor() or None")
+    path.write_text(text, encoding="utf-8")
     assert any("set-up cell differs" in problem for problem in builder.check(path))
-    assert builder.build(path) == [path.name, f"{path.stem}.ipynb"]
-    assert builder.check(path) == []
+    assert builder.build(path) == [path.name, f"{path.stem}.ipynb"] and builder.check(path) == []
 
 
 @pytest.mark.parametrize(
-    ("broken", "message"),
+    ("old", "new", "message"),
     [
-        (lambda text: text.replace(' id="title"', ""), "has no id"),
-        (lambda text: text.replace(' id="title"', ' id="imports"'), "repeats an id"),
-        (lambda text: text.replace(' id="setup"', ' id="start"'), 'exactly one cell with id="setup"'),
-        (lambda text: text.replace('tags=["predict"]', 'tags=["guess"]'), "unknown tags"),
+        (' id="title"', "", "has no id"),
+        (' id="title"', ' id="imports"', "repeats an id"),
+        (' id="setup"', ' id="start"', 'exactly one cell with id="setup"'),
+        ('tags=["predict"]', 'tags=["guess"]', "unknown tags"),
     ],
 )
-def test_the_builder_names_a_cell_that_breaks_the_rules(broken, message):
-    text = broken(SOURCES[0].read_text(encoding="utf-8"))
+def test_the_builder_names_a_cell_that_breaks_the_rules(old, new, message):
+    text = SOURCES[0].read_text(encoding="utf-8").replace(old, new)
     with pytest.raises(builder.NotebookError, match=message):
         builder.to_notebook(builder.renew_fixed_cells(text, SOURCES[0].stem), SOURCES[0].stem)
 
@@ -130,10 +123,8 @@ def test_an_edit_made_in_colab_comes_back_into_the_source(tmp_path, monkeypatch)
         del cell["id"]
         cell["metadata"]["outputId"] = "x"
         if cell["cell_type"] == "code":
-            cell["outputs"], cell["execution_count"] = (
-                [{"output_type": "stream", "name": "stdout", "text": ["hi"]}],
-                3,
-            )
+            cell["outputs"] = [{"output_type": "stream", "name": "stdout", "text": ["hi"]}]
+            cell["execution_count"] = 3
     notebook["metadata"]["widgets"] = {"application/vnd.jupyter.widget-state+json": {}}
     saved = tmp_path / path.name
     saved.write_text(json.dumps(notebook), encoding="utf-8")
@@ -142,46 +133,34 @@ def test_an_edit_made_in_colab_comes_back_into_the_source(tmp_path, monkeypatch)
     assert pulled.split() == SOURCES[0].read_text(encoding="utf-8").split()  # blank lines apart
 
 
-@pytest.mark.parametrize("stem", STEMS)
+@each
 def test_nothing_executed_is_stored_and_ids_are_stable(stem):
     notebook = json.loads((NOTEBOOKS / f"{stem}.ipynb").read_text(encoding="utf-8"))
     assert set(notebook["metadata"]) <= {"accelerator", "colab", "kernelspec", "language_info"}
     assert ("accelerator" in notebook["metadata"]) == stem.startswith(("04", "05"))
     for cell in notebook["cells"]:
-        assert cell["metadata"]["id"] == cell["id"]
-        assert set(cell["metadata"]) <= {"id", "tags", "cellView"}
+        assert cell["metadata"]["id"] == cell["id"] and set(cell["metadata"]) <= {"id", "tags", "cellView"}
         assert not cell.get("outputs") and cell.get("execution_count") is None
-    ids = [cell["id"] for cell in notebook["cells"]]
-    assert ids[:3] == ["view-in-github", "title", "setup"] and "imports" in ids
+    assert list(cells(stem))[:3] == ["view-in-github", "title", "setup"] and "imports" in cells(stem)
 
 
-def test_the_setup_cell_is_the_same_in_all_notebooks():
-    found = {source(next(cell for cell in cells(stem) if cell["id"] == "setup")) for stem in STEMS}
-    assert len(found) == 1
-    ast.parse(found.pop())
-
-
-def run_setup(folder, address, tail=""):
+def run_setup(folder, address):
     folder.mkdir(exist_ok=True)
-    code = builder.SETUP_CELL.format(address=address).split("\n\ncolab.install_missing")[0] + tail
-    env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "SMOLLM2_REPO")} | {
-        "GIT_TERMINAL_PROMPT": "0"
-    }
+    code = builder.SETUP_CELL.format(address=address).split("\n\ncolab.install_missing")[0] + "\nprint(REPO)"
+    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "SMOLLM2_REPO")}
+    env["GIT_TERMINAL_PROMPT"] = "0"
     return subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True)
 
 
 def test_the_setup_cell_fetches_the_project_once_and_finds_it_again(tmp_path, repository):
     folder = tmp_path / "empty"
-    first = run_setup(folder, repository, "\nprint(REPO)")
+    first = run_setup(folder, repository)
     assert first.stdout.strip() == str(folder / "smollm2-from-scratch"), first.stderr
-    assert [path.name for path in folder.iterdir()] == ["smollm2-from-scratch"], (
-        "no half-finished clone is left"
-    )
-    assert (
-        run_setup(folder, "nowhere", "\nprint(REPO)").stdout == first.stdout
-    )  # a second Run all needs no network
+    left = [path.name for path in folder.iterdir()]
+    assert left == ["smollm2-from-scratch"], "no half-finished clone is left"
+    assert run_setup(folder, "nowhere").stdout == first.stdout  # a second Run all needs no network
     inside = folder / "smollm2-from-scratch" / "notebooks"
-    assert run_setup(inside, "nowhere", "\nprint(REPO)").stdout == first.stdout
+    assert run_setup(inside, "nowhere").stdout == first.stdout
 
 
 def test_the_setup_cell_says_what_failed_when_the_address_is_out_of_reach(tmp_path):
@@ -190,42 +169,41 @@ def test_the_setup_cell_says_what_failed_when_the_address_is_out_of_reach(tmp_pa
     assert list((tmp_path / "empty").iterdir()) == []
 
 
-@pytest.mark.parametrize("stem", STEMS)
+@each
 def test_badge_and_links_name_the_one_address(stem):
-    with (ROOT / "pyproject.toml").open("rb") as file:
-        address = tomllib.load(file)["project"]["urls"]["Repository"].removeprefix("https://github.com/")
-    text = "\n".join(source(cell) for cell in cells(stem))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    address = project["urls"]["Repository"].removeprefix("https://github.com/") + "/blob/main/notebooks/"
+    text = "\n".join(cells(stem).values())
     links = re.findall(r"https://colab\.research\.google\.com/github/([^\s)\"]+)", text)
-    assert links and links[0] == f"{address}/blob/main/notebooks/{stem}.ipynb"
-    for link in links:
-        assert (
-            link.startswith(f"{address}/blob/main/notebooks/") and (NOTEBOOKS / Path(link).name).is_file()
-        ), link
-    for name in re.findall(r"\]\(([^):]+\.ipynb)\)", text):
+    assert links[0] == f"{address}{stem}.ipynb" and all(link.startswith(address) for link in links)
+    for name in [Path(link).name for link in links] + re.findall(r"\]\(([^):]+\.ipynb)\)", text):
         assert (NOTEBOOKS / name).is_file(), name
     images = re.findall(r"<img[^>]*>|!\[[^\]]*\]\([^)]*\)", text)
-    assert len(images) == 1 and 'alt="Open In Colab"' in images[0], (
-        "draw figures in code: the badge is the only picture from outside"
-    )
+    assert len(images) == 1 and 'alt="Open In Colab"' in images[0], "figures are drawn in code"
 
 
-@pytest.mark.parametrize("stem", STEMS)
-def test_cells_are_short(stem):
-    sizes = {cell["id"]: len(code_lines(cell)) for cell in cells(stem, "code")}
-    assert len(cells(stem)) <= 60
-    assert {name: size for name, size in sizes.items() if size > 30} == {}
-    assert statistics.median(sizes.values()) <= 8, sizes
+@each
+def test_cells_are_short_and_narrow(stem):
+    code = cells(stem, "code")
+    wide = [(name, line) for name, text in code.items() for line in text.splitlines() if len(line) > 96]
+    long = [
+        name for name, text in code.items() if len([line for line in text.splitlines() if line.strip()]) > 30
+    ]
+    assert wide == [] and long == [] and len(cells(stem)) <= 60
+    tokens = [tokenize.generate_tokens(StringIO(text).readline) for text in code.values()]
+    statements = [sum(token.type == tokenize.NEWLINE for token in each) for each in tokens]
+    assert statistics.median(statements) <= 8, dict(zip(code, statements, strict=True))
 
 
-@pytest.mark.parametrize("stem", STEMS)
+@each
 def test_lesson_has_checks_figures_predictions_a_widget_and_folded_answers(stem):
-    code, text = own_code(stem), "\n".join(source(cell) for cell in cells(stem, "markdown"))
-    assert code.count("lesson.check(") >= 6
-    assert len(re.findall(r"plots\.show\(|widgets\.explore\(", code)) >= 3
-    assert code.count("lesson.predict(") >= 3 and "lesson.score()" in code
-    assert "widgets." in code
+    code, text = own_code(stem), "\n".join(cells(stem, "markdown").values())
+    assert (
+        code.count("lesson.check(") >= 6 and code.count("lesson.predict(") >= 3 and "lesson.score()" in code
+    )
+    assert len(re.findall(r"plots\.show\(|widgets\.explore\(", code)) >= 3 and "widgets.explore(" in code
     assert text.count("<details>") == text.count("</details>") >= 2 and "## Exercises" in text
-    title = next(source(cell) for cell in cells(stem) if cell["id"] == "title")
+    title = cells(stem)["title"]
     assert "Each `?`" in title and "Each `✔`" in title, (
         "a reader who begins here meets both signs without a word"
     )
@@ -234,52 +212,38 @@ def test_lesson_has_checks_figures_predictions_a_widget_and_folded_answers(stem)
     assert not re.search(r"^guess = (?!None)", code, re.M), "a guess is the reader's: leave None"
 
 
-@pytest.mark.parametrize("stem", STEMS)
-def test_nothing_forbidden_is_used(stem):
+@each
+def test_nothing_forbidden_is_used_and_the_source_is_plain_python_of_the_oldest_version_served(stem):
     code = own_code(stem)
-    found = {pattern: why for pattern, why in FORBIDDEN.items() if re.search(pattern, code, re.M)}
-    assert found == {}
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=STEMS)
-def test_source_is_plain_python_of_the_oldest_version_served(path):
+    assert {pattern: why for pattern, why in FORBIDDEN.items() if re.search(pattern, code, re.M)} == {}
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # an invalid escape is a warning now and an error in a later Python
-        ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 11))
+        ast.parse((NOTEBOOKS / f"{stem}.py").read_text(encoding="utf-8"), feature_version=(3, 11))
 
 
 # --- executed -----------------------------------------------------------------------------------------------------
 
 
-def prepare(tmp_path, repository, **options):
-    home = tmp_path / "home"
-    (home / "content").mkdir(parents=True)
-    return runner.environment(repository, home, **options)
-
-
 def printed(notebook):
     """All that a reader sees: streams, plain text, and the HTML beside it (the training panel's notes are only there)."""
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    return "\n".join(
-        runner.text_of(output) + "\n" + output.get("data", {}).get("text/html", "") for output in outputs
-    )
+    seen = [output for _, output in runner.outputs(notebook)]
+    return "\n".join(runner.text_of(o) + "\n" + o.get("data", {}).get("text/html", "") for o in seen)
 
 
 @pytest.mark.slow
 @pytest.mark.notebooks
-@pytest.mark.parametrize("stem", STEMS)
+@each
 def test_notebook_runs_in_an_empty_folder_without_network(stem, tmp_path, repository):
-    notebook = runner.run_notebook(stem, tmp_path / "empty", prepare(tmp_path, repository))
-    assert runner.faults(notebook) == []
+    env = runner.environment(repository, tmp_path / "home")
+    assert runner.faults(runner.run_notebook(stem, tmp_path / "empty", env)) == []
 
 
 @pytest.mark.slow
 @pytest.mark.notebooks
-@pytest.mark.parametrize("stem", STEMS)
+@each
 def test_source_runs_as_a_plain_script(stem, tmp_path, repository):
-    result = runner.run_script(stem, tmp_path / "empty", prepare(tmp_path, repository))
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stderr.strip() == ""
+    result = runner.run_script(stem, tmp_path / "empty", runner.environment(repository, tmp_path / "home"))
+    assert result.returncode == 0 and result.stderr.strip() == "", result.stderr[-3000:]
     assert len(re.findall(r"^✔ ", result.stdout, re.M)) >= 6
 
 
@@ -292,66 +256,50 @@ def test_the_form_that_fine_tunes_scores_before_and_after_or_says_why_not(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.chdir(tmp_path)
-    stem = next(stem for stem in STEMS if stem.startswith("06"))
-    code = source(next(cell for cell in cells(stem, "code") if cell["id"] == "fine-tune"))
+    code = cells(numbered("06"))["fine-tune"]
     if base == "folder":
         base = str(save_folder(tmp_path / "base", tiny_model(vocab_size=tiny_tokenizer().vocab_size)))
-    for before, after in (
-        ("FINE_TUNE = False", "FINE_TUNE = True"),
-        ("HuggingFaceTB/SmolLM2-135M", base),
-        ("100,", "20,"),
-        ("1e-4", "1e-2"),
-    ):
+    changes = {
+        "FINE_TUNE = False": "FINE_TUNE = True",
+        "HuggingFaceTB/SmolLM2-135M": base,
+        "100,": "20,",
+        "1e-4": "1e-2",
+    }
+    for before, after in changes.items():
         assert before in code
         code = code.replace(before, after, 1)
     text = tmp_path / "text.txt"
     text.write_bytes((ROOT / "input.txt").read_bytes()[:60_000])
-    names = {
-        "SMOKE": False,
-        "TEXT": text,
-        "Path": Path,
-        "place": SimpleNamespace(output_dir="output"),
-        "load_config": load_config,
-        "train": train,
-    }
-    names |= {
-        "model": SimpleNamespace(device=SimpleNamespace(type="cuda")),
-        "UserError": UserError,
-        "score_file": score_file,
-        "LivePanel": LivePanel,
-    }
+    gpu, place = SimpleNamespace(device=SimpleNamespace(type="cuda")), SimpleNamespace(output_dir="output")
+    names = {"SMOKE": False, "TEXT": text, "Path": Path, "place": place, "model": gpu, "UserError": UserError}
+    names |= {"load_config": load_config, "train": train, "score_file": score_file, "live_panel": live_panel}
     exec(code, names | {"load_model_and_tokenizer": lambda name, device: load_model_and_tokenizer(name)})
     said = capsys.readouterr().out
     if base == "nobody/nothing":
         assert "out of reach" in said and said.rstrip().endswith("So: nothing is fine-tuned.")
     else:
-        before, after = map(
-            float,
-            re.search(r"held out: ([\d.]+) bits per byte before, ([\d.]+) after 20 steps", said).groups(),
-        )
-        assert after < before - 0.3 and (tmp_path / "output/fine-tuned/checkpoints/final_model.ckpt").is_dir()
+        scores = re.search(r"held out: ([\d.]+) before,\n([\d.]+) after 20 steps", said).groups()
+        assert float(scores[1]) < float(scores[0]) - 0.3
+        assert (tmp_path / "output/fine-tuned/checkpoints/final_model.ckpt").is_dir()
 
 
 @pytest.mark.slow
 @pytest.mark.colab
-@pytest.mark.parametrize("stem", STEMS)
+@each
 def test_notebook_runs_on_a_colab_with_drive(stem, tmp_path, repository):
-    notebook = runner.run_notebook(stem, tmp_path / "empty", prepare(tmp_path, repository, colab=True))
-    assert runner.faults(notebook) == []
-    assert "Colab  yes" in printed(notebook)
-    assert ("KEPT ON DRIVE" in printed(notebook)) == stem.startswith("04"), (
-        "notebook 04 asks for Drive; no other does"
-    )
-    assert stem[:2] != "04" or "copied to Drive: step 45" in printed(notebook)
+    env = runner.environment(repository, tmp_path / "home", colab=True)
+    notebook = runner.run_notebook(stem, tmp_path / "empty", env)
+    said, asks = printed(notebook), stem == numbered("04")
+    assert runner.faults(notebook) == [] and "Colab  yes" in said
+    assert ("KEPT ON DRIVE" in said) == asks, "notebook 04 asks for Drive; no other does"
+    assert not asks or "copied to Drive: step 45" in said
 
 
 @pytest.mark.slow
 @pytest.mark.colab
 @pytest.mark.parametrize("drill", DRILLS)
 def test_training_notebook_survives_what_drive_does(drill, tmp_path, repository):
-    stem = next(stem for stem in STEMS if stem.startswith("04"))
-    notebook = runner.run_notebook(
-        stem, tmp_path / "empty", prepare(tmp_path, repository, colab=True, drive=drill)
-    )
+    env = runner.environment(repository, tmp_path / "home", colab=True, drive=drill)
+    notebook = runner.run_notebook(numbered("04"), tmp_path / "empty", env)
     assert runner.faults(notebook) == []
     assert re.search(DRILLS[drill], printed(notebook), re.S), "the drill did not happen, or nobody was told"

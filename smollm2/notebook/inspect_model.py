@@ -1,6 +1,6 @@
 """Look inside a model: attention probabilities, the running vector after every block, and what it would say there.
 
-Everything is computed by the model's own modules, so the logits are the model's own, bit for bit; only the attention
+Hooks listen while the model itself runs, so the logits are the model's own, bit for bit; only the attention
 probabilities, which the fused kernel never shows, are computed again beside it.
 """
 
@@ -27,36 +27,35 @@ class Inside:
     logits: torch.Tensor
 
 
-def attention_probabilities(
-    attention: Attention, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> torch.Tensor:
+def attention_probabilities(attention: Attention, x: torch.Tensor, cos, sin) -> torch.Tensor:
     """How much each position (row) reads from each earlier one: x (B, T, C), already normed -> (B, H, T, T), fp32."""
-    batch, time, _ = x.shape
-    q, k = (
-        p(x).view(batch, time, -1, attention.head_dim).transpose(1, 2)
-        for p in (attention.q_proj, attention.k_proj)
-    )
-    q, k = apply_rope(q, cos, sin).float(), apply_rope(k, cos, sin).float()
+    heads = (p(x).unflatten(-1, (-1, attention.head_dim)) for p in (attention.q_proj, attention.k_proj))
+    q, k = (apply_rope(vectors.transpose(1, 2), cos, sin).float() for vectors in heads)  # (B, heads, T, D)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = q @ k.mT / attention.head_dim**0.5
-    future = torch.ones(time, time, dtype=torch.bool, device=x.device).triu(1)
+    future = torch.ones_like(scores, dtype=torch.bool).triu(1)
     return scores.masked_fill(future, -torch.inf).softmax(-1)
 
 
 @torch.inference_mode()
 def look_inside(model: SmolLM2, input_ids: torch.Tensor) -> Inside:
     """Run (B, T) ids through the model and keep what passes by. Raises ValueError beyond the model's context."""
-    decoder, time = model.model, input_ids.shape[1]
-    if time > decoder.cos.shape[0]:
-        raise ValueError(f"{time} tokens exceed max_position_embeddings {decoder.cos.shape[0]}")
-    cos, sin = decoder.cos[:time], decoder.sin[:time]
-    hidden, attention = [decoder.embed_tokens(input_ids.to(model.device))], []
-    for layer in decoder.layers:
-        attention.append(
-            attention_probabilities(layer.self_attn, layer.input_layernorm(hidden[-1]), cos, sin)
-        )
-        hidden.append(layer(hidden[-1], cos, sin))
-    return Inside(hidden, attention, model.lm_head(decoder.norm(hidden[-1])))
+    hidden, attention, decoder = [], [], model.model
+
+    def keep_input(_module, arguments):
+        hidden.append(arguments[0])
+
+    def keep_attention(module, arguments):
+        attention.append(attention_probabilities(module, *arguments[:3]))
+
+    hooks = [part.register_forward_pre_hook(keep_input) for part in (*decoder.layers, decoder.norm)]
+    hooks += [layer.self_attn.register_forward_pre_hook(keep_attention) for layer in decoder.layers]
+    try:
+        logits = model(input_ids.to(model.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Inside(hidden, attention, logits)
 
 
 @torch.inference_mode()
@@ -69,5 +68,5 @@ def logit_lens(model: SmolLM2, hidden: list[torch.Tensor]) -> torch.Tensor:
 @torch.inference_mode()
 def token_probabilities(model: SmolLM2, input_ids: torch.Tensor) -> torch.Tensor:
     """The probability that the model gave each token, having read those before it: (B, T) -> (B, T - 1), fp32."""
-    logits = model(input_ids[:, :-1].to(model.device)).float()
-    return logits.softmax(-1).gather(-1, input_ids[:, 1:, None].to(model.device)).squeeze(-1)
+    ids = input_ids.to(model.device)
+    return model(ids[:, :-1]).float().softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)

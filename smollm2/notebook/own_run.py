@@ -10,110 +10,88 @@ import torch
 from ..checkpoint import MANIFEST, Manifest, verify
 from ..config import RunConfig
 from ..errors import CheckpointError
+from ..files import strict_json
 from ..model import SmolLM2
-from ..origin import recorded
 from ..progress import Reporter
-from ..settings import load_config, read_yaml
+from ..settings import load_config
 from ..weights import MODEL_FILES, read_config
 
 SMALL = "small"  # the run made here: a folder of its own, so that it never stands in the way of notebook 04's
-PLACES = ("*.ckpt", "*/*.ckpt", "*/checkpoints/*.ckpt")
-SMOKE = {
-    "model.vocab_size": 512, "data.tokenizer_vocab_size": 512, "model.hidden_size": 96, "model.intermediate_size": 256, "model.num_hidden_layers": 4,
-    "data.sequence_length": 64, "train.batch_size": 8, "train.max_steps": 40, "train.save_every": 8, "train.warmup_steps": 5, "train.val_every": 20,
-    "train.val_max_tokens": 2048,
-}  # fmt: skip
+PLACES = [f"{folders}*.ckpt/{MANIFEST}" for folders in ("", "*/", "*/checkpoints/")]
+ONE_MINUTE = {"max_steps": 300, "save_every": 50, "val_every": 100, "val_max_tokens": 16384, "keep_last": 20}
+SECONDS = {"max_steps": 40, "save_every": 8, "val_max_tokens": 2048, "batch_size": 4, "warmup_steps": 5}
+Place = str | Path
 
 
-def own_checkpoints(folders: Iterable[str | Path], say: Callable[[str], None] = print) -> list[Manifest]:
+def own_checkpoints(folders: Iterable[Place], say: Callable[[str], None] = print) -> list[Manifest]:
     """The verified checkpoints of the run that was saved to last, one a step, oldest first; empty where there is none.
 
-    Looks for `*.ckpt` in each folder, in its subfolders (`checkpoints/`), and in the `checkpoints/` of those. A damaged one is named and left out.
+    Looks for `*.ckpt` in each folder, in its subfolders (`checkpoints/`), and in the `checkpoints/` of those. A damaged
+    one is named and left out.
     """
-    found: dict[str, dict[int, Manifest]] = {}
-    newest: dict[str, float] = {}
-    for path in (path for folder in folders for place in PLACES for path in sorted(Path(folder).glob(place))):
+    files = {file for folder in folders for place in PLACES for file in Path(folder).glob(place)}
+    runs: dict[str, dict[int, Manifest]] = {}
+    for file in sorted(files, key=lambda file: file.lstat().st_mtime):
         try:
-            manifest = verify(path, only=MODEL_FILES)
+            manifest = verify(file.parent, only=MODEL_FILES)
         except (CheckpointError, OSError) as error:
-            say(f"{path.name}: left out ({error})")
+            say(f"{file.parent.name}: left out ({error})")
             continue
-        found.setdefault(manifest.run_id, {})[manifest.step] = manifest
-        newest[manifest.run_id] = max(newest.get(manifest.run_id, 0.0), (path / MANIFEST).stat().st_mtime)
-    if not found:
-        return []
-    run = found[max(newest, key=newest.get)]
-    return [run[step] for step in sorted(run)]
+        run = runs.pop(manifest.run_id, {})  # and back in, as the last one: it was saved to after the others
+        runs[manifest.run_id] = run | {manifest.step: manifest}
+    last = runs.popitem()[1] if runs else {}
+    return [last[step] for step in sorted(last)]
 
 
-def small_run(input_file: str | Path, output_dir: str | Path = "output", smoke: bool = False) -> RunConfig:
+def small_run(input_file: Place, output_dir: Place = "output", smoke: bool = False) -> RunConfig:
     """The `nano` preset for a minute on a CPU (`smoke`: a few seconds), with checkpoints along the way to look at later."""
-    settings = {
-        "train.max_steps": 300,
-        "train.save_every": 50,
-        "train.val_every": 100,
-        "train.val_max_tokens": 16384,
-        "train.keep_last": 20,
-    }
-    settings |= {
-        "train.sample_every": 10**6,
-        "data.input_file": str(input_file),
-        "run.output_dir": str(Path(output_dir) / SMALL),
-    }
-    return load_config("nano", **settings | (SMOKE if smoke else {}))
+    train = ONE_MINUTE | (SECONDS if smoke else {})
+    settings = {"data.input_file": str(input_file), "run.output_dir": str(Path(output_dir) / SMALL)}
+    return load_config("nano", **settings, **{f"train.{name}": value for name, value in train.items()})
 
 
 class FewLines(Reporter):
     """One line for each validation: enough to see that it learns."""
 
     def start(self, step: int, total: int, tokens_per_step: int) -> None:
-        print(
-            f"no run of yours is here yet: training a small one, {total} steps of {tokens_per_step:,} tokens ...",
-            flush=True,
-        )
+        size = f"{total} steps of {tokens_per_step:,} tokens"
+        print(f"no run of yours is here yet: training a small one, {size} ...", flush=True)
 
     def validation(self, step: int, loss: float, bits_per_byte: float) -> None:
         print(f"step {step}: {bits_per_byte:.3f} bits per byte on the held-out text", flush=True)
 
 
-def own_run(
-    input_file: str | Path,
-    output_dir: str | Path = "output",
-    others: Iterable[str | Path] = (),
-    smoke: bool = False,
-) -> list[Manifest]:
+def own_run(input_file: Place, output_dir: Place = "output", others=(), smoke=False) -> list[Manifest]:
     """`own_checkpoints` of `output_dir` and `others`; where there are none, of a `small_run` trained now."""
     folders = [output_dir, *others]
     checkpoints = own_checkpoints(folders)
     if not checkpoints:
-        from ..training import train
+        from ..training import train  # Lightning takes seconds to import: only where it is needed
 
         train(small_run(input_file, output_dir, smoke), FewLines())
         checkpoints = own_checkpoints(folders)
-    last = checkpoints[-1]
-    print(
-        f"your run: {len(checkpoints)} checkpoints, steps {checkpoints[0].step} to {last.step}, the last in {last.folder}"
-    )
+    steps = f"steps {checkpoints[0].step} to {checkpoints[-1].step}"
+    print(f"your run: {len(checkpoints)} checkpoints, {steps}, in {checkpoints[0].folder.parent}")
     return checkpoints
+
+
+def recorded(checkpoint: Manifest) -> dict:
+    """The state of the run when a checkpoint was saved: its settings, its best validation, the weights it began with."""
+    path = checkpoint.folder / "state.json"
+    return strict_json(path.read_bytes(), str(path)) if path.is_file() else {}
 
 
 def best_seen(checkpoints: list[Manifest]) -> Manifest:
     """Of a run's checkpoints that of its best validation; the last one where that is none of them, or was never noted."""
-    step = (recorded(checkpoints[-1].folder).get("best") or {}).get("step")
+    step = recorded(checkpoints[-1]).get("best", {}).get("step")
     return next((checkpoint for checkpoint in checkpoints if checkpoint.step == step), checkpoints[-1])
 
 
 def untrained(checkpoint: Manifest) -> SmolLM2 | None:
     """The model of step 0 of the run: what its seed drew before the first update. None where it began from other weights."""
-    state = recorded(checkpoint.folder)
-    train = (state.get("config") or {}).get("train") or {}
-    settings = (
-        checkpoint.folder.resolve().parent.parent / "config.yaml"
-    )  # early checkpoints do not say where their run began
-    began_from = state.get("init_from") or (
-        (read_yaml(settings).get("run") or {}).get("init_from") if settings.is_file() else None
-    )
-    if began_from or "seed" not in train:
+    state = recorded(checkpoint)
+    seed = state.get("config", {}).get("train", {}).get("seed")
+    if seed is None or state.get("init_from"):
         return None
-    torch.manual_seed(train["seed"])
+    torch.manual_seed(seed)
     return SmolLM2(read_config(checkpoint.folder)).eval()

@@ -1,6 +1,6 @@
 """A stand-in for Colab's own package: the real signatures, and drills that the real one cannot be asked for.
 
-`FAKECOLAB_MOUNT_POINT`  the folder that plays /content/drive (needed by `drive.mount`)
+`FAKECOLAB_MOUNT_POINT`  the folder that plays /content/drive
 `FAKECOLAB_DRIVE`        ok | refused | timeout | enterprise | errno107:N | vanish:N | quota:BYTES
                          (N: file operations on the mounted Drive that still succeed)
 `FAKECOLAB_SECRET_X`     value of the secret X;  `FAKECOLAB_SECRETS`=denied | timeout
@@ -9,12 +9,7 @@
 import os
 from pathlib import Path
 
-from . import drive, errors, files, output, runtime, userdata
+import smollm2.colab
 
-__all__ = ["drive", "errors", "files", "output", "runtime", "userdata"]
-
-if os.environ.get("FAKECOLAB_MOUNT_POINT"):
-    import smollm2.colab
-
-    smollm2.colab.MOUNT_POINT = Path(os.environ["FAKECOLAB_MOUNT_POINT"])
-    smollm2.colab.is_mount = drive.is_fake_mount  # a test machine mounts no file systems
+smollm2.colab.MOUNT_POINT = Path(os.environ["FAKECOLAB_MOUNT_POINT"])
+os.path.ismount = lambda folder: Path(f"{folder}.mounted").exists()  # a test machine mounts no file systems

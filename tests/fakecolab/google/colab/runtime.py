@@ -1,6 +1,3 @@
-from google.colab import errors
-
-
 def unassign():
     """Give the machine back. No test may do that by running all cells."""
-    raise errors.RuntimeManagementError("unassign was called: it must stay behind an opt-in")
+    raise RuntimeError("unassign was called: it must stay behind an opt-in")
