@@ -35,7 +35,7 @@ from .device import (
 )
 from .drive import DriveMirror, check_places, newest_on_drive
 from .drive_folder import is_below_mount_point
-from .errors import CheckpointError, ConfigError, DataError, OutputLost, UserError
+from .errors import CheckpointError, ConfigError, DataError, UserError, named
 from .files import dump_json, load_tensors, replace_durably, sha256_json
 from .folder import absent_folders, clear, locked_folder, set_aside, tidy
 from .logs import CHECKPOINTS, Logs
@@ -242,7 +242,7 @@ def _open(config: RunConfig, device: torch.device, reporter: Reporter, is_first:
                     mirror.submit(newest)
             announce_open(output_dir)
     except OSError as error:
-        raise OutputLost(f"cannot write to {output_dir}: {error.strerror}") from None
+        raise named(error, output_dir) from None
     return Run(config, device, precision, tokenizer, data, saver, reporter, say, logs, mirror, copied)
 
 
