@@ -210,13 +210,13 @@ def dump_json(value: Any) -> bytes:
 def check_safetensors_header(path: Path) -> None:
     """Bound the header before anything is allocated for it; raises `CheckpointError`."""
     if not os.path.isfile(path):
-        raise CheckpointError(f"{path.name}: {kind_of(path)}, expected a safetensors file")
+        raise CheckpointError(f"{path}: {kind_of(path)}, expected a safetensors file")
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
         raise CheckpointError(
-            f"{path.name}: header of {length:,} bytes in a file of {size:,}: not a safetensors file"
+            f"{path}: header of {length:,} bytes in a file of {size:,}: not a safetensors file"
         )
 
 
@@ -226,8 +226,8 @@ def load_tensors(path: str | Path) -> dict:
     from safetensors.torch import load_file
 
     path = Path(path)
-    check_safetensors_header(path)
     try:
+        check_safetensors_header(path)
         return load_file(path)
     except (SafetensorError, ValueError, OSError) as error:
-        raise CheckpointError(f"{path.name}: {str(error)[:120]}") from None
+        raise CheckpointError(f"{path}: {str(error)[:120]}") from None
