@@ -113,19 +113,22 @@ def parse_manifest(raw: bytes, folder: Path) -> Manifest:
 
 def verify(folder: str | Path, only: Iterable[str] | None = None) -> Manifest:
     """Check every byte (or the `only` named files) against the manifest; raises `CheckpointError` with the cause."""
-    manifest = read_manifest(folder)
-    for name, entry in manifest.files.items():
-        if only is not None and name not in only:
-            continue
-        path = manifest.folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{name}: {kind_of(path)}, expected a file")
-        if path.stat().st_size != entry["bytes"]:
-            raise CheckpointError(
-                f"{name}: manifest says {entry['bytes']:,} bytes, file has {path.stat().st_size:,}"
-            )
-        if sha256_file(path) != entry["sha256"]:
-            raise CheckpointError(f"{name}: sha256 differs from the manifest: damaged")
+    name = MANIFEST
+    try:
+        manifest = read_manifest(folder)
+        for name, entry in manifest.files.items():
+            if only is not None and name not in only:
+                continue
+            path = manifest.folder / name
+            if not path.is_file():
+                raise CheckpointError(f"{name}: {kind_of(path)}, expected a file")
+            size = path.stat().st_size
+            if size != entry["bytes"]:
+                raise CheckpointError(f"{name}: manifest says {entry['bytes']:,} bytes, file has {size:,}")
+            if sha256_file(path) != entry["sha256"]:
+                raise CheckpointError(f"{name}: sha256 differs from the manifest: damaged")
+    except OSError as error:
+        raise CheckpointError(f"{name}: {error.strerror or error}") from None
     return manifest
 
 

@@ -75,19 +75,25 @@ DISK_TROUBLE = (
 )
 
 
+def named(error: OSError, folder: str | os.PathLike) -> UserError:
+    """`OutputLost` for a failure in the folder a run writes to; what failed elsewhere is named itself."""
+    reason = error.strerror or error
+    if error.filename and not os.path.abspath(str(error.filename)).startswith(os.path.abspath(folder)):
+        return UserError(f"{error.filename}: {reason}")
+    advice = "what is saved in it stays as it is: free or repair the disk and run the same command again"
+    return OutputLost(f"{folder}: {reason}; {advice}")
+
+
 @contextlib.contextmanager
 def disk_failures_named(folder: str | os.PathLike):
-    """Inside it, a full, failing, read-only or vanished disk raises `OutputLost` that names `folder`."""
+    """Inside it, a full, failing, read-only or vanished disk raises a `UserError` that says where (`named`)."""
     try:
         yield
     except OSError as error:
         gone = error.errno in (errno.ENOENT, errno.ENOTDIR) and not os.path.isdir(folder)
         if not gone and error.errno not in DISK_TROUBLE:
             raise
-        raise OutputLost(
-            f"{folder}: {error.strerror}; what is saved in it stays as it is: free or repair the disk and run the same "
-            "command again"
-        ) from None
+        raise named(error, folder) from None
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -143,6 +149,9 @@ def run_command(main: Callable[[], int | None]) -> None:
         print("\nstopped", file=sys.stderr)
         code = 130
     except OSError as error:
+        if error.filename:  # of a model, a text, a cache: it may not be read, or its disk fails
+            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+            sys.exit(UserError.exit_code)
         if error.errno not in (errno.EPIPE, errno.EIO, errno.ENOSPC):
             raise
         if error.errno == errno.ENOSPC:

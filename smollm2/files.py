@@ -199,10 +199,9 @@ def load_tensors(path: str | Path) -> dict:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path.name}: {kind_of(path)}, expected a safetensors file")
+    if not Path(path).is_file():
+        raise CheckpointError(f"{path}: {kind_of(path)}, expected a safetensors file")
     try:
         return load_file(path)
     except (SafetensorError, ValueError, OSError) as error:
-        raise CheckpointError(f"{path.name}: {str(error)[:120]}") from None
+        raise CheckpointError(f"{path}: {str(error)[:120]}") from None

@@ -20,7 +20,7 @@ import torch
 from pydantic import ValidationError
 
 from . import __version__
-from .checkpoint import FINAL_NAMES, Manifest, candidates, newest_usable, verify
+from .checkpoint import FINAL_NAMES, MANIFEST, Manifest, candidates, newest_usable, verify
 from .config import RunConfig, TrainConfig, problems
 from .data import TokenData, check_length, identity_key, prepare_tokens
 from .dataset import dataset_to_text
@@ -35,7 +35,7 @@ from .device import (
 )
 from .drive import DriveMirror, check_places, newest_on_drive
 from .drive_folder import is_below_mount_point
-from .errors import CheckpointError, ConfigError, DataError, OutputLost, UserError
+from .errors import CheckpointError, ConfigError, DataError, UserError, named
 from .files import dump_json, load_tensors, replace_durably, sha256_json
 from .folder import absent_folders, clear, locked_folder, set_aside, tidy
 from .logs import CHECKPOINTS, Logs
@@ -48,7 +48,15 @@ from .saver import Saver, check_space
 from .state import TrainState, check_unchanged, fixed_settings, read_state, restore_rng, rng_tensors
 from .text import END_OF_TEXT, documents, read_split, read_text, source_identity
 from .tokenizer import Tokenizer, choose_tokenizer
-from .weights import load_weights, model_files, read_config, read_weights, resolve, stored_tensors
+from .weights import (
+    MODEL_FILES,
+    load_weights,
+    model_files,
+    read_config,
+    read_weights,
+    resolve,
+    stored_tensors,
+)
 from .workers import announce_open, check_workers, is_first_worker, wait_until_open
 
 BPE_TRAINING_PIECES = 64  # of about 1 MiB each: enough for any vocabulary
@@ -242,7 +250,7 @@ def _open(config: RunConfig, device: torch.device, reporter: Reporter, is_first:
                     mirror.submit(newest)
             announce_open(output_dir)
     except OSError as error:
-        raise OutputLost(f"cannot write to {output_dir}: {error.strerror}") from None
+        raise named(error, output_dir) from None
     return Run(config, device, precision, tokenizer, data, saver, reporter, say, logs, mirror, copied)
 
 
@@ -263,12 +271,19 @@ def close(run: Run) -> None:
 
 
 def _with_base_model(config: RunConfig) -> RunConfig:
-    """With `run.init_from`: its shape, and its RoPE theta above all."""
+    """With `run.init_from`: its shape, and its RoPE theta above all. A checkpoint of ours is verified first."""
     source = config.run.init_from
     if source is None:
         return config
+    folder = resolve(source)
     try:
-        return RunConfig(**config.model_dump() | {"model": read_config(resolve(source)).model_dump()})
+        if (folder / MANIFEST).exists():
+            verify(folder, only=MODEL_FILES)
+        return RunConfig(**config.model_dump() | {"model": read_config(folder).model_dump()})
+    except CheckpointError as error:
+        raise CheckpointError(f"run.init_from={source}: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"run.init_from={source}: {error.strerror or error}") from None
     except ValidationError as error:
         raise ConfigError(f"run.init_from={source}: {problems(error, RunConfig)}") from None
 
@@ -323,6 +338,11 @@ def _choose_tokenizer(config: RunConfig, newest: Manifest | None, way_out: str, 
     elif config.run.init_from and data.tokenizer == "auto":
         tokenizer = Tokenizer.from_file(resolve(config.run.init_from))
         reason = f"that of {config.run.init_from}"
+        if tokenizer.vocab_size > vocab_size:
+            raise DataError(
+                f"run.init_from={config.run.init_from}: its tokenizer has {tokenizer.vocab_size:,} entries, its model "
+                f"{vocab_size:,}: they do not belong together"
+            )
     else:
         size = data.tokenizer_vocab_size
         tokenizer, reason = choose_tokenizer(data.tokenizer, vocab_size, size, training_texts, say)

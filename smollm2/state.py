@@ -64,6 +64,9 @@ class TrainState(BaseModel):
     @classmethod
     def from_json(cls, fields: Any) -> TrainState:
         """Raises `CheckpointError` for what is no state of a run."""
+        missing = [name for name in cls.model_fields if isinstance(fields, dict) and name not in fields]
+        if missing:  # a default in the place of a lost position would train on other batches without a word
+            raise CheckpointError(f"state.json: no {', '.join(missing)}")
         try:
             state = cls.model_validate(fields)
             state.restore_python_rng(random.Random())
