@@ -1,8 +1,8 @@
 """Train SmolLM2 from scratch: `python colab_train.py`.
 
-Alone it trains on `input.txt`: the 135M preset on a GPU, `nano` on a CPU. Run again it continues where it stopped.
-The walk to the first optimizer step: this file -> smollm2/training.py (the loop) -> run.py (folder, resume) ->
-data.py (batches) -> model.py (network, loss) -> optim.py (update).
+Alone it trains on `input.txt`: the 135M preset on a GPU, `nano` on a CPU. Run again it continues where it
+stopped. The walk to the first optimizer step: this file -> smollm2/training.py (the loop) -> run.py (folder,
+resume) -> data.py (batches) -> model.py (network, loss) -> optim.py (update).
 """
 
 import os
@@ -88,7 +88,8 @@ def prepare(argv: list[str] | None):
 
 
 def with_shipped_text(config):
-    """Called from another folder: the `input.txt` beside this program, where none was named and none is there."""
+    """Called from another folder: the `input.txt` beside this program, where none was named and none is
+    there."""
     shipped = os.path.join(os.path.dirname(os.path.abspath(__file__)), "input.txt")
     data = config.data
     is_chosen = "input_file" in data.model_fields_set or data.dataset

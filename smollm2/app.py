@@ -1,8 +1,9 @@
 """The web page: `python -m smollm2.app --checkpoint DIR`.
 
-Completion as it is written, its settings, what could come next, and a choice among the run's checkpoints. It answers to
-this machine only, unless `--share` opens a public tunnel, and that needs `--auth USER:PASSWORD`. All text in and out is
-plain text. The limits are in `serving.py`; a script can use `POST /api/complete` (README).
+Completion as it is written, its settings, what could come next, and a choice among the run's checkpoints. It
+answers to this machine only, unless `--share` opens a public tunnel, and that needs `--auth USER:PASSWORD`.
+All text in and out is plain text. The limits are in `serving.py`; a script can use `POST /api/complete`
+(README).
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ MIN_PASSWORD_CHARACTERS = 8
 
 
 def basic_auth(text: str | None, share: bool) -> str | None:
-    """USER:PASSWORD -> the `Authorization` header that shows it. A public address without it raises `ConfigError`."""
+    """USER:PASSWORD -> the `Authorization` header that shows it. A public address without it raises
+    `ConfigError`."""
     if text is None and not share:
         return None
     user, _, password = (text or "").partition(":")
@@ -68,7 +70,8 @@ def build_page(gr, models):
         with gr.Row():
             with gr.Column(scale=3, min_width=320):
                 prompt = gr.Textbox(
-                    "Once upon a time", label="Type the beginning of a text; the model goes on", lines=3, max_lines=8,
+                    "Once upon a time", lines=3, max_lines=8,
+                    label="Type the beginning of a text; the model goes on",
                     max_length=MAX_PROMPT_CHARACTERS, autofocus=True, elem_id="prompt",
                 )  # fmt: skip
                 with gr.Row():
@@ -97,7 +100,8 @@ def build_page(gr, models):
             [go.click, prompt.submit], write, list(fields.values()), [text, status, likely], preprocess=False,
             show_progress="minimal", show_progress_on=status, api_visibility="private",
         )  # fmt: skip
-        # in the browser: it must answer while the queue is full; a moment later, or text still on its way would undo it
+        # in the browser: it must answer while the queue is full; a moment later, or text still on its way
+        # would undo it
         stopped = "() => new Promise(done => setTimeout(() => done('stopped'), 300))"
         stop.click(None, None, status, js=stopped, cancels=[writing], api_visibility="private")
     return page.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
@@ -116,8 +120,10 @@ def launch(checkpoint: str, port: int | None = None, share: bool = False, auth: 
     page.models, page.scratch = models, scratch  # the folder goes when nothing holds it any more
     try:
         _, local, public = page.launch(
-            server_name="127.0.0.1", server_port=port, share=share, prevent_thread_lock=True, quiet=True, max_threads=8,
-            state_session_capacity=256, enable_monitoring=False, run_history=False, ssr_mode=False, mcp_server=False,
+            server_name="127.0.0.1", server_port=port, share=share, prevent_thread_lock=True, quiet=True,
+            max_threads=8,
+            state_session_capacity=256, enable_monitoring=False, run_history=False, ssr_mode=False,
+            mcp_server=False,
             num_workers=0, root_path="", footer_links=[], theme=gr.themes.Monochrome(font="system-ui"),
             app_kwargs=app_options(models, header),
         )  # fmt: skip

@@ -70,8 +70,8 @@ def model_card(
 ) -> str:
     """`README.md` of a checkpoint folder's export, with the Hub's metadata header.
 
-    `config`: as exported. `size`: parameters. `gguf`: name of that file. `base`: Hub id of the weights it was made
-    from. Both may be absent.
+    `config`: as exported. `size`: parameters. `gguf`: name of that file. `base`: Hub id of the weights it was
+    made from. Both may be absent.
     """
     from huggingface_hub import ModelCardData
 

@@ -7,9 +7,10 @@ A checkpoint is a Hugging Face model folder that is also a resume point:
     state.json          step, data position, schedule, scaler, skips, best score
     manifest.json       size and sha256 of every other file; written last
 
-Protocol: write all files into a temporary sibling, fsync each, the manifest last, rename the folder to its name, fsync
-the parent. A folder without a valid manifest is not a checkpoint. Nothing is pickled, and file contents depend on the
-training state alone. The SHA-256 finds accidents, not attackers: they would rewrite the manifest too.
+Protocol: write all files into a temporary sibling, fsync each, the manifest last, rename the folder to its
+name, fsync the parent. A folder without a valid manifest is not a checkpoint. Nothing is pickled, and file
+contents depend on the training state alone. The SHA-256 finds accidents, not attackers: they would rewrite
+the manifest too.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ class Manifest(BaseModel):
 def commit(
     parent: str | Path, name: str, files: dict[str, Content], run_id: str, step: int, facts: dict[str, Any]
 ) -> Manifest:
-    """Write a checkpoint folder `parent/name` in one atomic step (see `files.commit_folder`); returns its manifest."""
+    """Write a checkpoint folder `parent/name` in one atomic step (see `files.commit_folder`); returns its
+    manifest."""
     target = Path(parent) / name
 
     def manifest(table: dict[str, dict]) -> Manifest:
@@ -83,7 +85,7 @@ def commit(
     return manifest(commit_folder(target, files, lambda table: {MANIFEST: manifest(table).to_bytes()}))
 
 
-# --- reading --------------------------------------------------------------------------------------------------------
+# --- reading ------------------------------------------------------------------------------------------------
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -112,7 +114,8 @@ def parse_manifest(raw: bytes, folder: Path) -> Manifest:
 
 
 def verify(folder: str | Path, only: Iterable[str] | None = None) -> Manifest:
-    """Check every byte (or the `only` named files) against the manifest; raises `CheckpointError` with the cause."""
+    """Check every byte (or the `only` named files) against the manifest; raises `CheckpointError` with the
+    cause."""
     name = MANIFEST
     try:
         manifest = read_manifest(folder)
@@ -154,7 +157,7 @@ def resume_point(
     return manifest
 
 
-# --- a folder of checkpoints ----------------------------------------------------------------------------------------
+# --- a folder of checkpoints --------------------------------------------------------------------------------
 
 
 def candidates(checkpoint_dir: str | Path) -> list[Path]:
@@ -170,7 +173,8 @@ def candidates(checkpoint_dir: str | Path) -> list[Path]:
 
 
 def claimed_step(folder: Path) -> float:
-    """Step of a checkpoint folder; what its name says where the manifest is damaged, or infinity: that is told first."""
+    """Step of a checkpoint folder; what its name says where the manifest is damaged, or infinity: that is
+    told first."""
     try:
         return read_manifest(folder).step
     except (CheckpointError, OSError):
@@ -184,9 +188,9 @@ def newest_usable(
     check: Callable[[Manifest], object] | None = None,
     fetch: Callable[[Path], Path] = lambda folder: folder,
 ) -> Manifest | None:
-    """The first checkpoint that verifies (and passes `check`); one line for each that does not. `fetch` brings a folder
-    to this machine. None when there are no folders at all; `NoUsableCheckpoint` when there are some and none verifies:
-    starting from zero would hide a loss."""
+    """The first checkpoint that verifies (and passes `check`); one line for each that does not. `fetch`
+    brings a folder to this machine. None when there are no folders at all; `NoUsableCheckpoint` when there
+    are some and none verifies: starting from zero would hide a loss."""
     folders = list(folders)
     for path in folders:
         try:
@@ -203,10 +207,12 @@ def newest_usable(
 
 
 def prune(checkpoint_dir: str | Path, keep_last: int, best_step: int | None, newest: Manifest) -> list[str]:
-    """Keep `newest` (written just now), the step folders of the last `keep_last` saves, and the best; finals stay.
+    """Keep `newest` (written just now), the step folders of the last `keep_last` saves, and the best; finals
+    stay.
 
-    A damaged folder does not count as kept: it goes once enough good ones are newer. What is removed gets a temporary
-    name first, in one rename: a kill in the middle leaves what the next start tidies, never half a checkpoint.
+    A damaged folder does not count as kept: it goes once enough good ones are newer. What is removed gets a
+    temporary name first, in one rename: a kill in the middle leaves what the next start tidies, never half a
+    checkpoint.
     """
     is_final = newest.folder.name in FINAL_NAMES
     removed, kept = [], 1

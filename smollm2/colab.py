@@ -1,7 +1,8 @@
 """What a notebook needs to know about the machine under it: packages, GPU, precision, Google Drive, secrets.
 
-Everything here also works outside Colab. Nothing but the standard library is imported before `install_missing` ran.
-Colab's own errors share no base class, so `except Exception` here means: whatever it was, the lesson goes on, and says so.
+Everything here also works outside Colab. Nothing but the standard library is imported before
+`install_missing` ran. Colab's own errors share no base class, so `except Exception` here means: whatever it
+was, the lesson goes on, and says so.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def is_smoke() -> bool:
     return os.environ.get("SMOLLM2_SMOKE") == "1"
 
 
-# --- packages ------------------------------------------------------------------------------------------------------
+# --- packages -----------------------------------------------------------------------------------------------
 
 
 def installed(package: str) -> str | None:
@@ -48,7 +49,8 @@ def installed(package: str) -> str | None:
 
 
 def missing_requirements(requirements: str | Path) -> list[str]:
-    """Lines of a requirements.txt, for this platform, whose package is absent (whatever its version: nothing is upgraded)."""
+    """Lines of a requirements.txt, for this platform, whose package is absent (whatever its version: nothing
+    is upgraded)."""
     text = Path(requirements).read_text(encoding="utf-8")
     lines = [line.partition("#")[0].strip() for line in text.splitlines()]
     lines = [line for line in lines if line and (";" not in line or sys.platform in line)]
@@ -56,9 +58,11 @@ def missing_requirements(requirements: str | Path) -> list[str]:
 
 
 def install_missing(requirements: str | Path) -> list[str]:
-    """Install the packages of a requirements.txt that are absent, leaving all others as they are; returns their lines.
+    """Install the packages of a requirements.txt that are absent, leaving all others as they are; returns
+    their lines.
 
-    Runs before the imports, so no restart is needed. Raises `UserError` with pip's last words when that fails.
+    Runs before the imports, so no restart is needed. Raises `UserError` with pip's last words when that
+    fails.
     """
     missing = missing_requirements(requirements)
     if missing:
@@ -73,7 +77,7 @@ def install_missing(requirements: str | Path) -> list[str]:
     return missing
 
 
-# --- the machine ---------------------------------------------------------------------------------------------------
+# --- the machine --------------------------------------------------------------------------------------------
 
 
 def doctor() -> dict[str, str]:
@@ -101,7 +105,7 @@ def doctor() -> dict[str, str]:
     return rows
 
 
-# --- where runs are kept -------------------------------------------------------------------------------------------
+# --- where runs are kept ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -125,8 +129,9 @@ def mount_drive() -> Path:
 
 
 def storage(use_drive: bool = True, output_dir: str | Path = "output") -> Storage:
-    """Choose where a run is kept and say so. Training always writes to `output_dir` on the local disk; with Drive,
-    verified copies go to `MyDrive/smollm2` too. Any Drive failure is told in plain words and the local folder stays."""
+    """Choose where a run is kept and say so. Training always writes to `output_dir` on the local disk; with
+    Drive, verified copies go to `MyDrive/smollm2` too. Any Drive failure is told in plain words and the local
+    folder stays."""
     folder, reason = None, "you chose not to use Drive"
     if use_drive and not is_colab():
         reason = "this is not Colab, so there is no Drive to mount"
@@ -145,13 +150,14 @@ def storage(use_drive: bool = True, output_dir: str | Path = "output") -> Storag
         print("  Google uploads in the background: a copy counts when drive.google.com shows it.")
     else:
         print(f"KEPT ON THIS MACHINE ONLY  {Path(output_dir).resolve()}\n  why: {reason}")
-        gone = "When Colab takes this machine back, the files are gone. This cell, run again, asks for Drive again."
+        gone = "When Colab takes this machine back, the files are gone. This cell asks for Drive again."
         print(f"  {gone if is_colab() else 'It is an ordinary folder: it stays until you delete it.'}")
     return Storage(Path(output_dir), folder)
 
 
 def secret(name: str) -> str | None:
-    """A secret from Colab's key panel, else from the environment; None, with the reason printed, where there is none."""
+    """A secret from Colab's key panel, else from the environment; None, with the reason printed, where there
+    is none."""
     reason = "it is not in the environment"
     if is_colab():
         try:
@@ -164,7 +170,8 @@ def secret(name: str) -> str | None:
 
 
 def finish(flush_drive: bool = False, free_machine: bool = False) -> None:
-    """The end of a session, only as far as asked: write Drive's cache back, then hand the machine back to Google."""
+    """The end of a session, only as far as asked: write Drive's cache back, then hand the machine back to
+    Google."""
     if not (flush_drive or free_machine) or not is_colab():
         print(
             "Nothing to do: everything stays as it is." if is_colab() else "This is not Colab: nothing to do."

@@ -30,8 +30,8 @@ BUILDERS = {  # of the datasets package, by a file's ending; .gz and the like ma
 def dataset_to_text(
     spec: str, folder: Path, tokens: int, column: str | None = None, say: Callable[[str], None] = print
 ) -> Path:
-    """Path of a text file in `folder`, a run's `data`, with about `tokens` tokens of the dataset `spec`: a file,
-    a folder, or `ID[:CONFIG][@SPLIT]` of the Hub.
+    """Path of a text file in `folder`, a run's `data`, with about `tokens` tokens of the dataset `spec`: a
+    file, a folder, or `ID[:CONFIG][@SPLIT]` of the Hub.
 
     A row is a document, and so is a text file. Of a local folder every text and table is read, in the order
     of their names, and what is left out is said. Raises `DataError` that names file and row.

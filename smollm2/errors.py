@@ -1,7 +1,7 @@
 """Errors that a user can cause, and how the command line reports them.
 
-Every message says what was found, where, what was expected and what to do, in one or two lines. A command ends with
-the error's `exit_code` and never with a traceback.
+Every message says what was found, where, what was expected and what to do, in one or two lines. A command
+ends with the error's `exit_code` and never with a traceback.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def named(error: OSError, folder: str | os.PathLike) -> UserError:
 
 @contextlib.contextmanager
 def disk_failures_named(folder: str | os.PathLike):
-    """Inside it, a full, failing, read-only or vanished disk raises a `UserError` that says where (`named`)."""
+    """Inside it, a full, failing, read-only or vanished disk raises a `UserError` that says where."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,5 @@
-"""Small file helpers: hashing, durable writes (of tensors too), and a clear word about paths that cannot be used."""
+"""Small file helpers: hashing, durable writes (of tensors too), and a clear word about paths that cannot be
+used."""
 
 from __future__ import annotations
 
@@ -45,8 +46,8 @@ def write_durably(path: str | Path, data: bytes) -> None:
 
 
 def write_tensors(path: str | Path, tensors: dict) -> None:
-    """Write and fsync a safetensors file, readable by whom the umask allows: safetensors' own writer makes it 0600.
-    Raises OSError as every other writer does."""
+    """Write and fsync a safetensors file, readable by whom the umask allows: safetensors' own writer makes it
+    0600. Raises OSError as every other writer does."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -67,8 +68,8 @@ def write_tensors(path: str | Path, tensors: dict) -> None:
 
 
 def fsync_folder(folder: str | Path) -> None:
-    """Make renames and new names in a folder durable, where the file system can: some sync files but no folders
-    (EINVAL: vboxsf, old CIFS), and Windows opens no folder at all (EACCES)."""
+    """Make renames and new names in a folder durable, where the file system can: some sync files but no
+    folders (EINVAL: vboxsf, old CIFS), and Windows opens no folder at all (EACCES)."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except PermissionError:
@@ -106,9 +107,9 @@ def commit_folder(
 ) -> dict[str, dict]:
     """Write the folder `target` in one atomic step; returns {file name: {"bytes": ..., "sha256": ...}}.
 
-    `closing(table)` gives the files that are written last, such as a manifest. An earlier folder of that name stays until
-    the new one is whole. Raises OSError when the disk is full or failing: nothing under `target` has changed then, and
-    nothing is left behind; what a kill leaves behind is for `remove_leftovers`.
+    `closing(table)` gives the files that are written last, such as a manifest. An earlier folder of that name
+    stays until the new one is whole. Raises OSError when the disk is full or failing: nothing under `target`
+    has changed then, and nothing is left behind; what a kill leaves behind is for `remove_leftovers`.
     """
     target = Path(target)
     temporary = target.with_name(f"{target.name}.tmp-{secrets.token_hex(4)}")
@@ -145,8 +146,8 @@ def commit_folder(
 
 
 def remove_leftovers(folder: str | Path) -> None:
-    """Remove what `commit_folder` and `replace_durably` leave in a folder when they are killed half-way. What had stepped
-    aside comes back where its successor never arrived."""
+    """Remove what `commit_folder` and `replace_durably` leave in a folder when they are killed half-way. What
+    had stepped aside comes back where its successor never arrived."""
     for path in sorted(Path(folder).glob("*.old-*")):
         target = path.with_name(path.name.split(".old-")[0])
         if target.exists():

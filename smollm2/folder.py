@@ -1,4 +1,5 @@
-"""The folder a run writes to: made and locked when the run opens, tidied of what a kill left, cleared after a bad start."""
+"""The folder a run writes to: made and locked when the run opens, tidied of what a kill left, cleared after a
+bad start."""
 
 from __future__ import annotations
 
@@ -17,10 +18,11 @@ from .files import remove_leftovers
 
 @contextlib.contextmanager
 def locked_folder(path: Path, locks: bool = True) -> Iterator[None]:
-    """Make the folder where it is absent and hold its lock, which the system frees with the process, after kill -9 too.
+    """Make the folder where it is absent and hold its lock, which the system frees with the process, after
+    kill -9 too.
 
-    Workers other than the first pass `locks=False`. Raises `OutputLost` where the folder cannot be made or locked,
-    `BusyError` where another process is writing it.
+    Workers other than the first pass `locks=False`. Raises `OutputLost` where the folder cannot be made or
+    locked, `BusyError` where another process is writing it.
     """
     file = path / ".lock"  # it stays: removing it would let two processes lock two different files
     lock = FileLock(file, timeout=0) if locks else contextlib.nullcontext()
@@ -72,7 +74,8 @@ def absent_folders(path: Path) -> list[Path]:
 
 
 def clear(path: Path, made: list[Path]) -> None:
-    """After a start that came to nothing: remove what it made. Text that was read from a dataset stays, it was long work."""
+    """After a start that came to nothing: remove what it made. Text that was read from a dataset stays, it
+    was long work."""
     if path not in made:
         return
     for entry in path.iterdir():

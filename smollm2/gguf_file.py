@@ -1,8 +1,8 @@
 """A model as one GGUF file, for llama.cpp, Ollama and everything built on them.
 
 Notable:
-* llama.cpp rotates neighbouring pairs (i, i+1), transformers and this project halves (i, i + D/2): the rows of
-  q_proj and k_proj are reordered here, once. Converting twice is a classic silent error;
+* llama.cpp rotates neighbouring pairs (i, i+1), transformers and this project halves (i, i + D/2): the rows
+  of q_proj and k_proj are reordered here, once. Converting twice is a classic silent error;
 * the tokenizer travels as tokens and merges; `tokenizer.ggml.pre = "smollm"` names SmolLM2's splitting
   (single digits, then GPT-2's pattern): any other kind of tokenizer is refused, not written wrongly;
 * f16 or q8_0. The K-quants need rows of a multiple of 256, and 576 is none.

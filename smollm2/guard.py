@@ -64,9 +64,10 @@ class NumericGuard:
             self.overflows_in_a_row += 1
             if self.overflows_in_a_row >= MAX_SCALER_SKIPS:
                 raise NumericStop(
-                    f"fp16 gradients overflowed {self.overflows_in_a_row} times in a row ({reason}); what was "
-                    "saved stays as it is: use a lower train.learning_rate, --set train.precision="
-                    "fp32, or train.precision=bf16 on a GPU that has it (compute capability 8.0)"
+                    f"fp16 gradients overflowed {self.overflows_in_a_row} times in a row ({reason}); what "
+                    "was saved stays as it is: use a lower train.learning_rate, --set "
+                    "train.precision=fp32, or train.precision=bf16 on a GPU that has it (compute "
+                    "capability 8.0)"
                 )
             return
         self.in_a_row += 1
@@ -96,7 +97,8 @@ class NumericGuard:
 
 
 def make_scaler(device_type: str, enabled: bool, state: dict[str, float]) -> torch.amp.GradScaler:
-    """The loss scaler that fp16 needs, from its saved `state`; one that does nothing where it is not `enabled`."""
+    """The loss scaler that fp16 needs, from its saved `state`; one that does nothing where it is not
+    `enabled`."""
     scaler = torch.amp.GradScaler(device_type, enabled=enabled, init_scale=2.0**16)
     if state:
         scaler.load_state_dict(scaler.state_dict() | state)
@@ -104,7 +106,8 @@ def make_scaler(device_type: str, enabled: bool, state: dict[str, float]) -> tor
 
 
 def update_scale(scaler: torch.amp.GradScaler) -> dict[str, float]:
-    """Adjust the scale after a step, never below the floor; returns the scaler's state, empty for one that is off."""
+    """Adjust the scale after a step, never below the floor; returns the scaler's state, empty for one that is
+    off."""
     if not scaler.is_enabled():
         return {}
     scaler.update()

@@ -114,7 +114,7 @@ def _explained(error: Exception, repo_id: str) -> UserError:
     return HubUnreachable(f"{where} is out of reach ({said})")
 
 
-# --- to the Hub -----------------------------------------------------------------------------------------
+# --- to the Hub ---------------------------------------------------------------------------------------------
 
 
 def check_repo_id(repo_id: str, flag: str) -> None:

@@ -1,9 +1,10 @@
 """Five text logs and TensorBoard, in `output/logs/`.
 
-One event a line: `2026-11-23T19:00:00Z step=500 train_loss=3.1234 lr=0.0030`. Words with blanks are JSON strings.
-A checkpoint's state counts the lines that were there; a resume drops those behind it, so none is repeated or lost, and
-draws TensorBoard's curves anew from what stays: a machine that has its logs from Drive has no events of its own.
-On a full disk lines wait in memory until they can be written, and no checkpoint is saved before.
+One event a line: `2026-11-23T19:00:00Z step=500 train_loss=3.1234 lr=0.0030`. Words with blanks are JSON
+strings. A checkpoint's state counts the lines that were there; a resume drops those behind it, so none is
+repeated or lost, and draws TensorBoard's curves anew from what stays: a machine that has its logs from Drive
+has no events of its own. On a full disk lines wait in memory until they can be written, and no checkpoint is
+saved before.
 """
 
 from __future__ import annotations
@@ -82,8 +83,8 @@ def numbers(event: dict[str, str]) -> dict[str, float]:
 def _curve_points(when: float, step: int, fields: dict[str, object]) -> bytes:
     """TensorBoard's record of one log line; empty for a line that has no number of a curve.
 
-    Its own SummaryWriter keeps values in memory, where a kill loses them, and writes on a thread of its own, whose errors
-    on a full disk nobody can catch: only its encoding is used.
+    Its own SummaryWriter keeps values in memory, where a kill loses them, and writes on a thread of its own,
+    whose errors on a full disk nobody can catch: only its encoding is used.
     """
     from tensorboard.compat.proto.summary_pb2 import Summary
 
@@ -104,9 +105,11 @@ def _record(**fields) -> bytes:
 
 
 class Logs:
-    """The five files of a run, and TensorBoard's. Each line is appended whole, in one system call, by one thread.
+    """The five files of a run, and TensorBoard's. Each line is appended whole, in one system call, by one
+    thread.
 
-    `counts` are the lines that the checkpoint knew of which is resumed: what lies behind them goes. A run that begins has none.
+    `counts` are the lines that the checkpoint knew of which is resumed: what lies behind them goes. A run
+    that begins has none.
     """
 
     def __init__(self, folder: str | Path, counts: dict[str, int], say: Callable[[str], None] = print):
@@ -150,13 +153,14 @@ class Logs:
             self._waiting.pop(0)
 
     def line_counts(self) -> dict[str, int]:
-        """Lines of each counted log, for the state of a checkpoint. Raises OSError when lines still wait for the disk."""
+        """Lines of each counted log, for the state of a checkpoint. Raises OSError when lines still wait for
+        the disk."""
         self.flush()
         paths = {name: self.folder / name for name in COUNTED}
         return {name: path.read_bytes().count(b"\n") if path.exists() else 0 for name, path in paths.items()}
 
     def _draw_curves(self) -> None:
-        """A new events file with the points of the text logs; its first records hide what earlier files say."""
+        """A new events file with the points of the text logs; its first records hide earlier files."""
         from tensorboard.compat.proto.event_pb2 import SessionLog
 
         now = time.time()  # later names sort behind earlier ones

@@ -42,7 +42,8 @@ def published_base(source: str | Path, folder: Path) -> str | None:
 
 
 def whereabouts(run: PlaceConfig, is_here: bool) -> tuple[str, str]:
-    """Where the run lies that was found, in the output folder (`is_here`) or on Drive alone, and how to begin another one."""
+    """Where the run lies that was found, in the output folder (`is_here`) or on Drive alone, and how to begin
+    another one."""
     if run.drive_dir is None:
         return (
             f"--output_dir {run.output_dir}",
@@ -58,15 +59,18 @@ def whereabouts(run: PlaceConfig, is_here: bool) -> tuple[str, str]:
 def check_origin(
     began_with: str | None, saved_model: dict[str, Any] | None, config: RunConfig, place: str, way_out: str
 ) -> None:
-    """Raises `ConfigError` when other weights are asked for than those the run began with (a resume would not read them),
-    or when theirs is the shape of the run and they are not named. `place`, `way_out`: see `whereabouts`."""
+    """Raises `ConfigError` when other weights are asked for than those the run began with (a resume would not
+    read them), or when theirs is the shape of the run and they are not named. `place`, `way_out`: see
+    `whereabouts`."""
     asked = config.run.init_from
     if asked and origin_name(asked) != began_with:
         raise ConfigError(
-            f"run.init_from={asked}: the run in {place} began with {began_with or 'random weights'}; leave it out, or {way_out}"
+            f"run.init_from={asked}: the run in {place} began with {began_with or 'random weights'}; leave "
+            f"it out, or {way_out}"
         )
     if began_with and not asked and saved_model != config.model.model_dump(mode="json"):
         source = began_with if "/" in began_with else f"FOLDER, the one called {began_with}"
         raise ConfigError(
-            f"the run in {place} began with the weights of {began_with} and has their shape: pass --set run.init_from={source}, again; or {way_out}"
+            f"the run in {place} began with the weights of {began_with} and has their shape: pass --set "
+            f"run.init_from={source}, again; or {way_out}"
         )

@@ -1,4 +1,5 @@
-"""Figures: one look, readable in dark mode and by colour-blind readers, with a text twin for those who see none.
+"""Figures: one look, readable in dark mode and by colour-blind readers, with a text twin for those who see
+none.
 
 Figures are made without pyplot, so nothing depends on a backend and no notebook shows a picture twice.
 """
@@ -76,8 +77,8 @@ def in_notebook() -> bool:
 def show_html(markup: str, text: str, widget=None, kind: str = "text/html") -> None:
     """HTML (or another `kind` of markup) in a notebook, `text` elsewhere.
 
-    `widget` is a live twin of the markup, in the same output: a page with a kernel shows the widget, and a page where
-    none can live (nbconvert, nbviewer) the markup. It is one output, so nobody sees both.
+    `widget` is a live twin of the markup, in the same output: a page with a kernel shows the widget, and a
+    page where none can live (nbconvert, nbviewer) the markup. It is one output, so nobody sees both.
     """
     if not in_notebook():
         print(text)
@@ -96,7 +97,8 @@ def figure_text(alt: str) -> str:
 
 
 def show(fig: Figure, alt: str, widget=None) -> None:
-    """Show a figure. `alt` says in words what it shows, with the number that matters; a plain script prints it."""
+    """Show a figure. `alt` says in words what it shows, with the number that matters; a plain script prints
+    it."""
     if len(alt) < 20:
         raise ValueError(f"alt text {alt!r} is too short: say what the figure shows and its main number")
     show_html(image_html(fig, alt), figure_text(alt), widget)

@@ -1,6 +1,7 @@
 """What a person sees while a run trains: one bar on a terminal, a line now and then in a log file.
 
-A `Reporter` is told what happens; a notebook passes its own (a live panel), the command line uses `TerminalReporter`.
+A `Reporter` is told what happens; a notebook passes its own (a live panel), the command line uses
+`TerminalReporter`.
 """
 
 from __future__ import annotations
@@ -43,14 +44,16 @@ class Reporter:
         """The model continued one of the fixed prompts."""
 
     def saved(self, local_step: int, drive_step: int | None) -> None:
-        """Newest step that is safe on this machine, and on Drive (None: there is no Drive tier; 0: nothing yet)."""
+        """Newest step that is safe on this machine, and on Drive (None: there is no Drive tier; 0: nothing
+        yet)."""
 
     def end(self) -> None:
         """Training has ended."""
 
 
 class _Output:
-    """Standard output as it may be: absent, closed, on a full disk, left by its reader, an object with `write` alone.
+    """Standard output as it may be: absent, closed, on a full disk, left by its reader, an object with
+    `write` alone.
 
     What cannot be written ends no run. `is_lost` once its reader has left.
     """
@@ -78,7 +81,7 @@ class _Output:
 
 
 class TerminalReporter(Reporter):
-    """tqdm with ETA on a terminal; elsewhere a plain line every ten seconds, so that log files stay readable."""
+    """tqdm with ETA on a terminal; elsewhere a plain line every ten seconds: log files stay readable."""
 
     def __init__(self, stream=None, seconds_between_lines: float = 10.0):
         self.output = _Output(stream or sys.stdout)

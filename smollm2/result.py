@@ -47,7 +47,8 @@ class TrainResult:
                 rows.append(
                     (
                         "",
-                        "from there on the text was being learned by heart: fewer steps or more text do better",
+                        "from there on the text was being learned by heart: fewer steps or more text do "
+                        "better",
                     )
                 )
         if self.tokens_per_second:

@@ -1,8 +1,8 @@
 """Opening a run: everything that training needs, found or made in safe order, and told in plain lines.
 
-What is wrong with the text, the settings or the folder is said before anything is written. Then the folder is locked and
-tidied of what a kill left, the newest checkpoint that verifies is found (here or on Drive), and tokenizer, tokens and
-logs are those it was made with.
+What is wrong with the text, the settings or the folder is said before anything is written. Then the folder is
+locked and tidied of what a kill left, the newest checkpoint that verifies is found (here or on Drive), and
+tokenizer, tokens and logs are those it was made with.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Run:
-    """What is open while a run trains. Workers other than the first have no logs and no mirror: they write nothing."""
+    """What is open while a run trains. Workers other than the first have no logs and no mirror: they write
+    nothing."""
 
     config: RunConfig
     device: torch.device
@@ -180,7 +181,8 @@ class Run:
 
 @contextlib.contextmanager
 def open_run(config: RunConfig, reporter: Reporter) -> Iterator[Run]:
-    """Open the run that `config` describes; waits for its last save and its last copy in the end. Raises `UserError`."""
+    """Open the run that `config` describes; waits for its last save and its last copy in the end. Raises
+    `UserError`."""
     place, output_dir, device = config.run, Path(config.run.output_dir), choose_device()
     if not config.data.dataset:
         source_identity(config.data.input_file)
@@ -267,11 +269,11 @@ def close(run: Run) -> None:
             run.logs.close()
 
 
-# --- the parts, in the order in which they are asked for -------------------------------------------------------------
+# --- the parts, in the order in which they are asked for ----------------------------------------------------
 
 
 def _with_base_model(config: RunConfig) -> RunConfig:
-    """With `run.init_from`: its shape, and its RoPE theta above all. A checkpoint of ours is verified first."""
+    """With `run.init_from`: its shape, its RoPE theta above all. A checkpoint of ours is verified first."""
     source = config.run.init_from
     if source is None:
         return config
@@ -299,7 +301,8 @@ def _with_text(config: RunConfig, say: Say) -> RunConfig:
 
 
 def _whereabouts(config: RunConfig, is_here: bool) -> tuple[str, str]:
-    """Where the run lies that is found (in the output folder, or on Drive alone), and how to begin another one."""
+    """Where the run lies that is found (in the output folder, or on Drive alone), and how to begin another
+    one."""
     place = config.run
     if place.drive_dir is None:
         return (
@@ -340,8 +343,8 @@ def _choose_tokenizer(config: RunConfig, newest: Manifest | None, way_out: str, 
         reason = f"that of {config.run.init_from}"
         if tokenizer.vocab_size > vocab_size:
             raise DataError(
-                f"run.init_from={config.run.init_from}: its tokenizer has {tokenizer.vocab_size:,} entries, its model "
-                f"{vocab_size:,}: they do not belong together"
+                f"run.init_from={config.run.init_from}: its tokenizer has {tokenizer.vocab_size:,} entries, "
+                f"its model {vocab_size:,}: they do not belong together"
             )
     else:
         size = data.tokenizer_vocab_size
@@ -359,9 +362,11 @@ def _choose_tokenizer(config: RunConfig, newest: Manifest | None, way_out: str, 
 
 
 def _with_token_ids(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
-    """One source for each id: what documents begin and end with is what config.json, generation and exports say.
+    """One source for each id: what documents begin and end with is what config.json, generation and exports
+    say.
 
-    Ids that were given (by `init_from`, a file or `--set`) count, where they are entries that can end a document.
+    Ids that were given (by `init_from`, a file or `--set`) count, where they are entries that can end a
+    document.
     """
     model = config.model
     own = {
@@ -383,7 +388,8 @@ def _prepare_data(
     source = source_identity(path)
     if end_id is not None and end_id != tokenizer.end_of_text_id:
         say(
-            f"documents end with {tokenizer.token(end_id)} (id {end_id}), the model's own end, not {END_OF_TEXT}"
+            f"documents end with {tokenizer.token(end_id)} (id {end_id}), the model's own end, not "
+            f"{END_OF_TEXT}"
         )
     identity = sha256_json(identity_key(source, tokenizer, fraction, end_id))
     if newest and newest.facts.get("data_sha256") != identity and not config.run.allow_data_change:
@@ -407,8 +413,8 @@ def _say_passes(config: RunConfig, count: int, say: Say) -> None:
     passes = steps * tokens_per_step / count
     if passes > MANY_PASSES:
         say(
-            f"note: {steps:,} steps read this text {passes:.0f} times; after about {MANY_PASSES} it is learned by heart "
-            "rather than learned from: more text (--input_file, --dataset) or about "
+            f"note: {steps:,} steps read this text {passes:.0f} times; after about {MANY_PASSES} it is "
+            "learned by heart rather than learned from: more text (--input_file, --dataset) or about "
             f"{max(1, MANY_PASSES * count // tokens_per_step):,} steps do better"
         )
     elif passes < 0.5:
@@ -428,7 +434,7 @@ def _check_space(config: RunConfig, saver: Saver, tokenizer_bytes: int, say: Say
     check_space(saver.folder, each, count, say)
 
 
-# --- where training begins -------------------------------------------------------------------------------------------
+# --- where training begins ----------------------------------------------------------------------------------
 
 
 def load(run: Run) -> tuple[SmolLM2, TrainState, dict[str, torch.Tensor]]:

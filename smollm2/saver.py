@@ -1,7 +1,7 @@
 """Saving without holding up training: a snapshot in memory, then writing and tidying on a thread.
 
-The training thread only copies tensors to CPU memory. One save is in flight at a time; a new one waits for the last.
-A failing disk does not stop training at once: three failed saves in a row do.
+The training thread only copies tensors to CPU memory. One save is in flight at a time; a new one waits for
+the last. A failing disk does not stop training at once: three failed saves in a row do.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ class Saver:
         facts: dict,
         best_step: int | None,
     ) -> None:
-        """Copy `tensors` ({file: {name: tensor}}) and start writing. Raises what must stop the run; see `wait`."""
+        """Copy `tensors` ({file: {name: tensor}}) and start writing. Raises what must stop the run; see
+        `wait`."""
         began = time.monotonic()
         self.wait()
         self._memory = {file: _copies(group, self._memory.get(file, {})) for file, group in tensors.items()}
@@ -86,13 +87,14 @@ class Saver:
         self._finished.append(save)
 
     def failed(self, save: Save, error: Exception) -> None:
-        """Count a save (or the tidying after it) that did not work; too many in a row end the run at the next `wait`."""
+        """Count a save (or the tidying after it) that did not work; too many in a row end the run at the next
+        `wait`."""
         save.problem, self._failures = error, self._failures + 1
         if self._failures >= MAX_FAILED_SAVES:
             reason = getattr(error, "strerror", None) or error
             self._error = OutputLost(
-                f"{self._failures} saves in a row failed in {self.folder} ({reason}); {self.last_good()}: free some space and "
-                "run the same command again"
+                f"{self._failures} saves in a row failed in {self.folder} ({reason}); {self.last_good()}: "
+                "free some space and run the same command again"
             )
 
     def last_good(self) -> str:
@@ -119,8 +121,8 @@ class Saver:
         """Raises `OutputLost` when the last save did not come about."""
         if self.newest is None or self.newest.step != step:
             raise OutputLost(
-                f"step {step} could not be saved in {self.folder} (reason above); {self.last_good()}: free or repair the "
-                "disk and run the same command again"
+                f"step {step} could not be saved in {self.folder} (reason above); {self.last_good()}: free "
+                "or repair the disk and run the same command again"
             )
 
     def copy_newest(self, name: str) -> None:
@@ -133,8 +135,9 @@ class Saver:
 
 
 def _copies(tensors: dict[str, torch.Tensor], memory: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Independent CPU copies: training may go on while they are written. They take the place of earlier copies in
-    `memory` where these fit: pages that are touched for the first time take about as long again as the copy."""
+    """Independent CPU copies: training may go on while they are written. They take the place of earlier
+    copies in `memory` where these fit: pages that are touched for the first time take about as long again as
+    the copy."""
     copies = {}
     for name, tensor in tensors.items():
         room = memory.get(name)
@@ -151,7 +154,8 @@ def _tensor_writer(tensors: dict[str, torch.Tensor]) -> Callable[[Path], None]:
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise NumericStop(
-                    f"{name} holds numbers that are not finite: not saved; earlier checkpoints stay as they are"
+                    f"{name} holds numbers that are not finite: not saved; earlier checkpoints stay as they "
+                    "are"
                 )
         write_tensors(path, tensors)
 
@@ -167,15 +171,17 @@ def check_space(checkpoint_dir: Path, bytes_each: int, count: int, say: Callable
     if usage.total == 0:  # some network and FUSE mounts do not tell
         return
     here = [path.stat().st_size for folder in candidates(checkpoint_dir) for path in folder.iterdir()]
-    words = f"{usage.free / 1e6:,.1f} MB free for {checkpoint_dir}, and one checkpoint takes {bytes_each / 1e6:,.1f} MB"
+    free, each = usage.free / 1e6, bytes_each / 1e6
+    words = f"{free:,.1f} MB free for {checkpoint_dir}, and one checkpoint takes {each:,.1f} MB"
     least = bytes_each if here else 2 * bytes_each  # the last good one, and the next
     if usage.free < least:
         missing = (least - usage.free) / 1e6
         raise OutputLost(
-            f"{words}: no room for the next one beside the last good one; free {missing:,.1f} MB, or choose another "
-            "--output_dir or a smaller model"
+            f"{words}: no room for the next one beside the last good one; free {missing:,.1f} MB, or choose "
+            "another --output_dir or a smaller model"
         )
     if (missing := (count * bytes_each - sum(here) - usage.free) / 1e6) > 0:
         say(
-            f"warning: {words}: the {count} that a whole run keeps do not fit; free {missing:,.1f} MB or lower train.keep_last"
+            f"warning: {words}: the {count} that a whole run keeps do not fit; free {missing:,.1f} MB or "
+            "lower train.keep_last"
         )

@@ -19,8 +19,9 @@ def _is_main_thread() -> bool:
 
 @contextlib.contextmanager
 def leaving_at_once() -> Iterator[None]:
-    """Inside it Ctrl-C ends this program there and then, with exit code 130: for the seconds in which large modules
-    are imported. KeyboardInterrupt would be lost there in one of their callbacks, or end as what they make of it."""
+    """Inside it Ctrl-C ends this program there and then, with exit code 130: for the seconds in which large
+    modules are imported. KeyboardInterrupt would be lost there in one of their callbacks, or end as what they
+    make of it."""
 
     def leave(number, frame):
         os.write(2, b"\nstopped\n")
@@ -38,10 +39,11 @@ def leaving_at_once() -> Iterator[None]:
 
 
 class StopSignals:
-    """Context manager that turns the first stopping signal into `received`; a second Ctrl-C interrupts at once.
+    """Context manager that turns the first stopping signal into `received`; a second Ctrl-C interrupts at
+    once.
 
-    Lightning wraps SIGTERM when it starts to fit (and then ends with exit code 0), so the loop calls `install` again
-    from inside. On another thread than the main one this does nothing.
+    Lightning wraps SIGTERM when it starts to fit (and then ends with exit code 0), so the loop calls
+    `install` again from inside. On another thread than the main one this does nothing.
     """
 
     def __init__(self, say: Callable[[str], None]):

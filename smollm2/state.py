@@ -19,11 +19,13 @@ from .files import strict_json
 # Settings that may change when a run is resumed. Those that change its last digits are told in a line.
 CHANGEABLE = {
     "train": {
-        "max_steps", "continue_steps", "micro_batch_size", "precision", "compile", "deterministic", "on_spike",
+        "max_steps", "continue_steps", "micro_batch_size", "precision", "compile", "deterministic",
+        "on_spike",
         "log_every", "val_every", "val_max_tokens", "sample_every", "sample_tokens", "prompts", "save_every",
         "save_every_seconds", "keep_last",
     },
-    "data": {"input_file", "dataset", "dataset_column", "tokenizer", "tokenizer_vocab_size"},  # identified by their hashes instead
+    # identified by their hashes instead
+    "data": {"input_file", "dataset", "dataset_column", "tokenizer", "tokenizer_vocab_size"},
 }  # fmt: skip
 
 OneLine = Annotated[
@@ -34,7 +36,8 @@ Number = int | float  # as it was written: 5 stays 5, so that a state is saved a
 
 
 class TrainState(BaseModel):
-    """Where a run stands. `step` counts applied updates, `position` the batches drawn (skipped ones included)."""
+    """Where a run stands. `step` counts applied updates, `position` the batches drawn (skipped ones
+    included)."""
 
     model_config = ConfigDict(
         strict=True, allow_inf_nan=False
@@ -101,8 +104,9 @@ def fixed_settings(config: RunConfig) -> dict[str, dict[str, Any]]:
 def check_unchanged(
     state: TrainState, config: RunConfig, began_with: str | None, place: str, way_out: str
 ) -> None:
-    """Raises `ConfigError` with the differences when a fixed setting, or the weights that the run is asked to begin with
-    (`began_with`), changed since the checkpoint. `place` names where the run lies, `way_out` how to begin another one."""
+    """Raises `ConfigError` with the differences when a fixed setting, or the weights that the run is asked to
+    begin with (`began_with`), changed since the checkpoint. `place` names where the run lies, `way_out` how
+    to begin another one."""
     now, began = fixed_settings(config), state.init_from
     if began and not began_with and state.config.get("model") != now["model"]:
         again = began if "/" in began else f"FOLDER, the one called {began}"

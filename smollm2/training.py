@@ -1,10 +1,11 @@
 """Training: from a configuration to checkpoints, logs and samples. `train(config)` is the whole job.
 
-Everything from one optimizer step to the next stands in `TrainingLoop.training_step`, in the order in which it happens:
-batch, forward, backward, check, update, log, validate, sample, save, stop. Lightning drives it: one Lightning "batch" is
-all rows of one optimizer step, so that accumulation, the check before the update and a retry after running out of memory
-are atomic, and a checkpoint can only fall between two updates. Learning rate and data are pure functions of the step and
-the position: a resumed run and an uninterrupted one compute the same bits.
+Everything from one optimizer step to the next stands in `TrainingLoop.training_step`, in the order in which
+it happens: batch, forward, backward, check, update, log, validate, sample, save, stop. Lightning drives it:
+one Lightning "batch" is all rows of one optimizer step, so that accumulation, the check before the update and
+a retry after running out of memory are atomic, and a checkpoint can only fall between two updates. Learning
+rate and data are pure functions of the step and the position: a resumed run and an uninterrupted one compute
+the same bits.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ SPEED_WINDOW = 20  # steps that tokens/s is the mean of
 
 
 class TrainingLoop(pl.LightningModule):
-    """One phase of a run, from wherever `state` stands to step `target`, which ends as the folder `final_name`."""
+    """One phase of a run, from wherever `state` stands to step `target`, which ends as the folder
+    `final_name`."""
 
     def __init__(
         self, run: Run, model: SmolLM2, state: TrainState, moments: dict[str, torch.Tensor], target: int,
@@ -60,7 +62,8 @@ class TrainingLoop(pl.LightningModule):
     def configure_optimizers(self):
         self.optimizer = make_optimizer(self.model, self.settings)
         load_moments(self.model, self.optimizer, self._moments, self.state.step)
-        self._moments.clear()  # else the copies (1.08 GB at 135M) would live as long as the caller's name for them
+        # else the copies (1.08 GB at 135M) would live as long as the caller's name for them
+        self._moments.clear()
         self.scaler = make_scaler(self.run.device.type, self.run.precision.needs_scaler, self.state.scaler)
         return self.optimizer
 
@@ -75,7 +78,8 @@ class TrainingLoop(pl.LightningModule):
         began = time.monotonic()
         state, train, run = self.state, self.settings, self.run
 
-        # forward and backward, then the check: a bad update is skipped, its batch is used up, the step does not count
+        # forward and backward, then the check: a bad update is skipped, its batch is used up, the step does
+        # not count
         loss = self.gradients(batch)
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), train.gradient_clip_norm)
@@ -93,7 +97,8 @@ class TrainingLoop(pl.LightningModule):
         state.scaler = update_scale(self.scaler)
         self.optimizer.zero_grad(set_to_none=True)
 
-        # what is due at this step, and only then the save: what was saved is never done again, what was not is
+        # what is due at this step, and only then the save: what was saved is never done again, what was not
+        # is
         if is_applied:
             self._durations.append(time.monotonic() - began)
             self.log_step(loss, norm)
@@ -116,14 +121,15 @@ class TrainingLoop(pl.LightningModule):
         self.trainer.should_stop |= bool(is_last or stopped_by)
 
     def gradients(self, batch: torch.Tensor) -> torch.Tensor:
-        """Accumulate the gradients of all rows; after running out of memory, halve the micro-batch and redo them all.
-        Returns the mean loss in nats a token."""
+        """Accumulate the gradients of all rows; after running out of memory, halve the micro-batch and redo
+        them all. Returns the mean loss in nats a token."""
         while True:
             try:
                 return self.accumulate(batch)
             except torch.OutOfMemoryError as error:
                 reason = str(error)[:160]
-            # behind the handler: inside it the traceback still holds the activations, and next to nothing would be freed
+            # behind the handler: inside it the traceback still holds the activations, and next to nothing
+            # would be freed
             self.optimizer.zero_grad(set_to_none=True)
             if self.run.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -152,7 +158,8 @@ class TrainingLoop(pl.LightningModule):
         return total
 
     def agree(self, loss: torch.Tensor, norm: torch.Tensor) -> tuple[float, float, int]:
-        """(loss, gradient norm, signal number or 0), the same on every worker: one exchange, one transfer a step."""
+        """(loss, gradient norm, signal number or 0), the same on every worker: one exchange, one transfer a
+        step."""
         mine = torch.stack((loss.double(), norm.double(), loss.new_tensor(self.heard(), dtype=torch.float64)))
         if self.run.world_size == 1:
             loss, norm, received = mine.tolist()
@@ -226,11 +233,12 @@ class TrainingLoop(pl.LightningModule):
             run.reporter.validation(state.step, score.loss, bits)
         return improved
 
-    # Only training runs compiled: sampling with a cache makes a graph for each layer, more than torch keeps, and whether
-    # a step runs compiled would then depend on the samples taken before it in this process.
+    # Only training runs compiled: sampling with a cache makes a graph for each layer, more than torch keeps,
+    # and whether a step runs compiled would then depend on the samples taken before it in this process.
     @torch.compiler.set_stance("force_eager")
     def sample(self) -> None:
-        """Continue the fixed prompts. The sampler has its own seeded generator: training's randomness is untouched."""
+        """Continue the fixed prompts. The sampler has its own seeded generator: training's randomness is
+        untouched."""
         if not self.run.is_first_worker:
             return
         self.model.eval()
@@ -244,7 +252,8 @@ class TrainingLoop(pl.LightningModule):
         self.model.train()
 
     def save_is_due(self, is_applied: bool, improved: bool) -> bool:
-        """By steps where asked for, else by the clock; a best model so far waits for a quarter of the time alone."""
+        """By steps where asked for, else by the clock; a best model so far waits for a quarter of the time
+        alone."""
         every, seconds = self.settings.save_every, self.settings.save_every_seconds
         if is_applied and every is not None and self.state.step % every == 0:
             return True
@@ -289,9 +298,10 @@ def run_phase(run: Run, target: int, final_name: str, signals: StopSignals, resu
 def train(config: RunConfig, reporter: Reporter | None = None) -> TrainResult:
     """Train as `config` says, or continue where the output directory stands.
 
-    The first phase ends at `train.max_steps` with `final_model.ckpt`; with `train.continue_steps` a fresh trainer
-    resumes from that file and ends with `final_continued_model.ckpt`. Ctrl-C, SIGTERM and SIGHUP finish the step, save
-    and return (`result.stopped_by`). Raises `UserError` subclasses; their `exit_code` says which kind.
+    The first phase ends at `train.max_steps` with `final_model.ckpt`; with `train.continue_steps` a fresh
+    trainer resumes from that file and ends with `final_continued_model.ckpt`. Ctrl-C, SIGTERM and SIGHUP
+    finish the step, save and return (`result.stopped_by`). Raises `UserError` subclasses; their `exit_code`
+    says which kind.
     """
     began, result, reporter = time.monotonic(), TrainResult(), reporter or TerminalReporter()
     signals = StopSignals(reporter.message)

@@ -1,7 +1,8 @@
-"""Controls that redraw a figure. Only what ipywidgets 7.7 and 8 share; callbacks are plain functions that tests call.
+"""Controls that redraw a figure. Only what ipywidgets 7.7 and 8 share; callbacks are plain functions that
+tests call.
 
-`explore` shows the live panel where there is a kernel; a static page or a plain script shows the figure of the
-default settings in its place.
+`explore` shows the live panel where there is a kernel; a static page or a plain script shows the figure of
+the default settings in its place.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def text(name: str, value: str) -> ipywidgets.Text:
 
 
 def panel(render, **controls) -> ipywidgets.VBox:
-    """Controls above a picture that follows them. `render(**values)` returns (figure, alt text); its errors are not
-    caught: they reach the reader and the tests."""
+    """Controls above a picture that follows them. `render(**values)` returns (figure, alt text); its errors
+    are not caught: they reach the reader and the tests."""
     picture = ipywidgets.HTML()
 
     def redraw(_change=None):

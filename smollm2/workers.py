@@ -1,7 +1,9 @@
-"""Several workers (`--devices`, torchrun, SLURM): which is the first, and how the others wait until it has opened the run.
+"""Several workers (`--devices`, torchrun, SLURM): which is the first, and how the others wait until it has
+opened the run.
 
-Only the first worker writes: data, checkpoints, logs. The others read what it wrote. What launchers leave behind in an
-environment is believed only where it belongs to this very start: one process alone is always the first.
+Only the first worker writes: data, checkpoints, logs. The others read what it wrote. What launchers leave
+behind in an environment is believed only where it belongs to this very start: one process alone is always the
+first.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ LAUNCHED_BY = (
 
 
 def launcher() -> str:
-    """Who started this process: "torchrun", "srun", or "Lightning", which starts the others of a machine itself."""
+    """Who started this process: "torchrun", "srun", or "Lightning", which starts the others of a machine
+    itself."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return "torchrun"
     return (
@@ -47,14 +50,15 @@ def is_first_worker(place: PlaceConfig) -> bool:
 
 
 def check_workers(place: PlaceConfig, gpus: int) -> None:
-    """Raises `ConfigError` when what was started is not what was asked for: every process would train the whole run,
-    or wait for others that never come. `gpus` is the number of this machine, 0 where training runs on the CPU."""
+    """Raises `ConfigError` when what was started is not what was asked for: every process would train the
+    whole run, or wait for others that never come. `gpus` is the number of this machine, 0 where training runs
+    on the CPU."""
     world, by = place.devices * place.num_nodes, launcher()
     started = _number({"torchrun": "WORLD_SIZE", "srun": "SLURM_STEP_NUM_TASKS"}.get(by, ""), world)
     if started != world:
         raise ConfigError(
-            f"{by} started {started} processes, but --devices {place.devices} x --num_nodes {place.num_nodes} = {world}; "
-            "give --devices (processes on a machine) and --num_nodes to match"
+            f"{by} started {started} processes, but --devices {place.devices} x --num_nodes "
+            f"{place.num_nodes} = {world}; give --devices (processes on a machine) and --num_nodes to match"
         )
     if by == "Lightning" and world > 1:  # it tells the processes that it starts their rank in this way, too
         if "LOCAL_RANK" not in os.environ:
@@ -86,7 +90,8 @@ def wait_until_open(output_dir: Path, timeout_seconds: float = 1800) -> None:
     while not marker.exists() or marker.stat().st_mtime < mine:
         if time.monotonic() > deadline:
             raise BusyError(
-                f"waited {timeout_seconds:.0f} s for the first worker to open {output_dir}: look at its output"
+                f"waited {timeout_seconds:.0f} s for the first worker to open {output_dir}: look at its "
+                "output"
             )
         time.sleep(0.1)
 

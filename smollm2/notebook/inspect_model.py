@@ -1,4 +1,5 @@
-"""Look inside a model: attention probabilities, the running vector after every block, and what it would say there.
+"""Look inside a model: attention probabilities, the running vector after every block, and what it would say
+there.
 
 Hooks listen while the model itself runs, so the logits are the model's own, bit for bit; only the attention
 probabilities, which the fused kernel never shows, are computed again beside it.
@@ -17,9 +18,9 @@ from ..model import Attention, SmolLM2, apply_rope
 class Inside:
     """One forward pass, seen from inside. L layers, H query heads.
 
-    `hidden`: L + 1 tensors (B, T, C), the embedding and then the running vector after each block, before the final norm.
-    `attention`: L tensors (B, H, T, T); row t of a head is how it spreads over positions 0..t, and sums to 1.
-    `logits`: (B, T, V), exactly those of `model(input_ids)`.
+    `hidden`: L + 1 tensors (B, T, C), the embedding and then the running vector after each block, before the
+    final norm. `attention`: L tensors (B, H, T, T); row t of a head is how it spreads over positions 0..t,
+    and sums to 1. `logits`: (B, T, V), exactly those of `model(input_ids)`.
     """
 
     hidden: list[torch.Tensor]
@@ -28,7 +29,8 @@ class Inside:
 
 
 def attention_probabilities(attention: Attention, x: torch.Tensor, cos, sin) -> torch.Tensor:
-    """How much each position (row) reads from each earlier one: x (B, T, C), already normed -> (B, H, T, T), fp32."""
+    """How much each position (row) reads from each earlier one: x (B, T, C), already normed -> (B, H, T, T),
+    fp32."""
     heads = (p(x).unflatten(-1, (-1, attention.head_dim)) for p in (attention.q_proj, attention.k_proj))
     q, k = (apply_rope(vectors.transpose(1, 2), cos, sin).float() for vectors in heads)  # (B, heads, T, D)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
@@ -39,7 +41,7 @@ def attention_probabilities(attention: Attention, x: torch.Tensor, cos, sin) -> 
 
 @torch.inference_mode()
 def look_inside(model: SmolLM2, input_ids: torch.Tensor) -> Inside:
-    """Run (B, T) ids through the model and keep what passes by. Raises ValueError beyond the model's context."""
+    """Run (B, T) ids through the model and keep what passes by. Raises ValueError beyond its context."""
     hidden, attention, decoder = [], [], model.model
 
     def keep_input(_module, arguments):
@@ -60,13 +62,15 @@ def look_inside(model: SmolLM2, input_ids: torch.Tensor) -> Inside:
 
 @torch.inference_mode()
 def logit_lens(model: SmolLM2, hidden: list[torch.Tensor]) -> torch.Tensor:
-    """What the model would predict if it stopped after each block (nostalgebraist 2020): final norm and output matrix
-    applied to every hidden state. L + 1 tensors (B, T, C) -> probabilities (L + 1, B, T, V), fp32."""
+    """What the model would predict if it stopped after each block (nostalgebraist 2020): final norm and
+    output matrix applied to every hidden state. L + 1 tensors (B, T, C) -> probabilities (L + 1, B, T, V),
+    fp32."""
     return torch.stack([model.lm_head(model.model.norm(x)).float().softmax(-1) for x in hidden])
 
 
 @torch.inference_mode()
 def token_probabilities(model: SmolLM2, input_ids: torch.Tensor) -> torch.Tensor:
-    """The probability that the model gave each token, having read those before it: (B, T) -> (B, T - 1), fp32."""
+    """The probability that the model gave each token, having read those before it: (B, T) -> (B, T - 1),
+    fp32."""
     ids = input_ids.to(model.device)
     return model(ids[:, :-1]).float().softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)

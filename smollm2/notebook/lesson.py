@@ -1,4 +1,5 @@
-"""What makes a notebook a lesson: visible checks and predictions that are scored. Plain text, so it works everywhere."""
+"""What makes a notebook a lesson: visible checks and predictions that are scored. Plain text, so it works
+everywhere."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ class CheckFailed(AssertionError):
 
 
 def largest(difference) -> float:
-    """Largest absolute value of a number, tensor or array; NaN when any entry is NaN, 0 for nothing to compare."""
+    """Largest absolute value of a number, tensor or array; NaN when any entry is NaN, 0 for nothing to
+    compare."""
     values = torch.as_tensor(difference).detach().cpu().double().abs()
     return values.max().item() if values.numel() else 0.0
 
@@ -26,10 +28,11 @@ def _figure(value: float) -> str:
 
 
 def check(name: str, difference, tolerance: float = 0.0, likely: str = "") -> None:
-    """Print `✔ name: max|difference| = 3.1e-06 (tolerance 1e-04)`; of whole numbers and booleans `✔ name` alone.
+    """Print `✔ name: max|difference| = 3.1e-06 (tolerance 1e-04)`; of whole numbers and booleans `✔ name`
+    alone.
 
-    `difference` is a number, tensor or array that should be zero, or False. Raises `CheckFailed` when it exceeds
-    `tolerance` or is NaN; `likely` names the likely mistake there. `name` says what holds.
+    `difference` is a number, tensor or array that should be zero, or False. Raises `CheckFailed` when it
+    exceeds `tolerance` or is NaN; `likely` names the likely mistake there. `name` says what holds.
     """
     size = largest(difference)
     found = f"max|difference| = {_figure(size)}"
@@ -44,7 +47,8 @@ def check(name: str, difference, tolerance: float = 0.0, likely: str = "") -> No
 
 
 def check_fails(name: str, action: Callable[[], object]) -> None:
-    """Print `✔ name` when `action` trips a check, as a planted bug must; raises `CheckFailed` when it does not."""
+    """Print `✔ name` when `action` trips a check, as a planted bug must; raises `CheckFailed` when it does
+    not."""
     try:
         action()
     except CheckFailed as failure:
@@ -62,9 +66,11 @@ def _points(guess, answer, within: float) -> float:
 
 
 def predict(question: str, guess, answer, *, within: float = 0.1, unit: str = "", why: str = "") -> None:
-    """Score a prediction: 1 point within `within` (relative) of the answer, 0.5 within a factor of two, else 0.
+    """Score a prediction: 1 point within `within` (relative) of the answer, 0.5 within a factor of two, else
+    0.
 
-    With `guess=None` (or "?") it only asks; answer and explanation (`why`) stay closed. Words are compared as words.
+    With `guess=None` (or "?") it only asks; answer and explanation (`why`) stay closed. Words are compared as
+    words.
     """
     print(textwrap.fill(f"? {question}", WIDTH, subsequent_indent="  "))
     _scores[question] = 0.0

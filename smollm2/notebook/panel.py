@@ -1,8 +1,9 @@
-"""One live display of a training run in a notebook: numbers, loss curve, what is safe where, and samples over time.
+"""One live display of a training run in a notebook: numbers, loss curve, what is safe where, and samples over
+time.
 
 * A single display, updated in place at most once a second, always from the thread that trains: Colab does not
-  show what other threads display, and a signal handler must not display at all. So events only note what they say,
-  and the next step shows it.
+  show what other threads display, and a signal handler must not display at all. So events only note what they
+  say, and the next step shows it.
 * The chart is SVG: drawing a picture with matplotlib every second would cost a tenth of a small CPU.
 * `live_panel` gives plain python a reporter that prints lines instead.
 """
@@ -29,7 +30,8 @@ MAX_POINTS = 340  # of the curve: one for every other pixel
 SHOWN_MESSAGES = 7
 LATEST_SAMPLES = 4  # shown of each prompt, beside the first
 SAMPLE_CHARACTERS = 220
-# The panel names its colours and has no table: Jupyter's dark theme would put dark stripes behind the rows of one.
+# The panel names its colours and has no table: Jupyter's dark theme would put dark stripes behind the rows of
+# one.
 FRAME = (
     "background:#fff;color:#111;font:13px/1.45 system-ui,sans-serif;padding:10px 12px;max-width:720px;"
     "border:1px solid #ccc;overflow-wrap:anywhere"
@@ -40,7 +42,8 @@ GRID = '<div style="display:grid;grid-template-columns:max-content auto;gap:1px 
 def live_panel(logs: str | Path) -> Reporter:
     """What to pass as `train(config, reporter=...)`: a `LivePanel` in a notebook, lines elsewhere.
 
-    `logs` is the run's log folder. Call its `end()` once more after `train`: the last copy to Drive lands after that.
+    `logs` is the run's log folder. Call its `end()` once more after `train`: the last copy to Drive lands
+    after that.
     """
     return LivePanel(logs) if plots.in_notebook() else TerminalReporter()
 
@@ -160,7 +163,7 @@ class LivePanel(Reporter):
         return f'<div style="{FRAME}">{"".join(parts)}<small>{notes}</small></div>'
 
     def _chart(self) -> str:
-        """The loss curve as SVG in its own units, stretched to the panel's width; held-out losses are dots."""
+        """The loss curve as SVG in its own units, as wide as the panel; held-out losses are dots."""
         train = [(step, loss) for step, loss in self.losses if math.isfinite(loss)]
         held_out = [(step, loss) for step, loss, _ in self.validations if math.isfinite(loss)]
         if len(train) < 2:
@@ -176,7 +179,8 @@ class LivePanel(Reporter):
             f'<svg role="img" aria-label="{alt}" viewBox="0 0 {last} {max(high - low, 1e-3):.4f}"'
             ' preserveAspectRatio="none" style="width:100%;height:140px;overflow:visible;margin-top:8px">'
             f'<polyline points="{curve}" {line}="{plots.BLUE}" stroke-width="1.5"/>'
-            f'<path d="{dots}" {line}="{plots.ORANGE}" stroke-width="8"/></svg><small>loss, {high:.2f} (top) to'
+            f'<path d="{dots}" {line}="{plots.ORANGE}" stroke-width="8"/></svg>'
+            f"<small>loss, {high:.2f} (top) to"
             f" {low:.2f} nats per token, against steps 0 to {last:,}; dots: held-out text</small>"
         )
 

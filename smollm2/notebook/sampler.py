@@ -1,8 +1,10 @@
-"""A live panel that writes with a model: greedy, temperature, top-k, top-p, min-p, and the next token as bars.
+"""A live panel that writes with a model: greedy, temperature, top-k, top-p, min-p, and the next token as
+bars.
 
-Text streams from inside the button's callback, in the main thread. While it runs no other button can answer, so what
-stops it early is the notebook's interrupt (■, in Colab also Runtime > Interrupt execution): what is written stays.
-Every callback is a plain method that tests call; only a `UserError` (a prompt too long) becomes a line in the panel.
+Text streams from inside the button's callback, in the main thread. While it runs no other button can answer,
+so what stops it early is the notebook's interrupt (■, in Colab also Runtime > Interrupt execution): what is
+written stays. Every callback is a plain method that tests call; only a `UserError` (a prompt too long)
+becomes a line in the panel.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ REDRAW_SECONDS = 0.1  # between two updates of the text while it streams
 
 
 class Sampler:
-    """The panel's controls and callbacks: `box` is the widget, `tokens` the page as (id, its probability) pairs; tokens of
-    the prompt have None."""
+    """The panel's controls and callbacks: `box` is the widget, `tokens` the page as (id, its probability)
+    pairs; tokens of the prompt have None."""
 
     def __init__(self, model, tokenizer, prompt: str = "Once upon a time", new_tokens: int = 40):
         self.model, self.tokenizer, self.tokens = model, tokenizer, []
@@ -115,7 +117,8 @@ class Sampler:
 
 
 def show(model, tokenizer, **settings) -> Sampler:
-    """Show the panel with what its default settings write; where no widget can live, that text and the bars after it."""
+    """Show the panel with what its default settings write; where no widget can live, that text and the bars
+    after it."""
     panel = Sampler(model, tokenizer, **settings)
     panel.write()
     text = f"[text] {panel.twin}\n{plots.figure_text(panel.alt)}"

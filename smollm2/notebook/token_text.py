@@ -1,18 +1,19 @@
-"""A token as text: the bytes it stands for, and a word that can be shown. No figures, so a web page can use it too."""
+"""A token as text: the bytes it stands for, and a word that can be shown. No figures, so a web page can use
+it too."""
 
 from __future__ import annotations
 
 import re
 
-# Byte-level BPE writes every byte as one printable character (Radford et al. 2019): those that are printable as they
-# are, the others as the characters from 256 on.
+# Byte-level BPE writes every byte as one printable character (Radford et al. 2019): those that are printable
+# as they are, the others as the characters from 256 on.
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
 BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + n): byte for n, byte in enumerate(_OTHERS)}
 
 
 def spelled(tokenizer, token_id: int) -> bytes:
-    """The bytes of text that a token stands for, in a byte-level vocabulary or in SentencePiece's spelling."""
+    """The bytes of text that a token stands for, in a byte-level vocabulary or SentencePiece's spelling."""
     name = tokenizer.token(token_id)
     if re.fullmatch("<0x[0-9A-F]{2}>", name):
         return bytes.fromhex(name[3:5])
@@ -22,7 +23,8 @@ def spelled(tokenizer, token_id: int) -> bytes:
 
 
 def visible(raw: bytes) -> str:
-    """Bytes as a label: blanks as `·`, line breaks as `↵`, half a character and what cannot be printed as hex."""
+    """Bytes as a label: blanks as `·`, line breaks as `↵`, half a character and what cannot be printed as
+    hex."""
     try:
         text = raw.decode().replace(" ", "·").replace("\n", "↵")
     except UnicodeDecodeError:

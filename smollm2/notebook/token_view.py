@@ -1,4 +1,5 @@
-"""Tokens as a reader sees them: coloured by the probability they had, and the next one's distribution as bars."""
+"""Tokens as a reader sees them: coloured by the probability they had, and the next one's distribution as
+bars."""
 
 from __future__ import annotations
 
@@ -51,7 +52,8 @@ def coloured(tokenizer, ids: Sequence[int], probabilities: Sequence[float | None
 
 
 def bars(tokenizer, logits: torch.Tensor, options: dict, title: str, top: int = 10):
-    """(figure, alt text) of the next token: logits (V,) -> the model's own probabilities and those sampled from.
+    """(figure, alt text) of the next token: logits (V,) -> the model's own probabilities and those sampled
+    from.
 
     `options` are temperature (0: greedy), top_k, top_p and min_p of `smollm2.sampling.stream`.
     """
