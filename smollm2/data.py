@@ -31,6 +31,7 @@ from .text import END_OF_TEXT, documents, read_split, source_identity, split_byt
 from .tokenizer import Tokenizer
 
 FORMAT = 1
+MANY_PASSES = 5  # over a small text; measured in docs/log.md
 MARKUP = {".json", ".jsonl", ".csv", ".tsv", ".html", ".htm", ".xml"}
 
 
@@ -150,6 +151,22 @@ def check_length(data: TokenData, sequence_length: int, path: str | Path) -> Non
         raise DataError(f"{wrong}; use a longer text or --set data.sequence_length={max(2, count // 2)}")
     if len(data.val.tokens) < 2:
         raise DataError(f"{path}: the held-out part has {len(data.val.tokens)} tokens; use a longer text")
+
+
+def note_on_passes(steps: int, passes_per_step: float) -> str | None:
+    """A word where a run would read its text too often to learn from it, or hardly at all."""
+    passes = steps * passes_per_step
+    if passes > MANY_PASSES:
+        better = max(1, int(MANY_PASSES / passes_per_step))
+        return (
+            f"note: {steps:,} steps read this text {passes:.0f} times; after about {MANY_PASSES} it is learned "
+            "by heart rather than learned from: more text (--input_file, --dataset) or about "
+            f"{better:,} steps do better"
+        )
+    if passes < 0.5:
+        once = int(1 / passes_per_step)
+        return f"note: {steps:,} steps read {passes:.1%} of this text; --max_steps {once:,} read it once"
+    return None
 
 
 # --- batches ------------------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from .config import DataConfig, PlaceConfig, RunConfig, problems
-from .errors import CheckpointError, ConfigError
+from .config import DataConfig, PlaceConfig, problems
+from .errors import CheckpointError
 from .weights import read_table
 
 
@@ -50,27 +50,5 @@ def whereabouts(run: PlaceConfig, is_here: bool) -> tuple[str, str]:
             "choose another --output_dir, or start anew with --resume never",
         )
     place = f"--output_dir {run.output_dir}" if is_here else f"--drive_dir {run.drive_dir}"
-    return (
-        place,
-        "choose another --output_dir and another --drive_dir",
-    )  # --resume never refuses a Drive folder that holds a run
-
-
-def check_origin(
-    began_with: str | None, saved_model: dict[str, Any] | None, config: RunConfig, place: str, way_out: str
-) -> None:
-    """Raises `ConfigError` when other weights are asked for than those the run began with (a resume would not
-    read them), or when theirs is the shape of the run and they are not named. `place`, `way_out`: see
-    `whereabouts`."""
-    asked = config.run.init_from
-    if asked and origin_name(asked) != began_with:
-        raise ConfigError(
-            f"run.init_from={asked}: the run in {place} began with {began_with or 'random weights'}; leave "
-            f"it out, or {way_out}"
-        )
-    if began_with and not asked and saved_model != config.model.model_dump(mode="json"):
-        source = began_with if "/" in began_with else f"FOLDER, the one called {began_with}"
-        raise ConfigError(
-            f"the run in {place} began with the weights of {began_with} and has their shape: pass --set "
-            f"run.init_from={source}, again; or {way_out}"
-        )
+    # --resume never refuses a Drive folder that holds a run
+    return place, "choose another --output_dir and another --drive_dir"

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from . import __version__
 from .checkpoint import FINAL_NAMES, MANIFEST, Manifest, candidates, newest_usable, verify
 from .config import RunConfig, TrainConfig, problems
-from .data import TokenData, check_length, identity_key, prepare_tokens
+from .data import TokenData, check_length, identity_key, note_on_passes, prepare_tokens
 from .dataset import dataset_to_text
 from .device import (
     Precision,
@@ -41,7 +41,7 @@ from .folder import absent_folders, clear, locked_folder, set_aside, tidy
 from .logs import CHECKPOINTS, Logs
 from .model import SmolLM2
 from .optim import Schedule, moments_by_name
-from .origin import origin_name, published_base
+from .origin import origin_name, published_base, whereabouts
 from .parameters import parameter_count
 from .progress import Reporter
 from .saver import Saver, check_space
@@ -60,7 +60,6 @@ from .weights import (
 from .workers import announce_open, check_workers, is_first_worker, wait_until_open
 
 BPE_TRAINING_PIECES = 64  # of about 1 MiB each: enough for any vocabulary
-MANY_PASSES = 5  # over a small text; measured in docs/log.md
 
 Say = Callable[[str], None]
 
@@ -124,6 +123,8 @@ class Run:
     def save(self, name: str, state: TrainState, model: SmolLM2, optimizer: torch.optim.Optimizer) -> None:
         """Hand everything to the saver as the checkpoint `name`; returns as soon as the copies are made."""
         config = self.config
+        if not self.is_first_worker:
+            return
         try:
             state.log_lines = self.logs.line_counts()
         except OSError as error:  # a checkpoint must not be ahead of its logs
@@ -228,7 +229,7 @@ def _open(config: RunConfig, device: torch.device, reporter: Reporter, is_first:
             f"{config.model.max_position_embeddings:,}, RoPE theta {config.model.rope_theta:,.0f}"
         )
         say(f"device: {device_name(device)}; precision {precision.name}: {precision.reason}")
-        place, way_out = _whereabouts(config, is_here=bool(candidates(checkpoint_dir)))
+        place, way_out = whereabouts(config.run, is_here=bool(candidates(checkpoint_dir)))
         newest = _find_newest(config, say, is_first)
         tokenizer = _choose_tokenizer(config, newest, way_out, say)
         config = _with_token_ids(config, tokenizer)
@@ -237,7 +238,10 @@ def _open(config: RunConfig, device: torch.device, reporter: Reporter, is_first:
         if newest:
             check_unchanged(state, config, *(began_with or [None]), place, way_out)
         data = _prepare_data(config, tokenizer, newest, way_out, say)
-        _say_passes(config, len(data.train.tokens), say)
+        steps = config.train.max_steps + config.train.continue_steps
+        rate = config.train.batch_size * config.data.sequence_length / len(data.train.tokens)
+        if note := note_on_passes(steps, rate):
+            say(note)
         run_id = sha256_json([fixed_settings(config), data.sha256, *began_with])[:16]
         saver = Saver(checkpoint_dir, newest.run_id if newest else run_id, config.train.keep_last, newest)
         copied: deque[int] = deque()
@@ -298,22 +302,6 @@ def _with_text(config: RunConfig, say: Say) -> RunConfig:
     folder = Path(config.run.output_dir) / "data"
     path = dataset_to_text(data.dataset, folder, data.dataset_tokens, data.dataset_column, say)
     return config.model_copy(update={"data": data.model_copy(update={"input_file": str(path)})})
-
-
-def _whereabouts(config: RunConfig, is_here: bool) -> tuple[str, str]:
-    """Where the run lies that is found (in the output folder, or on Drive alone), and how to begin another
-    one."""
-    place = config.run
-    if place.drive_dir is None:
-        return (
-            f"--output_dir {place.output_dir}",
-            "choose another --output_dir, or start anew with --resume never",
-        )
-    found = f"--output_dir {place.output_dir}" if is_here else f"--drive_dir {place.drive_dir}"
-    return (
-        found,
-        "choose another --output_dir and another --drive_dir",
-    )  # --resume never refuses a Drive that holds a run
 
 
 def _find_newest(config: RunConfig, say: Say, is_first: bool) -> Manifest | None:
@@ -404,22 +392,6 @@ def _prepare_data(
         f"{len(data.val.tokens):,} held out ({data.val.text_bytes:,} bytes)"
     )
     return data
-
-
-def _say_passes(config: RunConfig, count: int, say: Say) -> None:
-    """A word where the run would read its text too often to learn from it, or hardly at all."""
-    steps = config.train.max_steps + config.train.continue_steps
-    tokens_per_step = config.train.batch_size * config.data.sequence_length
-    passes = steps * tokens_per_step / count
-    if passes > MANY_PASSES:
-        say(
-            f"note: {steps:,} steps read this text {passes:.0f} times; after about {MANY_PASSES} it is "
-            "learned by heart rather than learned from: more text (--input_file, --dataset) or about "
-            f"{max(1, MANY_PASSES * count // tokens_per_step):,} steps do better"
-        )
-    elif passes < 0.5:
-        once = count // tokens_per_step
-        say(f"note: {steps:,} steps read {passes:.1%} of this text; --max_steps {once:,} read it once")
 
 
 def _check_space(config: RunConfig, saver: Saver, tokenizer_bytes: int, say: Say) -> None:

@@ -40,8 +40,7 @@ SPEED_WINDOW = 20  # steps that tokens/s is the mean of
 
 
 class TrainingLoop(pl.LightningModule):
-    """One phase of a run, from wherever `state` stands to step `target`, which ends as the folder
-    `final_name`."""
+    """One phase of a run, from where `state` stands to step `target`, saved there as `final_name`."""
 
     def __init__(
         self, run: Run, model: SmolLM2, state: TrainState, moments: dict[str, torch.Tensor], target: int,
@@ -62,8 +61,7 @@ class TrainingLoop(pl.LightningModule):
     def configure_optimizers(self):
         self.optimizer = make_optimizer(self.model, self.settings)
         load_moments(self.model, self.optimizer, self._moments, self.state.step)
-        # else the copies (1.08 GB at 135M) would live as long as the caller's name for them
-        self._moments.clear()
+        self._moments.clear()  # the caller's name for them would keep 1.08 GB alive at 135M
         self.scaler = make_scaler(self.run.device.type, self.run.precision.needs_scaler, self.state.scaler)
         return self.optimizer
 
@@ -77,9 +75,7 @@ class TrainingLoop(pl.LightningModule):
         """batch (rows, sequence_length + 1) int64: this worker's rows of one optimizer step."""
         began = time.monotonic()
         state, train, run = self.state, self.settings, self.run
-
-        # forward and backward, then the check: a bad update is skipped, its batch is used up, the step does
-        # not count
+        # forward, backward, check: a skipped update uses up its batch, and its step does not count
         loss = self.gradients(batch)
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), train.gradient_clip_norm)
@@ -87,7 +83,6 @@ class TrainingLoop(pl.LightningModule):
         reason = self.guard.verdict(loss, norm, state.position)
         state.position += 1
         state.guard = self.guard.state()
-
         # the update
         is_applied = reason is None
         if is_applied:
@@ -96,9 +91,7 @@ class TrainingLoop(pl.LightningModule):
             state.step += 1
         state.scaler = update_scale(self.scaler)
         self.optimizer.zero_grad(set_to_none=True)
-
-        # what is due at this step, and only then the save: what was saved is never done again, what was not
-        # is
+        # what is due comes before the save: what is saved is never done again
         if is_applied:
             self._durations.append(time.monotonic() - began)
             self.log_step(loss, norm)
@@ -114,22 +107,22 @@ class TrainingLoop(pl.LightningModule):
         if run.world_size == 1:
             stopped_by = self.heard()  # nobody to agree with: what came during this step counts, too
         if is_last or stopped_by or self.save_is_due(is_applied, improved):
-            self.save(self.final_name if is_last else step_name(state.step))
+            self._saved_at = time.monotonic()
+            run.save(self.final_name if is_last else step_name(state.step), state, self.model, self.optimizer)
         run.report_saves()
         if stopped_by:
             self.signals.received = stopped_by  # on every worker, also if the signal has reached only one
         self.trainer.should_stop |= bool(is_last or stopped_by)
 
     def gradients(self, batch: torch.Tensor) -> torch.Tensor:
-        """Accumulate the gradients of all rows; after running out of memory, halve the micro-batch and redo
-        them all. Returns the mean loss in nats a token."""
+        """Of all rows; after running out of memory, halve the micro-batch and redo them all. Returns the mean
+        loss in nats a token."""
         while True:
             try:
                 return self.accumulate(batch)
             except torch.OutOfMemoryError as error:
                 reason = str(error)[:160]
-            # behind the handler: inside it the traceback still holds the activations, and next to nothing
-            # would be freed
+            # behind the handler: inside it the traceback still holds the activations
             self.optimizer.zero_grad(set_to_none=True)
             if self.run.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -158,20 +151,17 @@ class TrainingLoop(pl.LightningModule):
         return total
 
     def agree(self, loss: torch.Tensor, norm: torch.Tensor) -> tuple[float, float, int]:
-        """(loss, gradient norm, signal number or 0), the same on every worker: one exchange, one transfer a
-        step."""
+        """(loss, gradient norm, signal number or 0), the same on every worker, by one exchange a step."""
         mine = torch.stack((loss.double(), norm.double(), loss.new_tensor(self.heard(), dtype=torch.float64)))
         if self.run.world_size == 1:
             loss, norm, received = mine.tolist()
         else:
-            said = self.trainer.strategy.all_gather(
-                mine
-            )  # (workers, 3); the norm is the same on each already
+            said = self.trainer.strategy.all_gather(mine)  # (workers, 3); the norms are alike already
             (loss, norm), received = said[:, :2].mean(0).tolist(), said[:, 2].max().item()
         return loss, norm, int(received)
 
     def heard(self) -> int:
-        """Number of the signal that asks this process to stop; 0 for none."""
+        """The signal that asks this process to stop; 0 for none."""
         return self.signals.received or (LOST_READER if self.run.reporter.is_lost else 0)
 
     # --- what is due at a step
@@ -194,9 +184,10 @@ class TrainingLoop(pl.LightningModule):
             self.record(logs.METRICS, tokens_per_second=round(speed, 1), **logs.resources(run.device))
 
     def log_skip(self, reason: str) -> None:
-        position = self.state.position - 1
-        what = f"step {self.state.step}: update skipped ({reason})"
-        self.run.say(f"{what}; the step does not count, batch {position} is used up")
+        step, position = self.state.step, self.state.position - 1
+        self.run.say(
+            f"step {step}: update skipped ({reason}); it does not count, batch {position} is used up"
+        )
         self.record(logs.CHECKPOINTS, event="skipped", position=position, reason=reason)
 
     def log_epoch(self, loss: float, is_applied: bool) -> None:
@@ -215,7 +206,7 @@ class TrainingLoop(pl.LightningModule):
 
     @torch.compiler.set_stance("force_eager")  # see `sample`
     def validate(self) -> bool:
-        """Score the held-out text, each worker its share of it; returns whether it is the best so far."""
+        """Score the held-out text, on every worker alike; returns whether it is the best so far."""
         state, run, val = self.state, self.run, self.run.data.val
         score = score_tokens(
             self.model, val.tokens, val.text_bytes,
@@ -223,8 +214,8 @@ class TrainingLoop(pl.LightningModule):
             max_tokens=None if state.step >= self.target else self.settings.val_max_tokens,
             autocast=lambda: autocast(run.precision, run.device),
         )  # fmt: skip
-        best, bits = state.best.get("bits_per_byte", math.inf), score.bits_per_byte
-        improved = math.isfinite(bits) and bits < best
+        bits = score.bits_per_byte
+        improved = math.isfinite(bits) and bits < state.best.get("bits_per_byte", math.inf)
         if improved:
             state.best = {"step": state.step, "bits_per_byte": bits}
         self.result.validations.append((state.step, score.loss, bits))
@@ -237,8 +228,7 @@ class TrainingLoop(pl.LightningModule):
     # and whether a step runs compiled would then depend on the samples taken before it in this process.
     @torch.compiler.set_stance("force_eager")
     def sample(self) -> None:
-        """Continue the fixed prompts. The sampler has its own seeded generator: training's randomness is
-        untouched."""
+        """Continue the fixed prompts, with a generator of their own: training's randomness is untouched."""
         if not self.run.is_first_worker:
             return
         self.model.eval()
@@ -252,19 +242,11 @@ class TrainingLoop(pl.LightningModule):
         self.model.train()
 
     def save_is_due(self, is_applied: bool, improved: bool) -> bool:
-        """By steps where asked for, else by the clock; a best model so far waits for a quarter of the time
-        alone."""
+        """By steps where asked for, else by the clock; a best model so far waits a quarter of the time."""
         every, seconds = self.settings.save_every, self.settings.save_every_seconds
-        if is_applied and every is not None and self.state.step % every == 0:
-            return True
-        return seconds is not None and time.monotonic() - self._saved_at >= (
-            seconds / 4 if improved else seconds
-        )
-
-    def save(self, name: str) -> None:
-        self._saved_at = time.monotonic()
-        if self.run.is_first_worker:
-            self.run.save(name, self.state, self.model, self.optimizer)
+        waited = time.monotonic() - self._saved_at
+        by_clock = seconds is not None and waited >= (seconds / 4 if improved else seconds)
+        return by_clock or (is_applied and every is not None and self.state.step % every == 0)
 
     def on_train_end(self) -> None:
         """Inside the fit: afterwards Lightning moves everything to the CPU."""
@@ -279,10 +261,8 @@ def run_phase(run: Run, target: int, final_name: str, signals: StopSignals, resu
     """Train from the newest checkpoint (or from nothing) to step `target` with a fresh trainer."""
     model, state, moments = load(run)
     if run.config.train.compile:
-        for (
-            layer
-        ) in model.model.layers:  # a second size would make dynamic graphs, which no resumed process has
-            layer.compile(dynamic=False)
+        for layer in model.model.layers:
+            layer.compile(dynamic=False)  # else a second size makes graphs that no resumed process has
     loop = TrainingLoop(run, model, state, moments, target, final_name, signals, result)
     trainer = make_trainer(run.config.run, run.device)
     rank, world = trainer.global_rank, run.world_size
@@ -298,10 +278,9 @@ def run_phase(run: Run, target: int, final_name: str, signals: StopSignals, resu
 def train(config: RunConfig, reporter: Reporter | None = None) -> TrainResult:
     """Train as `config` says, or continue where the output directory stands.
 
-    The first phase ends at `train.max_steps` with `final_model.ckpt`; with `train.continue_steps` a fresh
-    trainer resumes from that file and ends with `final_continued_model.ckpt`. Ctrl-C, SIGTERM and SIGHUP
-    finish the step, save and return (`result.stopped_by`). Raises `UserError` subclasses; their `exit_code`
-    says which kind.
+    Ends at `train.max_steps` with `final_model.ckpt`; with `train.continue_steps` a fresh trainer resumes
+    from that and ends with `final_continued_model.ckpt`. Ctrl-C, SIGTERM and SIGHUP finish the step, save and
+    return (`result.stopped_by`). Raises `UserError` subclasses; their `exit_code` says which kind.
     """
     began, result, reporter = time.monotonic(), TrainResult(), reporter or TerminalReporter()
     signals = StopSignals(reporter.message)
