@@ -70,10 +70,10 @@ from smollm2.logs import SAMPLES, read_log
 from smollm2.notebook import lesson, sampler, token_view
 from smollm2.notebook.inspect_model import logit_lens, look_inside, token_probabilities
 from smollm2.notebook.own_run import own_run, untrained
-from smollm2.notebook.token_text import percent, piece
 from smollm2.pretrained import load_model_and_tokenizer
 from smollm2.sampling import complete, next_token_probabilities, prompt_ids, stream
 from smollm2.text import SEPARATOR, documents, read_split
+from smollm2.token_text import percent, piece
 
 SMOKE = colab.is_smoke()
 PROMPT = "Once upon a time"

@@ -73,10 +73,10 @@ from smollm2.notebook.inspect_model import token_probabilities
 from smollm2.notebook.ngram import NGram
 from smollm2.notebook.own_run import best_seen, own_run, recorded
 from smollm2.notebook.panel import live_panel
-from smollm2.notebook.token_text import spelled, visible
 from smollm2.pretrained import load_model_and_tokenizer
 from smollm2.sampling import prompt_ids
 from smollm2.text import documents, read_split
+from smollm2.token_text import spelled, visible
 
 SMOKE = colab.is_smoke()
 TEXT = REPO / "input.txt"

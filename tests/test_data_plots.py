@@ -6,8 +6,8 @@ import warnings
 
 import pytest
 
-from smollm2 import plots
-from smollm2.notebook import data_plots, token_text
+from smollm2 import plots, token_text
+from smollm2.notebook import data_plots
 from smollm2.tokenizer import Tokenizer
 
 TEXTS = [

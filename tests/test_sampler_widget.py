@@ -6,8 +6,9 @@ import pytest
 import torch
 from tiny_models import tiny_model, tiny_tokenizer
 
+from smollm2 import token_text
 from smollm2.notebook import sampler as sampler_module
-from smollm2.notebook import token_text, token_view
+from smollm2.notebook import token_view
 from smollm2.notebook.sampler import Sampler, show
 from smollm2.sampling import complete, next_token_probabilities
 

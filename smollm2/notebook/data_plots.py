@@ -7,7 +7,7 @@ from itertools import groupby
 from matplotlib.patches import Rectangle
 
 from .. import plots
-from .token_text import piece
+from ..token_text import piece
 
 TINTS = ["#cfe6f5", "#fde7c2", "#cdebdf", "#f8d5c2", "#ead9e6"]  # pale: black text stays readable on each
 CHARACTERS_PER_LINE = 72

@@ -10,7 +10,7 @@ import torch
 
 from .. import plots
 from ..sampling import next_token_probabilities
-from .token_text import percent, piece
+from ..token_text import percent, piece
 
 # (probability below which it holds, background, text, in words): dark = the model was surprised
 SHADES = [
