@@ -1,47 +1,58 @@
-"""What stands between a model and strangers: limits on every request, one writer at a time, and an API for scripts.
+"""What stands between a model and strangers: limits on every request, one text at a time, an API for scripts.
 
 Notable:
 * everything is checked here, on the server: a browser's own limits bind nobody;
 * requests wait in one line of 16; the next one is told so with 503;
 * whoever leaves is noticed at the next token, and the model is free again;
-* prompts are neither logged nor kept, and no request can name a path: checkpoints are chosen by the names listed at start.
+* prompts are neither logged nor kept, and no request can name a path: checkpoints have names.
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import hmac
-import threading
+import re
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass
 from pathlib import Path
 
-import anyio
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from .checkpoint import candidates
 from .device import choose_device, inference_dtype
-from .errors import CheckpointError, UserError
-from .gate import Refused
-from .notebook.token_view import piece
+from .errors import UserError
 from .pretrained import load_model_and_tokenizer
 from .sampling import prompt_ids, stream
-from .tokenizer import StreamDecoder
-from .weights import resolve
 
+MAX_BODY_BYTES = 64 * 1024
 MAX_PROMPT_CHARACTERS = 8000
 MAX_NEW_TOKENS = 512
 WALL_SECONDS = 60.0
 MAX_WAITING = 16
 SHOWN_TOKENS = 10
-FULL = f"{MAX_WAITING} requests are waiting already: try again in a minute"
+OPEN_PATHS = ("/health", "/gradio_api/startup-events")  # Gradio asks for the second when it starts
+# what the page and scripts need: Gradio's uploads, files, proxy, deep links and direct calls do not exist
+PATHS = re.compile(
+    r"/|/(config|theme\.css|manifest\.json|favicon\.ico|robots\.txt|health|api/complete)"
+    r"|/(assets|static|svelte)(/[\w-][\w.-]*)+"
+    r"|/gradio_api/(info|app_id|startup-events|login_check|heartbeat/\w+|queue/(join|data)|cancel|reset)/?"
+)
+
+
+class Refused(UserError):
+    """A request outside the limits; `status` is the HTTP answer."""
+
+    def __init__(self, message: str, status: int = 422):
+        super().__init__(message)
+        self.status = status
 
 
 class Ask(BaseModel):
@@ -57,212 +68,138 @@ class Ask(BaseModel):
     top_p: float | None = Field(None, gt=0, le=1)
     min_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = Field(None, ge=0, lt=2**63)
-    stream: bool = False
-
-    @field_validator("prompt")
-    @classmethod
-    def _is_text(cls, value: str) -> str:
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            raise ValueError("half a character (a lone surrogate) is no text") from None
-        return value
 
 
-def parse(fields: dict | bytes) -> Ask:
-    """A request from a table or a JSON body; raises `Refused` with the first problem, which never repeats the input."""
+def parse(body: bytes | str) -> Ask:
+    """A request from JSON; raises `Refused` with the first problem, which never repeats the input."""
     try:
-        return Ask.model_validate(fields) if isinstance(fields, dict) else Ask.model_validate_json(fields)
+        return Ask.model_validate_json(body)
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False)[0]
-        where = (
-            str(problem["loc"][0])[:40]
-            if problem["loc"] and problem["loc"][0] in Ask.model_fields
-            else "request"
-        )
-        raise Refused(f"{where}: {problem['msg'][:200]}") from None
+        field = next((name for name in problem["loc"][:1] if name in Ask.model_fields), "request")
+        raise Refused(f"{field}: {problem['msg'][:200]}") from None
 
 
 class Models:
-    """The checkpoints that may be chosen, by name; the one used last stays loaded."""
+    """A checkpoint and its neighbours, to choose from by name. The one used last stays loaded.
 
-    def __init__(self, checkpoint: str | Path):
-        folder = resolve(checkpoint)
-        self.first = folder.name if Path(checkpoint).is_dir() else str(checkpoint)
-        siblings = candidates(folder.parent) if Path(checkpoint).is_dir() else []
-        self.folders = {self.first: folder} | {
-            path.name: path for path in siblings if (path / "model.safetensors").is_file()
-        }
-        self._lock = threading.Lock()
-        self._loaded: tuple[str, object, object] | None = None
-
-    def get(self, name: str | None = None):
-        """(model, tokenizer) of a checkpoint, loaded when it is not the last one; raises `Refused`."""
-        name = name or self.first
-        if name not in self.folders:
-            raise Refused(f"checkpoint: not one of {', '.join(sorted(self.folders))}", 404)
-        with self._lock:
-            if self._loaded is None or self._loaded[0] != name:
-                self._loaded = None  # free the old one first: two may not fit
-                device = choose_device()
-                try:
-                    self._loaded = (
-                        name,
-                        *load_model_and_tokenizer(
-                            self.folders[name], dtype=inference_dtype(device), device=device
-                        ),
-                    )
-                except (CheckpointError, OSError):
-                    raise Refused(
-                        f"checkpoint: {name} cannot be read any more; choose another", 404
-                    ) from None
-            return self._loaded[1:]
-
-
-@dataclass(frozen=True)
-class Step:
-    """The text so far, and at the first and last step what could come next: (token, probability), likeliest first.
-
-    `reason` is None until the end, then why it ended.
+    They write one text at a time.
     """
 
-    text: str
-    tokens: int
-    likely: list[tuple[str, float]] | None = None
-    reason: str | None = None
+    def __init__(self, folder: Path, name: str | None = None):
+        """`name` is what the folder is called where its own name says nothing."""
+        self.default = name or folder.name
+        self.folders = {self.default: folder} | {path.name: path for path in candidates(folder.parent)}
+        self.waiting = 0  # requests in line, the one that is being written included
+        self._turn = asyncio.Lock()
+        self._loaded: dict[str, tuple] = {}
 
+    def get(self, name: str | None = None):
+        """(model, tokenizer) of a checkpoint, loaded when it is not the last one; raises `UserError`."""
+        name = name or self.default
+        if name not in self.folders:
+            raise Refused(f"checkpoint: not one of {', '.join(sorted(self.folders))}", 404)
+        if name not in self._loaded:
+            self._loaded.clear()  # two may not fit
+            device = choose_device()
+            self._loaded[name] = load_model_and_tokenizer(self.folders[name], inference_dtype(device), device)
+        return self._loaded[name]
 
-def likely_tokens(tokenizer, logits: torch.Tensor) -> list[tuple[str, float]]:
-    """The likeliest next tokens as visible words, with the model's own probability (before temperature and filters)."""
-    probabilities = logits.float().softmax(-1)
-    top = probabilities.topk(min(SHOWN_TOKENS, probabilities.numel()))
-    rows: dict[str, float] = {}
-    for value, i in zip(top.values.tolist(), top.indices.tolist(), strict=True):
-        word = piece(tokenizer, i)
-        rows[f"{word} #{i}" if word in rows else word] = value
-    return list(rows.items())
-
-
-class Writer:
-    """Runs requests one after the other, in the order they came."""
-
-    def __init__(self, models: Models):
-        self.models, self.waiting = models, 0
-        self._turn = asyncio.Semaphore(1)
-
-    async def write(self, ask: Ask) -> AsyncIterator[Step]:
-        """Steps of one completion. Closing the iterator at any point frees the model; raises `Refused`."""
+    async def write(self, ask: Ask) -> AsyncIterator[dict]:
+        """The growing answer to a request: `text` and `tokens` so far, the `reason` why it ended (or None),
+        and `next`, at the first and the last step, what could come next. Closing it frees the model.
+        Raises `UserError`.
+        """
         if self.waiting >= MAX_WAITING:
-            raise Refused(FULL, 503)
+            raise Refused(f"{MAX_WAITING} requests are waiting already: try again in a minute", 503)
         self.waiting += 1
         try:
-            async with self._turn, aclosing(self._write(ask)) as steps:
-                async for step in steps:
-                    yield step
+            async with self._turn:
+                model, tokenizer = await run_in_threadpool(self.get, ask.checkpoint)
+                ids = await run_in_threadpool(prompt_ids, model, tokenizer, ask.prompt)
+                options = ask.model_dump(include={"temperature", "top_k", "top_p", "min_p", "seed"})
+                # one token more than asked for, never shown: its logits are what could come next
+                tokens = stream(model, torch.tensor([ids]), ask.max_new_tokens + 1, stop_ids=(), **options)
+                given, count, reason = len(tokenizer.decode(ids, skip_special_tokens=True)), 0, None
+                ends_at = time.monotonic() + WALL_SECONDS
+                async for token, logits in iterate_in_threadpool(tokens):
+                    if int(token) == model.config.eos_token_id:
+                        reason = "the text ended"
+                    elif time.monotonic() > ends_at:
+                        reason = f"stopped after {WALL_SECONDS:.0f} s"
+                    elif count == ask.max_new_tokens:
+                        reason = "length reached"
+                    likely = likely_tokens(tokenizer, ids, logits[0]) if reason or count == 0 else None
+                    if reason is None:
+                        ids, count = [*ids, int(token)], count + 1
+                    text = tokenizer.decode(ids, skip_special_tokens=True)[given:]
+                    # half a character at the end waits for its other half
+                    text = text if reason else text.rstrip("\ufffd")
+                    yield {"text": text, "tokens": count, "reason": reason, "next": likely}
+                    if reason:
+                        return
         finally:
             self.waiting -= 1
 
-    async def _write(self, ask: Ask) -> AsyncIterator[Step]:
-        model, tokenizer = await anyio.to_thread.run_sync(self.models.get, ask.checkpoint)
-        began = time.monotonic()
-        try:
-            ids = await anyio.to_thread.run_sync(prompt_ids, model, tokenizer, ask.prompt)
-        except UserError as error:
-            raise Refused(f"prompt: {error}") from None
-        options = {
-            "temperature": ask.temperature,
-            "top_k": ask.top_k,
-            "top_p": ask.top_p,
-            "min_p": ask.min_p,
-            "seed": ask.seed,
-        }
-        # one token more than asked for, never shown: its logits are what could come next
-        tokens = stream(model, torch.tensor([ids]), ask.max_new_tokens + 1, stop_ids=(), **options)
-        decoder, text, count = StreamDecoder(tokenizer, before=ids), "", 0
-        while True:
-            token, logits = await anyio.to_thread.run_sync(next, tokens)
-            is_end = int(token) == model.config.eos_token_id
-            is_late = time.monotonic() - began > WALL_SECONDS
-            if is_end or is_late or count == ask.max_new_tokens:
-                reason = (
-                    "the text ended"
-                    if is_end
-                    else f"stopped after {WALL_SECONDS:.0f} s"
-                    if is_late
-                    else "length reached"
-                )
-                yield Step(text + decoder.flush(), count, likely_tokens(tokenizer, logits[0]), reason)
-                return
-            if count == 0:
-                yield Step(text, count, likely_tokens(tokenizer, logits[0]))
-            text, count = text + decoder.push(int(token)), count + 1
-            yield Step(text, count)
+
+def likely_tokens(tokenizer, ids: list[int], logits: torch.Tensor) -> list[dict]:
+    """The likeliest tokens behind `ids` as visible words, with the model's own probability (no settings)."""
+    top = logits.float().softmax(-1).topk(min(SHOWN_TOKENS, logits.numel()))
+    before, rows = len(tokenizer.decode(ids)), []
+    for probability, i in zip(top.values.tolist(), top.indices.tolist(), strict=True):
+        word = tokenizer.decode([*ids, i])[before:]
+        if not word or "\ufffd" in word:  # half a character, or beyond the tokenizer's vocabulary
+            word = tokenizer.token(i) or f"#{i}"
+        word = word.replace(" ", "·").replace("\n", "↵")
+        rows.append({"token": word, "probability": round(probability, 6)})
+    return rows
 
 
-# --- the API for scripts ----------------------------------------------------------------------------------------------
-
-
-def is_allowed(request: Request, auth: tuple[str, str] | None) -> bool:
-    """Whether a request carries the user and password (HTTP Basic), where there are any."""
-    if auth is None:
-        return True
-    expected = base64.b64encode(":".join(auth).encode()).decode()
-    return hmac.compare_digest(
-        request.headers.get("authorization", "").encode(), f"Basic {expected}".encode()
-    )
-
-
-def api_routes(writer: Writer, auth: tuple[str, str] | None = None) -> list[Route]:
-    """`GET /health`, `GET /api/checkpoints`, `POST /api/complete`. Errors are JSON: {"error": "..."}."""
-
-    def error(message: str, status: int, **headers: str) -> JSONResponse:
-        return JSONResponse({"error": message}, status, headers)
+def app_options(models: Models, auth: str | None) -> dict:
+    """What makes a FastAPI application serve `GET /health` and `POST /api/complete`, behind `check`."""
 
     async def health(_: Request) -> Response:
-        return JSONResponse({"status": "ok", "waiting": writer.waiting})
-
-    async def checkpoints(request: Request) -> Response:
-        if not is_allowed(request, auth):
-            return error("user and password needed (HTTP Basic)", 401, **{"WWW-Authenticate": "Basic"})
-        return JSONResponse({"checkpoints": list(writer.models.folders), "default": writer.models.first})
+        return JSONResponse({"status": "ok", "waiting": models.waiting})
 
     async def complete(request: Request) -> Response:
-        if not is_allowed(request, auth):
-            return error("user and password needed (HTTP Basic)", 401, **{"WWW-Authenticate": "Basic"})
-        # application/json makes a browser ask first before another site's page may post here
-        if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
-            return error("expected Content-Type: application/json", 415)
-        steps = None
-        try:
-            ask = parse(await request.body())
-            steps = writer.write(ask)
-            first = await anext(steps)
-        except Refused as refused:
-            return error(str(refused), refused.status)
-        if ask.stream:
-            return StreamingResponse(pieces(first, steps), media_type="text/plain; charset=utf-8")
-        async with aclosing(steps):
-            last = first
+        async with aclosing(models.write(parse(await request.body()))) as steps:
             async for step in steps:
                 last = step
                 if await request.is_disconnected():
-                    return Response(status_code=499)  # nobody reads it
-        likely = [{"token": token, "probability": round(value, 6)} for token, value in last.likely or []]
-        return JSONResponse({"text": last.text, "tokens": last.tokens, "reason": last.reason, "next": likely})
+                    break  # nobody reads it
+        return JSONResponse(last)
 
-    return [
-        Route("/health", health, methods=["GET", "HEAD"]),
-        Route("/api/checkpoints", checkpoints, methods=["GET"]),
-        Route("/api/complete", complete, methods=["POST"]),
-    ]
+    def gate(app):
+        async def checked(scope, receive, send):
+            refused = check(Request(scope), auth) if scope["type"] == "http" else None
+            await (answer(None, refused) if refused else app)(scope, receive, send)
+
+        return checked
+
+    routes = [Route("/health", health), Route("/api/complete", complete, methods=["POST"])]
+    handlers = dict.fromkeys((UserError, OSError, ClientDisconnect, RequestValidationError), answer)
+    return {"routes": routes, "middleware": [Middleware(gate)], "exception_handlers": handlers}
 
 
-async def pieces(first: Step, steps: AsyncIterator[Step]) -> AsyncIterator[str]:
-    """The text of steps, each part once. Ends with the client's leaving: the server then closes this iterator."""
-    shown = len(first.text)
-    yield first.text
-    async with aclosing(steps):
-        async for step in steps:
-            if len(step.text) > shown:
-                yield step.text[shown:]
-                shown = len(step.text)
+def answer(_: Request | None, error: Exception) -> Response:
+    """An error as JSON. FastAPI's own answer to a broken body repeats it, and fails where it is no UTF-8."""
+    error = error if isinstance(error, UserError) else Refused("this cannot be answered")
+    status = getattr(error, "status", 422)
+    headers = {"WWW-Authenticate": 'Basic charset="UTF-8"'} if status == 401 else None
+    return JSONResponse({"error": str(error)}, status, headers)
+
+
+def check(request: Request, auth: str | None) -> Refused | None:
+    """The gate: the password (`auth` is the header that shows it), the paths, bodies of at most 64 KiB."""
+    path, headers = request.url.path, request.headers
+    shown = headers.get("authorization", "").encode()
+    if auth and path not in OPEN_PATHS and not hmac.compare_digest(shown, auth.encode()):
+        return Refused("user and password needed (HTTP Basic)", 401)
+    if not PATHS.fullmatch(path):
+        return Refused("no such page", 404)
+    if "transfer-encoding" in headers or int(headers.get("content-length", 0)) > MAX_BODY_BYTES:
+        return Refused(f"expected a body with a Content-Length of at most {MAX_BODY_BYTES // 1024} KiB", 413)
+    # application/json makes a browser ask first before another site's page may post here
+    if request.method == "POST" and not headers.get("content-type", "").startswith("application/json"):
+        return Refused("expected Content-Type: application/json", 415)
+    return None
