@@ -31,6 +31,9 @@ def basic_auth(text: str | None, share: bool) -> str | None:
 
 def import_gradio(folder: str, share: bool):
     """Gradio, whatever proxies and other users this machine has; raises `ConfigError`."""
+    os.environ["GRADIO_TEMP_DIR"] = folder  # it must write at its start; /tmp/gradio may be another user's
+    # Gradio calls its own address, and without --share nobody else: no proxy of any kind matters
+    os.environ["no_proxy"] = "127.0.0.1" if share else "*"
     try:
         import gradio
     except ImportError as error:

@@ -281,6 +281,30 @@ def test_a_taken_port_and_a_wrong_one_are_said(checkpoint):
                 app.launch(str(checkpoint), port=port)
 
 
+@pytest.mark.parametrize(
+    "surroundings",
+    [
+        {
+            "HTTP_PROXY": "http://127.0.0.1:9",
+            "https_proxy": "http://127.0.0.1:9",
+            "NO_PROXY": "fe80::/10,[::1",
+        },
+        {"ALL_PROXY": "socks5://127.0.0.1:9"},  # socksio is not installed
+        {"TMPDIR": "FOLDER", "GRADIO_TEMP_DIR": "FOLDER/gradio"},  # another user's
+    ],
+    ids=lambda surroundings: next(iter(surroundings)),
+)
+def test_the_page_starts_behind_a_proxy_and_beside_another_users_folder(checkpoint, tmp_path, surroundings):
+    (tmp_path / "gradio").touch()
+    clean = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
+    clean |= {name: value.replace("FOLDER", str(tmp_path)) for name, value in surroundings.items()}
+    command = [sys.executable, "-m", "smollm2.app", "--checkpoint", str(checkpoint)]
+    with subprocess.Popen(command, env=clean, stdout=subprocess.PIPE, text=True) as process:
+        said = process.stdout.readline()
+        process.kill()
+    assert said.startswith("the page is at http://127.0.0.1:")
+
+
 def test_what_cannot_be_imported_is_named(checkpoint, tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "gradio")
     monkeypatch.syspath_prepend(tmp_path)
