@@ -1,9 +1,8 @@
 """The web page: `python -m smollm2.app --checkpoint DIR`.
 
-Completion as it is written, its settings, what could come next, and a choice among the run's checkpoints. It
-answers to this machine only, unless `--share` opens a public tunnel, and that needs `--auth USER:PASSWORD`.
-All text in and out is plain text. The limits are in `serving.py`; a script can use `POST /api/complete`
-(README).
+Completion as it is written, its settings, what could come next, and a choice among the run's checkpoints.
+It answers to this machine only, unless `--share` opens a public tunnel; that needs `--auth USER:PASSWORD`.
+All text in and out is plain text. The limits are in `serving.py`; scripts use `POST /api/complete` (README).
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import base64
 import json
 import os
 import tempfile
-from pathlib import Path
 
 from .errors import ArgumentParser, ConfigError, UserError, run_command
 from .weights import resolve
@@ -21,28 +19,26 @@ MIN_PASSWORD_CHARACTERS = 8
 
 
 def basic_auth(text: str | None, share: bool) -> str | None:
-    """USER:PASSWORD -> the `Authorization` header that shows it. A public address without it raises
-    `ConfigError`."""
+    """USER:PASSWORD -> the `Authorization` header that shows it; raises `ConfigError`."""
     if text is None and not share:
         return None
     user, _, password = (text or "").partition(":")
     if not user or len(password) < MIN_PASSWORD_CHARACTERS:
-        expected = f"USER:PASSWORD, the password of at least {MIN_PASSWORD_CHARACTERS} characters"
-        raise ConfigError(f"--auth: expected {expected}; --share opens the page to everyone and needs it")
+        what = f"USER:PASSWORD with a password of {MIN_PASSWORD_CHARACTERS} or more characters"
+        raise ConfigError(f"--auth: expected {what}; --share, which opens the page to everyone, needs it")
     return "Basic " + base64.b64encode(text.encode()).decode()
 
 
-def import_gradio(share: bool):
-    """(Gradio, its folder), whatever proxies and other users this machine has; raises `ConfigError`."""
-    folder = tempfile.TemporaryDirectory(prefix="smollm2-page-")
-    os.environ["GRADIO_TEMP_DIR"] = folder.name  # the usual one, /tmp/gradio, may be another user's
-    # Gradio calls its own address; without --share it calls nobody else, so that no proxy of any kind matters
+def import_gradio(folder: str, share: bool):
+    """Gradio, whatever proxies and other users this machine has; raises `ConfigError`."""
+    os.environ["GRADIO_TEMP_DIR"] = folder  # it must write at its start; /tmp/gradio may be another user's
+    # Gradio calls its own address, and without --share nobody else: no proxy of any kind matters
     os.environ["no_proxy"] = "127.0.0.1" if share else "*"
     try:
         import gradio
     except ImportError as error:
-        raise ConfigError(f"the web page needs gradio>=6.24,<7 in working order: {error}") from None
-    return gradio, folder
+        raise ConfigError(f"the web page needs a working gradio>=6.24,<7 (extra: app): {error}") from None
+    return gradio
 
 
 def build_page(gr, models):
@@ -70,23 +66,21 @@ def build_page(gr, models):
         with gr.Row():
             with gr.Column(scale=3, min_width=320):
                 prompt = gr.Textbox(
-                    "Once upon a time", lines=3, max_lines=8,
-                    label="Type the beginning of a text; the model goes on",
-                    max_length=MAX_PROMPT_CHARACTERS, autofocus=True, elem_id="prompt",
+                    "Once upon a time", label="Type the beginning of a text; the model goes on", lines=3,
+                    max_lines=8, max_length=MAX_PROMPT_CHARACTERS, autofocus=True, elem_id="prompt",
                 )  # fmt: skip
                 with gr.Row():
                     go = gr.Button("Write", variant="primary", elem_id="write")
                     stop = gr.Button("Stop", elem_id="stop")
-                shown = {"interactive": False, "show_label": False}
-                text = gr.Textbox(lines=12, max_lines=30, buttons=["copy"], elem_id="text", **shown)
-                status = gr.Textbox("ready", container=False, elem_id="status", **shown)
+                text = gr.Textbox(label="Text", lines=12, interactive=False, buttons=["copy"], elem_id="text")
+                status = gr.Textbox("ready", show_label=False, interactive=False, elem_id="status")
             with gr.Column(scale=2, min_width=320):
                 likely = gr.Label(label="What could come next", show_heading=False, elem_id="likely")
                 with gr.Accordion("Settings", open=False, elem_id="settings"):
                     fields = {  # named as in `Ask`
                         "prompt": prompt,
                         "checkpoint": gr.Dropdown(
-                            list(models.folders), label="Checkpoint", elem_id="checkpoint"
+                            [*models.folders], label="Checkpoint", elem_id="checkpoint"
                         ),
                         "max_new_tokens": gr.Slider(1, MAX_NEW_TOKENS, 128, step=1, label="New tokens"),
                         "temperature": gr.Slider(0, 2, 0.8, label="Temperature", info="0: the likeliest"),
@@ -95,13 +89,12 @@ def build_page(gr, models):
                         "min_p": gr.Slider(0, 1, 0, step=0.05, label="Min-p", info="0: off"),
                         "seed": gr.Number(None, precision=0, label="Seed", info="same seed, same text"),
                     }
-        # preprocess=False: what a client sends is checked in one place, `parse`; Gradio's own checks log it
+        # preprocess=False: what a client sends is checked in one place, `parse`; Gradio's checks log it
         writing = gr.on(
             [go.click, prompt.submit], write, list(fields.values()), [text, status, likely], preprocess=False,
             show_progress="minimal", show_progress_on=status, api_visibility="private",
         )  # fmt: skip
-        # in the browser: it must answer while the queue is full; a moment later, or text still on its way
-        # would undo it
+        # in the browser: it must answer while the queue is full; later, or text on its way would undo it
         stopped = "() => new Promise(done => setTimeout(() => done('stopped'), 300))"
         stop.click(None, None, status, js=stopped, cancels=[writing], api_visibility="private")
     return page.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
@@ -111,32 +104,30 @@ def launch(checkpoint: str, port: int | None = None, share: bool = False, auth: 
     """Start the server in a thread and return (page, address). `page.close()` ends it. Raises `UserError`."""
     header = basic_auth(auth, share)
     folder = resolve(checkpoint)  # before the proxies are set aside: a Hub id may need them
-    gr, scratch = import_gradio(share)
-    from .serving import Models, app_options
+    # only Gradio's start writes there: nothing that the gate lets through makes it write a file
+    with tempfile.TemporaryDirectory() as scratch:
+        gr = import_gradio(scratch, share)
+        from .serving import Models, app_options
 
-    models = Models(folder, None if Path(checkpoint).is_dir() else checkpoint)
-    models.get()  # a checkpoint that cannot be read is told now
-    page = build_page(gr, models)
-    page.models, page.scratch = models, scratch  # the folder goes when nothing holds it any more
-    try:
-        _, local, public = page.launch(
-            server_name="127.0.0.1", server_port=port, share=share, prevent_thread_lock=True, quiet=True,
-            max_threads=8,
-            state_session_capacity=256, enable_monitoring=False, run_history=False, ssr_mode=False,
-            mcp_server=False,
-            num_workers=0, root_path="", footer_links=[], theme=gr.themes.Monochrome(font="system-ui"),
-            app_kwargs=app_options(models, header),
-        )  # fmt: skip
-    except (OSError, OverflowError) as error:
-        raise ConfigError(f"--port {port}: {error}") from None
+        models = Models(folder, None if os.path.isdir(checkpoint) else checkpoint)
+        models.get()  # a checkpoint that cannot be read is told now
+        page = build_page(gr, models)
+        page.models = models
+        try:
+            _, local, public = page.launch(
+                server_name="127.0.0.1", server_port=port, share=share, prevent_thread_lock=True, quiet=True,
+                max_threads=8, state_session_capacity=256, enable_monitoring=False, run_history=False,
+                ssr_mode=False, mcp_server=False, num_workers=0, root_path="", footer_links=[],
+                theme=gr.themes.Monochrome(font="system-ui"), app_kwargs=app_options(models, header),
+            )  # fmt: skip
+        except (OSError, OverflowError) as error:
+            raise ConfigError(f"--port {port}: {error}") from None
     return page, public or local
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = ArgumentParser(prog="python -m smollm2.app", description="A page to write with a trained model.")
-    parser.add_argument(
-        "--checkpoint", required=True, help="folder, or Hub id; its run's others can be chosen too"
-    )
+    parser.add_argument("--checkpoint", required=True, help="folder or Hub id; its run may have others")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
     parser.add_argument("--share", action="store_true", help="a public address for some days; needs --auth")
     parser.add_argument("--auth", metavar="USER:PASSWORD", help="ask everyone for this user and password")

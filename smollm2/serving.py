@@ -1,12 +1,10 @@
-"""What stands between a model and strangers: limits on every request, one writer at a time, and an API for
-scripts.
+"""What stands between a model and strangers: limits on every request, one text at a time, an API for scripts.
 
 Notable:
 * everything is checked here, on the server: a browser's own limits bind nobody;
 * requests wait in one line of 16; the next one is told so with 503;
 * whoever leaves is noticed at the next token, and the model is free again;
-* prompts are neither logged nor kept, and no request can name a path: checkpoints are chosen by the names
-  listed at start.
+* prompts are neither logged nor kept, and no request can name a path: checkpoints have names.
 """
 
 from __future__ import annotations
@@ -40,16 +38,12 @@ MAX_NEW_TOKENS = 512
 WALL_SECONDS = 60.0
 MAX_WAITING = 16
 SHOWN_TOKENS = 10
-OPEN_PATHS = (
-    "/health",
-    "/gradio_api/startup-events",
-)  # without a password; Gradio's start asks for the second
-# what the page and scripts need; Gradio's uploads, files, proxy, links and direct calls do not exist
+OPEN_PATHS = ("/health", "/gradio_api/startup-events")  # Gradio asks for the second when it starts
+# what the page and scripts need: Gradio's uploads, files, proxy, deep links and direct calls do not exist
 PATHS = re.compile(
     r"/|/(config|theme\.css|manifest\.json|favicon\.ico|robots\.txt|health|api/complete)"
     r"|/(assets|static|svelte)(/[\w-][\w.-]*)+"
-    r"|/gradio_api/(info|app_id|startup-events|login_check|heartbeat/\w+|queue/join|queue/data|cancel|reset)"
-    r"/?"
+    r"|/gradio_api/(info|app_id|startup-events|login_check|heartbeat/\w+|queue/(join|data)|cancel|reset)/?"
 )
 
 
@@ -87,8 +81,10 @@ def parse(body: bytes | str) -> Ask:
 
 
 class Models:
-    """A checkpoint folder and its neighbours, to choose from by name. The one used last stays loaded and
-    writes one text at a time."""
+    """A checkpoint and its neighbours, to choose from by name. The one used last stays loaded.
+
+    They write one text at a time.
+    """
 
     def __init__(self, folder: Path, name: str | None = None):
         """`name` is what the folder is called where its own name says nothing."""
@@ -110,8 +106,8 @@ class Models:
         return self._loaded[name]
 
     async def write(self, ask: Ask) -> AsyncIterator[dict]:
-        """The growing answer to a request: `text` and `tokens` so far, the `reason` why it ended (None until
-        then), and `next`, at the first and the last step what could come next. Closing it frees the model.
+        """The growing answer to a request: `text` and `tokens` so far, the `reason` why it ended (or None),
+        and `next`, at the first and the last step, what could come next. Closing it frees the model.
         Raises `UserError`.
         """
         if self.waiting >= MAX_WAITING:
@@ -147,8 +143,7 @@ class Models:
 
 
 def likely_tokens(tokenizer, ids: list[int], logits: torch.Tensor) -> list[dict]:
-    """The likeliest tokens behind `ids` as visible words, with the model's own probability (before
-    temperature and filters)."""
+    """The likeliest tokens behind `ids` as visible words, with the model's own probability (no settings)."""
     top = logits.float().softmax(-1).topk(min(SHOWN_TOKENS, logits.numel()))
     before, rows = len(tokenizer.decode(ids)), []
     for probability, i in zip(top.values.tolist(), top.indices.tolist(), strict=True):
@@ -161,8 +156,7 @@ def likely_tokens(tokenizer, ids: list[int], logits: torch.Tensor) -> list[dict]
 
 
 def app_options(models: Models, auth: str | None) -> dict:
-    """What makes a FastAPI application serve `GET /health` and `POST /api/complete`, all of it behind
-    `check`."""
+    """What makes a FastAPI application serve `GET /health` and `POST /api/complete`, behind `check`."""
 
     async def health(_: Request) -> Response:
         return JSONResponse({"status": "ok", "waiting": models.waiting})
@@ -188,8 +182,7 @@ def app_options(models: Models, auth: str | None) -> dict:
 
 
 def answer(_: Request | None, error: Exception) -> Response:
-    """An error as JSON. FastAPI's own answer to a broken body repeats the body, and fails where that is no
-    UTF-8."""
+    """An error as JSON. FastAPI's own answer to a broken body repeats it, and fails where it is no UTF-8."""
     error = error if isinstance(error, UserError) else Refused("this cannot be answered")
     status = getattr(error, "status", 422)
     headers = {"WWW-Authenticate": 'Basic charset="UTF-8"'} if status == 401 else None
@@ -197,7 +190,7 @@ def answer(_: Request | None, error: Exception) -> Response:
 
 
 def check(request: Request, auth: str | None) -> Refused | None:
-    """The gate: the password (`auth`: the header that shows it), the paths, bodies of at most 64 KiB."""
+    """The gate: the password (`auth` is the header that shows it), the paths, bodies of at most 64 KiB."""
     path, headers = request.url.path, request.headers
     shown = headers.get("authorization", "").encode()
     if auth and path not in OPEN_PATHS and not hmac.compare_digest(shown, auth.encode()):
