@@ -18,9 +18,11 @@ from .files import CHUNK_BYTES, kind_of
 
 END_OF_TEXT = "<|endoftext|>"
 SEPARATOR = END_OF_TEXT + "\n"
+CONTROLS = [chr(n) for n in range(1, 32) if n not in b"\t\n\v\f\r\x1b"]  # escape begins terminal colours
 BEGINNINGS = {  # of files that are no text, to say what they may be
-    b"\x1f\x8b": "a gzip file", b"PK\x03\x04": "a zip file", b"%PDF": "a PDF",
-    b"\xff\xfe": "UTF-16 or UTF-32", b"\xfe\xff": "UTF-16", b"PAR1": "Parquet, which --dataset reads",
+    b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\x28\xb5\x2f\xfd": "zstd", b"%PDF": "PDF",
+    b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16 or UTF-32", b"\xfe\xff": "UTF-16",
+    b"PAR1": "Parquet, which --dataset reads",
 }  # fmt: skip
 MAX_UNBROKEN_CHARACTERS = 16 * 2**20
 # the lookbehind stands last, so that it is tried only where the letters were found: ten times as fast
@@ -43,6 +45,8 @@ def read_text(path: str | Path) -> Iterator[str]:
         with open(path, encoding="utf-8-sig") as file:
             try:
                 while text := file.read(CHUNK_BYTES):
+                    if not seen and sum(map(text.count, CONTROLS)) > len(text) // 1000:
+                        raise _refusal(path, "binary: many control characters")
                     if "\0" in text:
                         raise _refusal(path, f"binary: a NUL at character {seen + text.index(chr(0)):,}")
                     seen += len(text)
