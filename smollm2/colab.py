@@ -15,9 +15,9 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NamedTuple
 
 from .drive_errors import MOUNT_POINT, explain, is_final
 from .errors import UserError
@@ -108,8 +108,7 @@ def doctor() -> dict[str, str]:
 # --- where runs are kept ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Storage:
+class Storage(NamedTuple):
     """Where a run writes (`output_dir`, always a local disk), and where copies go (`drive_dir`, or None)."""
 
     output_dir: Path
@@ -173,9 +172,7 @@ def finish(flush_drive: bool = False, free_machine: bool = False) -> None:
     """The end of a session, only as far as asked: write Drive's cache back, then hand the machine back to
     Google."""
     if not (flush_drive or free_machine) or not is_colab():
-        print(
-            "Nothing to do: everything stays as it is." if is_colab() else "This is not Colab: nothing to do."
-        )
+        print("Nothing to do: all stays as it is." if is_colab() else "This is not Colab: nothing to do.")
         return
     if flush_drive:
         try:

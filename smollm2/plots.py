@@ -21,7 +21,6 @@ PALETTE = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F
 BLUE, ORANGE, GREEN, RED, SKY, PINK, YELLOW, BLACK = PALETTE
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
 GREY = "#767676"
-DPI = 110
 STYLE = {
     "axes.edgecolor": GREY,
     "axes.grid": True,
@@ -52,12 +51,12 @@ def label(axis, title: str, x: str, y: str, legend: bool = False):
     return axis
 
 
-def png_bytes(fig: Figure, dpi: int = DPI) -> bytes:
+def png_bytes(fig: Figure) -> bytes:
     """The figure as PNG on opaque white; the same figure gives the same bytes."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # of a script the font lacks: drawn as a box
-        fig.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+        fig.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     return buffer.getvalue()
 
 

@@ -37,13 +37,12 @@ def check(name: str, difference, tolerance: float = 0.0, likely: str = "") -> No
     size = largest(difference)
     found = f"max|difference| = {_figure(size)}"
     allowed = f"tolerance {_figure(tolerance)}" if tolerance else "exact"
-    is_whole = not torch.as_tensor(
-        difference
-    ).is_floating_point()  # then nothing can be close: it holds or not
+    if not torch.as_tensor(difference).is_floating_point():  # whole numbers are equal, or they are not
+        found, allowed = f"not so, off by {_figure(size)}", ""
+    told = f"{found} ({allowed})" if allowed else found
     if not size <= tolerance:  # written so that NaN fails
-        found = f"not so, off by {_figure(size)}" if is_whole else f"{found} ({allowed})"
-        raise CheckFailed(f"✘ {name}: {found}." + (f" Likely: {likely}" if likely else ""))
-    print(f"✔ {name}" if is_whole else f"✔ {name}: {found} ({allowed})")
+        raise CheckFailed(f"✘ {name}: {told}." + (f" Likely: {likely}" if likely else ""))
+    print(f"✔ {name}: {told}" if allowed else f"✔ {name}")
 
 
 def check_fails(name: str, action: Callable[[], object]) -> None:

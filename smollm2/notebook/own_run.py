@@ -56,10 +56,6 @@ def small_run(input_file: Place, output_dir: Place = "output", smoke: bool = Fal
 class FewLines(Reporter):
     """One line for each validation: enough to see that it learns."""
 
-    def start(self, step: int, total: int, tokens_per_step: int) -> None:
-        size = f"{total} steps of {tokens_per_step:,} tokens"
-        print(f"no run of yours is here yet: training a small one, {size} ...", flush=True)
-
     def validation(self, step: int, loss: float, bits_per_byte: float) -> None:
         print(f"step {step}: {bits_per_byte:.3f} bits per byte on the held-out text", flush=True)
 
@@ -71,7 +67,9 @@ def own_run(input_file: Place, output_dir: Place = "output", others=(), smoke=Fa
     if not checkpoints:
         from ..training import train  # Lightning takes seconds to import: only where it is needed
 
-        train(small_run(input_file, output_dir, smoke), FewLines())
+        config = small_run(input_file, output_dir, smoke)
+        print(f"no run of yours is here yet: training a small one, {config.train.max_steps} steps ...")
+        train(config, FewLines())
         checkpoints = own_checkpoints(folders)
     steps = f"steps {checkpoints[0].step} to {checkpoints[-1].step}"
     print(f"your run: {len(checkpoints)} checkpoints, {steps}, in {checkpoints[0].folder.parent}")

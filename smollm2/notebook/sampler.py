@@ -9,7 +9,6 @@ becomes a line in the panel.
 
 from __future__ import annotations
 
-import html
 import time
 
 import ipywidgets
@@ -40,7 +39,7 @@ class Sampler:
         self.seed = widgets.slider("seed", 0, 99, 0)
         self.write_button = ipywidgets.Button(description="Write", icon="play", button_style="primary")
         self.more_button = ipywidgets.Button(description="Go on", icon="forward", disabled=True)
-        self.page, self.status, self.picture = ipywidgets.HTML(), ipywidgets.HTML(), ipywidgets.HTML()
+        self.page, self.picture, self.status = ipywidgets.HTML(), ipywidgets.HTML(), ipywidgets.Label()
         self.write_button.on_click(self.write)
         self.more_button.on_click(self.go_on)
         self.prompt.observe(self.restart, names="value")
@@ -61,11 +60,11 @@ class Sampler:
         try:
             ids = prompt_ids(self.model, self.tokenizer, self.prompt.value)
         except UserError as error:
-            self._say(str(error))
+            self.status.value = str(error)
             return False
         self.tokens = [(token_id, None) for token_id in ids]
         self.more_button.disabled = True
-        self._say(f"{len(ids)} tokens in the prompt.")
+        self.status.value = f"{len(ids)} tokens in the prompt."
         self.draw()
         return True
 
@@ -98,11 +97,8 @@ class Sampler:
             reason = "stopped by you"
         count, seconds = len(self.tokens) - before, max(time.monotonic() - began, 1e-9)
         self.more_button.disabled = False
-        self._say(f"{count} tokens in {seconds:.1f} s ({count / seconds:.0f} a second); {reason}.")
+        self.status.value = f"{count} tokens in {seconds:.1f} s ({count / seconds:.0f} a second); {reason}."
         self.draw()
-
-    def _say(self, text: str) -> None:
-        self.status.value = f"<p>{html.escape(text)}</p>"
 
     def _draw_page(self) -> None:
         self.page.value, self.twin = coloured(self.tokenizer, *zip(*self.tokens, strict=True))

@@ -19,9 +19,7 @@ SHADES = [
     (0.5, "#9ecae1", "#000000", "below 50 %"),
     (1.01, "#e8f1fa", "#000000", "50 % and more"),
 ]
-PAGE = (
-    "background:#ffffff;color:#000000;padding:8px;white-space:pre-wrap;line-height:1.7;overflow-wrap:anywhere"
-)
+PAGE = "background:#fff;color:#000;padding:8px;white-space:pre-wrap;line-height:1.7;overflow-wrap:anywhere"
 
 
 def _span(shade, words: str, title: str = "") -> str:
