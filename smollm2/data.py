@@ -159,8 +159,8 @@ def note_on_passes(steps: int, passes_per_step: float) -> str | None:
     if passes > MANY_PASSES:
         better = max(1, int(MANY_PASSES / passes_per_step))
         return (
-            f"note: {steps:,} steps read this text {passes:.0f} times; after about {MANY_PASSES} it is learned "
-            "by heart rather than learned from: more text (--input_file, --dataset) or about "
+            f"note: {steps:,} steps read this text {passes:.0f} times; after about {MANY_PASSES} it is "
+            "learned by heart rather than learned from: more text (--input_file, --dataset) or about "
             f"{better:,} steps do better"
         )
     if passes < 0.5:

@@ -1,8 +1,9 @@
-"""One live display of a training run in a notebook: numbers, loss curve, what is safe where, and samples over time.
+"""One live display of a training run in a notebook: numbers, loss curve, what is safe where, and samples over
+time.
 
 * A single display, updated in place at most once a second, always from the thread that trains: Colab does not
-  show what other threads display, and a signal handler must not display at all. So events only note what they say,
-  and the next step shows it.
+  show what other threads display, and a signal handler must not display at all. So events only note what they
+  say, and the next step shows it.
 * The chart is SVG: drawing a picture with matplotlib every second would cost a tenth of a small CPU.
 * `live_panel` gives plain python a reporter that prints lines instead.
 """
@@ -26,7 +27,8 @@ from ..progress import Reporter, TerminalReporter, safe_words
 
 SECONDS_BETWEEN_UPDATES = 1.0
 MAX_POINTS = 340  # of the curve: one for every other pixel
-# The panel names its colours and has no table: Jupyter's dark theme would put dark stripes behind the rows of one.
+# The panel names its colours and has no table: Jupyter's dark theme would put dark stripes behind the rows of
+# one.
 FRAME = "background:#fff;color:#111;font:13px/1.45 system-ui,sans-serif;padding:10px 12px;max-width:720px"
 GRID = (
     "display:grid;grid-template-columns:max-content auto;gap:1px 14px;margin-top:8px;overflow-wrap:anywhere"
@@ -36,7 +38,8 @@ GRID = (
 def live_panel(logs: str | Path) -> Reporter:
     """What to pass as `train(config, reporter=...)`: a `LivePanel` in a notebook, lines elsewhere.
 
-    `logs` is the run's log folder. Call its `end()` once more after `train`: the last copy to Drive lands after that.
+    `logs` is the run's log folder. Call its `end()` once more after `train`: the last copy to Drive lands
+    after that.
     """
     return LivePanel(logs) if plots.in_notebook() else TerminalReporter()
 
@@ -131,7 +134,7 @@ class LivePanel(Reporter):
             self.display.update(bundle, raw=True)
 
     def _html(self, facts: dict[str, str]) -> str:
-        """A bar, the facts, the chart, the first and the last samples of each prompt, and the last messages."""
+        """A bar, the facts, the chart, the first and last samples of each prompt, the last messages."""
         share = 100 * self.losses[-1][0] / self.total if self.losses and self.total else 0
         bar = f"height:6px;background:linear-gradient(to right,{plots.BLUE} {share:.1f}%,#e6e6e6 0)"
         parts = [f'<div style="{bar}"></div>', _grid(facts.items()), self._chart()]
@@ -142,7 +145,7 @@ class LivePanel(Reporter):
         return f'<div style="{FRAME}">{"".join(parts)}<small>{notes}</small></div>'
 
     def _chart(self) -> str:
-        """The loss curve as SVG in its own units, stretched to the panel's width; held-out losses are dots."""
+        """The loss curve as SVG in its own units, as wide as the panel; held-out losses are dots."""
         train, held_out = (
             [p for p in points if math.isfinite(p[1])] for points in (self.losses, self.held_out)
         )
@@ -159,7 +162,8 @@ class LivePanel(Reporter):
         return (
             f'<svg role="img" aria-label="{alt}" {box} style="width:100%;height:140px;overflow:visible">'
             f'<polyline points="{curve}" {line}="{plots.BLUE}" stroke-width="1.5"/>'
-            f'<path d="{dots}" {line}="{plots.ORANGE}" stroke-width="8"/></svg><small>loss, {high:.2f} (top) to'
+            f'<path d="{dots}" {line}="{plots.ORANGE}" stroke-width="8"/></svg>'
+            f"<small>loss, {high:.2f} (top) to"
             f" {low:.2f} nats per token, against steps 0 to {self.total:,}; dots: held-out text</small>"
         )
 
