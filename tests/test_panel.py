@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 
 from smollm2 import plots
-from smollm2.logs import SAMPLES, TRAINING, TextLogs
+from smollm2.logs import SAMPLES, TRAINING, Logs
 from smollm2.notebook import panel as panel_module
 from smollm2.notebook.panel import live_panel
 from smollm2.progress import TerminalReporter
@@ -136,7 +136,7 @@ def test_a_signal_in_the_middle_of_an_update_does_not_display_inside_it(screen, 
 
 
 def test_a_continued_run_shows_its_earlier_curve_and_samples(screen, panel, tmp_path):
-    logs = TextLogs(tmp_path, tensorboard=False)
+    logs = Logs(tmp_path, {})
     for step in (10, 20):
         logs.write(TRAINING, step, train_loss=8.0 - step / 10, lr=1e-3)
     logs.write(TRAINING, 20, val_loss=6.5, val_bits_per_byte=2.5)
