@@ -2,7 +2,7 @@
 
     python notebooks/build.py build [NN_name.py ...]   write the .ipynb; renew the badge and the set-up cell in the .py
     python notebooks/build.py check [NN_name.py ...]   compare bytes, write nothing, exit 1 when something is stale
-    python notebooks/build.py pull FILE.ipynb          bring an edit made in Colab or Jupyter back into the .py, then build
+    jupytext --to py:percent notebooks/NN_name.ipynb   bring an edit made in Colab or Jupyter back into the .py, then build
 
 The badge and the set-up cell are kept here, once. The address in both comes from `[project.urls] Repository` in pyproject.toml.
 """
@@ -19,23 +19,14 @@ import nbformat
 
 FOLDER = Path(__file__).resolve().parent
 REF = "main"
+REMEDY = "edit the .py, then run: python notebooks/build.py build"
 CELL_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 CELL_METADATA = ("cellView", "id", "tags")
 LINK = re.compile(
     r"https://colab\.research\.google\.com/github/[^\s)\"]+/notebooks/(\d\d_\w+)\.ipynb"
 )
-TAGS = {
-    "setup",
-    "lesson",
-    "check",
-    "figure",
-    "predict",
-    "widget",
-    "exercise",
-    "solution",
-    "slow",
-    "parameters",
-}
+TAGS = {"setup", "lesson", "check", "figure", "predict", "widget", "exercise", "solution"}
+TAGS |= {"slow", "parameters"}
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 BADGE_CELL = """\
@@ -180,64 +171,24 @@ def check(source: Path) -> list[str]:
     return problems
 
 
-def pull(notebook_path: Path) -> Path:
-    """Write the .py of an .ipynb edited elsewhere (Colab rewrites metadata and adds outputs: both are left behind)."""
-    notebook = nbformat.read(notebook_path, as_version=4)
-    source = FOLDER / f"{notebook_path.stem}.py"
-    seen: set[str] = set()
-    for number, cell in enumerate(notebook.cells):
-        cell_id = cell.metadata.get("id", "")
-        if not CELL_ID.fullmatch(cell_id) or cell_id in seen:
-            cell_id = f"new-{number}"
-            print(
-                f"{source.name}: cell {number} has no id of its own, named {cell_id}; give it a better one"
-            )
-        seen.add(cell_id)
-        cell.metadata = {
-            key: value
-            for key, value in {**cell.metadata, "id": cell_id}.items()
-            if key in CELL_METADATA
-        }
-    gpu = {"accelerator": "GPU"} if notebook.metadata.get("accelerator") == "GPU" else {}
-    filters = {
-        "notebook_metadata_filter": "accelerator,kernelspec,-jupytext",
-        "cell_metadata_filter": "id,cellView,tags,-all",
-    }
-    notebook.metadata = {**gpu, "kernelspec": KERNEL, "jupytext": filters}
-    text = jupytext.writes(notebook, fmt="py:percent")
-    text = re.sub(
-        r"^#   jupytext:\n(#     .*\n)+", "", text, count=1, flags=re.M
-    )  # jupytext.toml holds these settings
-    source.write_text(text, encoding="utf-8")
-    return source
-
-
 def main(arguments: list[str]) -> int:
     verb, *names = arguments or ["help"]
+    if verb not in ("build", "check"):
+        print(__doc__)
+        return 2
+    chosen = [FOLDER / Path(name).with_suffix(".py").name for name in names] or sources()
     try:
-        if verb == "pull" and names:
-            names = [str(pull(Path(name))) for name in names]
-            verb = "build"
-        chosen = [FOLDER / Path(name).with_suffix(".py").name for name in names] or sources()
-        if verb == "build":
-            changed = [name for source in chosen for name in build(source)]
-            print(f"{len(chosen)} notebooks built, changed: {', '.join(changed) or 'nothing'}")
-            return 0
-        if verb == "check":
-            problems = [problem for source in chosen for problem in check(source)]
-            print(
-                "\n".join(
-                    [*problems, "edit the .py, then run: python notebooks/build.py build"]
-                )
-                if problems
-                else f"{len(chosen)} notebooks are fresh"
-            )
-            return bool(problems)
+        found = [
+            line for source in chosen for line in (build if verb == "build" else check)(source)
+        ]
     except NotebookError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(__doc__)
-    return 2
+    if verb == "build":
+        print(f"{len(chosen)} notebooks built, changed: {', '.join(found) or 'nothing'}")
+        return 0
+    print("\n".join([*found, REMEDY] if found else [f"{len(chosen)} notebooks are fresh"]))
+    return int(bool(found))
 
 
 if __name__ == "__main__":

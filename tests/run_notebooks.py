@@ -1,10 +1,9 @@
 """Run notebooks as the person behind the badge has them: an empty folder, the .ipynb alone, a fresh kernel, no network.
 
-    python tests/run_notebooks.py [01 05 ...] [--figures DIR] [--script] [--colab] [--drive DRILL]
+    python tests/run_notebooks.py [01 05 ...] [--figures DIR]
 
 The set-up cell's clone is redirected to a snapshot of this working tree by SMOLLM2_REPO. Output rules (no error, no
-warning, no long output, checks and pictures present) are asserted on the executed copy. `--script` runs the .py with
-plain python; `--colab` adds the fake google.colab package, `--drive` one of its drills.
+warning, no long output, checks and pictures present) are asserted on the executed copy.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import nbformat
@@ -64,7 +62,7 @@ def snapshot(target: Path) -> Path:
     return target
 
 
-def environment(repo: Path, home: Path, colab: bool = False, drive: str = "ok") -> dict[str, str]:
+def environment(repo: Path, home: Path, drive: str | None = None) -> dict[str, str]:
     """Variables of the kernel: no network, a home of its own, nothing of this checkout importable but the fake Colab."""
     dropped = ("PYTHONPATH", "COLAB_", "FAKECOLAB_", "SMOLLM2_TEST_DATA")
     env = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
@@ -75,7 +73,7 @@ def environment(repo: Path, home: Path, colab: bool = False, drive: str = "ok") 
     env |= {"HF_HUB_OFFLINE": "1", "PIP_NO_INDEX": "1", "NO_PROXY": "127.0.0.1,localhost"}
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
         env[name] = "http://127.0.0.1:9"  # the discard port: whatever tries the network fails at once
-    if colab:
+    if drive:
         env |= {"COLAB_RELEASE_TAG": "release-colab-fake", "PYTHONPATH": str(FAKE_COLAB)}
         env |= {"FAKECOLAB_DRIVE": drive, "FAKECOLAB_MOUNT_POINT": str(home / "content" / "drive")}
     return env
@@ -127,57 +125,41 @@ def run_notebook(stem: str, folder: Path, env: dict[str, str], timeout: int = 60
     notebook = nbformat.read(folder / f"{stem}.ipynb", as_version=4)
     notebook.cells.append(nbformat.v4.new_code_cell(DRIVE_CELL, id="drive-widgets"))
     place = {"metadata": {"path": str(folder)}}
-    NotebookClient(
+    client = NotebookClient(
         notebook, timeout=timeout, kernel_name="python3", allow_errors=True, resources=place
-    ).execute(env=env)
-    where = "".join(text_of(output) for output in notebook.cells.pop().outputs)
-    assert str((folder / CLONE).resolve()) in where, (
-        f"a panel broke, or not the notebook's own clone: {where}"
     )
+    client.execute(env=env)
+
+    where = "".join(text_of(output) for output in notebook.cells.pop().outputs)
+    assert str((folder / CLONE).resolve()) in where, f"a panel broke, or another clone: {where}"
+
     return notebook
 
 
-def run_script(
-    stem: str, folder: Path, env: dict[str, str], timeout: int = 600
-) -> subprocess.CompletedProcess:
+def run_script(stem: str, folder: Path, env: dict[str, str]) -> subprocess.CompletedProcess:
     """`python notebooks/<stem>.py` in another folder, as somebody at a terminal would."""
     folder.mkdir(parents=True)
     command = [sys.executable, "-W", "error::UserWarning:smollm2", str(NOTEBOOKS / f"{stem}.py")]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="01, 02_count, ...; default all")
     parser.add_argument("--figures", type=Path, help="write every figure as a PNG there")
-    parser.add_argument("--script", action="store_true", help="run the .py with plain python instead")
-    parser.add_argument("--colab", action="store_true", help="with the fake google.colab")
-    parser.add_argument("--drive", default="ok", help="drill of the fake Drive")
     options = parser.parse_args()
     failed = False
     for stem in sorted(path.stem for path in NOTEBOOKS.glob("[0-9][0-9]_*.ipynb")):
-        if options.names and not stem.startswith(tuple(options.names)):
-            continue
-        start = time.perf_counter()
-        with tempfile.TemporaryDirectory() as scratch:
-            place = Path(scratch)
-            env = environment(snapshot(place / "source"), place / "home", options.colab, options.drive)
-            if options.script:
-                result = run_script(stem, place / "empty", env)
-                problems = [result.stderr[-2000:]] if result.returncode or result.stderr.strip() else []
-                print(result.stdout)
-            else:
-                notebook = run_notebook(stem, place / "empty", env)
-                problems = faults(notebook)
-                for number, (cell_id, _, png) in enumerate(images(notebook) if options.figures else []):
-                    options.figures.mkdir(parents=True, exist_ok=True)
-                    (options.figures / f"{stem[:2]}-{number}-{cell_id}.png").write_bytes(png)
-        print(
-            f"{stem}: {'FAILED' if problems else 'ok'} in {time.perf_counter() - start:.0f} s",
-            *problems,
-            sep="\n",
-        )
-        failed |= bool(problems)
+        if not options.names or stem.startswith(tuple(options.names)):
+            with tempfile.TemporaryDirectory() as scratch:
+                env = environment(snapshot(Path(scratch, "source")), Path(scratch, "home"))
+                notebook = run_notebook(stem, Path(scratch, "empty"), env)
+            problems = faults(notebook)
+            print(f"{stem}: {'FAILED' if problems else 'ok'}", *problems, sep="\n")
+            failed |= bool(problems)
+            for number, (cell_id, _, png) in enumerate(images(notebook) if options.figures else []):
+                options.figures.mkdir(parents=True, exist_ok=True)
+                (options.figures / f"{stem[:2]}-{number}-{cell_id}.png").write_bytes(png)
     return int(failed)
 
 

@@ -20,14 +20,12 @@ def by_the_formula(text: bytes, context: bytes, symbol: int, length: int) -> flo
     return (after[symbol] + len(after) * shorter) / (after.total() + len(after)) if after else shorter
 
 
-@pytest.mark.parametrize(
-    "context", [b"", b"t", b"xyz", b"cat sat on the", "東".encode(), bytes(8), b"\xff" * 8]
-)
 @pytest.mark.parametrize("order", [1, 3, 8])
-def test_after_any_context_the_probabilities_sum_to_one_and_none_is_zero(context, order):
-    chances = NGram(TEXT, order).probabilities(context)
-    assert chances.shape == (256,) and chances.min() > 0
-    assert chances.sum() == pytest.approx(1, abs=1e-12)
+def test_after_any_context_the_probabilities_sum_to_one_and_none_is_zero(order):
+    model = NGram(TEXT, order)
+    for context in (b"", b"t", b"xyz", b"cat sat on the", "東".encode(), bytes(8), b"\xff" * 8):
+        chances = model.probabilities(context)
+        assert chances.shape == (256,) and chances.min() > 0 and chances.sum() == pytest.approx(1, abs=1e-12)
 
 
 @pytest.mark.parametrize("order", [1, 2, 4])
@@ -40,20 +38,18 @@ def test_it_equals_the_formula_counted_from_the_text(order):
         assert model.probabilities(probe[:i])[symbol] == pytest.approx(expected, rel=1e-12)
 
 
-def test_a_lower_order_of_a_higher_model_is_the_lower_model():
-    np.testing.assert_array_equal(NGram(TEXT, 6).bits(b"the dog", order=2), NGram(TEXT, 2).bits(b"the dog"))
-
-
-def test_the_longest_context_keeps_all_its_bytes_apart():
+def test_the_longest_context_keeps_all_its_bytes_apart_and_lower_orders_are_in_it():
     model = NGram(b"\xffbcdefgX" * 9 + b"abcdefgY" * 9, 8)
     assert (
         model.probabilities(b"\xffbcdefg")[ord("X")] > 0.8 and model.probabilities(b"abcdefg")[ord("Y")] > 0.8
     )
+    np.testing.assert_array_equal(NGram(TEXT, 6).bits(b"the dog", order=2), NGram(TEXT, 2).bits(b"the dog"))
 
 
 def test_empty_things_are_refused_or_cost_nothing():
-    assert NGram(b"a", 8).bits(b"").shape == (0,)
-    assert NGram(b"a", 8).probabilities(b"aaaaaaaaaa").sum() == pytest.approx(1)
+    assert NGram(b"a", 8).bits(b"").shape == (0,) and NGram(b"a", 8).probabilities(
+        b"a" * 10
+    ).sum() == pytest.approx(1)
     for text, order in ((b"", 5), (b"abc", 0), (b"abc", 9)):
         with pytest.raises(ValueError, match="expected order 1 to 8, and a text"):
             NGram(text, order)

@@ -85,63 +85,20 @@ def test_notebook_is_byte_for_byte_what_its_source_builds(path):
     assert builder.check(path) == []
 
 
-def test_an_edited_notebook_or_setup_cell_is_noticed(tmp_path):
-    path = tmp_path / SOURCES[0].name
-    path.write_bytes(SOURCES[0].read_bytes())
+def test_an_edited_notebook_or_setup_cell_is_noticed_and_a_cell_that_breaks_the_rules_is_named(tmp_path):
+    path, text = tmp_path / SOURCES[0].name, SOURCES[0].read_text(encoding="utf-8")
+    path.write_text(text.replace("colab.doctor()", "colab.doctor() or None"), encoding="utf-8")
     built = SOURCES[0].with_suffix(".ipynb").read_bytes()
     path.with_suffix(".ipynb").write_bytes(built.replace(b"Build the model", b"Build a model"))
-    assert builder.check(path) == [f"{path.stem}.ipynb is not what {path.name} builds"]
-    text = path.read_text(encoding="utf-8").replace("colab.doctor()", "colab.doctor() or None")
-    path.write_text(text, encoding="utf-8")
-    assert any("set-up cell differs" in problem for problem in builder.check(path))
+    setup, notebook = builder.check(path)
+    assert "set-up cell differs" in setup and f"{path.stem}.ipynb is not what {path.name} builds" in notebook
     assert builder.build(path) == [path.name, f"{path.stem}.ipynb"] and builder.check(path) == []
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        (' id="title"', "", "has no id"),
-        (' id="title"', ' id="imports"', "repeats an id"),
-        (' id="setup"', ' id="start"', 'exactly one cell with id="setup"'),
-        ('tags=["predict"]', 'tags=["guess"]', "unknown tags"),
-    ],
-)
-def test_the_builder_names_a_cell_that_breaks_the_rules(old, new, message):
-    text = SOURCES[0].read_text(encoding="utf-8").replace(old, new)
-    with pytest.raises(builder.NotebookError, match=message):
-        builder.to_notebook(builder.renew_fixed_cells(text, SOURCES[0].stem), SOURCES[0].stem)
-
-
-def test_an_edit_made_in_colab_comes_back_into_the_source(tmp_path, monkeypatch):
-    monkeypatch.setattr(builder, "FOLDER", tmp_path)
-    path = NOTEBOOKS / f"{STEMS[0]}.ipynb"
-    notebook = json.loads(path.read_text(encoding="utf-8"))
-    notebook["nbformat_minor"] = (
-        0  # as "Save a copy to GitHub" writes it: no cell ids, more metadata, outputs
-    )
-    for cell in notebook["cells"]:
-        del cell["id"]
-        cell["metadata"]["outputId"] = "x"
-        if cell["cell_type"] == "code":
-            cell["outputs"] = [{"output_type": "stream", "name": "stdout", "text": ["hi"]}]
-            cell["execution_count"] = 3
-    notebook["metadata"]["widgets"] = {"application/vnd.jupyter.widget-state+json": {}}
-    saved = tmp_path / path.name
-    saved.write_text(json.dumps(notebook), encoding="utf-8")
-    pulled = builder.pull(saved).read_text(encoding="utf-8")
-    assert builder.to_notebook(pulled, STEMS[0]).encode() == path.read_bytes()
-    assert pulled.split() == SOURCES[0].read_text(encoding="utf-8").split()  # blank lines apart
-
-
-@each
-def test_nothing_executed_is_stored_and_ids_are_stable(stem):
-    notebook = json.loads((NOTEBOOKS / f"{stem}.ipynb").read_text(encoding="utf-8"))
-    assert set(notebook["metadata"]) <= {"accelerator", "colab", "kernelspec", "language_info"}
-    assert ("accelerator" in notebook["metadata"]) == stem.startswith(("04", "05"))
-    for cell in notebook["cells"]:
-        assert cell["metadata"]["id"] == cell["id"] and set(cell["metadata"]) <= {"id", "tags", "cellView"}
-        assert not cell.get("outputs") and cell.get("execution_count") is None
-    assert list(cells(stem))[:3] == ["view-in-github", "title", "setup"] and "imports" in cells(stem)
+    rules = {"": "has no id", ' id="imports"': "repeats an id", ' id="title" tags=["guess"]': "unknown tags"}
+    for new, message in rules.items():
+        with pytest.raises(builder.NotebookError, match=message):
+            builder.to_notebook(text.replace(' id="title"', new), path.stem)
+    with pytest.raises(builder.NotebookError, match='exactly one cell with id="setup"'):
+        builder.renew_fixed_cells(text.replace(' id="setup"', ' id="start"'), path.stem)
 
 
 def run_setup(folder, address):
@@ -152,25 +109,22 @@ def run_setup(folder, address):
     return subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True)
 
 
-def test_the_setup_cell_fetches_the_project_once_and_finds_it_again(tmp_path, repository):
+def test_the_setup_cell_fetches_the_project_once_and_finds_it_again_or_says_what_failed(tmp_path, repository):
     folder = tmp_path / "empty"
+    failed = run_setup(folder, tmp_path / "no-such-repository")
+    assert "RuntimeError: Could not fetch" in failed.stderr and "Is the network there?" in failed.stderr
+    assert list(folder.iterdir()) == [], "no half-finished clone is left"
     first = run_setup(folder, repository)
     assert first.stdout.strip() == str(folder / "smollm2-from-scratch"), first.stderr
-    left = [path.name for path in folder.iterdir()]
-    assert left == ["smollm2-from-scratch"], "no half-finished clone is left"
-    assert run_setup(folder, "nowhere").stdout == first.stdout  # a second Run all needs no network
-    inside = folder / "smollm2-from-scratch" / "notebooks"
-    assert run_setup(inside, "nowhere").stdout == first.stdout
-
-
-def test_the_setup_cell_says_what_failed_when_the_address_is_out_of_reach(tmp_path):
-    result = run_setup(tmp_path / "empty", tmp_path / "no-such-repository")
-    assert "RuntimeError: Could not fetch" in result.stderr and "Is the network there?" in result.stderr
-    assert list((tmp_path / "empty").iterdir()) == []
+    for again in (folder, folder / "smollm2-from-scratch" / "notebooks"):  # a second Run all needs no network
+        assert run_setup(again, "nowhere").stdout == first.stdout
 
 
 @each
-def test_badge_and_links_name_the_one_address(stem):
+def test_badge_and_links_name_the_one_address_and_gpus_are_asked_for_where_they_help(stem):
+    notebook = json.loads((NOTEBOOKS / f"{stem}.ipynb").read_text(encoding="utf-8"))
+    assert ("accelerator" in notebook["metadata"]) == stem.startswith(("04", "05"))
+    assert list(cells(stem))[:3] == ["view-in-github", "title", "setup"]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     address = project["urls"]["Repository"].removeprefix("https://github.com/") + "/blob/main/notebooks/"
     text = "\n".join(cells(stem).values())
@@ -185,11 +139,9 @@ def test_badge_and_links_name_the_one_address(stem):
 @each
 def test_cells_are_short_and_narrow(stem):
     code = cells(stem, "code")
-    wide = [(name, line) for name, text in code.items() for line in text.splitlines() if len(line) > 96]
-    long = [
-        name for name, text in code.items() if len([line for line in text.splitlines() if line.strip()]) > 30
-    ]
-    assert wide == [] and long == [] and len(cells(stem)) <= 60
+    lines = {name: [line for line in text.splitlines() if line.strip()] for name, text in code.items()}
+    assert [line for each in lines.values() for line in each if len(line) > 96] == []
+    assert [name for name, each in lines.items() if len(each) > 30] == [] and len(cells(stem)) <= 60
     tokens = [tokenize.generate_tokens(StringIO(text).readline) for text in code.values()]
     statements = [sum(token.type == tokenize.NEWLINE for token in each) for each in tokens]
     assert statistics.median(statements) <= 8, dict(zip(code, statements, strict=True))
@@ -198,15 +150,13 @@ def test_cells_are_short_and_narrow(stem):
 @each
 def test_lesson_has_checks_figures_predictions_a_widget_and_folded_answers(stem):
     code, text = own_code(stem), "\n".join(cells(stem, "markdown").values())
+    title, shown = cells(stem)["title"], re.findall(r"plots\.show\(|widgets\.explore\(", code)
     assert (
         code.count("lesson.check(") >= 6 and code.count("lesson.predict(") >= 3 and "lesson.score()" in code
     )
-    assert len(re.findall(r"plots\.show\(|widgets\.explore\(", code)) >= 3 and "widgets.explore(" in code
+    assert len(shown) >= 3 and "widgets.explore(" in shown
     assert text.count("<details>") == text.count("</details>") >= 2 and "## Exercises" in text
-    title = cells(stem)["title"]
-    assert "Each `?`" in title and "Each `✔`" in title, (
-        "a reader who begins here meets both signs without a word"
-    )
+    assert "Each `?`" in title and "Each `✔`" in title, "whoever begins here meets both signs without a word"
     assert "You will be able to" in text and re.search(r"\bminutes?\b.*\b(CPU|GPU|T4)\b", text, re.S)
     assert stem == "06_evaluate_and_share" or "## Next" in text
     assert not re.search(r"^guess = (?!None)", code, re.M), "a guess is the reader's: leave None"
@@ -259,12 +209,8 @@ def test_the_form_that_fine_tunes_scores_before_and_after_or_says_why_not(
     code = cells(numbered("06"))["fine-tune"]
     if base == "folder":
         base = str(save_folder(tmp_path / "base", tiny_model(vocab_size=tiny_tokenizer().vocab_size)))
-    changes = {
-        "FINE_TUNE = False": "FINE_TUNE = True",
-        "HuggingFaceTB/SmolLM2-135M": base,
-        "100,": "20,",
-        "1e-4": "1e-2",
-    }
+    changes = {"FINE_TUNE = False": "FINE_TUNE = True", "HuggingFaceTB/SmolLM2-135M": base}
+    changes |= {"100,": "20,", "1e-4": "1e-2"}
     for before, after in changes.items():
         assert before in code
         code = code.replace(before, after, 1)
@@ -287,7 +233,7 @@ def test_the_form_that_fine_tunes_scores_before_and_after_or_says_why_not(
 @pytest.mark.colab
 @each
 def test_notebook_runs_on_a_colab_with_drive(stem, tmp_path, repository):
-    env = runner.environment(repository, tmp_path / "home", colab=True)
+    env = runner.environment(repository, tmp_path / "home", drive="ok")
     notebook = runner.run_notebook(stem, tmp_path / "empty", env)
     said, asks = printed(notebook), stem == numbered("04")
     assert runner.faults(notebook) == [] and "Colab  yes" in said
@@ -299,7 +245,7 @@ def test_notebook_runs_on_a_colab_with_drive(stem, tmp_path, repository):
 @pytest.mark.colab
 @pytest.mark.parametrize("drill", DRILLS)
 def test_training_notebook_survives_what_drive_does(drill, tmp_path, repository):
-    env = runner.environment(repository, tmp_path / "home", colab=True, drive=drill)
+    env = runner.environment(repository, tmp_path / "home", drive=drill)
     notebook = runner.run_notebook(numbered("04"), tmp_path / "empty", env)
     assert runner.faults(notebook) == []
     assert re.search(DRILLS[drill], printed(notebook), re.S), "the drill did not happen, or nobody was told"

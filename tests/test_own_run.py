@@ -25,9 +25,8 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def save(files, tmp_path):
-    def save(
-        place: str, step: int, run_id: str = "run-a", age_seconds: float = 0.0, best: dict | None = None
-    ) -> Path:
+    def save(place: str, step: int, run_id: str = "run-a", age_seconds: float = 0.0, best=None) -> Path:
+
         path = tmp_path / place
         path.parent.mkdir(parents=True, exist_ok=True)
         state = {} if best is None else {"state.json": json.dumps({"best": best}).encode()}
@@ -39,28 +38,21 @@ def save(files, tmp_path):
     return save
 
 
-def test_checkpoints_come_oldest_first_and_one_a_step(save, tmp_path):
-    for name, step in (("step-00000010.ckpt", 10), ("step-00000002.ckpt", 2), ("final_model.ckpt", 10)):
-        save(f"output/checkpoints/{name}", step)
-    assert [c.step for c in own_checkpoints([tmp_path / "output"])] == [2, 10]
-    assert own_checkpoints([tmp_path / "nothing"]) == []
-
-
-def test_the_run_saved_to_last_is_taken_wherever_it_lies(save, tmp_path):
+def test_the_run_saved_to_last_comes_oldest_first_one_a_step_without_what_is_damaged(save, tmp_path):
+    output, drive, said = tmp_path / "output", tmp_path / "drive", []
     save("output/checkpoints/step-00000900.ckpt", 900, "old", age_seconds=1000)
-    save("output/small/checkpoints/step-00000003.ckpt", 3, "small", age_seconds=10)
-    save("drive/step-00000050-new-0a1b2c3d.ckpt", 50, "new")
-    assert [c.run_id for c in own_checkpoints([tmp_path / "output", tmp_path / "drive"])] == ["new"]
-    assert [c.run_id for c in own_checkpoints([tmp_path / "output"])] == ["small"]
-
-
-def test_a_damaged_checkpoint_is_named_and_left_out(save, tmp_path):
-    save("output/checkpoints/step-00000001.ckpt", 1)
-    bad = save("output/checkpoints/step-00000002.ckpt", 2) / "model.safetensors"
+    for name, step in (("step-00000010.ckpt", 10), ("step-00000002.ckpt", 2), ("final_model.ckpt", 10)):
+        save(f"output/small/checkpoints/{name}", step, "small", age_seconds=10)
+    bad = save("output/small/checkpoints/step-00000003.ckpt", 3, "small") / "model.safetensors"
     bad.write_bytes(bad.read_bytes()[:-1] + b"!")
-    said = []
-    assert [c.step for c in own_checkpoints([tmp_path / "output"], said.append)] == [1]
-    assert len(said) == 1 and "step-00000002.ckpt: left out" in said[0]
+    save("drive/step-00000050-new-0a1b2c3d.ckpt", 50, "new")
+    assert [(c.run_id, c.step) for c in own_checkpoints([output], said.append)] == [
+        ("small", 2),
+        ("small", 10),
+    ]
+    assert len(said) == 1 and "step-00000003.ckpt: left out" in said[0]
+    assert [c.run_id for c in own_checkpoints([output, drive])] == ["new"]
+    assert own_checkpoints([tmp_path / "nothing"]) == []
 
 
 @pytest.mark.parametrize(("best", "step"), [({"step": 2}, 2), ({"step": 4}, 10), ({}, 10), (None, 10)])

@@ -34,6 +34,7 @@ class Screen:
 @pytest.fixture
 def screen(monkeypatch):
     screen = Screen()
+    assert isinstance(live_panel("logs"), TerminalReporter), "without a notebook: plain lines"
     monkeypatch.setattr(plots, "in_notebook", lambda: True)
     monkeypatch.setattr("IPython.display.display", screen.display)
     return screen
@@ -71,20 +72,9 @@ def test_the_panel_says_what_a_person_wants_to_know(screen, panel):
     panel.validation(40, 5.4321, 2.3456)
     panel.sample(40, "Once", " upon\n a time")
     panel.end()
-    facts = (
-        "40 of 100",
-        "0.175 nats per token",
-        "3.00e-03",
-        "5,120 tokens per second",
-        "GiB",
-        "0:06",
-        "5.432",
-    )
-    for fact in (
-        *facts,
-        "2.346 bits per byte (step 40)",
-        "on this machine: step 30, copied to Drive: step 20",
-    ):
+    facts = ["40 of 100", "0.175 nats per token", "3.00e-03", "5,120 tokens per second", "GiB", "0:06"]
+    facts += ["5.432", "2.346 bits per byte (step 40)", "on this machine: step 30, copied to Drive: step 20"]
+    for fact in facts:
         assert fact in screen.text and fact in screen.html, fact
     assert "device: CPU" in screen.html and "upon a time" in screen.html
     assert 'aria-label="Loss from 7.00 to 0.17 nats per token over 40 steps."' in screen.html
@@ -154,7 +144,3 @@ def test_a_long_run_is_drawn_with_few_points_and_numbers_that_are_not_finite_wit
     panel.end()
     curve = re.search('<polyline points="([^"]*)"', screen.html)[1]
     assert "nan" not in curve and 200 < len(curve.split()) <= panel_module.MAX_POINTS
-
-
-def test_plain_python_gets_plain_lines(tmp_path):
-    assert isinstance(live_panel(tmp_path), TerminalReporter)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from tiny_models import tiny_model, tiny_tokenizer
@@ -45,27 +47,18 @@ def test_the_button_writes_what_the_package_writes_and_the_seed_decides(panel, m
 @pytest.mark.parametrize("name", ["temperature", "top_k", "top_p", "min_p", "new_tokens", "seed"])
 def test_every_slider_writes_at_both_ends(panel, name):
     control = panel.settings.get(name) or getattr(panel, name)
-    for value in (
-        control.min,
-        min(control.max, 100),
-    ):  # beyond the context of 64: the older half is forgotten
+    for value in (control.min, min(control.max, 100)):  # beyond 64 the older half of the context is forgotten
         control.value = value
         panel.write()
         assert "data:image/png" in panel.picture.value
-        assert (
-            f"{panel.new_tokens.value} tokens" in panel.status.value or "ended its text" in panel.status.value
-        )
+        assert re.match(f"{panel.new_tokens.value} tokens|.*ended its text", panel.status.value)
 
 
 def test_settings_move_the_bars_at_once_and_keep_the_text(panel):
     before, tokens = panel.picture.value, list(panel.tokens)
-    for name, value, left in (
-        ("top_k", 3, "3 tokens"),
-        ("min_p", 1.0, "1 tokens"),
-        ("min_p", 0.0, "3 tokens"),
-    ):
+    for name, value, left in (("top_k", 3, 3), ("min_p", 1.0, 1), ("min_p", 0.0, 3)):
         panel.settings[name].value = value
-        assert panel.picture.value != before and panel.alt.endswith(f"{left} can still be drawn.")
+        assert panel.picture.value != before and panel.alt.endswith(f"{left} tokens can still be drawn.")
     assert panel.tokens == tokens
 
 
@@ -102,11 +95,8 @@ def test_interrupting_keeps_what_is_written_and_other_errors_reach_the_reader(pa
 
     monkeypatch.setattr(sampler_module, "stream", interrupted)
     panel.write()
-    assert (
-        "5 tokens" in panel.status.value
-        and "stopped by you" in panel.status.value
-        and ids(panel) == whole[:5]
-    )
+    assert re.search("5 tokens.*stopped by you", panel.status.value) and ids(panel) == whole[:5]
+
     monkeypatch.setattr(sampler_module, "stream", real)
     panel.more_button.click()
     assert len(ids(panel)) == 5 + 12
@@ -128,12 +118,8 @@ def test_every_token_is_coloured_by_its_own_probability(model_and_tokenizer):
     tokenizer = model_and_tokenizer[1]
     tokens = tokenizer.encode("The king said: come hither")[:5]
     markup, text = token_view.coloured(tokenizer, tokens, [None, 0.9, 0.3, 0.05, 0.001])
-    assert [markup.count(shade[1]) for shade in token_view.SHADES] == [
-        2,
-        2,
-        2,
-        2,
-    ]  # the token, and the legend
+    assert {markup.count(shade[1]) for shade in token_view.SHADES} == {2}  # the token, and the legend
+
     assert text.count("(") == 4 and "(90 %)" in text and "(0.1 %)" in text
 
 
@@ -152,10 +138,8 @@ def test_the_bars_show_the_distribution_that_is_drawn_from(model_and_tokenizer):
     tokenizer = model_and_tokenizer[1]
     logits = torch.randn(tokenizer.vocab_size, generator=torch.Generator().manual_seed(0))
     expected = next_token_probabilities(logits, 0.7, 5).sort(descending=True).values[:10].tolist()
-    for options, drawn in (
-        ({"temperature": 0.7, "top_k": 5}, expected),
-        ({"temperature": 0.0}, [1.0] + [0.0] * 9),
-    ):
+    greedy = [1.0] + [0.0] * 9
+    for options, drawn in (({"temperature": 0.7, "top_k": 5}, expected), ({"temperature": 0.0}, greedy)):
         fig, alt = token_view.bars(tokenizer, logits, options, "next")
         assert [bar.get_width() for bar in fig.axes[0].containers[1]] == pytest.approx(drawn)
         assert f"{sum(share > 0 for share in drawn)} tokens can still be drawn" in alt
