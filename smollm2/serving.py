@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
@@ -27,10 +27,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from .checkpoint import candidates
+from .conversation import stop_ids
 from .device import choose_device, inference_dtype
 from .errors import UserError
 from .pretrained import load_model_and_tokenizer
-from .sampling import prompt_ids, stream
+from .sampling import SamplingOptions, prompt_ids, stream
 
 MAX_BODY_BYTES = 64 * 1024
 MAX_PROMPT_CHARACTERS = 8000
@@ -55,19 +56,15 @@ class Refused(UserError):
         self.status = status
 
 
-class Ask(BaseModel):
+class Ask(SamplingOptions):
     """One request, from the page or from a script. Every bound is enforced here."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(strict=True)
 
     prompt: str = Field(max_length=MAX_PROMPT_CHARACTERS)
     checkpoint: str | None = Field(None, max_length=200)
     max_new_tokens: int = Field(128, ge=1, le=MAX_NEW_TOKENS)
     temperature: float = Field(0.8, ge=0, le=10)
-    top_k: int | None = Field(None, ge=1, le=65536)
-    top_p: float | None = Field(None, gt=0, le=1)
-    min_p: float | None = Field(None, ge=0, le=1)
-    seed: int | None = Field(None, ge=0, lt=2**63)
 
 
 def parse(body: bytes | str) -> Ask:
@@ -95,14 +92,16 @@ class Models:
         self._loaded: dict[str, tuple] = {}
 
     def get(self, name: str | None = None):
-        """(model, tokenizer) of a checkpoint, loaded when it is not the last one; raises `UserError`."""
+        """(model, tokenizer, ids that end a text) of a checkpoint, loaded when it is not the last one; raises
+        `UserError`."""
         name = name or self.default
         if name not in self.folders:
             raise Refused(f"checkpoint: not one of {', '.join(sorted(self.folders))}", 404)
         if name not in self._loaded:
             self._loaded.clear()  # two may not fit
-            device = choose_device()
-            self._loaded[name] = load_model_and_tokenizer(self.folders[name], inference_dtype(device), device)
+            device, folder = choose_device(), self.folders[name]
+            model, tokenizer = load_model_and_tokenizer(folder, inference_dtype(device), device)
+            self._loaded[name] = model, tokenizer, stop_ids(folder, tokenizer)
         return self._loaded[name]
 
     async def write(self, ask: Ask) -> AsyncIterator[dict]:
@@ -115,15 +114,15 @@ class Models:
         self.waiting += 1
         try:
             async with self._turn:
-                model, tokenizer = await run_in_threadpool(self.get, ask.checkpoint)
+                model, tokenizer, ends = await run_in_threadpool(self.get, ask.checkpoint)
                 ids = await run_in_threadpool(prompt_ids, model, tokenizer, ask.prompt)
-                options = ask.model_dump(include={"temperature", "top_k", "top_p", "min_p", "seed"})
+                options = ask.model_dump(include=set(SamplingOptions.model_fields) - {"max_new_tokens"})
                 # one token more than asked for, never shown: its logits are what could come next
                 tokens = stream(model, torch.tensor([ids]), ask.max_new_tokens + 1, stop_ids=(), **options)
                 given, count, reason = len(tokenizer.decode(ids, skip_special_tokens=True)), 0, None
                 ends_at = time.monotonic() + WALL_SECONDS
                 async for token, logits in iterate_in_threadpool(tokens):
-                    if int(token) == model.config.eos_token_id:
+                    if int(token) in ends:
                         reason = "the text ended"
                     elif time.monotonic() > ends_at:
                         reason = f"stopped after {WALL_SECONDS:.0f} s"

@@ -427,7 +427,7 @@ TORN = ("", "\xff", "a b c", "{}", f"{HERE} {2**70} {NOW}", f"elsewhere 7 {NOW} 
 SILENT, KILLED, THIS = f"elsewhere 7 {NOW - 301}", f"{HERE} {2**22 + 1} {NOW}", f"{HERE} {os.getpid()} {NOW}"
 
 
-@pytest.mark.parametrize("words", [SILENT, KILLED, THIS, *TORN])
+@pytest.mark.parametrize("words", [SILENT, KILLED, THIS, *TORN], ids=range(9))  # the times in them differ
 def test_a_dead_runtime_is_not_in_the_way(words, fake, tmp_path):
     """Silent for five minutes; of this machine, and killed a moment ago; an earlier run of this process;
     unreadable."""
