@@ -131,7 +131,9 @@ class Run:
             self.saver.refuse(state.step, error)
             return
         state.config = fixed_settings(config)
-        files = model_files(config.model) | self.tokenizer.files(config.model.max_position_embeddings)
+        model_config, length = config.model, config.model.max_position_embeddings
+        ids = model_config.bos_token_id, model_config.eos_token_id
+        files = model_files(model_config) | self.tokenizer.files(length, *ids)
         files["state.json"] = dump_json(state.to_json())
         moments = moments_by_name(model, optimizer) | rng_tensors(self.device)
         tensors = {"model.safetensors": stored_tensors(model), "optim.safetensors": moments}
