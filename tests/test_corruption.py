@@ -215,12 +215,7 @@ def test_a_damaged_folder_does_not_push_out_a_good_one(finished, pair):
     assert saver.prune(pair, 2, None, verify(pair / step_name(6))) == [] and verify(pair / OLDER)
 
 
-<<<<<<< HEAD
-def test_a_damaged_folder_does_not_push_out_a_good_one(text, finished, tmp_path):
-    from smollm2.checkpoint import prune
-=======
 # --- a forger who makes every digest agree: the tensors themselves must fit
->>>>>>> bad
 
 NORM, MOMENT, RANDOM = "model.norm.weight", "exp_avg.model.norm.weight", "rng.torch"
 FORGERIES = {  # the tensor, what becomes of it, and the message
