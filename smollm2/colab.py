@@ -22,7 +22,6 @@ from typing import NamedTuple
 from .drive_errors import MOUNT_POINT, explain, is_final
 from .errors import UserError
 
-DRIVE_FOLDER = "smollm2"
 KEEP = ("torch", "numpy", "transformers", "ipywidgets", "matplotlib")  # no notebook's install replaces them
 PAUSES_SECONDS = (0, 2, 8)  # before each try to mount: a second one, moments later, often succeeds
 
@@ -119,7 +118,7 @@ def mount_drive() -> Path:
     """Mount Drive where it is not and return `MyDrive/smollm2`, made when absent and proven writable."""
     if not os.path.ismount(MOUNT_POINT):  # where it is, `mount` would ask for consent again
         importlib.import_module("google.colab.drive").mount(str(MOUNT_POINT))
-    folder = MOUNT_POINT / "MyDrive" / DRIVE_FOLDER
+    folder = MOUNT_POINT / "MyDrive" / "smollm2"
     folder.mkdir(exist_ok=True)  # and nothing above it: that would be a folder on this machine
     probe = folder / f".probe-{os.getpid()}"
     probe.touch()

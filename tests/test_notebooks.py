@@ -159,6 +159,9 @@ def test_lesson_has_checks_figures_predictions_a_widget_and_folded_answers(stem)
     assert "Each `?`" in title and "Each `✔`" in title, "whoever begins here meets both signs without a word"
     assert "You will be able to" in text and re.search(r"\bminutes?\b.*\b(CPU|GPU|T4)\b", text, re.S)
     assert stem == "06_evaluate_and_share" or "## Next" in text
+    assert ("needs a GPU" in title) == ('device.type != "cuda"' in code), (
+        "what no CPU can do is said at the top"
+    )
     assert not re.search(r"^guess = (?!None)", code, re.M), "a guess is the reader's: leave None"
 
 

@@ -23,7 +23,8 @@ def largest(difference) -> float:
     return values.max().item() if values.numel() else 0.0
 
 
-def _figure(value: float) -> str:
+def _figure(value) -> str:
+    value = float(value)
     return f"{value:,.0f}" if value.is_integer() or abs(value) >= 1000 else f"{value:.3g}"
 
 
@@ -82,7 +83,7 @@ def predict(question: str, guess, answer, *, within: float = 0.1, unit: str = ""
         print(f"  {guess!r} is no number: type digits alone, such as 42 or 1.5, and run this cell again.")
         return
     if not isinstance(answer, str):
-        guess, answer = (f"{_figure(float(value))} {unit}".rstrip() for value in (guess, answer))
+        guess, answer = (f"{_figure(value)} {unit}".rstrip() for value in (guess, answer))
     word = {1.0: "right", 0.5: "within a factor of two"}.get(reached, "not this time")
     print(f"  You said {guess}; it is {answer}: {word} ({reached:g} of 1 point).")
     if why:

@@ -155,7 +155,7 @@ class LivePanel(Reporter):
         low, high = min(losses), max(losses)
         every = len(train) // MAX_POINTS + 1  # a long run is drawn as fast as a short one
         curve = " ".join(f"{step},{high - loss:.4f}" for step, loss in train[::every])
-        dots = "".join(f"M{step} {high - loss:.4f}h0" for step, loss in held_out)
+        dots = "".join(f"M{step} {high - loss:.4f}h.01" for step, loss in held_out)
         line = 'fill="none" vector-effect="non-scaling-stroke" stroke-linecap="round" stroke'
         alt = f"Loss from {train[0][1]:.2f} to {train[-1][1]:.2f} nats per token over {train[-1][0]:,} steps."
         box = f'viewBox="0 0 {max(self.total, 1)} {max(high - low, 1e-3):.4f}" preserveAspectRatio="none"'
