@@ -73,8 +73,7 @@ def small_run(folder: Path, *more: object) -> Path:
 
 
 def files_below(*folders: Path) -> dict[Path, bytes | None]:
-    """Every name with its content: what must not change. A lock file may stay."""
-    paths = [path for folder in folders for path in folder.rglob("*") if path.name != ".lock"]
+    paths = [path for folder in folders for path in folder.rglob("*") if path.name != ".lock"]  # it may stay
     return {path: path.read_bytes() if path.is_file() else None for path in paths}
 
 
@@ -92,7 +91,7 @@ def shop(tmp_path_factory) -> Path:
     good, large = TEXT.encode(), Tokenizer.train([words], 400).raw
     contents = {
         "empty.txt": b"", "short.txt": b"Too short.\n", "one.txt": b"a", "other.txt": good + b"One more.\n",
-        "latin1.txt": good[:500] + b"caf\xe9 " + good, "cut.txt": good + "é".encode()[:1],
+        "Übung.txt": good, "latin1.txt": good[:500] + b"caf\xe9 " + good, "cut.txt": good + "é".encode()[:1],
         "overlong.txt": good + b"\xc0\xaf", "surrogate.txt": good + b"\xed\xa0\x80",
         "beyond.txt": good + b"\xf5\x80\x80\x80", "utf16.txt": TEXT.encode("utf-16"),
         "utf16be.txt": b"\xfe\xff" + TEXT.encode("utf-16-be"), "utf32.txt": TEXT.encode("utf-32"),
@@ -115,7 +114,6 @@ def shop(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def here(shop, tmp_path, monkeypatch) -> Path:
-    """The shop as the working folder, without a network."""
     monkeypatch.chdir(shop)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -424,11 +422,13 @@ def test_what_may_not_be_read_or_written_is_told(here, monkeypatch):
         check_refusal(done, f"Permission denied|{name}", code=7 if name == "closed" else 2)
 
 
-def test_a_real_process_on_a_terminal_that_knows_only_ascii_says_one_line_too(shop):
-    before, variables = files_below(shop), os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
-    words = [sys.executable, ROOT / "colab_train.py", "--preset", "Übung"]
-    check_refusal(run(words, cwd=shop, env=variables, capture_output=True, text=True), r"\xdcbung")
-    assert files_below(shop) == before
+def test_real_processes_on_a_terminal_that_knows_only_ascii(shop):
+    variables = os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    options = {"cwd": shop, "env": variables, "capture_output": True, "text": True}
+    mistake = [sys.executable, ROOT / "colab_train.py", "--preset", "Übung"]
+    check_refusal(run(mistake, **options), "unknown preset")
+    words = [sys.executable, "-m", "smollm2.evaluate", "--checkpoint", MODEL, "--input_file", "Übung.txt"]
+    assert run(words, **options).stdout.startswith("\\xdcbung.txt (all): ")
 
 
 NASTY = [

@@ -203,7 +203,7 @@ FORBIDDEN = re.compile(
 
 
 def problems(text: str) -> list[str]:
-    """What can run a file in a source text; comments aside, and each statement in one line."""
+    # without comments, and each statement in one line
     return [found.group() for found in FORBIDDEN.finditer(ast.unparse(ast.parse(text)))]
 
 
