@@ -65,6 +65,7 @@ class Ask(SamplingOptions):
     checkpoint: str | None = Field(None, max_length=200)
     max_new_tokens: int = Field(128, ge=1, le=MAX_NEW_TOKENS)
     temperature: float = Field(0.8, ge=0, le=10)
+    top_k: int | None = Field(None, ge=1, le=65536)
 
 
 def parse(body: bytes | str) -> Ask:
