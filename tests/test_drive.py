@@ -296,11 +296,11 @@ def test_three_stay_the_best_among_them_and_what_others_keep_there_is_never_touc
     assert whole_steps_on_server(fake) == [80, 70, 60, 20]  # three before the last copy began, and that
     assert list(fake.server_folders().values()).count({"a.txt": b"mine"}) == 4
     assert fake.trash_bytes == 0, "files are emptied before they are deleted"
-    listing = fake.listdir
-    fake.listdir = lambda name: fake._fail(errno.EIO) if "00000070" in name else listing(name)
+    stat = fake.stat
+    fake.stat = lambda name: fake._fail(errno.EIO) if "00000070" in name else stat(name)
     copies.copy(save(tmp_path, 90, best=20))
     assert whole_steps_on_server(fake) == [80, 70, 60, 20], "on half the knowledge nothing is removed"
-    fake.listdir = listing
+    fake.stat = stat
     copies.turn()
     assert whole_steps_on_server(fake) == [90, 80, 70, 20]
 
