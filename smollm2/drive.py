@@ -112,9 +112,9 @@ class DriveMirror:
                 self.on_copied(job.step)
         except Exception as error:  # whatever a driver comes up with: training must not hear of it
             reason = explain(error)
-            if reason != self._trouble:
+            if reason != self._trouble and time.monotonic() < self._end:
                 self.say(f"Drive: {reason}. Training goes on; tried again after 5 s, at last every 5 min")
-            self._trouble = reason
+                self._trouble = reason
             self._delay = min(max(2 * self._delay, FIRST_RETRY_SECONDS), LAST_RETRY_SECONDS)
             return self._delay
         if self._trouble:
@@ -125,7 +125,7 @@ class DriveMirror:
     def _beat(self) -> None:
         """Before each file: end a copy that nobody waits for any longer, else keep the heartbeat fresh."""
         if time.monotonic() > self._end:
-            raise SystemExit  # ends this thread, without a word
+            raise InterruptedError("nobody waits for it any longer")
         if time.monotonic() > self._next_beat:
             drive_folder.beat(self.folder)
             self._next_beat = time.monotonic() + HEARTBEAT_SECONDS

@@ -20,8 +20,8 @@ FINAL = {
 }
 WORDS = FINAL | {
     "credential propagation|consent": (
-        "Google did not get permission: allow pop-ups, choose the account of this Colab tab and tick every "
-        "box; then run this cell again"
+        "Google did not get permission: allow pop-ups, choose this Colab tab's account, tick every box, "
+        "then run this cell again"
     ),
     "timeout|timed out": "Drive did not answer in time (thousands of files in its root?); try again later",
     "ENOTCONN": "Drive is mounted but no longer connected (errno 107); Runtime > Restart session, then mount",

@@ -186,9 +186,7 @@ def erase(folder: Path) -> None:
     for name in sorted(names_in(folder), key=lambda name: name != MANIFEST):
         if not os.path.isdir(folder / name):  # a folder in it is a person's
             erase_file(folder / name)
-    with contextlib.suppress(
-        OSError
-    ):  # a person keeps something in it, or the mount still shows what is gone
+    with contextlib.suppress(OSError):  # it holds something of a person's, or still shows what is gone
         os.rmdir(folder)
 
 
