@@ -53,6 +53,9 @@ def build_page(gr, models):
     async def write(*values):
         """(text, status, what could come next) as they change."""
         asked = dict(zip(fields, values, strict=False))
+        # a number box has no way to be empty: once it is shown, it sends a number
+        off = {name for name, value in (("top_k", 0), ("seed", -1)) if asked.get(name) == value}
+        asked |= dict.fromkeys(off)
         try:
             async for step in models.write(parse(json.dumps(asked))):
                 status = f"{step['reason'] or 'writing'}: {step['tokens']} tokens"
@@ -84,10 +87,12 @@ def build_page(gr, models):
                         ),
                         "max_new_tokens": gr.Slider(1, MAX_NEW_TOKENS, 128, step=1, label="New tokens"),
                         "temperature": gr.Slider(0, 2, 0.8, label="Temperature", info="0: the likeliest"),
-                        "top_k": gr.Number(None, precision=0, label="Top-k", info="empty: off"),
+                        "top_k": gr.Number(0, precision=0, label="Top-k", info="0: off"),
                         "top_p": gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="1: off"),
                         "min_p": gr.Slider(0, 1, 0, step=0.05, label="Min-p", info="0: off"),
-                        "seed": gr.Number(None, precision=0, label="Seed", info="same seed, same text"),
+                        "seed": gr.Number(
+                            -1, precision=0, label="Seed", info="same seed, same text; -1: a new one"
+                        ),
                     }
         # preprocess=False: what a client sends is checked in one place, `parse`; Gradio's checks log it
         writing = gr.on(
