@@ -148,7 +148,9 @@ class TrainConfig(_Section):
     continue_steps: int = Field(0, ge=0, le=10**9)  # of the second, resumed from the first's checkpoint
     batch_size: int = Field(16, ge=1, le=2**20)  # rows of one optimizer step, over all devices
     micro_batch_size: int | None = Field(None, ge=1)  # rows of one forward pass; halved without memory
-    learning_rate: float = Field(3e-3, gt=0)
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, AdamW for the rest
+    learning_rate: float = Field(3e-3, gt=0)  # AdamW's
+    muon_learning_rate: float = Field(0.02, gt=0)  # Muon's; both follow one schedule
     warmup_steps: int = Field(100, ge=0)
     decay_fraction: float = Field(0.2, ge=0, le=1)  # share of the steps in which the rate falls to 0
     adam_beta1: float = Field(0.9, ge=0, lt=1)

@@ -12,7 +12,7 @@ import torch
 
 from .config import RunConfig, TrainConfig
 from .errors import ConfigError
-from .parameters import parameter_count
+from .parameters import parameter_count, training_bytes
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def check_memory(config: RunConfig, device: torch.device) -> None:
     if device.type == "cuda":
         needed += 4 * count  # the weights are drawn here, in fp32
     else:
-        needed += 16 * count  # and stay here, with gradients and two moments
+        needed += 4 * count + training_bytes(model, train.optimizer)  # and stay here, with gradients, moments
         # what every layer keeps of its input until the backward pass
         needed += (train.micro_batch_size or rows) * length * model.hidden_size * model.num_hidden_layers * 4
     total = memory_bytes()

@@ -62,6 +62,19 @@ def parameter_table(model_or_config) -> list[Row]:
     return rows
 
 
+def is_block_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    """What Muon trains: the matrices of the blocks, not the embedding, the output or the norms' gains."""
+    return ".layers." in name and len(shape) == 2
+
+
+def training_bytes(config: SmolLM2Config, optimizer: str) -> int:
+    """Of the weights and the optimizer's moments, in fp32: a checkpoint's. AdamW keeps two, Muon one."""
+    rows = parameter_table(config)
+    return 4 * sum(
+        row.count * (2 if optimizer == "muon" and is_block_matrix(row.name, row.shape) else 3) for row in rows
+    )
+
+
 def group_totals(rows: list[Row]) -> dict[str, int]:
     """Counts by kind: embedding, attention, MLP, norms, output head."""
     kinds = {"embed_tokens": "embedding", "self_attn": "attention", ".mlp.": "MLP", "lm_head": "output head"}

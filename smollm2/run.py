@@ -42,7 +42,7 @@ from .logs import CHECKPOINTS, Logs
 from .model import SmolLM2
 from .optim import Schedule, moments_by_name
 from .origin import origin_name, published_base, whereabouts
-from .parameters import parameter_count
+from .parameters import parameter_count, training_bytes
 from .progress import Reporter
 from .saver import Saver, check_space
 from .state import TrainState, check_unchanged, fixed_settings, read_state, restore_rng, rng_tensors
@@ -401,7 +401,7 @@ def _check_space(config: RunConfig, saver: Saver, tokenizer_bytes: int, say: Say
     train = config.train
     if saver.newest and saver.newest.step >= train.max_steps + train.continue_steps:
         return  # finished: nothing more will be written
-    each = 12 * parameter_count(config.model) + tokenizer_bytes  # weights and two moments, in fp32
+    each = training_bytes(config.model, train.optimizer) + tokenizer_bytes
     count = (
         train.keep_last + 2 + bool(train.continue_steps)
     )  # the best, the one being written, final_model.ckpt

@@ -15,6 +15,7 @@ from .checkpoint import Manifest
 from .config import RunConfig, problems
 from .errors import CheckpointError, ConfigError
 from .files import strict_json
+from .settings import FIELDS
 
 # Settings that may change when a run is resumed. Those that change its last digits are told in a line.
 CHANGEABLE = {
@@ -119,7 +120,7 @@ def check_unchanged(
         for section, settings in now.items()
         for key, value in settings.items()
         # a setting that an earlier version did not know had its default
-        if (was := state.config.get(section, {}).get(key, value)) != value
+        if (was := state.config.get(section, {}).get(key, FIELDS[f"{section}.{key}"].default)) != value
     ]
     if began_with and began_with != began:
         changes.append(f"run.init_from: {began or 'random weights'} -> {began_with}")
