@@ -62,7 +62,7 @@ def orthogonalized(stack: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """
     is_tall = stack.shape[1] > stack.shape[2]
     x = stack.mT if is_tall else stack
-    x = (x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)).to(dtype)  # singular values of at most 1
+    x = (x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-20)).to(dtype)  # singular values of at most 1
     a, b, c = NEWTON_SCHULZ
     for _ in range(ROUNDS):
         gram = x @ x.mT

@@ -63,7 +63,9 @@ def small_text(path: Path, words: int = 1000) -> Path:
 
 
 def small_config(text: Path, output_dir: Path, accumulation: int = 1, **train) -> RunConfig:
+    """Several micro-batches go with Muon, so that both optimizers are killed; `train` overrules it."""
     settings = {
+        "optimizer": "muon" if accumulation > 1 else "adamw",
         "max_steps": STEPS, "batch_size": 8, "micro_batch_size": 8 // accumulation, "warmup_steps": 5, "log_every": 5, "val_every": 15,
         "val_max_tokens": None, "sample_every": 30, "sample_tokens": 3, "save_every": 10, "save_every_seconds": None, "precision": "fp32",
     }  # fmt: skip

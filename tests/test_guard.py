@@ -210,11 +210,13 @@ def test_an_fp16_loop_of_overflows_ends_at_the_floor_of_the_scale_with_exit_code
     assert scales[0] == 2.0**15 and scales[-1] == 1.0 and min(scales) == 1.0
 
 
-def test_the_fp16_scale_is_resumed_exactly(text, tmp_path, monkeypatch):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_fp16_scale_is_resumed_exactly(text, tmp_path, monkeypatch, optimizer):
     poison(monkeypatch, {3: "gradient", 22: "gradient"}, math.inf)
-    train(config(text, tmp_path / "whole", precision="fp16"), Reporter())
+    settings = {"precision": "fp16", "optimizer": optimizer}
+    train(config(text, tmp_path / "whole", **settings), Reporter())
     assert state_of(tmp_path / "whole")["scaler"] == {"scale": 2.0**14, "_growth_tracker": 40 - 21}
-    train(config(text, tmp_path / "parts", precision="fp16", max_steps=20, continue_steps=20), Reporter())
+    train(config(text, tmp_path / "parts", **settings, max_steps=20, continue_steps=20), Reporter())
     for file in ("model.safetensors", "optim.safetensors"):
         assert sha256_file(tmp_path / "parts/checkpoints" / FINAL_NAMES[1] / file) == sha256_file(
             tmp_path / "whole/checkpoints" / FINAL / file

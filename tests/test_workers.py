@@ -122,9 +122,11 @@ def started(text: Path, folder: Path, *flags: str, **settings) -> subprocess.Pop
 
 
 @pytest.mark.slow
-def test_two_processes_reach_the_same_losses_in_two_phases(text, tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_two_processes_reach_the_same_losses_in_two_phases(text, tmp_path, optimizer):
     """The second phase matters: every worker must resume from what the first one committed."""
     losses, settings = {}, {"max_steps": 12, "continue_steps": 4, "log_every": 1, "save_every_seconds": 0.01}
+    settings["optimizer"] = optimizer
     for devices in (1, 2):
         folder = tmp_path / str(devices)
         folder.mkdir()
