@@ -221,9 +221,9 @@ plots.show(fig, alt)
 # %% [markdown] id="sampler"
 # ## 4 · Play
 #
-# **Write** streams text, **Go on** continues it; every setting moves the bars at once. Grey bars are what the model believes, blue ones what the next token
-# is drawn from. The darker a word, the less likely the model itself found it. Try temperature 0 (greedy: always the likeliest), then 1.5, then 1.5 with
-# min-p 0.1. What is the price of each? To stop early, interrupt (■ in Jupyter, *Runtime → Interrupt execution* in Colab): the text stays.
+# **Write** streams text; the same seed with more new tokens goes on from there. Every setting moves the bars at once. Grey bars are what the model believes,
+# blue ones what the next token is drawn from. The darker a word, the less likely the model itself found it. Try temperature 0 (greedy: always the likeliest),
+# then 1.5, then 1.5 with min-p 0.1. What is the price of each? To stop early, interrupt (■ in Jupyter, *Runtime → Interrupt execution* in Colab): the text stays.
 
 # %% id="sampler-widget" tags=["widget", "figure"]
 panel = sampler.show(model, tokenizer, prompt=PROMPT, new_tokens=40)

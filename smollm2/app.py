@@ -41,6 +41,19 @@ def import_gradio(folder: str, share: bool):
     return gradio
 
 
+def settings(gr, checkpoints: list[str], max_new_tokens: int) -> dict:
+    """The controls of a request, named as in `serving.Ask`."""
+    return {
+        "checkpoint": gr.Dropdown(checkpoints, label="Checkpoint", elem_id="checkpoint"),
+        "max_new_tokens": gr.Slider(1, max_new_tokens, 128, step=1, label="New tokens"),
+        "temperature": gr.Slider(0, 2, 0.8, label="Temperature", info="0: the likeliest"),
+        "top_k": gr.Number(0, precision=0, label="Top-k", info="0: off"),
+        "top_p": gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="1: off"),
+        "min_p": gr.Slider(0, 1, 0, step=0.05, label="Min-p", info="0: off"),
+        "seed": gr.Number(-1, precision=0, label="Seed", info="same seed, same text; -1: a new one"),
+    }
+
+
 def build_page(gr, models):
     """The Gradio page around the models."""
     from .serving import MAX_NEW_TOKENS, MAX_PROMPT_CHARACTERS, MAX_WAITING, parse
@@ -53,9 +66,8 @@ def build_page(gr, models):
     async def write(*values):
         """(text, status, what could come next) as they change."""
         asked = dict(zip(fields, values, strict=False))
-        # a number box has no way to be empty: once it is shown, it sends a number
-        off = {name for name, value in (("top_k", 0), ("seed", -1)) if asked.get(name) == value}
-        asked |= dict.fromkeys(off)
+        for name, off in (("top_k", 0), ("seed", -1)):  # a number box cannot be empty: it sends a number
+            asked[name] = None if asked[name] == off else asked[name]
         try:
             async for step in models.write(parse(json.dumps(asked))):
                 status = f"{step['reason'] or 'writing'}: {step['tokens']} tokens"
@@ -80,20 +92,7 @@ def build_page(gr, models):
             with gr.Column(scale=2, min_width=320):
                 likely = gr.Label(label="What could come next", show_heading=False, elem_id="likely")
                 with gr.Accordion("Settings", open=False, elem_id="settings"):
-                    fields = {  # named as in `Ask`
-                        "prompt": prompt,
-                        "checkpoint": gr.Dropdown(
-                            [*models.folders], label="Checkpoint", elem_id="checkpoint"
-                        ),
-                        "max_new_tokens": gr.Slider(1, MAX_NEW_TOKENS, 128, step=1, label="New tokens"),
-                        "temperature": gr.Slider(0, 2, 0.8, label="Temperature", info="0: the likeliest"),
-                        "top_k": gr.Number(0, precision=0, label="Top-k", info="0: off"),
-                        "top_p": gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="1: off"),
-                        "min_p": gr.Slider(0, 1, 0, step=0.05, label="Min-p", info="0: off"),
-                        "seed": gr.Number(
-                            -1, precision=0, label="Seed", info="same seed, same text; -1: a new one"
-                        ),
-                    }
+                    fields = {"prompt": prompt} | settings(gr, [*models.folders], MAX_NEW_TOKENS)
         # preprocess=False: what a client sends is checked in one place, `parse`; Gradio's checks log it
         writing = gr.on(
             [go.click, prompt.submit], write, list(fields.values()), [text, status, likely], preprocess=False,

@@ -12,53 +12,33 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from .checkpoint import MANIFEST, verify
 from .errors import CheckpointError, UserError
-from .files import strict_json
 from .sampling import SamplingOptions, document_ids, stream_continuation
 from .tokenizer import Tokenizer
+from .weights import read_end_ids, read_table
 
 # --- what the folder says -----------------------------------------------------------------------------------
 
 
-def folder_file(folder: Path, name: str) -> bytes:
-    """A small file of a model folder, empty where there is none; raises `CheckpointError` where damaged."""
-    if (folder / MANIFEST).exists():
-        verify(folder, only=(name,))
-    return (folder / name).read_bytes() if (folder / name).is_file() else b""
-
-
-def folder_fields(folder: Path, name: str) -> dict:
-    """The table in a JSON file of a model folder, empty where there is none; raises `CheckpointError`."""
-    fields = strict_json(folder_file(folder, name) or b"{}", str(folder / name))
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{folder / name}: found {type(fields).__name__}, expected a table")
-    return fields
-
-
 def special_tokens(folder: Path) -> dict[str, str]:
     """{"eos_token": "<|im_end|>", ...} of `tokenizer_config.json`, as a chat template reads them."""
-    fields = folder_fields(folder, "tokenizer_config.json").items()
+    fields = read_table(folder / "tokenizer_config.json", optional=True).items()
     named = {key: value.get("content") if isinstance(value, dict) else value for key, value in fields}
     return {key: value for key, value in named.items() if key.endswith("_token") and isinstance(value, str)}
 
 
 def stop_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """All ids that end a text: those of `generation_config.json`, of `config.json` and of the tokenizer."""
-    stops = [tokenizer.token_id(special_tokens(folder).get("eos_token", ""))]
-    for name in ("generation_config.json", "config.json"):
-        ids = folder_fields(folder, name).get("eos_token_id")
-        stops += ids if isinstance(ids, list) else [ids]
-    if not all(i is None or type(i) is int for i in stops):
-        raise CheckpointError(f"{folder}: eos_token_id is {stops[1:]}; expected a number or a list of them")
-    return tuple(dict.fromkeys(i for i in stops if i is not None))
+    """All ids that end a text: those of the model's files, and the tokenizer's."""
+    own = tokenizer.token_id(special_tokens(folder).get("eos_token", ""))
+    return tuple(i for i in dict.fromkeys([own, *read_end_ids(folder)]) if i is not None)
 
 
 def chat_template(folder: Path) -> str | None:
     """The Jinja chat template of a model folder, or None; of several the one called "default"."""
-    if own := folder_file(folder, "chat_template.jinja"):  # transformers 5 writes a file, 4 a field
-        return utf8(own.decode("utf-8", "surrogateescape"), f"{folder}/chat_template.jinja")
-    template = folder_fields(folder, "tokenizer_config.json").get("chat_template")
+    file = folder / "chat_template.jinja"
+    if file.is_file():  # transformers 5 writes a file, 4 a field
+        return utf8(file.read_text("utf-8", "surrogateescape"), str(file))
+    template = read_table(folder / "tokenizer_config.json", optional=True).get("chat_template")
     if isinstance(template, list):
         template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
     return template.get("default") if isinstance(template, dict) else template
@@ -94,9 +74,7 @@ class Conversation:
         self.model, self.tokenizer, self.stop_ids = model, tokenizer, stop_ids(folder, tokenizer)
         self.template, self.special_tokens = chat_template(folder) if chat else None, special_tokens(folder)
         if chat and self.template is None:
-            raise UserError(
-                f"--chat: {folder} has no chat template: leave --chat out, or take an Instruct model"
-            )
+            raise UserError(f"--chat: {folder} has no chat template, expected an Instruct model")
         self.limit = max(model.config.max_position_embeddings - room, 2)  # tokens; the rest is for the answer
         self.clear()
 
@@ -162,8 +140,6 @@ def read_prompt() -> str:
 def talk(conversation: Conversation, first: str | None, options: SamplingOptions) -> int:
     """Turn by turn until Ctrl-D. Ctrl-C stops an answer; at the prompt it leaves."""
     standard_input()
-    if sys.stdout is None:
-        raise UserError("--interactive: standard output is closed")
     with contextlib.suppress(ImportError):  # line editing, where the platform has it
         import readline  # noqa: F401
     print("Empty line: go on. /new: forget all. Ctrl-C: stop an answer. Ctrl-D: leave.", file=sys.stderr)

@@ -127,7 +127,7 @@ def export(
     if gguf not in (None, *GGUF_TYPES):
         raise ConfigError(f"--gguf {gguf}: expected one of {', '.join(GGUF_TYPES)}")
     model, tokenizer = load_model_and_tokenizer(folder)  # fp32; a checkpoint of ours is verified
-    state, template, ends = recorded(folder), chat_template(folder), read_end_ids(folder, model.config)
+    state, template, ends = recorded(folder), chat_template(folder), read_end_ids(folder)
     config, tensors = exported_config(model.config, state), stored_tensors(model)
     if dtype is None:  # an export loses nothing unless asked to
         stored = {tensor.dtype for tensor in read_weights(folder, config).values()}

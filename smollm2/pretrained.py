@@ -6,19 +6,19 @@ from pathlib import Path
 
 import torch
 
+from .checkpoint import MANIFEST, verify
 from .errors import CheckpointError
 from .model import SmolLM2
 from .tokenizer import Tokenizer
-from .weights import resolve
+from .weights import OPTIONAL_FILES, resolve
 
 
-def load_model_and_tokenizer(
-    source: str | Path, dtype: torch.dtype = torch.float32, device="cpu"
-) -> tuple[SmolLM2, Tokenizer]:
-    """(model, tokenizer) of one folder or Hub id."""
+def load_model_and_tokenizer(source: str | Path, dtype=torch.float32, device="cpu"):
+    """(`SmolLM2`, `Tokenizer`) of one folder or Hub id; raises `CheckpointError` for a damaged file."""
     folder = resolve(source)
+    if (folder / MANIFEST).exists():  # `from_pretrained` verifies the others
+        verify(folder, only=OPTIONAL_FILES)
     model, tokenizer = SmolLM2.from_pretrained(folder, dtype, device), Tokenizer.from_file(folder)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        sizes = f"its tokenizer has {tokenizer.vocab_size:,} entries, its model {model.config.vocab_size:,}"
-        raise CheckpointError(f"{folder}: {sizes}: they do not belong together")
+    if (ours := tokenizer.vocab_size) > (theirs := model.config.vocab_size):
+        raise CheckpointError(f"{folder}: a tokenizer of {ours:,} entries, but a model of {theirs:,}")
     return model, tokenizer

@@ -31,7 +31,8 @@ from .conversation import stop_ids
 from .device import choose_device, inference_dtype
 from .errors import UserError
 from .pretrained import load_model_and_tokenizer
-from .sampling import SamplingOptions, prompt_ids, stream
+from .sampling import SamplingOptions, StreamDecoder, prompt_ids, stream
+from .token_text import piece
 
 MAX_BODY_BYTES = 64 * 1024
 MAX_PROMPT_CHARACTERS = 8000
@@ -79,10 +80,7 @@ def parse(body: bytes | str) -> Ask:
 
 
 class Models:
-    """A checkpoint and its neighbours, to choose from by name. The one used last stays loaded.
-
-    They write one text at a time.
-    """
+    """A checkpoint and its neighbours, to choose from by name; they write one text at a time."""
 
     def __init__(self, folder: Path, name: str | None = None):
         """`name` is what the folder is called where its own name says nothing."""
@@ -93,8 +91,7 @@ class Models:
         self._loaded: dict[str, tuple] = {}
 
     def get(self, name: str | None = None):
-        """(model, tokenizer, ids that end a text) of a checkpoint, loaded when it is not the last one; raises
-        `UserError`."""
+        """(model, tokenizer, ids that end a text) of a checkpoint; the last one stays. Raises `UserError`."""
         name = name or self.default
         if name not in self.folders:
             raise Refused(f"checkpoint: not one of {', '.join(sorted(self.folders))}", 404)
@@ -106,10 +103,8 @@ class Models:
         return self._loaded[name]
 
     async def write(self, ask: Ask) -> AsyncIterator[dict]:
-        """The growing answer to a request: `text` and `tokens` so far, the `reason` why it ended (or None),
-        and `next`, at the first and the last step, what could come next. Closing it frees the model.
-        Raises `UserError`.
-        """
+        """The growing answer: `text` and `tokens` so far, the `reason` why it ended (or None), and `next`, at
+        the first and the last step, what could come next. Closing it frees the model. Raises `UserError`."""
         if self.waiting >= MAX_WAITING:
             raise Refused(f"{MAX_WAITING} requests are waiting already: try again in a minute", 503)
         self.waiting += 1
@@ -120,7 +115,7 @@ class Models:
                 options = ask.model_dump(include=set(SamplingOptions.model_fields) - {"max_new_tokens"})
                 # one token more than asked for, never shown: its logits are what could come next
                 tokens = stream(model, torch.tensor([ids]), ask.max_new_tokens + 1, stop_ids=(), **options)
-                given, count, reason = len(tokenizer.decode(ids, skip_special_tokens=True)), 0, None
+                decoder, text, count, reason = StreamDecoder(tokenizer, ids), "", 0, None
                 ends_at = time.monotonic() + WALL_SECONDS
                 async for token, logits in iterate_in_threadpool(tokens):
                     if int(token) in ends:
@@ -129,12 +124,9 @@ class Models:
                         reason = f"stopped after {WALL_SECONDS:.0f} s"
                     elif count == ask.max_new_tokens:
                         reason = "length reached"
-                    likely = likely_tokens(tokenizer, ids, logits[0]) if reason or count == 0 else None
-                    if reason is None:
-                        ids, count = [*ids, int(token)], count + 1
-                    text = tokenizer.decode(ids, skip_special_tokens=True)[given:]
-                    # half a character at the end waits for its other half
-                    text = text if reason else text.rstrip("\ufffd")
+                    likely = likely_tokens(tokenizer, logits[0]) if reason or count == 0 else None
+                    text += decoder.flush() if reason else decoder.push(int(token))
+                    count += reason is None
                     yield {"text": text, "tokens": count, "reason": reason, "next": likely}
                     if reason:
                         return
@@ -142,17 +134,11 @@ class Models:
             self.waiting -= 1
 
 
-def likely_tokens(tokenizer, ids: list[int], logits: torch.Tensor) -> list[dict]:
-    """The likeliest tokens behind `ids` as visible words, with the model's own probability (no settings)."""
+def likely_tokens(tokenizer, logits: torch.Tensor) -> list[dict]:
+    """The likeliest next tokens as visible words, with the model's own probability (no settings)."""
     top = logits.float().softmax(-1).topk(min(SHOWN_TOKENS, logits.numel()))
-    before, rows = len(tokenizer.decode(ids)), []
-    for probability, i in zip(top.values.tolist(), top.indices.tolist(), strict=True):
-        word = tokenizer.decode([*ids, i])[before:]
-        if not word or "\ufffd" in word:  # half a character, or beyond the tokenizer's vocabulary
-            word = tokenizer.token(i) or f"#{i}"
-        word = word.replace(" ", "·").replace("\n", "↵")
-        rows.append({"token": word, "probability": round(probability, 6)})
-    return rows
+    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return [{"token": piece(tokenizer, i), "probability": round(share, 6)} for i, share in pairs]
 
 
 def app_options(models: Models, auth: str | None) -> dict:

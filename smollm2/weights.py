@@ -41,8 +41,10 @@ def resolve(source: str | Path, revision: str | None = None) -> Path:
     raise CheckpointError(f"{source}: {kind_of(path)}; {expected}{hint}")
 
 
-def read_table(path: Path, expected: str) -> dict[str, Any]:
-    """The table in a JSON file; raises `CheckpointError` that says what was `expected` there."""
+def read_table(path: Path, expected: str = "a table", optional: bool = False) -> dict[str, Any]:
+    """The table in a JSON file (`optional`: empty where there is none); raises `CheckpointError`."""
+    if optional and not os.path.lexists(path):
+        return {}
     if not os.path.isfile(path):
         raise CheckpointError(f"{path}: {kind_of(path)}, expected {expected}")
     if path.stat().st_size > MAX_TABLE_BYTES:
@@ -58,14 +60,15 @@ def read_config(folder: Path) -> SmolLM2Config:
     return SmolLM2Config.from_hf_dict(read_table(path, "the config.json of a Llama model"), str(path))
 
 
-def read_end_ids(folder: Path, config: SmolLM2Config) -> tuple[int, ...]:
-    """All tokens that end a text: config.json's first, then those that only generation_config.json names."""
+def read_end_ids(folder: Path) -> tuple[int, ...]:
+    """All ids that end a text: config.json's first, then those that only generation_config.json names."""
     found = []
     for name in ("config.json", "generation_config.json"):
-        if (folder / name).is_file():
-            ids = read_table(folder / name, "a table").get("eos_token_id")
-            found += ids if isinstance(ids, list) else [ids]
-    return tuple(dict.fromkeys(i for i in found if type(i) is int and 0 <= i < config.vocab_size))
+        ids = read_table(folder / name, optional=True).get("eos_token_id")
+        found += ids if isinstance(ids, list) else [ids]
+    if not all(i is None or type(i) is int for i in found):
+        raise CheckpointError(f"{folder}: eos_token_id is {found}; expected a number or a list of them")
+    return tuple(dict.fromkeys(i for i in found if i is not None and i >= 0))  # -1 says none
 
 
 def read_weights(folder: Path, config: SmolLM2Config) -> dict[str, torch.Tensor]:

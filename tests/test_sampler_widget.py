@@ -32,7 +32,7 @@ def ids(panel: Sampler) -> list[int]:
 
 def written(panel: Sampler, seed: int = 0) -> str:
     panel.seed.value = seed
-    panel.write_button.click()  # as the reader does: through the widget
+    panel.button.click()  # as the reader does: through the widget
     return panel.tokenizer.decode(ids(panel))
 
 
@@ -65,7 +65,7 @@ def test_settings_move_the_bars_at_once_and_keep_the_text(panel):
 def test_a_new_prompt_starts_a_new_page_an_empty_one_a_document_and_one_too_long_is_a_line(panel):
     written(panel)
     panel.prompt.value = ""
-    assert ids(panel) == [] and len(panel.tokens) == 1 and panel.more_button.disabled
+    assert ids(panel) == [] and len(panel.tokens) == 1
     assert written(panel) and len(panel.tokens) == 1 + 12
     panel.prompt.value = "why " * 200
     panel.write()
@@ -74,13 +74,11 @@ def test_a_new_prompt_starts_a_new_page_an_empty_one_a_document_and_one_too_long
     assert written(panel)
 
 
-def test_go_on_appends_and_can_pass_the_end_of_the_context(panel):
-    panel.new_tokens.value = 30
+def test_more_tokens_go_on_and_can_pass_the_end_of_the_context(panel):
+    begun = written(panel) and ids(panel)
+    panel.new_tokens.value = 100  # context 64
     written(panel)
-    begun = ids(panel)
-    for _ in range(3):  # 4 * 30 tokens and the prompt, context 64
-        panel.more_button.click()
-    assert ids(panel)[:30] == begun and len(ids(panel)) == 120
+    assert ids(panel)[:12] == begun and len(ids(panel)) == 100
 
 
 def test_interrupting_keeps_what_is_written_and_other_errors_reach_the_reader(panel, monkeypatch):
@@ -98,8 +96,6 @@ def test_interrupting_keeps_what_is_written_and_other_errors_reach_the_reader(pa
     assert re.search("5 tokens.*stopped by you", panel.status.value) and ids(panel) == whole[:5]
 
     monkeypatch.setattr(sampler_module, "stream", real)
-    panel.more_button.click()
-    assert len(ids(panel)) == 5 + 12
     monkeypatch.setitem(panel.model.config.__dict__, "eos_token_id", whole[0])
     assert written(panel) == "" and "ended its text" in panel.status.value
     monkeypatch.setattr(sampler_module, "stream", lambda *_, **__: iter(1 / 0 for _ in "x"))

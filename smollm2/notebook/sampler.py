@@ -1,10 +1,8 @@
-"""A live panel that writes with a model: greedy, temperature, top-k, top-p, min-p, and the next token as
-bars.
+"""A live panel that writes with a model: greedy, temperature, top-k, top-p, min-p, and the next token's bars.
 
-Text streams from inside the button's callback, in the main thread. While it runs no other button can answer,
-so what stops it early is the notebook's interrupt (■, in Colab also Runtime > Interrupt execution): what is
-written stays. Every callback is a plain method that tests call; only a `UserError` (a prompt too long)
-becomes a line in the panel.
+Text streams from inside the button's callback, in the main thread, so what stops it early is the notebook's
+interrupt (■, in Colab also Runtime > Interrupt execution): what is written stays. Only a `UserError` (a
+prompt too long) becomes a line in the panel; callbacks are plain methods that tests call.
 """
 
 from __future__ import annotations
@@ -23,11 +21,10 @@ REDRAW_SECONDS = 0.1  # between two updates of the text while it streams
 
 
 class Sampler:
-    """The panel's controls and callbacks: `box` is the widget, `tokens` the page as (id, its probability)
-    pairs; tokens of the prompt have None."""
+    """Controls and callbacks: `box` is the widget, `tokens` the page as (id, probability), None in the prompt."""
 
     def __init__(self, model, tokenizer, prompt: str = "Once upon a time", new_tokens: int = 40):
-        self.model, self.tokenizer, self.tokens = model, tokenizer, []
+        self.model, self.tokenizer = model, tokenizer
         self.prompt = widgets.text("prompt", prompt)
         self.settings = {
             "temperature": widgets.slider("temperature (0: greedy)", 0.0, 2.0, 0.8, 0.05),
@@ -37,17 +34,14 @@ class Sampler:
         }
         self.new_tokens = widgets.slider("new tokens", 1, 256, new_tokens)
         self.seed = widgets.slider("seed", 0, 99, 0)
-        self.write_button = ipywidgets.Button(description="Write", icon="play", button_style="primary")
-        self.more_button = ipywidgets.Button(description="Go on", icon="forward", disabled=True)
-        self.page, self.picture, self.status = ipywidgets.HTML(), ipywidgets.HTML(), ipywidgets.Label()
-        self.write_button.on_click(self.write)
-        self.more_button.on_click(self.go_on)
+        self.button = ipywidgets.Button(description="Write", icon="play", button_style="primary")
+        self.status, self.page, self.picture = ipywidgets.Label(), ipywidgets.HTML(), ipywidgets.HTML()
+        self.button.on_click(self.write)
         self.prompt.observe(self.restart, names="value")
         for control in self.settings.values():
             control.observe(self.draw, names="value")
-        controls = [self.prompt, *self.settings.values(), self.new_tokens, self.seed]
-        buttons = ipywidgets.HBox([self.write_button, self.more_button])
-        self.box = ipywidgets.VBox([*controls, buttons, self.status, self.page, self.picture])
+        controls = [self.prompt, *self.settings.values(), self.new_tokens, self.seed, self.button]
+        self.box = ipywidgets.VBox([*controls, self.status, self.page, self.picture])
         self.restart()
 
     def options(self) -> dict:
@@ -63,42 +57,33 @@ class Sampler:
             self.status.value = str(error)
             return False
         self.tokens = [(token_id, None) for token_id in ids]
-        self.more_button.disabled = True
         self.status.value = f"{len(ids)} tokens in the prompt."
         self.draw()
         return True
 
     def write(self, _button=None) -> None:
-        """Start from the prompt and write; the same settings and seed write the same text."""
-        if self.restart():
-            self._run(self.seed.value)
-
-    def go_on(self, _button=None) -> None:
-        """Write on behind what is there, with a seed of its own."""
-        self._run(self.seed.value + 1_000_003 * len(self.tokens))
-
-    def _context(self, limit: int) -> torch.Tensor:
-        return torch.tensor([[token_id for token_id, _ in self.tokens[-limit:]]], device=self.model.device)
-
-    def _run(self, seed: int) -> None:
-        before, began, drawn, reason = len(self.tokens), time.monotonic(), 0.0, "length reached"
-        context = self._context(self.model.config.max_position_embeddings - 1)
-        steps = stream(self.model, context, self.new_tokens.value, seed=seed, **self.options())
+        """Write behind the prompt; the same settings and seed write the same text."""
+        if not self.restart():
+            return
+        given, began, drawn, reason = len(self.tokens), time.monotonic(), 0.0, "length reached"
+        asked = {"max_new_tokens": self.new_tokens.value, "seed": self.seed.value} | self.options()
         try:
-            for tokens, logits in steps:
-                if int(tokens) == self.model.config.eos_token_id:
+            for token, logits in stream(self.model, self._ids(), **asked):
+                if int(token) == self.model.config.eos_token_id:
                     reason = "the model ended its text"
                     break
-                self.tokens.append((int(tokens), logits[0].float().softmax(-1)[tokens].item()))
+                self.tokens.append((int(token), logits[0].float().softmax(-1)[token].item()))
                 if time.monotonic() - drawn >= REDRAW_SECONDS:
                     self._draw_page()
                     drawn = time.monotonic()
         except KeyboardInterrupt:
             reason = "stopped by you"
-        count, seconds = len(self.tokens) - before, max(time.monotonic() - began, 1e-9)
-        self.more_button.disabled = False
-        self.status.value = f"{count} tokens in {seconds:.1f} s ({count / seconds:.0f} a second); {reason}."
+        count, seconds = len(self.tokens) - given, time.monotonic() - began
+        self.status.value = f"{count} tokens in {seconds:.1f} s; {reason}."
         self.draw()
+
+    def _ids(self) -> torch.Tensor:
+        return torch.tensor([[token_id for token_id, _ in self.tokens]], device=self.model.device)
 
     def _draw_page(self) -> None:
         self.page.value, self.twin = coloured(self.tokenizer, *zip(*self.tokens, strict=True))
@@ -107,14 +92,13 @@ class Sampler:
     def draw(self, _change=None) -> None:
         """The page, and as bars the token after it with the settings of now."""
         self._draw_page()
-        logits = self.model(self._context(self.model.config.max_position_embeddings))[0, -1]
-        figure, self.alt = bars(self.tokenizer, logits, self.options(), "What comes next")
+        context = self._ids()[:, -self.model.config.max_position_embeddings :]
+        figure, self.alt = bars(self.tokenizer, self.model(context)[0, -1], self.options(), "What comes next")
         self.picture.value = plots.image_html(figure, self.alt)
 
 
 def show(model, tokenizer, **settings) -> Sampler:
-    """Show the panel with what its default settings write; where no widget can live, that text and the bars
-    after it."""
+    """Show the panel with what its default settings write; where no widget can live, that text and the bars."""
     panel = Sampler(model, tokenizer, **settings)
     panel.write()
     text = f"[text] {panel.twin}\n{plots.figure_text(panel.alt)}"
