@@ -71,8 +71,9 @@ from smollm2.export import export
 from smollm2.notebook import lesson
 from smollm2.notebook.inspect_model import token_probabilities
 from smollm2.notebook.ngram import NGram
-from smollm2.notebook.own_run import best_seen, own_run, recorded
+from smollm2.notebook.own_run import best_seen, own_run
 from smollm2.notebook.panel import live_panel
+from smollm2.origin import trained_with
 from smollm2.pretrained import load_model_and_tokenizer
 from smollm2.sampling import prompt_ids
 from smollm2.text import documents, read_split
@@ -225,7 +226,7 @@ widgets.explore(
 # %% cellView="form" id="predict-yours" tags=["predict", "slow"]
 # @title Your prediction { display-mode: "form" }
 guess = None  # @param {type:"raw"}
-block = recorded(checkpoints[-1])["config"]["data"]["sequence_length"]  # as in training
+block = trained_with(checkpoint).sequence_length
 score = score_file(model, tokenizer, TEXT, "val", block_length=block)
 rival = orders[best_order]
 lesson.predict(
@@ -461,9 +462,8 @@ if not PUBLISH:
     print(f"Nothing is published. With the box ticked, {size:.1f} MB would go to")
     print(f"huggingface.co/{REPOSITORY}.")
 elif token := colab.secret("HF_TOKEN"):
-    from smollm2.hub import check_repo_id, push
+    from smollm2.hub import push
 
-    check_repo_id(REPOSITORY, "REPOSITORY")
     os.environ["HF_TOKEN"] = token  # where huggingface_hub looks for it; not printed, not saved
     print(f"published: {push(out, REPOSITORY)}")
 

@@ -10,25 +10,10 @@ import importlib
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "SmolLM2": "model",
-    "KVCache": "model",
-    "SmolLM2Config": "config",
-    "RunConfig": "config",
-    "load_config": "settings",
-    "parameter_table": "parameters",
-    "Tokenizer": "tokenizer",
-    "train": "training",
-}
-__all__ = [
-    "KVCache",
-    "RunConfig",
-    "SmolLM2",
-    "SmolLM2Config",
-    "Tokenizer",
-    "load_config",
-    "parameter_table",
-    "train",
-]
+    "SmolLM2": "model", "KVCache": "model", "SmolLM2Config": "config", "RunConfig": "config",
+    "load_config": "settings", "parameter_table": "parameters", "Tokenizer": "tokenizer", "train": "training",
+}  # fmt: skip
+__all__ = list(_EXPORTS)
 
 
 def __getattr__(name: str):

@@ -27,7 +27,6 @@ PAUSES_SECONDS = (0, 2, 8)  # before each try to mount: a second one, moments la
 
 
 def is_colab() -> bool:
-    """Whether this is a Colab runtime."""
     return "COLAB_RELEASE_TAG" in os.environ
 
 
@@ -47,23 +46,12 @@ def installed(package: str) -> str | None:
         return None
 
 
-def missing_requirements(requirements: str | Path) -> list[str]:
-    """Lines of a requirements.txt, for this platform, whose package is absent (whatever its version: nothing
-    is upgraded)."""
-    text = Path(requirements).read_text(encoding="utf-8")
-    lines = [line.partition("#")[0].strip() for line in text.splitlines()]
-    lines = [line for line in lines if line and (";" not in line or sys.platform in line)]
-    return [line for line in lines if not installed(re.match(r"[\w.-]+", line)[0])]
-
-
 def install_missing(requirements: str | Path) -> list[str]:
-    """Install the packages of a requirements.txt that are absent, leaving all others as they are; returns
-    their lines.
-
-    Runs before the imports, so no restart is needed. Raises `UserError` with pip's last words when that
-    fails.
-    """
-    missing = missing_requirements(requirements)
+    """Install the packages of a requirements.txt that are absent and return their lines; whatever is there
+    stays as it is, in whatever version, so no restart is needed. Raises `UserError` with pip's last words."""
+    lines = [line.partition("#")[0].strip() for line in Path(requirements).read_text("utf-8").splitlines()]
+    here = [line for line in lines if line and (";" not in line or sys.platform in line)]
+    missing = [line for line in here if not installed(re.match(r"[\w.-]+", line)[0])]
     if missing:
         keep = [f"{name}=={installed(name)}" for name in KEEP if installed(name)]
         pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
@@ -86,8 +74,8 @@ def doctor() -> dict[str, str]:
     from . import __version__
     from .device import choose_device, choose_precision, device_name
 
-    device = choose_device()
-    precision, disk = choose_precision("auto", device), shutil.disk_usage(Path.cwd())
+    device, disk = choose_device(), shutil.disk_usage(Path.cwd())
+    precision = choose_precision("auto", device)
     packages = ("torch", "transformers", "pytorch-lightning", "ipywidgets")
     rows = {"Python": platform.python_version()} | {name: installed(name) or "absent" for name in packages}
     rows["device"] = device_name(device)
@@ -99,8 +87,7 @@ def doctor() -> dict[str, str]:
     rows["Colab"] = f"yes ({os.environ['COLAB_RELEASE_TAG']})" if is_colab() else "no"
     rows["Drive"] = "mounted" if os.path.ismount(MOUNT_POINT) else "not mounted (notebook 04 asks)"
     rows["smollm2"] = __version__ + (", smoke mode: long work is shrunk" if is_smoke() else "")
-    for name, value in rows.items():
-        print(f"{name:>17}  {value}")
+    print("\n".join(f"{name:>17}  {value}" for name, value in rows.items()))
     return rows
 
 
@@ -127,12 +114,11 @@ def mount_drive() -> Path:
 
 
 def storage(use_drive: bool = True, output_dir: str | Path = "output") -> Storage:
-    """Choose where a run is kept and say so. Training always writes to `output_dir` on the local disk; with
-    Drive, verified copies go to `MyDrive/smollm2` too. Any Drive failure is told in plain words and the local
-    folder stays."""
-    folder, reason = None, "you chose not to use Drive"
-    if use_drive and not is_colab():
-        reason = "this is not Colab, so there is no Drive to mount"
+    """Choose where a run is kept and say so: always on the local disk, with Drive as verified copies in
+    `MyDrive/smollm2`, too. A failure of Drive is told in plain words, and the local folder stays."""
+    folder, reason = None, "this is not Colab, so there is no Drive to mount"
+    if not use_drive:
+        reason = "you chose not to use Drive"
     for pause in PAUSES_SECONDS if use_drive and is_colab() else ():
         time.sleep(pause)
         try:
@@ -143,19 +129,18 @@ def storage(use_drive: bool = True, output_dir: str | Path = "output") -> Storag
             print(f"Drive: {reason}.")
             if is_final(error):
                 break
+    place, kept = f"ON THIS MACHINE ONLY  {Path(output_dir).resolve()}", "it stays until you delete it"
     if folder:
-        print(f"KEPT ON DRIVE  {folder}\n  why: {reason}")
-        print("  Google uploads in the background: a copy counts when drive.google.com shows it.")
-    else:
-        print(f"KEPT ON THIS MACHINE ONLY  {Path(output_dir).resolve()}\n  why: {reason}")
-        gone = "When Colab takes this machine back, the files are gone. This cell asks for Drive again."
-        print(f"  {gone if is_colab() else 'It is an ordinary folder: it stays until you delete it.'}")
+        place, kept = f"ON DRIVE  {folder}", "a copy counts when drive.google.com shows it, minutes later"
+    elif is_colab():
+        kept = "when Colab takes this machine back, the files are gone; this cell asks for Drive again"
+    print(f"KEPT {place}\n  why: {reason}\n  how long: {kept}")
     return Storage(Path(output_dir), folder)
 
 
 def secret(name: str) -> str | None:
-    """A secret from Colab's key panel, else from the environment; None, with the reason printed, where there
-    is none."""
+    """A secret from Colab's key panel, else from the environment; None, and why in print, where it is in
+    neither. (huggingface_hub asks the panel itself, but only once a session.)"""
     reason = "it is not in the environment"
     if is_colab():
         try:
@@ -168,10 +153,9 @@ def secret(name: str) -> str | None:
 
 
 def finish(flush_drive: bool = False, free_machine: bool = False) -> None:
-    """The end of a session, only as far as asked: write Drive's cache back, then hand the machine back to
-    Google."""
-    if not (flush_drive or free_machine) or not is_colab():
-        print("Nothing to do: all stays as it is." if is_colab() else "This is not Colab: nothing to do.")
+    """The end of a session, as far as asked: write Drive's cache back, then hand the machine to Google."""
+    if not is_colab():
+        print("This is not Colab: nothing to do.")
         return
     if flush_drive:
         try:

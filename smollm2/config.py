@@ -70,14 +70,12 @@ class SmolLM2Config(_Section):
         hidden, heads, groups = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
         if self.head_dim is None:
             if hidden % heads:
-                wrong = f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}"
-                raise ValueError(f"{wrong}: change one, or give head_dim")
+                raise ValueError(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
             object.__setattr__(self, "head_dim", hidden // heads)
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd: RoPE rotates pairs, so it must be even")
         if heads % groups:
-            wrong = f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}"
-            raise ValueError(f"{wrong}: each key/value head serves a whole group of query heads")
+            raise ValueError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
         return self
 
     def to_hf_dict(self, dtype: str = "float32") -> dict[str, Any]:
@@ -221,9 +219,9 @@ def problems(error: ValidationError, root: type[BaseModel]) -> str:
     """All problems of a validation, separated by semicolons, with a suggestion for misspelt keys."""
     lines = []
     for problem in error.errors(include_url=False):
-        *section, leaf = problem["loc"] or ("",)
         where, found = ".".join(map(str, problem["loc"])), problem["input"]
         if problem["type"] == "extra_forbidden":
+            *section, leaf = problem["loc"]
             known = (root.model_fields[section[0]].annotation if section else root).model_fields
             lines.append(f"unknown key {where!r}{did_you_mean(str(leaf), known)}")
             continue

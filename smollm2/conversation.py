@@ -20,16 +20,19 @@ from .weights import read_end_ids, read_table
 # --- what the folder says -----------------------------------------------------------------------------------
 
 
-def special_tokens(folder: Path) -> dict[str, str]:
-    """{"eos_token": "<|im_end|>", ...} of `tokenizer_config.json`, as a chat template reads them."""
-    fields = read_table(folder / "tokenizer_config.json", optional=True).items()
-    named = {key: value.get("content") if isinstance(value, dict) else value for key, value in fields}
+def special_tokens(fields: dict) -> dict[str, str]:
+    """{"eos_token": "<|im_end|>", ...} of a `tokenizer_config.json`, as a chat template reads them."""
+    named = {key: value.get("content") if isinstance(value, dict) else value for key, value in fields.items()}
     return {key: value for key, value in named.items() if key.endswith("_token") and isinstance(value, str)}
+
+
+def tokenizer_config(folder: Path) -> dict:
+    return read_table(folder / "tokenizer_config.json", optional=True)
 
 
 def stop_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     """All ids that end a text: those of the model's files, and the tokenizer's."""
-    own = tokenizer.token_id(special_tokens(folder).get("eos_token", ""))
+    own = tokenizer.token_id(special_tokens(tokenizer_config(folder)).get("eos_token", ""))
     return tuple(i for i in dict.fromkeys([own, *read_end_ids(folder)]) if i is not None)
 
 
@@ -38,7 +41,7 @@ def chat_template(folder: Path) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():  # transformers 5 writes a file, 4 a field
         return utf8(file.read_text("utf-8", "surrogateescape"), str(file))
-    template = read_table(folder / "tokenizer_config.json", optional=True).get("chat_template")
+    template = tokenizer_config(folder).get("chat_template")
     if isinstance(template, list):
         template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
     return template.get("default") if isinstance(template, dict) else template
@@ -72,7 +75,8 @@ class Conversation:
 
     def __init__(self, model, tokenizer: Tokenizer, folder: Path, chat: bool = False, room: int = 64):
         self.model, self.tokenizer, self.stop_ids = model, tokenizer, stop_ids(folder, tokenizer)
-        self.template, self.special_tokens = chat_template(folder) if chat else None, special_tokens(folder)
+        self.template = chat_template(folder) if chat else None
+        self.special_tokens = special_tokens(tokenizer_config(folder))
         if chat and self.template is None:
             raise UserError(f"--chat: {folder} has no chat template, expected an Instruct model")
         self.limit = max(model.config.max_position_embeddings - room, 2)  # tokens; the rest is for the answer

@@ -27,8 +27,8 @@ class Precision:
 
 def cpu_has_bf16() -> bool:
     """Whether this CPU multiplies bf16 in hardware (AVX512-BF16, AMX); else autocast is slower than fp32."""
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, probe)() for probe in probes if hasattr(torch.cpu, probe))
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private: a newer torch may lack them
+    return any(getattr(torch.cpu, probe, bool)() for probe in probes)
 
 
 def choose_device() -> torch.device:
@@ -45,17 +45,13 @@ def choose_precision(requested: str, device: torch.device) -> Precision:
         native, fallback = major >= 8, "fp16"
         why = f"{name} has bf16 units" if native else f"{name} has no bf16 units: fp16 with loss scaling"
     else:
-        name = "this CPU"
         native, fallback = cpu_has_bf16(), "fp32"
-        why = f"{name} multiplies bf16 in hardware" if native else f"{name} has no bf16 instructions"
+        why = "this CPU multiplies bf16 in hardware" if native else "this CPU has no bf16 instructions"
+    chosen, reason = requested, "as asked"
     if requested == "auto":
-        chosen, reason = ("bf16" if native else fallback), why
-    else:
-        if requested == "bf16" and not native and device.type == "cuda":
-            raise ConfigError(
-                f"train.precision bf16: {name} can only emulate it, many times slower; use fp16 or auto"
-            )
-        chosen, reason = requested, "as asked"
+        chosen, reason = "bf16" if native else fallback, why
+    elif requested == "bf16" and not native and device.type == "cuda":
+        raise ConfigError(f"train.precision bf16: {name} only emulates it, very slowly; use fp16 or auto")
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[chosen]
     return Precision(chosen, dtype, chosen == "fp16", reason)
 
@@ -131,11 +127,10 @@ def memory_bytes(groups: str = "/proc/self/cgroup", mounted: str = "/sys/fs/cgro
     with contextlib.suppress(OSError):  # there are none but on Linux
         for line in Path(groups).read_text().splitlines():
             _, controllers, group = line.split(":", 2)
-            folder, name = Path(mounted, group.lstrip("/")), "memory.max"
-            if "memory" in controllers.split(","):  # version 1
-                folder, name = Path(mounted, "memory", group.lstrip("/")), "memory.limit_in_bytes"
-            # the groups around it count as well; and in a container the host's path leads nowhere, but its
-            # end is mounted
+            is_old = "memory" in controllers  # version 2 names no controllers
+            name = "memory.limit_in_bytes" if is_old else "memory.max"
+            folder = Path(mounted, "memory" if is_old else "", group.lstrip("/"))
+            # groups around it count, too; in a container the host's path leads nowhere, but its end is there
             for place in (folder, *folder.parents):
                 with contextlib.suppress(OSError, ValueError):  # no such file; "max"
                     limits.append(int((place / name).read_text()))
@@ -153,14 +148,13 @@ def check_memory(config: RunConfig, device: torch.device) -> None:
         needed += 4 * count + training_bytes(model, train.optimizer)  # and stay here, with gradients, moments
         # what every layer keeps of its input until the backward pass
         needed += (train.micro_batch_size or rows) * length * model.hidden_size * model.num_hidden_layers * 4
-    total = memory_bytes()
-    if needed > total:
-        raise ConfigError(
-            f"{count:,} parameters and a train.batch_size of {rows:,} x {length:,} tokens need "
-            f"{needed / 2**30:,.1f} GiB of memory; this machine, or its container, has {total / 2**30:,.1f} "
-            "GiB: choose a smaller train.micro_batch_size, train.batch_size, data.sequence_length, or a "
-            "smaller model"
+    if needed > (total := memory_bytes()):
+        asked = f"{count:,} parameters and a train.batch_size of {rows:,} x {length:,} tokens"
+        sizes = (
+            f"{needed / 2**30:,.1f} GiB of memory; this machine, or its container, has {total / 2**30:,.1f}"
         )
+        advice = "choose a smaller train.micro_batch_size, train.batch_size, data.sequence_length, or model"
+        raise ConfigError(f"{asked} need {sizes} GiB: {advice}")
 
 
 @contextlib.contextmanager
@@ -168,8 +162,7 @@ def plain_defaults():
     """Inside it new tensors are fp32 on the CPU, whatever default an earlier cell of a notebook has set."""
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
     torch.set_default_dtype(torch.float32)
-    if device.type != "cpu":
-        torch.set_default_device(None)
+    torch.set_default_device(None)
     try:
         yield
     finally:

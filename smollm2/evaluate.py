@@ -60,14 +60,14 @@ def score_tokens(
     count = min(max_tokens or len(tokens), len(tokens))
     if count == 0:
         raise DataError("nothing to evaluate: the text has no tokens")
-    text_bytes = text_bytes * count / len(tokens)
+    text_bytes *= count / len(tokens)
     length = block_length or model.config.max_position_embeddings
     batch = max(1, TOKENS_PER_BATCH // length) * length
-    previous = model.config.bos_token_id or 0
+    tokens, previous = tokens[:count], model.config.bos_token_id or 0
     total, was_training = 0.0, model.training
     model.eval()
     for start in range(0, count, batch):
-        part = np.concatenate(([previous], tokens[start : min(start + batch, count)])).astype(np.int64)
+        part = np.concatenate(([previous], tokens[start : start + batch])).astype(np.int64)
         part, previous = torch.from_numpy(part).to(model.device), part[-1]
         new = len(part) - 1
         row = min(length, new)
@@ -81,13 +81,13 @@ def score_tokens(
 
 
 def score_file(model: SmolLM2, tokenizer, path, split="all", held_out_fraction=0.1, **options) -> Score:
-    """Score a text file, or its held-out end (`split="val"`); `options` as in `score_tokens`. Raises
-    `DataError` for a text that the tokenizer cannot hold."""
+    """Score a text file, or its held-out end (`split="val"`); `options` as in `score_tokens`.
+
+    Raises `DataError` for a text that the tokenizer cannot hold."""
     texts = list(read_split(path, split, held_out_fraction))
     share, lost = tokenizer.not_kept(text for text, _ in documents(texts))
     if share > MAX_LOST_SHARE:
-        limit = f"expected at most {MAX_LOST_SHARE:.1%}: evaluate a model with a byte-level tokenizer"
-        raise DataError(f"{path}: {lost}, {limit}")
+        raise DataError(f"{path}: {lost}, expected at most {MAX_LOST_SHARE:.1%}")
     if lost:
         print(f"note: {path}: {lost}; bits per byte are too good by what they would cost", file=sys.stderr)
     arrays = list(encode_documents(tokenizer, texts, tokenizer.end_id(model.config.eos_token_id)))

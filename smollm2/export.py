@@ -19,7 +19,7 @@ import torch
 
 from .card import model_card
 from .config import SmolLM2Config
-from .conversation import chat_template, render_chat
+from .conversation import chat_template, render_chat, special_tokens
 from .errors import ArgumentParser, CheckpointError, ConfigError, OutputLost, run_command
 from .files import commit_folder, dump_json, kind_of, sha256_file, write_tensors
 from .gguf_file import GGUF_TYPES, write_gguf
@@ -44,16 +44,12 @@ def exported_config(config: SmolLM2Config, state: dict[str, Any]) -> SmolLM2Conf
     return config.model_copy(update={"max_position_embeddings": min(trained, context)})
 
 
-def special_tokens(tokenizer: Tokenizer, config: SmolLM2Config) -> dict[str, str]:
-    """{"eos_token": its text, ...} of those roles whose id `config.json` names."""
-    ids = {f"{role}_token": getattr(config, f"{role}_token_id") for role in ("bos", "eos", "pad")}
-    return {role: tokenizer.token(i) for role, i in ids.items() if i is not None and tokenizer.token(i)}
-
-
 def tokenizer_files(tokenizer: Tokenizer, config: SmolLM2Config, template: str | None) -> dict[str, bytes]:
     """`tokenizer.json` unchanged, `tokenizer_config.json` with the model's own special tokens."""
-    files = tokenizer.files(config.max_position_embeddings)
-    fields = json.loads(files["tokenizer_config.json"]) | special_tokens(tokenizer, config)
+    files = tokenizer.files(config.max_position_embeddings, config.bos_token_id, config.eos_token_id)
+    fields = json.loads(files["tokenizer_config.json"])
+    if config.pad_token_id is not None:
+        fields["pad_token"] = tokenizer.token(config.pad_token_id)
     fields |= {"chat_template": template} if template else {}
     return files | {"tokenizer_config.json": dump_json(fields)}
 
@@ -65,31 +61,31 @@ def chatml_system(template: str, special: dict[str, str]) -> str | None:
     """
     talk = [{"role": role, "content": f"{role} said"} for role in ("system", "user", "assistant", "user")]
     system, *turns = [TURN.format(turn["role"], turn["content"]) for turn in talk]
+    turns = "".join(turns) + ANSWER
     try:
         asked, alone = render_chat(template, talk, special), render_chat(template, talk[1:], special)
     except CheckpointError:  # it takes no system message, or does not run at all
         return None
-    turns = "".join(turns) + ANSWER
     default = r"(?:<\|im_start\|>system\n(.*?)<\|im_end\|>\n)?"
     found = re.fullmatch(default + re.escape(turns), alone, re.DOTALL)
     return (found[1] or "") if found and asked == system + turns else None
 
 
-def modelfile(
-    weights: str, config: SmolLM2Config, tokenizer: Tokenizer, ends: tuple, template: str | None
-) -> str:
+def modelfile(weights: str, tokenizer: Tokenizer, ends: tuple, fields: dict) -> str:
     """Ollama's recipe. A base model completes the prompt as it stands, an Instruct model reads ChatML where
-    its own template writes that. `ends`: ids that end a text."""
-    context = config.max_position_embeddings
-    lines = [f"FROM {weights}", f"PARAMETER num_ctx {context}", "PARAMETER temperature 0.8"]
+    its own template writes that. `ends`: ids that end a text. `fields`: `tokenizer_config.json`."""
+    template = fields.get("chat_template")
+    lines = [
+        f"FROM {weights}",
+        f"PARAMETER num_ctx {fields['model_max_length']}",
+        "PARAMETER temperature 0.8",
+    ]
     stops = [tokenizer.token(i) for i in ends if tokenizer.is_special(i)]
-    system = chatml_system(template, special_tokens(tokenizer, config)) if template else None
+    system = chatml_system(template, special_tokens(fields)) if template else None
     if not template:
         lines.append('TEMPLATE """{{ .Prompt }}"""')
     elif system is None:
-        lines.append(
-            "# No TEMPLATE: the model's chat template is not ChatML, the only kind that is translated."
-        )
+        lines.append("# No TEMPLATE: the model's chat template is not ChatML, the one kind translated here.")
         lines.append("# Ollama takes the one in the model's own files where it knows it; else write one.")
     else:
         turns = "{{- range .Messages }}" + TURN.format("{{ .Role }}", "{{ .Content }}") + "{{ end }}" + ANSWER
@@ -110,8 +106,7 @@ def check_out(out: Path, source: Path) -> None:
     there = [path for path in sorted(out.glob("*")) if path.name != RECEIPT or not ours]
     foreign = [p.name for p in there if p.name not in ours or sha256_file(p) != ours[p.name]["sha256"]]
     if foreign:  # a card that somebody has edited is theirs, too
-        found = ", ".join(foreign[:3])
-        raise ConfigError(f"--out {out}: {found} is no unchanged part of an export; name a new folder")
+        raise ConfigError(f"--out {out}: {foreign[0]} is no unchanged part of an export; name a new folder")
 
 
 def export(
@@ -136,9 +131,10 @@ def export(
     title = folder.name.removesuffix(".ckpt") if os.path.exists(checkpoint) else str(checkpoint)
     base, gguf_file = published_base(checkpoint, folder), f"model-{gguf}.gguf" if gguf else None
     card = model_card(title, folder, config, sum(p.numel() for p in tensors.values()), dtype, gguf_file, base)
-    recipe = modelfile(f"./{gguf_file}" if gguf else ".", config, tokenizer, ends, template)
     files = model_files(config, str(DTYPES[dtype]).removeprefix("torch."), ends)
     files |= tokenizer_files(tokenizer, config, template)
+    fields = json.loads(files["tokenizer_config.json"])
+    recipe = modelfile(f"./{gguf_file}" if gguf else ".", tokenizer, ends, fields)
     files |= {"README.md": card.encode(), "Modelfile": recipe.encode()}
     files["model.safetensors"] = lambda path: write_tensors(path, rounded)
     if gguf:  # from the fp32 weights, not from those rounded to bf16
@@ -156,25 +152,17 @@ def main(argv: list[str] | None = None) -> int:
     about = "Write a checkpoint as a folder that other programs read."
     parser = ArgumentParser(prog="python -m smollm2.export", description=about)
     parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or a Hub id")
-    parser.add_argument("--out", required=True, help="folder to write: new, empty, or an earlier export")
+    parser.add_argument("--out", required=True, help="folder: new, empty, or an export to replace")
     parser.add_argument("--dtype", choices=DTYPES, help="of model.safetensors (default: as stored)")
     parser.add_argument("--gguf", choices=GGUF_TYPES, help="also write a GGUF file for llama.cpp and Ollama")
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload the folder to this model on the Hub")
-    parser.add_argument("--dry_run", action="store_true", help="with --push: only say what it would upload")
     args = parser.parse_args(argv)
-    if args.dry_run and not args.push:
-        raise ConfigError("--dry_run goes with --push OWNER/NAME: without it nothing is uploaded anyway")
     if args.push:
         check_repo_id(args.push, "--push")
-    earlier = set(os.listdir(args.out)) if os.path.isdir(args.out) else set()
     out = export(args.checkpoint, args.out, args.dtype, args.gguf)
-    sizes = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
-    print(f"{out}: " + ", ".join(f"{name} {size:,} bytes" for name, size in sizes.items()))
-    if gone := ", ".join(sorted(earlier - set(sizes))):
-        print(f"removed with the earlier export: {gone} (an export replaces the whole folder)")
-    if args.push and args.dry_run:
-        print(f"dry run: would upload {len(sizes)} files, {sum(sizes.values()):,} bytes, to {args.push}")
-    elif args.push:
+    files = (f"{path.name} {path.stat().st_size:,} bytes" for path in sorted(out.iterdir()))
+    print(f"{out}: {', '.join(files)}")
+    if args.push:
         print(f"uploaded to {push(out, args.push)}")
     return 0
 

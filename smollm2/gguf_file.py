@@ -45,10 +45,8 @@ def vocabulary(tokenizer: Tokenizer, size: int) -> tuple[list[str], list[int], l
     fields, added = json.loads(read.to_str()), read.get_added_tokens_decoder()
     model, split = fields["model"], (fields["pre_tokenizer"] or {}).get("pretokenizers")
     if model["type"] != "BPE" or model["ignore_merges"] or fields["normalizer"] or split != SMOLLM_SPLIT:
-        raise UserError(
-            "--gguf: the checkpoint's tokenizer.json is not split as SmolLM2's (byte-level BPE behind single "
-            "digits), the one kind written here; use llama.cpp's convert_hf_to_gguf.py on the exported folder"
-        )
+        known = "split as SmolLM2's (byte-level BPE behind single digits), the one kind written here"
+        raise UserError(f"--gguf: tokenizer.json is not {known}; use llama.cpp's convert_hf_to_gguf.py")
     names = [tokenizer.token(i) for i in range(size)]
     types = [TokenType.UNUSED if name is None else TokenType.NORMAL for name in names]
     for i, token in added.items():
@@ -72,13 +70,7 @@ def encode_tensor(name: str, tensor: torch.Tensor, kind: str, config: SmolLM2Con
 
 
 def write_gguf(
-    path: Path,
-    config: SmolLM2Config,
-    tensors: dict,
-    tokenizer: Tokenizer,
-    kind: str,
-    name: str,
-    template: str | None,
+    path: Path, config: SmolLM2Config, tensors: dict, tokenizer: Tokenizer, kind: str, name: str, template
 ) -> None:
     """Write one GGUF file.
 

@@ -41,7 +41,7 @@ def fetch(repo_id: str, filename: str, revision: str | None = None) -> Path:
 
 
 def fetch_files(
-    repo_id: str, required: Sequence[str], optional: Sequence[str] = (), revision: str | None = None
+    repo_id: str, required: Sequence[str], optional=(), revision: str | None = None
 ) -> dict[str, Path]:
     """Paths of Hub files in the local cache, all of one commit, downloaded when needed.
 
@@ -55,8 +55,7 @@ def fetch_files(
 
     constants.HF_HUB_DISABLE_XET = True  # plain HTTP has read time-outs; a transfer by Xet is known to hang
     revision = revision or REVISIONS.get(repo_id) or "main"
-    cached: dict[str, Path] = {}
-    paths: dict[str, Path] = {}
+    cached, paths = {}, {}
     try:
         known = {name: look_up(repo_id, name, revision=revision) for name in (*required, *optional)}
         cached = {name: Path(path) for name, path in known.items() if isinstance(path, str)}
@@ -68,9 +67,8 @@ def fetch_files(
             try:
                 paths[name] = Path(hf_hub_download(repo_id, name, revision=revision))
                 revision = paths[name].parent.name  # the commit: `main` may move between two files
-            except errors.EntryNotFoundError as error:
-                is_absent = not isinstance(error, errors.LocalEntryNotFoundError)  # else the transfer failed
-                if name in required or not is_absent:
+            except errors.EntryNotFoundError as error:  # its "local" kind means that the transfer failed
+                if name in required or isinstance(error, errors.LocalEntryNotFoundError):
                     raise
         return paths
     except Exception as error:  # connection errors of several libraries share no base class
@@ -80,7 +78,7 @@ def fetch_files(
         return cached
     if isinstance(problem, HubUnreachable):
         missing = f"{', '.join(required)} is not in the local cache {constants.HF_HUB_CACHE}"
-        problem = HubUnreachable(f"{problem}, and {missing}: check the connection, or give a local folder")
+        raise HubUnreachable(f"{problem}, and {missing}: check the connection, or give a local folder")
     raise problem
 
 
@@ -91,8 +89,8 @@ def _explained(error: Exception, repo_id: str) -> UserError:
     if isinstance(error, errors.LocalEntryNotFoundError):
         error = error.__cause__ or error
     said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    is_of_disk = isinstance(error, OSError) and error.errno  # the network's errors have no number
-    if is_of_disk or "home directory" in said:
+    # errors of the network are OSErrors without a number
+    if "home directory" in said or getattr(error, "errno", None):
         folder = getattr(error, "filename", None) or constants.HF_HUB_CACHE
         return UserError(f"{folder} cannot be used ({said}): set HF_HUB_CACHE or HF_HOME to another folder")
     token, status = get_token() or "", getattr(getattr(error, "response", None), "status_code", 0)

@@ -92,9 +92,8 @@ def parameter_count(config: SmolLM2Config) -> int:
 def flops_per_token(config: SmolLM2Config, time: int) -> float:
     """Training FLOPs of one token: 6 a matrix parameter, and causal attention over `time` tokens."""
     rows = parameter_table(config)
-    look_ups = (
-        0 if config.tie_word_embeddings else rows[0].count
-    )  # tied, the embedding is the output matrix as well
-    matrices = sum(row.count for row in rows if len(row.shape) == 2) - look_ups
+    matrices = sum(row.count for row in rows if len(row.shape) == 2)
+    if not config.tie_word_embeddings:  # tied, the embedding is the output matrix as well
+        matrices -= rows[0].count  # a look-up costs nothing
     attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * time
     return 6.0 * (matrices + attention)

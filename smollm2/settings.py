@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from .config import RunConfig, problems
 from .errors import ConfigError, did_you_mean
+from .files import kind_of
 
 PRESET_DIR = Path(__file__).parent / "presets"
 CUSTOM = "custom"  # what `RunConfig(...)` calls itself where no preset was used
@@ -48,13 +49,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """One YAML mapping from a file; raises `ConfigError` naming the file and the place."""
     path = Path(os.path.expanduser(path))
     if not os.path.isfile(path):  # unlike Path.is_file it never raises
-        problem = "not a regular file" if os.path.exists(path) else "no such file"
-        raise ConfigError(f"--config {path}: {problem}")
+        raise ConfigError(f"--config {path}: {kind_of(path)}, expected a YAML file")
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-        value = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--config {path}: not UTF-8 text (byte {error.start})") from None
+        value = yaml.load(path.read_bytes().decode("utf-8-sig"), Loader=_StrictLoader)  # noqa: S506 - is safe
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -72,11 +69,9 @@ def parse_override(text: str) -> tuple[str, Any]:
     key = key.strip()
     if not sep or not key:
         raise ConfigError(f"--set {text!r}: expected key=value, e.g. --set train.learning_rate=1e-3")
-    if key == "preset":
-        raise ConfigError("--set preset: a preset is chosen by --preset, or by a line in the --config file")
     name = DOTTED.get(key, key)
     if name not in FIELDS:
-        hint = did_you_mean(key, [*FIELDS, *DOTTED])
+        hint = "; it is chosen by --preset" if key == "preset" else did_you_mean(key, [*FIELDS, *DOTTED])
         raise ConfigError(f"--set {text[:60]!r}: unknown key {key[:60]!r}{hint}")
     kind = str(FIELDS[name].annotation)
     if value.strip().lower() in ("null", "none") and "None" in kind:

@@ -216,9 +216,9 @@ def test_a_bad_value_is_refused_by_name_from_a_file_and_from_the_command(value, 
 
 
 BAD_COMMANDS = {
-    "--config|no such file": ["--config none.yaml", "--config 'a\0b'"],
-    "--config|not a regular file": ["--config 'a folder'", "--config pipe"],
-    "--config|not UTF-8": ["--config text.gz"],
+    "--config|no such file": ["--config none.yaml"],
+    "--config|expected a YAML file": ["--config 'a folder'", "--config pipe", "--config 'a\0b'"],
+    "--config|not valid YAML": ["--config text.gz"],
     "unknown argument|did you mean '--max_steps'": ["--max_step 5"],
     "did you mean '--output_dir'": ["--output-dir x"], "did you mean '--prompt'": ["GENERATE --propmt x"],
     "did you mean '--json'": ["EVALUATE --jsn"], "did you mean 'nano'": ["--preset nanno"],

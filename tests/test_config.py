@@ -184,7 +184,7 @@ FILE_MISTAKES = {
     "[" * 10_000: "not valid YAML", "train:\n\tseed: 1\n": "not valid YAML", "--- 1\n--- 2\n": "not valid YAML",
     "x: !!python/object/apply:os.system ['true']\n": "not valid YAML", "x: !!timestamp 2001-99-99\n": "not valid YAML",
     "train:\n  learning_rate: .nan\n": "train.learning_rate: ", "preset: gpt\n": "unknown preset 'gpt'",
-    "preset: [nano]\n": "unknown preset", b"\xff\xfe\x00": "not UTF-8", b"seed: \x00\n": "not valid YAML",
+    "preset: [nano]\n": "unknown preset", b"\xff\xfe\x00": "'utf-8' codec", b"seed: \x00\n": "not valid YAML",
 }  # fmt: skip
 
 
@@ -197,7 +197,7 @@ def test_a_mistake_in_a_file_is_one_clear_line_with_its_name(config_file, text):
 
 def test_a_missing_file_and_an_unknown_preset_are_named(tmp_path):
     assert "absent.yaml: no such file" in fails("nano", str(tmp_path / "absent.yaml"))
-    assert f"{tmp_path}: not a regular file" in fails("nano", str(tmp_path))
+    assert f"{tmp_path}: a folder" in fails("nano", str(tmp_path))
     assert "did you mean 'smollm2-135m'" in fails("smolm2-135m") and "unknown preset" in fails("../../secret")
 
 

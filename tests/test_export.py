@@ -239,17 +239,10 @@ def test_a_failed_export_leaves_the_earlier_one_and_no_leftovers(checkpoint, tmp
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_dry_run_says_what_would_be_uploaded_and_needs_no_network(
-    checkpoint, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a dry run opened a connection"))
-    words = ["--checkpoint", str(checkpoint), "--out", str(tmp_path / "out")]
-    assert main([*words, "--push", "someone/model", "--dry_run"]) == 0
-    assert "would upload 8 files" in (said := capsys.readouterr().out) and "to someone/model" in said
+def test_a_repository_without_an_owner_is_refused_before_anything_is_written(checkpoint, tmp_path):
     with pytest.raises(UserError, match="OWNER/NAME"):
-        main([*words, "--push", "no-owner"])
-    with pytest.raises(ConfigError, match="--dry_run goes with --push"):
-        main([*words, "--dry_run"])
+        main(["--checkpoint", str(checkpoint), "--out", str(tmp_path / "out"), "--push", "no-owner"])
+    assert not (tmp_path / "out").exists()
 
 
 # --- GGUF -----------------------------------------------------------------------------------------------------------
@@ -303,16 +296,6 @@ def test_gguf_ids_are_those_that_the_model_was_trained_with(tmp_path, id_in_the_
     assert tokens[: tokenizer.vocab_size] == [tokenizer.token(i) for i in range(tokenizer.vocab_size)]
     kind = gguf.TokenType
     assert types == [kind.CONTROL] + [kind.NORMAL] * 379 + [kind.CONTROL] + [kind.UNUSED] * 19
-
-
-def test_a_gguf_file_that_an_export_replaces_is_named(tmp_path, capsys):
-    pytest.importorskip("gguf")
-    for kind in ("q8_0", "q8_0", "f16"):
-        words = ["--checkpoint", str(wide_folder(tmp_path / "in")), "--out", str(tmp_path / "out")]
-        main([*words, "--gguf", kind])
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("removed")]
-    assert len(said) == 1 and said[0].startswith("removed with the earlier export: model-q8_0.gguf (")
-    assert [path.name for path in (tmp_path / "out").glob("*.gguf")] == ["model-f16.gguf"]
 
 
 def test_gguf_refuses_a_tokenizer_it_cannot_name(tmp_path):

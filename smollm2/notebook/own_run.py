@@ -1,5 +1,4 @@
-"""The reader's own run: its checkpoints from the first to the last, or a small run made now where there is
-none."""
+"""The reader's own run: its checkpoints from first to last, or a small run made now where there is none."""
 
 from __future__ import annotations
 
@@ -11,8 +10,8 @@ import torch
 from ..checkpoint import MANIFEST, Manifest, verify
 from ..config import RunConfig
 from ..errors import CheckpointError
-from ..files import strict_json
 from ..model import SmolLM2
+from ..origin import recorded
 from ..progress import Reporter
 from ..settings import load_config
 from ..weights import MODEL_FILES, read_config
@@ -25,29 +24,24 @@ Place = str | Path
 
 
 def own_checkpoints(folders: Iterable[Place], say: Callable[[str], None] = print) -> list[Manifest]:
-    """The verified checkpoints of the run that was saved to last, one a step, oldest first; empty where there
-    is none.
+    """The verified checkpoints of the run that was saved to last, one a step, oldest first; perhaps none.
 
     Looks for `*.ckpt` in each folder, in its subfolders (`checkpoints/`), and in the `checkpoints/` of those.
     A damaged one is named and left out.
     """
     files = {file for folder in folders for place in PLACES for file in Path(folder).glob(place)}
-    runs: dict[str, dict[int, Manifest]] = {}
+    whole = []
     for file in sorted(files, key=lambda file: file.lstat().st_mtime):
         try:
-            manifest = verify(file.parent, only=MODEL_FILES)
+            whole.append(verify(file.parent, only=MODEL_FILES))
         except (CheckpointError, OSError) as error:
             say(f"{file.parent.name}: left out ({error})")
-            continue
-        run = runs.pop(manifest.run_id, {})  # and back in, as the last one: it was saved to after the others
-        runs[manifest.run_id] = run | {manifest.step: manifest}
-    last = runs.popitem()[1] if runs else {}
-    return [last[step] for step in sorted(last)]
+    by_step = {manifest.step: manifest for manifest in whole if manifest.run_id == whole[-1].run_id}
+    return [by_step[step] for step in sorted(by_step)]
 
 
 def small_run(input_file: Place, output_dir: Place = "output", smoke: bool = False) -> RunConfig:
-    """The `nano` preset for a minute on a CPU (`smoke`: a few seconds), with checkpoints along the way to
-    look at later."""
+    """The `nano` preset for a minute on a CPU (`smoke`: seconds), with checkpoints along the way."""
     train = ONE_MINUTE | (SECONDS if smoke else {})
     settings = {"data.input_file": str(input_file), "run.output_dir": str(Path(output_dir) / SMALL)}
     return load_config("nano", **settings, **{f"train.{name}": value for name, value in train.items()})
@@ -76,24 +70,15 @@ def own_run(input_file: Place, output_dir: Place = "output", others=(), smoke=Fa
     return checkpoints
 
 
-def recorded(checkpoint: Manifest) -> dict:
-    """The state of the run when a checkpoint was saved: its settings, its best validation, the weights it
-    began with."""
-    path = checkpoint.folder / "state.json"
-    return strict_json(path.read_bytes(), str(path)) if path.is_file() else {}
-
-
 def best_seen(checkpoints: list[Manifest]) -> Manifest:
-    """Of a run's checkpoints that of its best validation; the last one where that is none of them, or was
-    never noted."""
-    step = recorded(checkpoints[-1]).get("best", {}).get("step")
+    """Of a run's checkpoints that of its best validation; the last one where that was not noted or kept."""
+    step = recorded(checkpoints[-1].folder).get("best", {}).get("step")
     return next((checkpoint for checkpoint in checkpoints if checkpoint.step == step), checkpoints[-1])
 
 
 def untrained(checkpoint: Manifest) -> SmolLM2 | None:
-    """The model of step 0 of the run: what its seed drew before the first update. None where it began from
-    other weights."""
-    state = recorded(checkpoint)
+    """What the run's seed drew before the first update. None where it began from other weights."""
+    state = recorded(checkpoint.folder)
     seed = state.get("config", {}).get("train", {}).get("seed")
     if seed is None or state.get("init_from"):
         return None

@@ -1,5 +1,4 @@
-"""One live display of a training run in a notebook: numbers, loss curve, what is safe where, and samples over
-time.
+"""One live display of a training run: numbers, loss curve, what is safe where, samples over time.
 
 * A single display, updated in place at most once a second, always from the thread that trains: Colab does not
   show what other threads display, and a signal handler must not display at all. So events only note what they
@@ -18,20 +17,16 @@ from datetime import timedelta
 from html import escape
 from pathlib import Path
 
-import psutil
-import torch
-
 from .. import plots
 from ..logs import SAMPLES, TRAINING, read_log
 from ..progress import Reporter, TerminalReporter, safe_words
 
 SECONDS_BETWEEN_UPDATES = 1.0
 MAX_POINTS = 340  # of the curve: one for every other pixel
-# The panel names its colours and has no table: Jupyter's dark theme would put dark stripes behind the rows of
-# one.
+# The panel names its colours and has no table: Jupyter's dark theme would put dark stripes behind its rows
 FRAME = "background:#fff;color:#111;font:13px/1.45 system-ui,sans-serif;padding:10px 12px;max-width:720px"
 GRID = (
-    "display:grid;grid-template-columns:max-content auto;gap:1px 14px;margin-top:8px;overflow-wrap:anywhere"
+    "display:grid;grid-template-columns:max-content auto;gap:1px 14px;overflow-wrap:anywhere;margin-top:8px"
 )
 
 
@@ -42,13 +37,6 @@ def live_panel(logs: str | Path) -> Reporter:
     after that.
     """
     return LivePanel(logs) if plots.in_notebook() else TerminalReporter()
-
-
-def memory_in_use() -> str:
-    """Peak memory of the GPU, or what this process holds where there is none."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU (peak)"
-    return f"{psutil.Process().memory_info().rss / 2**30:.2f} GiB (this process)"
 
 
 class LivePanel(Reporter):
@@ -90,9 +78,8 @@ class LivePanel(Reporter):
 
     def validation(self, step: int, loss: float, bits_per_byte: float) -> None:
         self.held_out.append((step, loss))
-        self.facts["held out"] = (
-            f"{loss:.3f} nats per token, {bits_per_byte:.3f} bits per byte (step {step:,})"
-        )
+        words = f"{loss:.3f} nats per token, {bits_per_byte:.3f} bits per byte (step {step:,})"
+        self.facts["held out"] = words
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         self.samples.setdefault(f"{prompt} ...", {})[f"step {step:,}"] = " ".join(text.split())[:220]
@@ -125,7 +112,6 @@ class LivePanel(Reporter):
         from IPython.display import display  # not at the top: a plain script has no use for it
 
         self.shown_at = self.clock()  # first: a signal's message during the next lines must not display, too
-        self.facts["memory"] = memory_in_use()
         facts = dict(self.facts)  # a copy: the thread that saves may add to it
         bundle = {"text/html": self._html(facts), "text/plain": "\n".join(map(": ".join, facts.items()))}
         if self.display is None:
@@ -146,25 +132,23 @@ class LivePanel(Reporter):
 
     def _chart(self) -> str:
         """The loss curve as SVG in its own units, as wide as the panel; held-out losses are dots."""
-        train, held_out = (
-            [p for p in points if math.isfinite(p[1])] for points in (self.losses, self.held_out)
-        )
+        train, dots = ([p for p in line if math.isfinite(p[1])] for line in (self.losses, self.held_out))
         if len(train) < 2:
             return ""
-        losses = [loss for _, loss in train + held_out]
+        losses = [loss for _, loss in train + dots]
         low, high = min(losses), max(losses)
         every = len(train) // MAX_POINTS + 1  # a long run is drawn as fast as a short one
         curve = " ".join(f"{step},{high - loss:.4f}" for step, loss in train[::every])
-        dots = "".join(f"M{step} {high - loss:.4f}h.01" for step, loss in held_out)
+        marks = "".join(f"M{step} {high - loss:.4f}h.01" for step, loss in dots)
         line = 'fill="none" vector-effect="non-scaling-stroke" stroke-linecap="round" stroke'
         alt = f"Loss from {train[0][1]:.2f} to {train[-1][1]:.2f} nats per token over {train[-1][0]:,} steps."
         box = f'viewBox="0 0 {max(self.total, 1)} {max(high - low, 1e-3):.4f}" preserveAspectRatio="none"'
+        axes = f"{high:.2f} (top) to {low:.2f} nats per token, against steps 0 to {self.total:,}"
         return (
             f'<svg role="img" aria-label="{alt}" {box} style="width:100%;height:140px;overflow:visible">'
             f'<polyline points="{curve}" {line}="{plots.BLUE}" stroke-width="1.5"/>'
-            f'<path d="{dots}" {line}="{plots.ORANGE}" stroke-width="8"/></svg>'
-            f"<small>loss, {high:.2f} (top) to"
-            f" {low:.2f} nats per token, against steps 0 to {self.total:,}; dots: held-out text</small>"
+            f'<path d="{marks}" {line}="{plots.ORANGE}" stroke-width="8"/></svg>'
+            f"<small>loss, {axes}; dots: held-out text</small>"
         )
 
 

@@ -21,7 +21,7 @@ REDRAW_SECONDS = 0.1  # between two updates of the text while it streams
 
 
 class Sampler:
-    """Controls and callbacks: `box` is the widget, `tokens` the page as (id, probability), None in the prompt."""
+    """`box` is the widget, `tokens` the page as (id, probability); those of the prompt have None."""
 
     def __init__(self, model, tokenizer, prompt: str = "Once upon a time", new_tokens: int = 40):
         self.model, self.tokenizer = model, tokenizer
@@ -98,7 +98,7 @@ class Sampler:
 
 
 def show(model, tokenizer, **settings) -> Sampler:
-    """Show the panel with what its default settings write; where no widget can live, that text and the bars."""
+    """Show the panel with what its default settings write; where no widget lives, that text and the bars."""
     panel = Sampler(model, tokenizer, **settings)
     panel.write()
     text = f"[text] {panel.twin}\n{plots.figure_text(panel.alt)}"
