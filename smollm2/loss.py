@@ -22,9 +22,9 @@ IGNORE_INDEX = -100
 BLOCK_BYTES = {"cpu": 96 * 2**20, "cuda": 512 * 2**20}
 
 
-def _rows_per_block(hidden: torch.Tensor, vocab_size: int) -> int:
+def rows_per_block(rows: int, vocab_size: int, device_type: str) -> int:
     """Equal blocks, as few as fit: a last one of a few rows would read the weights as often as a full one."""
-    rows, limit = hidden.shape[0], BLOCK_BYTES.get(hidden.device.type, BLOCK_BYTES["cpu"])
+    limit = BLOCK_BYTES.get(device_type, BLOCK_BYTES["cpu"])
     most = max(64, limit // (4 * vocab_size))
     blocks = max(1, math.ceil(rows / most))
     return max(1, math.ceil(rows / blocks))
@@ -73,7 +73,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=sum_dtype, device=hidden.device)
         grad_hidden = torch.empty_like(hidden, dtype=sum_dtype) if wants_grad else None
         grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if wants_grad else None
-        step = _rows_per_block(hidden, vocab_size)
+        step = rows_per_block(rows, vocab_size, hidden.device.type)
         for start in range(0, rows, step):
             block = slice(start, start + step)
             grads = (grad_hidden[block], grad_weight) if wants_grad else (None, None)

@@ -1,0 +1,306 @@
+"""What a run needs and what its minutes buy: `python -m smollm2.plan`, and the steps of `--minutes`.
+
+Memory is a sum whose parts are told: tensors by their number, activations by counting what one row of a small
+twin keeps for the backward pass. Speed is measured with a few steps of the real model on this device; for a
+GPU that is not here (`--gpu t4`) it is an estimate, and says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+
+from .config import RunConfig, SmolLM2Config
+from .device import (
+    Precision,
+    autocast,
+    choose_device,
+    choose_precision,
+    choose_preset,
+    device_name,
+    memory_bytes,
+)
+from .errors import ArgumentParser, ConfigError, run_command
+from .evaluate import score_tokens
+from .loss import rows_per_block
+from .model import SmolLM2
+from .optim import make_optimizer
+from .parameters import flops_per_token, parameter_count
+from .sampling import stream
+from .settings import load_config
+
+PROBE_SECONDS = 4.0  # of measured steps, after two that warm up
+MINUTES = (10, 20, 60, 480)
+SHARE_PLANNED = 0.95  # of the time that is left: neighbours and disks are not always equally fast
+DISK_BYTES_PER_SECOND = 150e6
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A card that is not here: GiB that a process can use, its half precision, and the TFLOP/s that this
+    network is estimated to reach on it, uncompiled (nobody has measured them yet)."""
+
+    gib: float
+    precision: Precision
+    tflops: float
+
+
+def _gpu(gib: float, dtype: torch.dtype, tflops: float) -> Gpu:
+    name = str(dtype).removeprefix("torch.").replace("bfloat16", "bf16").replace("float16", "fp16")
+    return Gpu(gib, Precision(name, dtype, name == "fp16", "what the card multiplies fast"), tflops)
+
+
+GPUS = {
+    "t4": _gpu(14.5, torch.float16, 10.6), "l4": _gpu(22, torch.bfloat16, 19),
+    "a100": _gpu(39, torch.bfloat16, 87), "h100": _gpu(79, torch.bfloat16, 194),
+}  # fmt: skip
+
+
+# --- memory -------------------------------------------------------------------------------------------------
+
+
+def _kept_bytes(config: SmolLM2Config, length: int, is_half: bool) -> int:
+    """Bytes that a forward pass over one row keeps for the backward pass, the weights left out."""
+    model = SmolLM2(config)
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.Tensor] = {}  # by address; holding the tensor keeps its address from being reused
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    context = torch.autocast("cpu", torch.bfloat16) if is_half else nullcontext()
+    with context, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model.model(torch.zeros(1, length, dtype=torch.int64))
+    copies = 2 * sum(p.numel() for p in model.model.layers.parameters() if p.dim() > 1) if is_half else 0
+    return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in own) - copies
+
+
+def activation_bytes(config: SmolLM2Config, length: int, is_half: bool) -> tuple[int, int]:
+    """Bytes of one row of `length` tokens: (of each layer, around the layers)."""
+    small = {"vocab_size": 64, "max_position_embeddings": length, "bos_token_id": 0, "eos_token_id": 0}
+    one, two = (
+        _kept_bytes(config.model_copy(update=small | {"num_hidden_layers": n}), length, is_half)
+        for n in (1, 2)
+    )
+    return two - one, max(2 * one - two, 0)
+
+
+def memory_parts(config: RunConfig, rows: int, is_half: bool, device_type: str) -> dict[str, int]:
+    """Bytes that training holds at its peak with micro-batches of `rows`, by what they are for."""
+    model, length = config.model, config.data.sequence_length
+    count, tokens = parameter_count(model), rows * length
+    layer, around = activation_bytes(model, length, is_half)
+    block = rows_per_block(tokens, model.vocab_size, device_type) * model.vocab_size
+    return {
+        "weights, gradients, moments": 16 * count,
+        "half-precision weights": 2 * count if is_half else 0,
+        "activations": rows * (layer * model.num_hidden_layers + around),
+        # logits of a block in fp32 and in half, gradients of its two factors in fp32
+        "loss": block * (6 if is_half else 4) + 4 * model.hidden_size * (model.vocab_size + tokens),
+    }
+
+
+def micro_batch_that_fits(config: RunConfig, is_half: bool, device_type: str, limit: float) -> int:
+    """The largest divisor of this device's rows whose micro-batch fits `limit` bytes; 0 when none does."""
+    rows = config.train.batch_size // (config.run.devices * config.run.num_nodes)
+    parts = [part for part in range(rows, 0, -1) if rows % part == 0]
+    fits = (p for p in parts if sum(memory_parts(config, p, is_half, device_type).values()) <= limit)
+    return next(fits, 0)
+
+
+# --- speed --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds of an optimizer step, of scoring a held-out token, of sampling a token; bytes at the peak."""
+
+    step: float
+    scored_token: float
+    sampled_token: float
+    peak_bytes: int = 0
+
+
+def _seconds(action, at_least: float = 0.0) -> float:
+    """Of one `action()`: median of as many as `at_least` seconds hold, and of three."""
+    took: list[float] = []
+    while sum(took) < at_least or len(took) < 3:
+        began = time.perf_counter()
+        action()
+        took.append(time.perf_counter() - began)
+    return float(np.median(took))
+
+
+def _peak_bytes(device: torch.device) -> int:
+    """Most memory so far: of the GPU, or of this process (0 where the system does not tell)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError):
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        return int(found[1]) * 1024
+    return 0
+
+
+def measure(config: RunConfig, device: torch.device, precision: Precision, seconds=PROBE_SECONDS) -> Speed:
+    """From some steps of the real model on random tokens, all thrown away; random states stay as they are."""
+    train, length, world = (
+        config.train,
+        config.data.sequence_length,
+        config.run.devices * config.run.num_nodes,
+    )
+    rows = train.batch_size // world
+    micro = min(train.micro_batch_size or rows, rows)
+    before = 0 if device.type == "cuda" else psutil.Process().memory_info().rss
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        model = SmolLM2(config.model).to(device)
+        ids = torch.randint(config.model.vocab_size, (micro, length + 1), device=device)
+    if train.compile:
+        for layer in model.model.layers:
+            layer.compile(dynamic=False)
+    optimizer = make_optimizer(model, train)
+
+    def step() -> None:
+        for _ in range(rows // micro):
+            with autocast(precision, device):
+                loss = model.loss(ids[:, :-1], ids[:, 1:])
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), train.gradient_clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss.item()  # waits for the device
+
+    def score() -> None:
+        tokens = ids.flatten().cpu().numpy()
+        score_tokens(model, tokens, len(tokens), length, autocast=lambda: autocast(precision, device))
+
+    def sample() -> None:
+        with autocast(precision, device):
+            for tokens, _ in stream(model, ids[:1, :4], 8):
+                tokens.cpu()
+
+    for _ in range(2):
+        step()
+    took = _seconds(step, seconds)
+    peak = max(_peak_bytes(device) - before, 0)
+    with torch.compiler.set_stance("force_eager"):
+        return Speed(took, _seconds(score) / ids.numel(), _seconds(sample) / 8, peak)
+
+
+def steps_within(config: RunConfig, speed: Speed, held_out_tokens: int, seconds: float) -> int:
+    """Optimizer steps that end, with their validations, samples and saves, within `seconds`; at least one."""
+    train = config.train
+    scored = min(train.val_max_tokens or held_out_tokens, held_out_tokens)
+    validation, sampling = speed.scored_token * scored, speed.sampled_token * train.sample_tokens
+    a_save = 12 * parameter_count(config.model) / DISK_BYTES_PER_SECOND
+    fixed = speed.scored_token * held_out_tokens + 2 * a_save  # at the end: the whole held-out part, the save
+    each = speed.step + validation / train.val_every + sampling * len(train.prompts) / train.sample_every
+    return max(1, int((seconds - fixed) * SHARE_PLANNED / each))
+
+
+def estimate(config: RunConfig, gpu: Gpu) -> Speed:
+    """Speed on a card that is not here: arithmetic, no measurement."""
+    tokens = config.train.batch_size * config.data.sequence_length
+    step = tokens * flops_per_token(config.model, config.data.sequence_length) / (gpu.tflops * 1e12)
+    return Speed(step, step / tokens / 3, 1 / 100)  # a forward pass is a third; some 100 tokens/s eager
+
+
+# --- the command --------------------------------------------------------------------------------------------
+
+
+def plan(config: RunConfig, gpu: str | None = None, minutes=MINUTES) -> dict:
+    """What the command tells, as JSON values. Raises `ConfigError` where not even one row at a time fits."""
+    train, length = config.train, config.data.sequence_length
+    if gpu:
+        card, device_type = GPUS[gpu], "cuda"
+        precision, room, name = card.precision, card.gib * 2**30, f"{gpu.upper()} (not here: estimated)"
+    else:
+        device = choose_device()
+        precision, device_type, name = (
+            choose_precision(train.precision, device),
+            device.type,
+            device_name(device),
+        )
+        room = torch.cuda.mem_get_info(device)[0] if device_type == "cuda" else memory_bytes()
+    is_half, limit = precision.autocast_dtype is not None, SHARE_PLANNED * room
+    micro = micro_batch_that_fits(config, is_half, device_type, limit)
+    if not micro:
+        least = sum(memory_parts(config, 1, is_half, device_type).values()) / 2**30
+        raise ConfigError(
+            f"{config.preset} needs {least:.1f} GiB with one row of {length:,} tokens at a time; {name} has "
+            f"{room / 2**30:.1f} GiB: choose a smaller preset or data.sequence_length"
+        )
+    micro = min(micro, train.micro_batch_size or micro)
+    config = config.model_copy(update={"train": train.model_copy(update={"micro_batch_size": micro})})
+    speed = estimate(config, GPUS[gpu]) if gpu else measure(config, device, precision)
+    per_step, text = train.batch_size * length, Path(config.data.input_file)
+    in_text = text.stat().st_size / bytes_per_token(config.model.vocab_size) if text.is_file() else 0
+    held_out = int(in_text * config.data.held_out_fraction)
+    steps = {m: steps_within(config, speed, held_out, 60 * m) for m in minutes}
+    buys = [{"minutes": m, "steps": n, "tokens": n * per_step} for m, n in steps.items()]
+    return {
+        "preset": config.preset, "parameters": parameter_count(config.model), "device": name,
+        "precision": precision.name, "micro_batch_size": micro, "tokens_per_step": per_step,
+        "memory_bytes": memory_parts(config, micro, is_half, device_type), "room_bytes": int(room),
+        "tokens_per_second": per_step / speed.step, "is_measured": gpu is None,
+        "measured_peak_bytes": speed.peak_bytes or None, "text_tokens": int(in_text), "buys": buys,
+    }  # fmt: skip
+
+
+def bytes_per_token(vocab_size: int) -> float:
+    """Of English text under a byte-level BPE of this size, about: 2.6 at 1,024 entries, 4.3 at 49,152."""
+    return 0.3 * math.log2(vocab_size) - 0.4
+
+
+def table(facts: dict) -> str:
+    """`plan`'s facts as a person reads them."""
+    gib, parts = 2**30, facts["memory_bytes"]
+    memory = ", ".join(f"{name} {size / gib:.2f}" for name, size in parts.items() if size)
+    measured = facts["measured_peak_bytes"]
+    how = "measured with a few steps" if facts["is_measured"] else "an estimate, not measured"
+    lines = [
+        f"{facts['preset']}: {facts['parameters']:,} parameters on {facts['device']}, {facts['precision']}",
+        f"memory   {sum(parts.values()) / gib:.2f} of {facts['room_bytes'] / gib:.1f} GiB ({memory})"
+        + (f"; the trial took {measured / gib:.2f}" if measured else ""),
+        f"step     {facts['tokens_per_step']:,} tokens, in micro-batches of {facts['micro_batch_size']} rows",
+        f"speed    {facts['tokens_per_second']:,.0f} tokens/s, {how}",
+        f"{'minutes':>9}{'steps':>10}{'tokens':>16}   passes over the text",
+    ]
+    for row in facts["buys"]:
+        passes = f"{row['tokens'] / facts['text_tokens']:.1f}" if facts["text_tokens"] else "-"
+        lines.append(f"{row['minutes']:>9g}{row['steps']:>10,}{row['tokens']:>16,}   {passes}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = ArgumentParser("python -m smollm2.plan", description="What a run needs and what its minutes buy")
+    parser.add_argument("--preset", default="auto", help="as in colab_train.py")
+    parser.add_argument("--minutes", type=float, help="this many, instead of 10, 20, 60 and 480")
+    parser.add_argument("--input_file", default="input.txt", help="text to count passes over")
+    parser.add_argument(
+        "--gpu", choices=sorted(GPUS), help="a card that is not here: estimated, not measured"
+    )
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="key=value")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    args = parser.parse_args(argv)
+    asked = "smollm2-135m" if args.gpu and args.preset == "auto" else args.preset
+    config = load_config(
+        choose_preset(asked)[0], None, args.overrides, **{"data.input_file": args.input_file}
+    )
+    facts = plan(config, args.gpu, (args.minutes,) if args.minutes else MINUTES)
+    print(json.dumps(facts) if args.json else table(facts))
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

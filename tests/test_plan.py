@@ -1,0 +1,92 @@
+"""What a run needs and what its minutes buy."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from smollm2 import plan as planning
+from smollm2.config import RunConfig, SmolLM2Config
+from smollm2.device import choose_precision
+from smollm2.errors import ConfigError
+from smollm2.settings import load_config
+
+BF16 = choose_precision("bf16", torch.device("cpu"))
+FP32 = choose_precision("fp32", torch.device("cpu"))
+
+
+def small(**train) -> RunConfig:
+    model = SmolLM2Config(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                          num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64)  # fmt: skip
+    return RunConfig(model=model, data={"sequence_length": 32}, train={"batch_size": 8} | train)
+
+
+def test_activations_are_those_that_autograd_keeps():
+    """Counted by hand for one layer in fp32, in units of one row's hidden states; the two norms and the
+    products' inputs are the terms."""
+    config, length = small().model, 32
+    unit = 4 * length * config.hidden_size
+    layer, _ = planning.activation_bytes(config, length, is_half=False)
+    assert 8 * unit < layer < 32 * unit
+    longer, _ = planning.activation_bytes(config, 2 * length, is_half=False)
+    assert 2 * layer <= longer <= 4 * layer  # linear but for attention's probabilities
+    half, _ = planning.activation_bytes(config, length, is_half=True)
+    assert layer / 2 < half < layer
+
+
+def test_the_largest_micro_batch_that_fits_is_chosen_and_divides_the_rows():
+    config = small(batch_size=12)
+    need = {rows: sum(planning.memory_parts(config, rows, False, "cpu").values()) for rows in range(1, 13)}
+    assert planning.micro_batch_that_fits(config, False, "cpu", need[12]) == 12
+    assert planning.micro_batch_that_fits(config, False, "cpu", need[12] - 1) == 6
+    assert (
+        planning.micro_batch_that_fits(config, False, "cpu", need[5]) == 4
+    )  # 5 fits but is no divisor of 12
+    assert planning.micro_batch_that_fits(config, False, "cpu", need[1] - 1) == 0
+
+
+@pytest.mark.parametrize("preset", ["nano", "smollm2-135m", "smollm2-360m"])
+def test_a_t4_gets_a_plan_that_fits_it(preset):
+    facts = planning.plan(load_config(preset), gpu="t4")
+    assert sum(facts["memory_bytes"].values()) < 14.5 * 2**30 and facts["precision"] == "fp16"
+    assert not facts["is_measured"] and "estimate" in planning.table(facts)
+
+
+def test_a_model_too_large_for_the_card_is_refused_with_figures():
+    with pytest.raises(
+        ConfigError, match=r"smollm2-1.7b needs .* GiB with one row of 512 .* 14.5 GiB: choose"
+    ):
+        planning.plan(load_config("smollm2-1.7b"), gpu="t4")
+
+
+def test_steps_leave_time_for_what_else_a_run_does():
+    config = small(val_every=10, sample_every=20, sample_tokens=30, prompts=("a", "b"))
+    speed = planning.Speed(step=1.0, scored_token=0.001, sampled_token=0.01)
+    steps = planning.steps_within(config, speed, held_out_tokens=1000, seconds=600)
+    spent = steps * (1.0 + 1.0 / 10 + 2 * 30 * 0.01 / 20) + 1.0
+    assert 0.92 * 600 < spent < 0.96 * 600
+    assert planning.steps_within(config, speed, 1000, 0.5) == 1  # a run is at least a step
+
+
+def test_measuring_leaves_random_numbers_as_they_were():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    speed = planning.measure(small(), torch.device("cpu"), FP32, seconds=0.1)
+    assert torch.equal(torch.rand(3), expected)
+    assert 0 < speed.scored_token < speed.step and speed.sampled_token > 0
+
+
+def test_the_command_prints_a_table_or_one_json_object():
+    command = [sys.executable, "-m", "smollm2.plan", "--gpu", "l4", "--minutes", "20"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "smollm2-135m: 134,515,008 parameters on L4" in lines and "passes" in lines
+    facts = json.loads(
+        subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout
+    )
+    (row,) = facts["buys"]
+    assert row["tokens"] == row["steps"] * facts["tokens_per_step"] == row["steps"] * 8192
+    training = row["tokens"] / facts["tokens_per_second"]  # the rest: validations, samples, saves
+    assert 0.75 * 20 * 60 < training < 0.95 * 20 * 60
