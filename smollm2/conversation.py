@@ -47,7 +47,9 @@ def chat_template(folder: Path) -> str | None:
     return template.get("default") if isinstance(template, dict) else template
 
 
-def render_chat(template: str, messages: list[dict], special_tokens: dict | None = None) -> str:
+def render_chat(
+    template: str, messages: list[dict], special_tokens: dict | None = None, asks_for_answer: bool = True
+) -> str:
     """The text a chat model reads for `messages` ({"role", "content"}), up to where its answer begins.
 
     Raises `CheckpointError` for a template that does not run.
@@ -56,7 +58,7 @@ def render_chat(template: str, messages: list[dict], special_tokens: dict | None
 
     try:
         texts, _ = render_jinja_template(
-            [messages], chat_template=template, add_generation_prompt=True, **(special_tokens or {})
+            [messages], chat_template=template, add_generation_prompt=asks_for_answer, **(special_tokens or {})
         )
     except Exception as error:  # a foreign program: it can fail in any way
         why = " ".join(str(error).split())[:200]

@@ -22,6 +22,13 @@ IGNORE_INDEX = -100
 BLOCK_BYTES = {"cpu": 96 * 2**20, "cuda": 512 * 2**20}
 
 
+def inputs_and_targets(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(..., T + 1) int64 -> inputs and shifted targets, each (..., T). A negative number is ~id, a token that
+    is read but not learned: its target is ignored."""
+    inputs, targets = rows[..., :-1], rows[..., 1:]
+    return torch.where(inputs < 0, ~inputs, inputs), torch.where(targets < 0, IGNORE_INDEX, targets)
+
+
 def rows_per_block(rows: int, vocab_size: int, device_type: str) -> int:
     """Equal blocks, as few as fit: a last one of a few rows would read the weights as often as a full one."""
     limit = BLOCK_BYTES.get(device_type, BLOCK_BYTES["cpu"])

@@ -1,0 +1,119 @@
+"""Conversations to learn from: messages -> tokens of which only the answers are learned.
+
+`--chat_file` names a .jsonl with {"messages": [{"role": ..., "content": ...}, ...]} in each line, or a text in
+the form of input.txt, whose pieces become questions and answers. A token that is read but not learned is kept
+as ~id, a negative number: `loss.inputs_and_targets` makes -100 of it, which the loss leaves out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from .conversation import render_chat
+from .errors import DataError
+from .text import documents, read_text
+from .tokenizer import Tokenizer
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# for a tokenizer that has no tokens for turns, as one that was trained here
+PLAIN = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ message['content'] }}{{ eos_token }}"
+    "{% else %}Question: {{ message['content'] }}\nAnswer: {% endif %}{% endfor %}"
+)
+ROLES = ("system", "user", "assistant")
+
+
+def default_template(tokenizer: Tokenizer) -> tuple[str, int]:
+    """(chat template, id that ends an answer) for a model that has none yet: ChatML where the vocabulary
+    knows it, as SmolLM2's does, else plain words. Raises `DataError` where nothing can end an answer."""
+    end = tokenizer.token_id("<|im_end|>")
+    if end is not None and tokenizer.is_special(end):
+        return CHATML, end
+    if tokenizer.end_of_text_id is None:
+        raise DataError(
+            "--chat_file: the tokenizer has neither <|im_end|> nor <|endoftext|> to end an answer"
+        )
+    return PLAIN, tokenizer.end_of_text_id
+
+
+def read_conversations(path: str | Path) -> Iterator[list[dict]]:
+    """The messages of each conversation; raises `DataError` that names file and line."""
+    if Path(path).suffix.lower() != ".jsonl":
+        yield from _pairs(path)
+        return
+    for number, line in enumerate(_lines(path), 1):
+        if line.strip():
+            yield _messages(line, f"--chat_file {path}, line {number}")
+
+
+def _lines(path: str | Path) -> Iterator[str]:
+    rest = ""
+    for text in read_text(path):
+        *whole, rest = (rest + text).split("\n")
+        yield from whole
+    yield rest
+
+
+def _messages(line: str, where: str) -> list[dict]:
+    try:
+        messages = json.loads(line)["messages"]
+        found = [{"role": said["role"], "content": said["content"]} for said in messages]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        form = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
+        raise DataError(f"{where}: {line[:60]!r}; expected {form}") from None
+    for said in found:
+        if said["role"] not in ROLES or not isinstance(said["content"], str):
+            raise DataError(f"{where}: {str(said)[:80]}; expected a role of {', '.join(ROLES)} and a text")
+    if not any(said["role"] == "assistant" for said in found):
+        raise DataError(f"{where}: nobody answers; expected a message with role assistant")
+    return found
+
+
+def _pairs(path: str | Path) -> Iterator[list[dict]]:
+    """A piece is a title, a blank line and the text: what asks for it, and the text."""
+    pieces: list[str] = []
+    for piece, is_end in documents(read_text(path)):
+        pieces.append(piece)
+        if not is_end:
+            continue
+        title, _, text = "".join(pieces).partition("\n\n")
+        pieces = []
+        if text.strip() and "\n" not in title:
+            explains = title.split(" ")[0] in ("How", "Why", "What", "Where", "When")
+            ask = f"Explain: {title}" if explains else f"Tell me the story called {title}"
+            yield [{"role": "user", "content": ask}, {"role": "assistant", "content": text.strip()}]
+
+
+def encode_conversation(
+    tokenizer: Tokenizer, messages: list[dict], template: str, special_tokens: dict[str, str]
+) -> tuple[np.ndarray, int]:
+    """(token ids (count,) int32 with ~id for what is not learned, UTF-8 bytes of the answers).
+
+    An answer is tokenised apart from what stands before it, as when the model writes it; what follows its end
+    token (a line break in ChatML) is not learned.
+    """
+    ids: list[int] = []
+    done, answer_bytes = "", 0
+    for number, said in enumerate(messages):
+        if said["role"] != "assistant":
+            continue
+        before = render_chat(template, messages[:number], special_tokens)
+        after = render_chat(template, messages[: number + 1], special_tokens, asks_for_answer=False)
+        if not (before.startswith(done) and after.startswith(before)):
+            raise DataError(
+                "--chat_file: the chat template rewrites earlier turns: it cannot be learned from"
+            )
+        answer = tokenizer.encode(after[len(before) :])
+        ends = [place for place, token in enumerate(answer) if tokenizer.is_special(token)]
+        learned = ends[-1] + 1 if ends else len(answer)
+        ids += [~token for token in tokenizer.encode(before[len(done) :])]
+        ids += answer[:learned] + [~token for token in answer[learned:]]
+        done, answer_bytes = after, answer_bytes + len(said["content"].encode())
+    return np.array(ids, dtype=np.int32), answer_bytes
