@@ -1,7 +1,7 @@
 """Conversations to learn from: messages -> tokens of which only the answers are learned.
 
-`--chat_file` names a .jsonl with {"messages": [{"role": ..., "content": ...}, ...]} in each line, or a text in
-the form of input.txt, whose pieces become questions and answers. A token that is read but not learned is kept
+`--chat_file` names a .jsonl with {"messages": [{"role": ..., "content": ...}, ...]} in each line, or a text
+in the form of input.txt, whose pieces become questions and answers. A token that is read but not learned is kept
 as ~id, a negative number: `loss.inputs_and_targets` makes -100 of it, which the loss leaves out.
 """
 
@@ -24,8 +24,8 @@ CHATML = (
 )
 # for a tokenizer that has no tokens for turns, as one that was trained here
 PLAIN = (
-    "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ message['content'] }}{{ eos_token }}"
-    "{% else %}Question: {{ message['content'] }}\nAnswer: {% endif %}{% endfor %}"
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ message['content'] }}"
+    "{{ eos_token }}{% else %}Question: {{ message['content'] }}\nAnswer: {% endif %}{% endfor %}"
 )
 ROLES = ("system", "user", "assistant")
 

@@ -58,7 +58,7 @@ def render_chat(
 
     try:
         texts, _ = render_jinja_template(
-            [messages], chat_template=template, add_generation_prompt=asks_for_answer, **(special_tokens or {})
+            [messages], chat_template=template, add_generation_prompt=asks_for_answer, **special_tokens or {}
         )
     except Exception as error:  # a foreign program: it can fail in any way
         why = " ".join(str(error).split())[:200]

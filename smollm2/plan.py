@@ -35,7 +35,7 @@ from .evaluate import score_tokens
 from .loss import rows_per_block
 from .model import SmolLM2
 from .optim import make_optimizer
-from .parameters import flops_per_token, parameter_count
+from .parameters import flops_per_token, parameter_count, training_bytes
 from .sampling import stream
 from .settings import load_config
 
@@ -103,7 +103,8 @@ def memory_parts(config: RunConfig, rows: int, is_half: bool, device_type: str) 
     layer, around = activation_bytes(model, length, is_half)
     block = rows_per_block(tokens, model.vocab_size, device_type) * model.vocab_size
     return {
-        "weights, gradients, moments": 16 * count,
+        "weights, moments": training_bytes(model, config.train.optimizer),
+        "gradients": 4 * count,
         "half-precision weights": 2 * count if is_half else 0,
         "activations": rows * (layer * model.num_hidden_layers + around),
         # logits of a block in fp32 and in half, gradients of its two factors in fp32
@@ -202,7 +203,7 @@ def steps_within(config: RunConfig, speed: Speed, held_out_tokens: int, seconds:
     train = config.train
     scored = min(train.val_max_tokens or held_out_tokens, held_out_tokens)
     validation, sampling = speed.scored_token * scored, speed.sampled_token * train.sample_tokens
-    a_save = 12 * parameter_count(config.model) / DISK_BYTES_PER_SECOND
+    a_save = training_bytes(config.model, train.optimizer) / DISK_BYTES_PER_SECOND
     fixed = speed.scored_token * held_out_tokens + 2 * a_save  # at the end: the whole held-out part, the save
     each = speed.step + validation / train.val_every + sampling * len(train.prompts) / train.sample_every
     return max(1, int((seconds - fixed) * SHARE_PLANNED / each))
