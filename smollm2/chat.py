@@ -1,8 +1,8 @@
 """Conversations to learn from: messages -> tokens of which only the answers are learned.
 
 `--chat_file` names a .jsonl with {"messages": [{"role": ..., "content": ...}, ...]} in each line, or a text
-in the form of input.txt, whose pieces become questions and answers. A token that is read but not learned is kept
-as ~id, a negative number: `loss.inputs_and_targets` makes -100 of it, which the loss leaves out.
+in the form of input.txt, whose pieces become questions and answers. A token that is read but not learned is
+kept as ~id, a negative number: `loss.inputs_and_targets` makes -100 of it, which the loss leaves out.
 """
 
 from __future__ import annotations

@@ -18,8 +18,10 @@ FP32 = choose_precision("fp32", torch.device("cpu"))
 
 
 def small(**train) -> RunConfig:
-    model = SmolLM2Config(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                          num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64)  # fmt: skip
+    model = SmolLM2Config(
+        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64,
+    )  # fmt: skip
     return RunConfig(model=model, data={"sequence_length": 32}, train={"batch_size": 8} | train)
 
 
