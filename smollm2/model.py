@@ -2,7 +2,8 @@
 
 Notable:
 * the tensors carry transformers' `LlamaForCausalLM` names, so saving and loading is an identity;
-* grouped-query attention: 9 query heads share 3 key/value heads, through PyTorch's fused attention;
+* grouped-query attention: 9 query heads share 3 key/value heads, in PyTorch's fused kernel or, on a CPU, by
+  blocks of queries (`attention.py`);
 * RoPE rotates halves (first half against second half), as transformers does;
 * RMSNorm before attention, before the MLP and at the end; SwiGLU; no biases; output tied to the input;
 * the loss never materialises all logits (`loss.py`); generation keeps a preallocated KV cache.
@@ -22,6 +23,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import weights
+from .attention import can_attend_in_blocks, causal_attention
 from .checkpoint import MANIFEST, verify
 from .config import SmolLM2Config
 from .errors import CheckpointError
@@ -94,6 +96,8 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask=None) -> torc
         # one query a head: the H/K queries of a group are rows of one product, nothing is expanded
         grouped = q.reshape(batch, kv_heads, heads // kv_heads, dim)
         return F.scaled_dot_product_attention(grouped, k, v).reshape(batch, heads, 1, dim)
+    if mask is None and can_attend_in_blocks(q):
+        return causal_attention(q, k, v)
     gqa = heads != kv_heads
     if gqa and not fused_gqa(q.device, q.dtype, mask is not None):
         k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))

@@ -78,8 +78,9 @@ def test_no_token_sees_the_future():
 # --- which kernel computes attention ------------------------------------------------------------------------
 
 
-def test_attention_with_unequal_head_counts_runs_in_the_fused_kernel():
+def test_attention_with_unequal_head_counts_runs_in_the_fused_kernel(monkeypatch):
     """Anything else is several times slower and holds the whole probability matrix."""
+    monkeypatch.setattr(network, "can_attend_in_blocks", lambda q: False)
     q, k = torch.randn(1, 6, 32, 8), torch.randn(1, 2, 32, 8)
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION]):  # raises where this kernel cannot run
         fused = network.attend(q, k, k)
@@ -107,8 +108,10 @@ def test_keys_and_values_are_expanded_where_no_fused_kernel_takes_grouped_heads(
 
 @pytest.fixture
 def attention_calls(monkeypatch) -> list[tuple[int, int, bool]]:
-    """Heads of q and of k, and whether cuDNN may take the call, of each call of the fused attention."""
+    """Heads of q and of k, and whether cuDNN may take the call, of each call of the fused attention, which
+    takes all calls, as on a GPU."""
     calls, original = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(network, "can_attend_in_blocks", lambda q: False)
 
     def spy(q, k, v, **options):
         calls.append((q.shape[1], k.shape[1], torch.backends.cuda.cudnn_sdp_enabled()))
