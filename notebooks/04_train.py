@@ -78,6 +78,7 @@ from smollm2.notebook.steadfast import keep_training, kept
 from smollm2.optim import Schedule, make_optimizer, set_learning_rate
 from smollm2.parameters import parameter_count
 from smollm2.progress import Reporter
+from smollm2.report import draw_report
 from smollm2.text import documents, read_split, split_bytes
 
 SMOKE = colab.is_smoke()
@@ -486,7 +487,6 @@ else:
 logs = place.output_dir / "logs"
 history = read_log(logs / TRAINING)
 trained = [(int(e["step"]), float(e["train_loss"])) for e in history if "train_loss" in e]
-scored = [(int(e["step"]), float(e["val_loss"])) for e in history if "val_loss" in e]
 shape = config.model
 expected = math.log(shape.vocab_size) + shape.hidden_size * shape.initializer_range**2 / 2
 if trained and trained[0][0] == 1:  # logs that were lost with a machine begin later
@@ -498,18 +498,9 @@ if steps + 1 in dict(result.losses):  # phase two began in this session
     lesson.check("phase two resumed from phase one's file", begun[-1] - steps)
 
 # %% id="run-figure" tags=["figure"]
-fig, ax = plots.figure(8, 3.2)
-ax.plot(*zip(*trained, strict=True), marker="", label="training")
-ax.plot(*zip(*scored, strict=True), color=plots.ORANGE, marker="D", label="held out")
-lowest = min(scored, key=lambda point: point[1])
-style = {"color": plots.RED, "markersize": 10, "markerfacecolor": "none"}
-ax.plot(*lowest, "o", **style, label=f"lowest, at step {lowest[0]}: the one to publish")
-ax.axvline(steps, color=plots.GREY, linestyle="--", label="second phase begins")
-plots.label(ax, f"Your run: {config.preset}", "step", "loss (nats per token)", legend=True)
-(begin, high), (end, low), (seen, held) = trained[0], trained[-1], scored[-1]
-alt = f"Loss in nats per token: {high:.2f} at step {begin}; in the end training {low:.2f} at "
-alt += f"step {end}, held out {held:.2f} at step {seen}; "
-plots.show(fig, alt + f"held out it was lowest at step {lowest[0]}.")
+plots.show(
+    *draw_report(config, result.references)
+)  # the same lies in the run's folder: report.png
 
 # %% [markdown] id="stop"
 # ## 8 · The stop button stops gracefully

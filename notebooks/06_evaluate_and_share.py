@@ -68,9 +68,9 @@ from smollm2.device import choose_device
 from smollm2.errors import UserError
 from smollm2.evaluate import compression_bits_per_byte, score_file
 from smollm2.export import export
+from smollm2.ngram import NGram
 from smollm2.notebook import lesson
 from smollm2.notebook.inspect_model import token_probabilities
-from smollm2.notebook.ngram import NGram
 from smollm2.notebook.own_run import best_seen, own_run
 from smollm2.notebook.panel import live_panel
 from smollm2.origin import trained_with

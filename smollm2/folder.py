@@ -56,7 +56,7 @@ def tidy(path: Path) -> None:
 
 def set_aside(path: Path, say: Callable[[str], None]) -> None:
     """`--resume never`: what an earlier run wrote moves aside; nothing is deleted."""
-    found = [path / name for name in ("logs", "checkpoints") if (path / name).exists()]
+    found = [path / name for name in ("logs", "checkpoints", "report.png") if (path / name).exists()]
     if not found:
         return
     number = 1

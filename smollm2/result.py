@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from .checkpoint import step_name
 from .evaluate import compression_bits_per_byte, score_tokens
 from .model import SmolLM2
 from .progress import safe_words
+from .report import save_report
 from .run import Run
 from .state import read_state
 
@@ -32,6 +34,7 @@ class TrainResult:
     validations: list[tuple[int, float, float]] = field(default_factory=list)
     drive_step: int | None = None  # newest step that was copied to Drive; None without a Drive folder
     best: tuple[int, float] | None = None  # (step, bits per byte) of the best validation
+    report: Path | None = None  # the curves, as a picture
 
     def table(self) -> str:
         """The few lines a person wants at the end."""
@@ -58,6 +61,8 @@ class TrainResult:
             rows.append(("checkpoint", f"{self.checkpoint} (step {self.step})"))
             if self.drive_step is not None:
                 rows.append(("saved", safe_words(self.step, self.drive_step)))
+            if self.report:
+                rows.append(("curves", str(self.report)))
             command = f"python -m smollm2.generate --checkpoint {shlex.quote(str(self.checkpoint))}"
             rows.append(("talk to it", f'{command} --prompt "Once upon a time"'))
         return "\n".join(f"{name:<24}{value}" for name, value in rows)
@@ -84,6 +89,8 @@ def complete_result(result: TrainResult, run: Run, stopped_by: int | None, secon
         if val.text_bytes <= MAX_REFERENCE_BYTES:
             text = config.data.input_file
             result.references = compression_bits_per_byte(text, "val", config.data.held_out_fraction)
+        with contextlib.suppress(OSError):  # the disk is full: the run is safe, only its picture is not
+            result.report = save_report(config, result.references)
     if run.mirror:
         run.mirror.close()
     if newest:

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from smollm2.notebook.ngram import NGram
+from smollm2.ngram import NGram
 
 TEXT = ("the cat sat on the mat. the dog sat on the log; déjà vu, 東京.\n" * 3 + "a rat ran.").encode()
 

@@ -1,0 +1,91 @@
+"""The picture of a run: loss and bits per byte against steps, tokens and seconds, from its logs.
+
+Beside the curves, what the same held-out bytes cost gzip, xz, and counting on the same training text.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from pathlib import Path
+
+from . import plots
+from .config import RunConfig
+from .files import replace_durably
+from .logs import METRICS, TRAINING, numbers, read_log
+from .ngram import NGram
+from .text import read_split
+
+COUNTING_ORDER = 6  # a context of five bytes: about the best for a text of 1 MB
+MAX_COUNTED_BYTES = 8 * 2**20  # of training text: counting keeps some 100 bytes for each
+
+
+def counting_bits_per_byte(path: str, held_out_fraction: float) -> float | None:
+    """What the held-out text costs whom only counting on the training text taught; None for a large text."""
+    if Path(path).stat().st_size > MAX_COUNTED_BYTES:
+        return None
+    train, val = ("".join(read_split(path, part, held_out_fraction)).encode() for part in ("train", "val"))
+    return float(NGram(train, COUNTING_ORDER).bits(val).mean())
+
+
+def training_seconds(output_dir: Path, tokens_per_step: int) -> dict[float, float]:
+    """{logged step: seconds of training up to it}: without pauses, validations and samples."""
+    seconds, before, total = {0.0: 0.0}, 0.0, 0.0
+    for event in map(numbers, read_log(output_dir / "logs" / METRICS)):
+        total += (event["step"] - before) * tokens_per_step / event["tokens_per_second"]
+        before = event["step"]
+        seconds[before] = total
+    return seconds
+
+
+def draw_report(config: RunConfig, references: dict[str, float]) -> tuple[plots.Figure, str] | None:
+    """(figure, what it says in words) of the run in `config.run.output_dir`; None while it has no score.
+
+    `references`: bits per byte of other ways to predict the held-out text, by name.
+    """
+    output_dir, data = Path(config.run.output_dir), config.data
+    events = [numbers(event) for event in read_log(output_dir / "logs" / TRAINING)]
+    trained = [(e["step"], e["train_loss"]) for e in events if "train_loss" in e]
+    scored = [(e["step"], e["val_loss"], e["val_bits_per_byte"]) for e in events if "val_bits_per_byte" in e]
+    if not trained or not scored or not scored[-1][1]:
+        return None
+    steps, held_out, bits = zip(*scored, strict=True)
+    bits_per_nat = bits[-1] / held_out[-1]  # tokens per byte / ln 2: one curve serves both axes
+    fig, ax = plots.figure(8, 4)
+    ax.plot(*zip(*trained, strict=True), marker="", linewidth=1, label="training")
+    ax.plot(steps, held_out, label=f"held out: {bits[-1]:.2f} bits per byte at step {steps[-1]:.0f}")
+    best = min(scored, key=lambda score: score[1])
+    style = {"color": plots.RED, "markersize": 9, "markerfacecolor": "none", "linestyle": ""}
+    ax.plot(*best[:2], "o", **style, label=f"lowest, at step {best[0]:.0f}: the one to publish")
+    if counted := counting_bits_per_byte(data.input_file, data.held_out_fraction):
+        references = references | {"counting": counted}
+    for (name, value), color in zip(references.items(), plots.PALETTE[2:], strict=False):
+        style = {"color": color, "linestyle": "--", "linewidth": 1, "marker": ""}
+        ax.axhline(value / bits_per_nat, **style, label=f"{name}: {value:.2f}")
+    top = max(trained[0][1], *held_out)
+    ax.set(xlim=(0, trained[-1][0]), ylim=(0.9 * min(held_out[-1], trained[-1][1]), 1.02 * top))
+    scale = (lambda nats: nats * bits_per_nat, lambda bits: bits / bits_per_nat)
+    ax.secondary_yaxis("right", functions=scale).set_ylabel("bits per byte")
+    tokens = config.train.batch_size * data.sequence_length
+    seconds = training_seconds(output_dir, tokens)
+    known = list(seconds)
+    ticks = [step for step in ax.get_xticks() if 0 <= step <= trained[-1][0]]
+    at = [seconds[known[min(bisect_left(known, step), len(known) - 1)]] for step in ticks]
+    words = [f"{s:,.0f}\n{s * tokens / 1e6:.2f} M\n{t:,.0f} s" for s, t in zip(ticks, at, strict=True)]
+    ax.set_xticks(ticks, words)
+    x = "steps, tokens and seconds of training"
+    plots.label(ax, f"{config.preset} on {Path(data.input_file).name}", x, "nats per token", legend=True)
+    told = ", ".join(f"{name} {value:.2f}" for name, value in references.items())
+    alt = f"Held-out bits per byte fall from {bits[0]:.2f} at step {steps[0]:.0f} to {bits[-1]:.2f} at step "
+    alt += f"{steps[-1]:.0f} (lowest {best[2]:.2f} at step {best[0]:.0f})"
+    return fig, f"{alt}, after {seconds[known[-1]]:,.0f} s of training; {told}."
+
+
+def save_report(config: RunConfig, references: dict[str, float]) -> Path | None:
+    """Draw the run into `report.png` in its output directory; None while there is nothing to draw. Raises
+    OSError where the disk does not take it."""
+    drawn = draw_report(config, references)
+    if drawn is None:
+        return None
+    path = Path(config.run.output_dir) / "report.png"
+    replace_durably(path, plots.png_bytes(drawn[0]))
+    return path

@@ -1,0 +1,63 @@
+"""The picture of a run: drawn at its end, from its logs alone, and never in the way."""
+
+from __future__ import annotations
+
+import pytest
+
+from smollm2 import report
+from smollm2.logs import METRICS, TRAINING, numbers, read_log
+from smollm2.ngram import NGram
+from smollm2.progress import Reporter
+from smollm2.report import draw_report, training_seconds
+from smollm2.text import read_split
+from smollm2.training import train
+from tests.soak import small_config
+
+
+@pytest.fixture(scope="module")
+def run(text, tmp_path_factory):
+    """(configuration, result) of a run of two phases."""
+    config = small_config(text, tmp_path_factory.mktemp("report") / "output", max_steps=20, continue_steps=10)
+    return config, train(config, Reporter())
+
+
+def test_a_run_ends_with_its_picture(run):
+    result = run[1]
+    assert result.report.read_bytes().startswith(b"\x89PNG") and str(result.report) in result.table()
+
+
+def test_the_picture_shows_the_run_and_its_rivals_on_both_scales(run, text):
+    config, result = run
+    figure, alt = draw_report(config, result.references)
+    axis, logged = figure.axes[0], [numbers(e) for e in read_log(result.report.parent / "logs" / TRAINING)]
+    lines = {line.get_label().split(":")[0]: line for line in axis.lines}
+    losses = [e["train_loss"] for e in logged if "train_loss" in e]
+    assert list(lines["training"].get_ydata()) == losses
+    held_out = [e["val_loss"] for e in logged if "val_loss" in e]
+    assert list(lines["held out"].get_ydata()) == held_out
+    to_bits = axis.child_axes[0]._functions[0]
+    assert to_bits(held_out[-1]) == pytest.approx(result.bits_per_byte, rel=1e-5)
+    train_text, val_text = ("".join(read_split(str(text), part)).encode() for part in ("train", "val"))
+    rivals = result.references | {"counting": NGram(train_text, 6).bits(val_text).mean()}
+    for name, bits in rivals.items():
+        assert to_bits(lines[name].get_ydata()[0]) == pytest.approx(bits) and f"{name} {bits:.2f}" in alt
+
+
+def test_seconds_are_those_of_the_steps_and_a_pause_does_not_count(run):
+    result = run[1]
+    seconds = training_seconds(result.report.parent, 8 * 16)
+    speeds = {
+        e["step"]: e["tokens_per_second"]
+        for e in map(numbers, read_log(result.report.parent / "logs" / METRICS))
+    }
+    assert list(seconds) == [0, *speeds] and list(speeds)[-1] == 30
+    assert seconds[30] - seconds[25] == pytest.approx(5 * 8 * 16 / speeds[30])
+
+
+def test_a_disk_that_does_not_take_the_picture_costs_only_the_picture(text, tmp_path, monkeypatch):
+    def full(path, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(report, "replace_durably", full)
+    result = train(small_config(text, tmp_path / "output", max_steps=5), Reporter())
+    assert result.checkpoint.is_dir() and result.report is None and "curves" not in result.table()
