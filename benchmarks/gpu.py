@@ -46,6 +46,7 @@ ITEMS = {
     "machine": Item(gpu_network.machine, 25, 5),
     "exactness": Item(gpu_network.exactness, 45, 15),
     "speed": Item(gpu_network.speed, 140, 30),
+    "update": Item(gpu_network.update, 20, 10),
     "profile": Item(gpu_network.profile, 30, 15),
     "t4": Item(gpu_training.t4, 75, 25),
     "resume": Item(gpu_training.resume, 90, 30),

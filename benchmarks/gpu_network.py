@@ -16,8 +16,10 @@ from torch.nn.attention import SDPBackend
 
 from smollm2 import SmolLM2
 from smollm2 import model as network
-from smollm2.device import choose_device, inference_dtype
+from smollm2.config import TrainConfig
+from smollm2.device import choose_device, choose_precision, inference_dtype
 from smollm2.model import apply_rope
+from smollm2.optim import make_optimizer
 from smollm2.parameters import flops_per_token, parameter_count
 
 from .contenders import DTYPES, OURS, Job, build, decode, logits_of, loss_of, targets_of, train_step
@@ -246,6 +248,34 @@ def warm_up(case: str, model, job: Job) -> tuple:
         facts["peak_bytes"] = torch.cuda.max_memory_allocated() - before + states
         torch.cuda.empty_cache()
     return step, facts
+
+
+# --- the update
+
+
+def update(bench: Bench) -> None:
+    bench.case("update", "Muon, all matrices of the blocks", muon_update, bench)
+
+
+def muon_update(bench: Bench) -> dict:
+    """Seconds of Newton-Schulz and the update, stacked by shape, beside torch's, one matrix after the other."""
+    device = choose_device()
+    model = SmolLM2(bench.scale.model).to(device)
+    ours = make_optimizer(
+        model, TrainConfig(optimizer="muon"), choose_precision("auto", device).autocast_dtype
+    )
+    matrices = [p for group in ours.muon_groups for p in group["params"]]
+    for matrix in matrices:
+        matrix.grad = torch.randn_like(matrix)
+    works = {OURS: ours.step, "torch": torch.optim.Muon(matrices).step}  # theirs is in bf16 everywhere
+    for work in works.values():
+        work()  # libraries load, memory is taken
+    seconds = {name: [] for name in works}
+    for name in alternating(list(works), 5):
+        seconds[name].append(seconds_of(works[name], device))
+    medians = {f"{name}_seconds": statistics.median(values) for name, values in seconds.items()}
+    ratio = medians["torch_seconds"] / medians[f"{OURS}_seconds"]
+    return medians | {"matrices": len(matrices), "times_faster": ratio, "dtype": str(ours.dtype)}
 
 
 # --- 3: one step's kernels
