@@ -18,18 +18,10 @@ FLAGS = {
         "further steps, resumed from the first phase's checkpoint",
     ),
     "drive_dir": ("run.drive_dir", str, "a second place for checkpoints, e.g. a mounted Google Drive folder"),
-    "resume": (
-        "run.resume",
-        str,
-        "auto (default): continue what is there; never: start anew, the old run moves aside",
-    ),
+    "resume": ("run.resume", str, "auto (default): continue what is there; never: move it aside, start anew"),
     "seed": ("train.seed", int, "seed of weights and data order"),
     "tokenizer": ("data.tokenizer", str, "auto (default), a Hub id, or the path of a tokenizer.json"),
-    "dataset": (
-        "data.dataset",
-        str,
-        "a Hub dataset ID[:CONFIG][@SPLIT], or files of one, instead of --input_file",
-    ),
+    "dataset": ("data.dataset", str, "a Hub dataset ID[:CONFIG][@SPLIT], or its files, not --input_file"),
     "devices": ("run.devices", int, "GPUs or processes on this machine"),
     "num_nodes": ("run.num_nodes", int, "machines (with torchrun or SLURM)"),
 }
@@ -41,22 +33,13 @@ def prepare(argv: list[str] | None):
     from smollm2.errors import ArgumentParser, ConfigError
 
     parser = ArgumentParser(description="Train SmolLM2 from scratch; run it again to continue.")
-    parser.add_argument(
-        "--preset", default="auto", help="auto, nano, smollm2-135m, smollm2-360m or smollm2-1.7b"
-    )
-    parser.add_argument(
-        "--config", default=None, metavar="FILE.yaml", help="sections model, data, train, run"
-    )
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="key=value",
-        help="e.g. train.learning_rate=1e-3",
-    )
+    presets = "auto, nano, smollm2-135m, smollm2-360m or smollm2-1.7b"
+    parser.add_argument("--preset", default="auto", help=presets)
+    parser.add_argument("--config", metavar="FILE.yaml", help="sections model, data, train, run")
+    repeated = {"dest": "overrides", "action": "append", "default": [], "metavar": "key=value"}
+    parser.add_argument("--set", help="e.g. train.learning_rate=1e-3", **repeated)
     for name, (_, kind, text) in FLAGS.items():
-        parser.add_argument(f"--{name}", type=kind, default=None, help=text)
+        parser.add_argument(f"--{name}", type=kind, help=text)
     args = parser.parse_args(argv)
     print("SmolLM2 from scratch: loading PyTorch ...", flush=True)
 
@@ -88,17 +71,13 @@ def prepare(argv: list[str] | None):
 
 
 def with_shipped_text(config):
-    """Called from another folder: the `input.txt` beside this program, where none was named and none is
-    there."""
+    """Called from another folder: the `input.txt` beside this program, where none was named or is there."""
     shipped = os.path.join(os.path.dirname(os.path.abspath(__file__)), "input.txt")
     data = config.data
     is_chosen = "input_file" in data.model_fields_set or data.dataset
     if is_chosen or os.path.exists(data.input_file) or not os.path.exists(shipped):
         return config
-    print(
-        f"text: {shipped}, which lies beside this program: there is no {data.input_file} in this folder",
-        flush=True,
-    )
+    print(f"text: {shipped}, which lies beside this program: no {data.input_file} is here", flush=True)
     return config.model_copy(update={"data": data.model_copy(update={"input_file": shipped})})
 
 
@@ -112,8 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     from smollm2.workers import is_first_worker
 
     if is_first_worker(config.run):
-        print()
-        print(result.table())
+        print(f"\n{result.table()}")
     return 128 + result.stopped_by if result.stopped_by else 0
 
 

@@ -535,8 +535,7 @@ lesson.check("it is on this machine and on the pretended Drive, whole", 2 - len(
 # ## 9 · "My runtime died"
 #
 # Open this notebook again, **Runtime > Run all**. That is all: the newest checkpoint, of this machine or of Drive, is found, every byte verified, and the run
-# goes on. (A run claims its Drive folder, so that no two write there at once. If the old runtime died less than five minutes ago, its claim is still fresh: the
-# notebook waits for it to end.) The proof: the tiny run's whole folder is deleted, as if the machine were gone. Only the pretended Drive is left. Are its bytes enough?
+# goes on. (Should the old runtime still live, you are told: stop one of the two, they do the same work.) The proof: the tiny run's whole folder is deleted, as if the machine were gone. Only the pretended Drive is left. Are its bytes enough?
 
 # %% id="died-run" tags=["slow", "lesson"]
 shutil.rmtree(DRILL / "stopped")

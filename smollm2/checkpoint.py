@@ -46,9 +46,8 @@ class FileFacts(TypedDict):
     sha256: Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
 
 
-FileName = Annotated[
-    str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,100}$")
-]  # never out of the folder
+# never out of the folder
+FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,100}$")]
 
 
 class Manifest(BaseModel):
@@ -135,41 +134,14 @@ def verify(folder: str | Path, only: Iterable[str] | None = None) -> Manifest:
     return manifest
 
 
-def resume_point(
-    path: Path,
-    say: Callable[[str], None] = print,
-    check: Callable[[Manifest], object] | None = None,
-) -> Manifest:
-    """The manifest of a folder that verifies, holds all that a resume needs and passes `check`; raises
-    `CheckpointError`, also for a file that the system does not give."""
-    try:
-        manifest = verify(path)
-        missing = [name for name in RESUME_FILES if name not in manifest.files]
-        if missing:
-            raise CheckpointError(f"{MANIFEST}: no {', '.join(missing)}: not a point to resume from")
-        if check:
-            check(manifest)
-        strays = sorted({entry.name for entry in path.iterdir()} - set(manifest.files) - {MANIFEST})
-    except OSError as error:
-        raise CheckpointError(error.strerror or str(error)) from None
-    if strays:
-        say(f"checkpoint {path.name}: not in its manifest, so never read: {', '.join(strays[:5])}")
-    return manifest
-
-
 # --- a folder of checkpoints --------------------------------------------------------------------------------
 
 
 def candidates(checkpoint_dir: str | Path) -> list[Path]:
     """Every folder that claims to be a checkpoint (whole or not), newest step first; finals before steps."""
-    found = [
-        path
-        for path in Path(checkpoint_dir).glob("*.ckpt*")
-        if path.is_dir() and ".tmp-" not in path.name and ".old-" not in path.name
-    ]
-    return sorted(
-        found, key=lambda path: (claimed_step(path), path.name in FINAL_NAMES, path.name), reverse=True
-    )
+    found = [path for path in Path(checkpoint_dir).glob("*.ckpt*") if path.is_dir()]
+    found = [path for path in found if ".tmp-" not in path.name and ".old-" not in path.name]
+    return sorted(found, key=lambda p: (claimed_step(p), p.name in FINAL_NAMES, p.name), reverse=True)
 
 
 def claimed_step(folder: Path) -> float:
@@ -185,23 +157,33 @@ def claimed_step(folder: Path) -> float:
 def newest_usable(
     folders: Iterable[Path],
     say: Callable[[str], None] = print,
-    check: Callable[[Manifest], object] | None = None,
+    check: Callable[[Manifest], object] = lambda manifest: None,
     fetch: Callable[[Path], Path] = lambda folder: folder,
 ) -> Manifest | None:
-    """The first checkpoint that verifies (and passes `check`); one line for each that does not. `fetch`
-    brings a folder to this machine. None when there are no folders at all; `NoUsableCheckpoint` when there
-    are some and none verifies: starting from zero would hide a loss."""
+    """The first checkpoint that verifies, holds all that a resume needs and passes `check`; one line for each
+    that does not. `fetch` brings a folder to this machine. None when there are no folders at all;
+    `NoUsableCheckpoint` when there are some and none is usable: starting from zero would hide a loss."""
     folders = list(folders)
     for path in folders:
         try:
-            return resume_point(fetch(path), say, check)
+            manifest = verify(fetch(path))
+            if missing := [name for name in RESUME_FILES if name not in manifest.files]:
+                raise CheckpointError(f"{MANIFEST}: no {', '.join(missing)}: not a point to resume from")
+            check(manifest)
+            strays = {entry.name for entry in manifest.folder.iterdir()} - {MANIFEST, *manifest.files}
         except (CheckpointError, OSError) as error:
             say(f"checkpoint {path.name} is not usable: {error}; trying the one before")
+            continue
+        if strays:
+            say(
+                f"checkpoint {path.name}: not in its manifest, so never read: {', '.join(sorted(strays)[:5])}"
+            )
+        return manifest
     if folders:
         places = " and ".join(sorted({str(path.parent) for path in folders}))
+        advice = "repair or move them, or pass --resume never to start anew"
         raise NoUsableCheckpoint(
-            f"{len(folders)} checkpoint(s) in {places}, none usable (reasons above): repair or move them, "
-            "or pass --resume never to start anew"
+            f"{len(folders)} checkpoint(s) in {places}, none usable (reasons above): {advice}"
         )
     return None
 
@@ -210,29 +192,22 @@ def prune(checkpoint_dir: str | Path, keep_last: int, best_step: int | None, new
     """Keep `newest` (written just now), the step folders of the last `keep_last` saves, and the best; finals
     stay.
 
-    A damaged folder does not count as kept: it goes once enough good ones are newer. What is removed gets a
-    temporary name first, in one rename: a kill in the middle leaves what the next start tidies, never half a
-    checkpoint.
+    A folder without a manifest does not count as kept: it goes once enough good ones are newer. What is
+    removed gets a temporary name first, in one rename: a kill in the middle leaves what the next start
+    tidies, never half a checkpoint.
     """
     is_final = newest.folder.name in FINAL_NAMES
     removed, kept = [], 1
     for path in candidates(checkpoint_dir):
         match = re.fullmatch(r"step-(\d+)\.ckpt", path.name)
-        if not match or path.is_symlink() or path == newest.folder or int(match[1]) > newest.step:
+        if not match or path == newest.folder or int(match[1]) > newest.step:
             continue
-        superseded = is_final and int(match[1]) == newest.step
-        if not superseded and (kept < keep_last or int(match[1]) == best_step):
-            kept += _is_readable(path)
+        is_superseded = is_final and int(match[1]) == newest.step
+        if not is_superseded and (kept < keep_last or int(match[1]) == best_step):
+            kept += (path / MANIFEST).is_file()
             continue
         leftover = path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")
         os.rename(path, leftover)  # where this fails the folder is whole
         shutil.rmtree(leftover, ignore_errors=True)
         removed.append(path.name)
     return removed
-
-
-def _is_readable(folder: Path) -> bool:
-    try:
-        return bool(read_manifest(folder))
-    except (CheckpointError, OSError):
-        return False

@@ -159,7 +159,6 @@ class TrainConfig(_Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: bool = False
     deterministic: bool = False
-    on_spike: Literal["ignore", "skip", "stop"] = "ignore"  # 6 sigma over 128 steps
     seed: int = Field(1337, ge=0, lt=2**63)
     log_every: int = Field(10, ge=1)
     val_every: int = Field(500, ge=1)
@@ -185,7 +184,6 @@ class PlaceConfig(_Section):
     output_dir: Place = "output"
     drive_dir: Place | None = None  # a second, remote tier for checkpoints (Google Drive)
     resume: Literal["auto", "never"] = "auto"
-    take_over: bool = False  # write to drive_dir although another runtime did so in the last five minutes
     allow_data_change: bool = False
     init_from: Place | None = None  # folder or Hub id whose weights the run starts from
     devices: int = Field(1, ge=1)

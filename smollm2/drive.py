@@ -14,21 +14,22 @@ import io
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from . import drive_folder
-from .checkpoint import MANIFEST, Manifest, commit, newest_usable, step_name
+from .checkpoint import MANIFEST, Manifest, candidates, commit, newest_usable, step_name
 from .drive_errors import NotThere, explain
 from .drive_folder import Entry, check_place, entries, is_uploading, look, verified
-from .errors import BusyError, CheckpointError, ConfigError, NoUsableCheckpoint
+from .errors import CheckpointError, ConfigError, NoUsableCheckpoint
 from .files import replace_durably, sha256_bytes, strict_json
 
 KEEP = 3  # checkpoints on Drive before a copy starts, the best one included: with the copy never more than 4
 FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 5.0, 300.0
 PAUSES = (2.0, 8.0)  # Drive may need a moment: a fresh file reads as 0 bytes, a fresh mount shows nothing
-HEARTBEAT_SECONDS, CLOSE_SECONDS, CLOSE_SECONDS_IN_TROUBLE = 60.0, 600.0, 60.0
+CLOSE_SECONDS, CLOSE_SECONDS_IN_TROUBLE = 600.0, 60.0
 
 Say = Callable[[str], None]
 
@@ -44,16 +45,18 @@ def _patiently(action: Callable, sleep: Callable[[float], object]):
 
 
 class DriveMirror:
-    """Copies what is submitted to `drive_dir`; calls `on_copied(step)` after each copy that was read back."""
+    """Copies what is submitted to `drive_dir`; `events` name each copy that was read back, as (step, words of
+    a log line)."""
 
-    def __init__(self, drive_dir: str | Path, say: Say, on_copied: Callable[[int], None], pause=None):
+    def __init__(self, drive_dir: str | Path, say: Say, pause=None):
         """`pause(seconds)` replaces waiting and leaves it to the caller to call `turn`: for tests."""
-        self.folder, self.say, self.on_copied = Path(drive_dir), say, on_copied
+        self.folder, self.say = Path(drive_dir), say
+        self.events: deque[tuple[int, dict]] = deque()
         self.copied: Manifest | None = None  # the newest copy, as it lies on Drive
         self._newest: Manifest | None = None  # of those submitted
         self._done: Manifest | None = None  # the last one that was copied
         self._unfinished: Path | None = None  # folder of a copy that failed half-way
-        self._trouble, self._delay, self._next_beat, self._end = "", 0.0, 0.0, math.inf
+        self._trouble, self._delay, self._end = "", 0.0, math.inf
         self._pause, self._news = pause or time.sleep, threading.Event()
         self._thread = threading.Thread(target=self._serve, name="drive", daemon=True)
         if pause is None:
@@ -70,7 +73,8 @@ class DriveMirror:
         """Wait for the newest copy, for a bounded time, and say what is not confirmed."""
         if self._end < math.inf:  # closed already
             return
-        self._end = time.monotonic() + seconds
+        seconds = min(seconds, CLOSE_SECONDS_IN_TROUBLE) if self._trouble else seconds
+        self._end, self._delay = time.monotonic() + seconds, 0.0
         self._news.set()
         self._thread.join(min(seconds, 2.0))
         if self._thread.is_alive():
@@ -86,30 +90,24 @@ class DriveMirror:
     def _serve(self) -> None:
         while time.monotonic() < self._end:
             self._news.clear()
-            delay, is_closing = self.turn(), self._end < math.inf
-            if self._newest is self._done:
-                if is_closing:
-                    break
-                delay = HEARTBEAT_SECONDS
-            elif is_closing and delay:
-                delay = FIRST_RETRY_SECONDS
-                self._end = min(self._end, time.monotonic() + CLOSE_SECONDS_IN_TROUBLE)
-            self._news.wait(delay)
+            delay = self.turn()
+            is_idle = self._newest is self._done
+            if is_idle and self._end < math.inf:
+                break
+            self._news.wait(None if is_idle else delay)
         if self.copied and is_uploading(self.copied.folder):
             lost = f"Drive has NOT confirmed the upload of step {self.copied.step} yet"
             self.say(f"{lost}: keep this runtime for some minutes")
-        with contextlib.suppress(OSError):  # a heartbeat that stays behind is dead in five minutes
-            drive_folder.erase_file(self.folder / drive_folder.HEARTBEAT)
 
     def turn(self) -> float:
         """One attempt at what is pending; returns the seconds to wait after a failure, else 0."""
         job = self._newest
+        if job is self._done:
+            return 0.0
         try:
             drive_folder.make_folder(self.folder)
-            self._beat()
-            if job is not self._done:
-                self._copy(job)
-                self.on_copied(job.step)
+            drive_folder.beat(self.folder)
+            self._copy(job)
         except Exception as error:  # whatever a driver comes up with: training must not hear of it
             reason = explain(error)
             if reason != self._trouble and time.monotonic() < self._end:
@@ -120,15 +118,8 @@ class DriveMirror:
         if self._trouble:
             self.say("Drive: copying works again")
         self._done, self._trouble, self._delay = job, "", 0.0
+        self.events.append((job.step, {"event": "copied_to_drive"}))
         return 0.0
-
-    def _beat(self) -> None:
-        """Before each file: end a copy that nobody waits for any longer, else keep the heartbeat fresh."""
-        if time.monotonic() > self._end:
-            raise InterruptedError("nobody waits for it any longer")
-        if time.monotonic() > self._next_beat:
-            drive_folder.beat(self.folder)
-            self._next_beat = time.monotonic() + HEARTBEAT_SECONDS
 
     # --- one copy
 
@@ -157,7 +148,8 @@ class DriveMirror:
         self._unfinished, self.copied = None, copied
 
     def _write(self, path: Path, source: io.BufferedIOBase, facts: dict) -> None:
-        self._beat()
+        if time.monotonic() > self._end:
+            raise InterruptedError("nobody waits for it any longer")
         drive_folder.write(path, source)
         _patiently(partial(drive_folder.check, path, facts), self._pause)
 
@@ -170,8 +162,9 @@ class DriveMirror:
         """
         ours = [entry for entry in there if drive_folder.is_name_of(run_id, entry.path.name)]
         whole = [entry for entry in ours if entry.manifest]
+        newest_step = whole[0].step if whole else -1
         torn = [entry for entry in ours if not entry.manifest and entry.path != self._unfinished]
-        torn = [entry for entry in torn if not whole or entry.step > whole[0].step]
+        torn = [entry for entry in torn if entry.step > newest_step]
         uploaded = [entry for entry in whole if not is_uploading(entry.path)]
         best = [entry for entry in whole if entry.step == best_step]
         keep: dict[float, Entry] = {}  # by step
@@ -197,17 +190,19 @@ def check_places(output_dir: str | Path, drive_dir: str | Path | None, resume: s
     back), and the next start would continue the old run.
     """
     flag = f"--drive_dir {drive_dir}"
+    found = []
     try:
         drive_folder.check_mounted(output_dir)
         if drive_dir is None:
             return
         if resume == "never":
             check_place(Path(drive_dir))
-            if found := entries(Path(drive_dir)):
-                held = f"{flag} holds {len(found)} checkpoint(s)"
-                raise ConfigError(f"--resume never, but {held}: choose another, or move them away yourself")
+            found = entries(Path(drive_dir))
     except OSError as error:
         raise ConfigError(f"--output_dir {output_dir}, {flag}: {explain(error)}") from None
+    if found:
+        advice = "choose another, or move them away yourself"
+        raise ConfigError(f"--resume never, but {flag} holds {len(found)} checkpoint(s): {advice}")
     there, here = Path(drive_dir).resolve(), (Path(output_dir) / "checkpoints").resolve()
     if there in (here, here.parent) or here in there.parents:
         raise ConfigError(f"{flag} is the run's own folder; expected a second place, e.g. on a mounted Drive")
@@ -215,16 +210,18 @@ def check_places(output_dir: str | Path, drive_dir: str | Path | None, resume: s
         raise ConfigError(f"{flag}: found a file, expected a folder")
 
 
-def newest_on_drive(drive_dir, checkpoint_dir, local, say, *, check=None, take_over=False, sleep=time.sleep):
-    """The `Manifest` of the newest checkpoint that verifies, of the `local` folders and of Drive, then copied
-    to `checkpoint_dir`; one line for each that does not. On an equal step this machine's wins. None when
-    there is none at all. `check` as for `checkpoint.newest_usable`.
+def newest_on_drive(
+    drive_dir: str | Path, checkpoint_dir: Path, say: Say, check=lambda manifest: None, sleep=time.sleep
+) -> Manifest | None:
+    """The newest checkpoint that verifies, of `checkpoint_dir` and of Drive, then copied to `checkpoint_dir`;
+    one line for each that does not. On an equal step this machine's wins. None when there is none at all.
+    `check` as for `checkpoint.newest_usable`.
 
     Raises `NoUsableCheckpoint` when there are some and none is usable, or when Drive cannot be read and this
-    machine has nothing: starting from zero would hide a loss. `BusyError` when another runtime has been
-    writing to the folder in the last five minutes, `ConfigError` for a folder that cannot be meant.
+    machine has nothing: starting from zero would hide a loss; `ConfigError` for a folder that cannot be
+    meant.
     """
-    flag, here, there = f"--drive_dir {drive_dir}", [look(Path(path)) for path in local], []
+    flag, here, there = f"--drive_dir {drive_dir}", [look(path) for path in candidates(checkpoint_dir)], []
     try:
         check_place(Path(drive_dir))
         there = _patiently(partial(entries, Path(drive_dir)), sleep)
@@ -234,15 +231,15 @@ def newest_on_drive(drive_dir, checkpoint_dir, local, say, *, check=None, take_o
             advice = "mend that, or leave out --drive_dir: starting from zero could hide a checkpoint there"
             raise kind(f"{flag}: {explain(error)}; {advice}") from None
         say(f"{flag}: {explain(error)}; continuing with what is on this machine")
-    other = drive_folder.live_writer(Path(drive_dir))
-    if other and not take_over:
-        advice = "stop it; or, if it is gone, wait five minutes, or pass --set run.take_over=true"
-        raise BusyError(f"{flag} is being written by another runtime ({other}): {advice}")
+    if other := drive_folder.other_writer(Path(drive_dir)):
+        say(
+            f"warning: {flag}: {other}; if that run still goes on, stop one of the two: they do the same work"
+        )
     if len({entry.manifest.run_id for entry in here + there if entry.manifest}) > 1:
         raise ConfigError(f"{flag} holds checkpoints of another run; choose another folder for this one")
 
     def fetch(path: Path) -> Path:
-        if path in [entry.path for entry in here]:
+        if path.parent == Path(checkpoint_dir):
             return path
         return _patiently(partial(_copy_here, path, Path(checkpoint_dir), say), sleep)
 
@@ -252,14 +249,14 @@ def newest_on_drive(drive_dir, checkpoint_dir, local, say, *, check=None, take_o
 
 def _copy_here(source: Path, checkpoint_dir: Path, say: Say) -> Path:
     """Commit a copy of a Drive checkpoint to this machine's folder, every byte compared on the way; before it
-    its logs, where this machine has fewer lines. Raises `CheckpointError` when it is not whole."""
+    its logs, where this machine has less of them. Raises `CheckpointError` when it is not whole."""
     there = drive_folder.read_checkpoint(source)
     files = {name: partial(_copy_file, source / name, facts) for name, facts in there.files.items()}
     for name in [name for name in files if name.endswith(".txt")]:
         del files[name]
         data = b"".join(verified(source / name, there.files[name]))
         log = checkpoint_dir.parent / "logs" / name
-        if not log.is_file() or log.read_bytes().count(b"\n") < data.count(b"\n"):
+        if not log.is_file() or log.stat().st_size < len(data):
             log.parent.mkdir(exist_ok=True)
             replace_durably(log, data)
     copy = commit(checkpoint_dir, step_name(there.step), files, there.run_id, there.step, there.facts)

@@ -24,8 +24,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from .checkpoint import FINAL_NAMES, MANIFEST, MAX_MANIFEST_BYTES, Manifest, parse_manifest
 from .drive_errors import MOUNT_POINT, NotThere
 from .errors import CheckpointError
@@ -33,22 +31,19 @@ from .files import CHUNK_BYTES
 
 MOUNTS_TABLE = Path("/proc/mounts")
 UPLOAD_ID = "user.drive.id"  # extended attribute; ids beginning with "local" are not yet on Google's side
-HEARTBEAT = "heartbeat.txt"  # host, pid and time of the runtime that writes here
+HEARTBEAT = "heartbeat.txt"  # host and time of the runtime that writes here
 LIVE_SECONDS = 300.0  # whoever has been silent for longer is gone
 
 # --- the place ----------------------------------------------------------------------------------------------
 
 
-def is_below_mount_point(path: str | Path) -> bool:
-    return MOUNT_POINT in Path(os.path.abspath(path)).parents
-
-
 def check_mounted(path: str | Path) -> None:
     """Raises `NotThere` for a path in Drive's place while the kernel's mount table has no Drive there: what
     is written to a plain folder of that name is lost with the machine, and Drive refuses to mount over it."""
+    if MOUNT_POINT not in Path(os.path.abspath(path)).parents:
+        return
     table = MOUNTS_TABLE.read_text(encoding="utf-8", errors="replace") if MOUNTS_TABLE.exists() else ""
-    is_mounted = re.search(rf"^\S+ {re.escape(str(MOUNT_POINT))} fuse\.drive", table, re.MULTILINE)
-    if is_below_mount_point(path) and not is_mounted:
+    if not re.search(rf"^\S+ {re.escape(str(MOUNT_POINT))} fuse\.drive", table, re.MULTILINE):
         advice = f"mount it in a notebook cell (from google.colab import drive; drive.mount('{MOUNT_POINT}'))"
         raise NotThere(f"Google Drive is not mounted at {MOUNT_POINT}: {advice}")
 
@@ -212,18 +207,16 @@ def is_uploading(folder: Path) -> bool:
 
 
 def beat(folder: Path) -> None:
-    words = f"{socket.gethostname()} {os.getpid()} {time.time():.0f}"
-    write(folder / HEARTBEAT, io.BytesIO(words.encode()), "wb")
+    write(folder / HEARTBEAT, io.BytesIO(f"{socket.gethostname()} {time.time():.0f}".encode()), "wb")
 
 
-def live_writer(folder: Path) -> str | None:
-    """Another runtime that wrote to the folder within `LIVE_SECONDS`, in words; None where its process is
-    known to be dead, or nothing can be read."""
+def other_writer(folder: Path) -> str | None:
+    """Another machine that copied to the folder within `LIVE_SECONDS`, in words; None where there is none, or
+    nothing can be read."""
     try:
-        host, pid, seconds = read_small(folder / HEARTBEAT).decode().split()
-        silent, is_here = time.time() - int(seconds), host == socket.gethostname()
-        is_dead = is_here and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid)))
-    except (OSError, ValueError, OverflowError):
+        host, seconds = read_small(folder / HEARTBEAT).decode().split()
+        silent = time.time() - int(seconds)
+    except (OSError, ValueError):
         return None
-    is_live = abs(silent) < LIVE_SECONDS and not is_dead
-    return f"pid {pid} on {host}, last seen {silent:.0f} s ago" if is_live else None
+    is_live = abs(silent) < LIVE_SECONDS and host != socket.gethostname()
+    return f"another runtime ({host}) wrote there {silent:.0f} s ago" if is_live else None

@@ -65,14 +65,8 @@ class OutputLost(UserError):
 
 
 DISK_TROUBLE = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EIO,
-    errno.EROFS,
-    errno.EACCES,
-    errno.ESTALE,
-    errno.ENOTCONN,
-)
+    errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.ESTALE, errno.ENOTCONN,
+)  # fmt: skip
 
 
 def named(error: OSError, folder: str | os.PathLike) -> UserError:
@@ -111,9 +105,8 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str):
         if message.startswith("unrecognized arguments: "):
             word = (message.split(": ", 1)[1].split() or [""])[0]
-            message = (
-                f"unknown argument {word!r}{did_you_mean(word.split('=')[0], self._option_string_actions)}"
-            )
+            hint = did_you_mean(word.split("=")[0], self._option_string_actions)
+            message = f"unknown argument {word!r}{hint}"
         message = message if len(message) <= 300 else f"{message[:280]} ... ({len(message):,} characters)"
         raise ConfigError(f"{message} (--help lists the flags)")
 
@@ -124,39 +117,34 @@ def run_command(main: Callable[[], int | None]) -> None:
         stream = getattr(sys, name)
         if stream is None:  # closed by whoever started us: a print must not end the program
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - it lives as long as the process
-        elif hasattr(
-            stream, "reconfigure"
-        ):  # a terminal without UTF-8 shows \xe9 instead of ending the program
+        elif hasattr(stream, "reconfigure"):  # a terminal without UTF-8 shows \xe9 and the program goes on
             stream.reconfigure(errors="backslashreplace")
+    words = None
     try:
         code = main() or 0
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = error.exit_code
+        code, words = error.exit_code, f"error: {error}"
+    except KeyboardInterrupt:
+        code, words = 130, "\nstopped"
     except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError when this machine's memory ends
-        if isinstance(error, RuntimeError) and not re.search(
-            "out of memory|can't allocate memory", str(error), re.I
-        ):
+        is_memory = re.search("out of memory|can't allocate memory", str(error), re.I)
+        if isinstance(error, RuntimeError) and not is_memory:
             raise
         reason = " ".join(str(error).split())[:160]
-        print(
-            f"error: out of memory ({reason}); choose a smaller model, batch or sequence length",
-            file=sys.stderr,
-        )
-        code = MemoryStop.exit_code
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        code = 130
+        advice = "choose a smaller model, batch or sequence length"
+        code, words = MemoryStop.exit_code, f"error: out of memory ({reason}); {advice}"
     except OSError as error:
         if error.filename:  # of a model, a text, a cache: it may not be read, or its disk fails
-            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-            sys.exit(UserError.exit_code)
-        if error.errno not in (errno.EPIPE, errno.EIO, errno.ENOSPC):
+            code, words = UserError.exit_code, f"error: {error.filename}: {error.strerror}"
+        elif error.errno == errno.ENOSPC:
+            code, words = OutputLost.exit_code, "error: standard output goes to a disk that is full"
+        elif error.errno in (errno.EPIPE, errno.EIO):  # its reader left, or the terminal is gone: no error
+            code = 141
+        else:
             raise
-        if error.errno == errno.ENOSPC:
-            print("error: standard output goes to a disk that is full", file=sys.stderr)
-        # the reader of a pipe left, or the terminal is gone: not an error of ours, and no second one at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = OutputLost.exit_code if error.errno == errno.ENOSPC else 141
+        if not error.filename:  # and none at exit, when Python flushes it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if words:
+        print(words, file=sys.stderr)
     sys.exit(code)

@@ -25,11 +25,8 @@ def sha256_bytes(data: bytes) -> str:
 
 
 def sha256_file(path: str | Path) -> str:
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_json(value: object) -> str:
@@ -46,25 +43,22 @@ def write_durably(path: str | Path, data: bytes) -> None:
 
 
 def write_tensors(path: str | Path, tensors: dict) -> None:
-    """Write and fsync a safetensors file, readable by whom the umask allows: safetensors' own writer makes it
-    0600. Raises OSError as every other writer does."""
+    """Write a safetensors file, readable by whom the umask allows: safetensors' own writer makes it 0600.
+    Raises OSError as every other writer does."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path = Path(path)
     path.touch()  # asking the process for its umask would change it for a moment, also for other threads
-    mode = stat.S_IMODE(path.stat().st_mode)
+    mode = path.stat().st_mode
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
-    with open(path, "rb+") as file:
-        if stat.S_IMODE(path.stat().st_mode) != mode:  # a mount that knows no modes need not be asked
-            os.fchmod(file.fileno(), mode)
-        os.fsync(file.fileno())
+        if number := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
+        raise
+    if path.stat().st_mode != mode:  # a mount that knows no modes need not be asked
+        path.chmod(stat.S_IMODE(mode))
 
 
 def fsync_folder(folder: str | Path) -> None:
@@ -101,9 +95,7 @@ Content = (
 
 
 def commit_folder(
-    target: str | Path,
-    files: dict[str, Content],
-    closing: Callable[[dict[str, dict]], dict[str, bytes]] | None = None,
+    target: str | Path, files: dict[str, Content], closing: Callable[[dict[str, dict]], dict[str, bytes]]
 ) -> dict[str, dict]:
     """Write the folder `target` in one atomic step; returns {file name: {"bytes": ..., "sha256": ...}}.
 
@@ -119,27 +111,21 @@ def commit_folder(
         table = {}
         for name, content in sorted(files.items()):
             path = temporary / name
-            if callable(content):
-                content(path)
-                with open(path, "rb+") as written:
-                    os.fsync(written.fileno())
-            else:
-                write_durably(path, content)
+            content(path) if callable(content) else path.write_bytes(content)
+            with open(path, "rb+") as written:
+                os.fsync(written.fileno())
             table[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        for name, data in (closing(table) if closing else {}).items():
+        for name, data in closing(table).items():
             write_durably(temporary / name, data)
         fsync_folder(temporary)
         if target.exists():
             os.rename(target, aside)  # os.rename cannot replace a folder that is not empty
-        try:
-            os.rename(temporary, target)
-        except OSError:
-            if aside.exists():
-                os.rename(aside, target)
-            raise
+        os.rename(temporary, target)
         fsync_folder(target.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        if aside.exists() and not target.exists():
+            os.rename(aside, target)
         raise
     shutil.rmtree(aside, ignore_errors=True)
     return table
@@ -168,14 +154,9 @@ def kind_of(path: str | Path) -> str:
         return error.strerror or str(error)
     except ValueError:
         return "a name that holds a NUL character"
-    kinds = [
-        (stat.S_ISDIR, "a folder"),
-        (stat.S_ISFIFO, "a pipe"),
-        (stat.S_ISCHR, "a device"),
-        (stat.S_ISBLK, "a device"),
-        (stat.S_ISSOCK, "a socket"),
-    ]
-    return next((name for test, name in kinds if test(mode)), "a file")
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    kinds |= dict.fromkeys((stat.S_IFCHR, stat.S_IFBLK), "a device")
+    return kinds.get(stat.S_IFMT(mode), "a file")
 
 
 def strict_json(raw: bytes, where: str) -> Any:

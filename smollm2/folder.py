@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -33,14 +34,12 @@ def locked_folder(path: Path, locks: bool = True) -> Iterator[None]:
             file.write_text(f"process {os.getpid()} on {socket.gethostname()}")
     except Timeout:
         owner = file.read_text() or "another process"
-        raise BusyError(
-            f"{path} is being written by {owner}; wait for it, stop it, or choose another --output_dir"
-        ) from None
+        advice = "wait for it, stop it, or choose another --output_dir"
+        raise BusyError(f"{path} is being written by {owner}; {advice}") from None
     except (OSError, NotImplementedError) as error:  # NotImplementedError: a file system without locks
         reason = getattr(error, "strerror", None) or error
-        raise OutputLost(
-            f"--output_dir {path}: {reason}; expected a folder that can be written and locked"
-        ) from None
+        expected = "expected a folder that can be written and locked"
+        raise OutputLost(f"--output_dir {path}: {reason}; {expected}") from None
     try:
         yield
     finally:
@@ -57,15 +56,12 @@ def tidy(path: Path) -> None:
 def set_aside(path: Path, say: Callable[[str], None]) -> None:
     """`--resume never`: what an earlier run wrote moves aside; nothing is deleted."""
     found = [path / name for name in ("logs", "checkpoints", "report.png") if (path / name).exists()]
-    if not found:
-        return
-    number = 1
-    while (aside := path / f"previous-{number}").exists():
-        number += 1
-    aside.mkdir()
-    for folder in found:
-        os.rename(folder, aside / folder.name)
-    say(f"--resume never: the earlier run was moved to {aside}")
+    if found:
+        aside = next(p for n in count(1) if not (p := path / f"previous-{n}").exists())
+        aside.mkdir()
+        for folder in found:
+            os.rename(folder, aside / folder.name)
+        say(f"--resume never: the earlier run was moved to {aside}")
 
 
 def absent_folders(path: Path) -> list[Path]:
@@ -78,11 +74,9 @@ def clear(path: Path, made: list[Path]) -> None:
     was long work."""
     if path not in made:
         return
-    for entry in path.iterdir():
+    for entry in [*path.iterdir(), *path.glob("data/tokens-*")]:
         if entry.name != "data":
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    for tokens in path.glob("data/tokens-*"):
-        shutil.rmtree(tokens)
     for folder in (path / "data", *made):
         with contextlib.suppress(OSError):  # not empty, or never made
             folder.rmdir()

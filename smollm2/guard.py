@@ -7,7 +7,6 @@ moves neither the step nor the learning rate; its batch is counted as used.
 from __future__ import annotations
 
 import math
-from collections import deque
 
 import torch
 
@@ -17,88 +16,44 @@ MAX_SKIPS_IN_A_ROW = 3
 MAX_SKIPS_IN_WINDOW, WINDOW = 10, 1000
 MAX_SCALER_SKIPS = 20  # from 2^16 the scale halves to 1 in 16
 MIN_SCALE = 1.0  # below it gradients would be made smaller, which fp16 needs least of all
-SPIKE_HISTORY, SPIKE_MINIMUM, SPIKE_SIGMAS = 128, 64, 6.0
 
 
 class NumericGuard:
-    """Counts skipped updates and knows when to stop. Its state is a JSON value, so a resume replays it."""
+    """Counts skipped updates and knows when to stop. Its `state` is a JSON value, so a resume replays it."""
 
-    def __init__(self, on_spike: str = "ignore", has_scaler: bool = False, state: dict | None = None):
-        state = state or {}
-        self.on_spike, self.has_scaler = on_spike, has_scaler
-        self.in_a_row = state.get("in_a_row", 0)
-        self.overflows_in_a_row = state.get("overflows_in_a_row", 0)
-        self.total = state.get("total", 0)
-        self.recent = deque(state.get("recent", []), WINDOW)  # positions of the skips among the last batches
-        self.losses = deque(state.get("losses", []), SPIKE_HISTORY)
-        self.norms = deque(state.get("norms", []), SPIKE_HISTORY)
-
-    def state(self) -> dict:
-        counts = {name: getattr(self, name) for name in ("in_a_row", "overflows_in_a_row", "total")}
-        return counts | {name: list(getattr(self, name)) for name in ("recent", "losses", "norms")}
+    def __init__(self, has_scaler: bool = False, state: dict | None = None):
+        self.has_scaler = has_scaler
+        self.state = {"in_a_row": 0, "overflows_in_a_row": 0, "total": 0, "recent": []} | (state or {})
 
     def verdict(self, loss: float, norm: float, position: int) -> str | None:
         """None to apply the update, else why it is skipped; `NumericStop` when skipping has not helped."""
-        reason = None
-        if not math.isfinite(loss):
-            reason = f"the loss is {loss}"
-        elif not math.isfinite(norm):
-            reason = f"the gradient norm is {norm}"
-        elif self.on_spike != "ignore":
-            reason = self._spike("loss", loss, self.losses) or self._spike("gradient norm", norm, self.norms)
-            if reason and self.on_spike == "stop":
-                raise NumericStop(f"stopped on a spike: {reason}; what was saved stays as it is")
-        if reason is None:
-            self.in_a_row = self.overflows_in_a_row = 0
-            if self.on_spike != "ignore":
-                self.losses.append(loss)
-                self.norms.append(norm)
+        counts = self.state
+        if math.isfinite(loss) and math.isfinite(norm):
+            counts["in_a_row"] = counts["overflows_in_a_row"] = 0
             return None
-        self.total += 1
-        overflow = self.has_scaler and math.isfinite(loss) and not math.isfinite(norm)
-        self._stop_if_hopeless(reason, position, overflow)
-        return reason
-
-    def _stop_if_hopeless(self, reason: str, position: int, overflow: bool) -> None:
-        if overflow:  # a scaler that is searching for its scale; bounded by the floor and a count of its own
-            self.overflows_in_a_row += 1
-            if self.overflows_in_a_row >= MAX_SCALER_SKIPS:
-                raise NumericStop(
-                    f"fp16 gradients overflowed {self.overflows_in_a_row} times in a row ({reason}); what "
-                    "was saved stays as it is: use a lower train.learning_rate, --set "
-                    "train.precision=fp32, or train.precision=bf16 on a GPU that has it (compute "
-                    "capability 8.0)"
-                )
-            return
-        self.in_a_row += 1
-        self.recent.append(position)
-        recent = sum(position - at < WINDOW for at in self.recent)
-        if self.in_a_row >= MAX_SKIPS_IN_A_ROW:
-            count = f"{self.in_a_row} in a row"
-        elif recent > MAX_SKIPS_IN_WINDOW:
-            count = f"{recent} of the last {WINDOW}"
+        counts["total"] += 1
+        reason = f"the gradient norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
+        if self.has_scaler and math.isfinite(loss):  # the scaler searches for its scale: counted apart
+            counts["overflows_in_a_row"] += 1
+            if counts["overflows_in_a_row"] < MAX_SCALER_SKIPS:
+                return reason
+            cause = f"fp16 gradients overflowed {MAX_SCALER_SKIPS} times in a row ({reason})"
+            advice = "--set train.precision=fp32, or train.precision=bf16 from compute capability 8.0"
         else:
-            return
-        raise NumericStop(
-            f"updates skipped: {count}; last cause: {reason}; what was saved stays as it is: "
-            "lower train.learning_rate or look at the data"
-        )
-
-    @staticmethod
-    def _spike(name: str, value: float, history: deque) -> str | None:
-        if len(history) < SPIKE_MINIMUM:
-            return None
-        mean = math.fsum(history) / len(history)
-        sigma = math.sqrt(math.fsum((v - mean) ** 2 for v in history) / len(history))
-        if value <= mean + SPIKE_SIGMAS * sigma:
-            return None
-        bound = f"mean {mean:.4g} + {SPIKE_SIGMAS:g} sigma ({sigma:.3g}) of {len(history)} steps"
-        return f"the {name} {value:.4g} is above {bound}"
+            counts["in_a_row"] += 1
+            counts["recent"] = [at for at in counts["recent"] if position - at < WINDOW] + [position]
+            in_a_row, recent = counts["in_a_row"], len(counts["recent"])
+            if in_a_row < MAX_SKIPS_IN_A_ROW and recent <= MAX_SKIPS_IN_WINDOW:
+                return reason
+            is_row = in_a_row >= MAX_SKIPS_IN_A_ROW
+            count = f"{in_a_row} in a row" if is_row else f"{recent} of the last {WINDOW}"
+            cause = f"updates skipped: {count}; last cause: {reason}"
+            advice = "or look at the data"
+        raise NumericStop(f"{cause}; what was saved stays as it is: lower train.learning_rate, {advice}")
 
 
 def make_scaler(device_type: str, enabled: bool, state: dict[str, float]) -> torch.amp.GradScaler:
-    """The loss scaler that fp16 needs, from its saved `state`; one that does nothing where it is not
-    `enabled`."""
+    """The loss scaler that fp16 needs, from its saved `state`; where not `enabled` it does nothing."""
     scaler = torch.amp.GradScaler(device_type, enabled=enabled, init_scale=2.0**16)
     if state:
         scaler.load_state_dict(scaler.state_dict() | state)

@@ -3,23 +3,20 @@
 One event a line: `2026-11-23T19:00:00Z step=500 train_loss=3.1234 lr=0.0030`. Words with blanks are JSON
 strings. A checkpoint's state counts the lines that were there; a resume drops those behind it, so none is
 repeated or lost, and draws TensorBoard's curves anew from what stays: a machine that has its logs from Drive
-has no events of its own. On a full disk lines wait in memory until they can be written, and no checkpoint is
-saved before.
+has no events of its own. A line that the disk does not take ends the run: a checkpoint is never ahead of its
+logs.
 """
 
 from __future__ import annotations
 
 import calendar
 import contextlib
-import errno
-import io
 import json
 import math
 import os
 import re
 import socket
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from .files import replace_durably
@@ -29,16 +26,12 @@ SAMPLES = "generation_samples.txt"
 CHECKPOINTS = "checkpoint_events.txt"
 EPOCHS = "epoch_completion.txt"
 METRICS = "gpu_metrics.txt"
-ALL_LOGS = (TRAINING, SAMPLES, CHECKPOINTS, EPOCHS, METRICS)
 COUNTED = (TRAINING, SAMPLES, EPOCHS, METRICS)  # checkpoint events are a journal: they stay
 CURVES = {  # words of a line that are TensorBoard's, too
-    "train_loss": "train/loss",
-    "lr": "train/lr",
-    "gradient_norm": "train/gradient_norm",
+    "train_loss": "train/loss", "lr": "train/lr", "gradient_norm": "train/gradient_norm",
     "tokens_per_second": "train/tokens_per_second",
-    "val_loss": "val/loss",
-    "val_bits_per_byte": "val/bits_per_byte",
-}
+    "val_loss": "val/loss", "val_bits_per_byte": "val/bits_per_byte",
+}  # fmt: skip
 STAMP = "%Y-%m-%dT%H:%M:%SZ"
 
 
@@ -80,105 +73,73 @@ def numbers(event: dict[str, str]) -> dict[str, float]:
     return {key: value for key, value in found.items() if math.isfinite(value)}
 
 
-def _curve_points(when: float, step: int, fields: dict[str, object]) -> bytes:
-    """TensorBoard's record of one log line; empty for a line that has no number of a curve.
-
-    Its own SummaryWriter keeps values in memory, where a kill loses them, and writes on a thread of its own,
-    whose errors on a full disk nobody can catch: only its encoding is used.
-    """
-    from tensorboard.compat.proto.summary_pb2 import Summary
-
-    tags = {CURVES[key]: float(value) for key, value in fields.items() if key in CURVES}
-    if not tags:
-        return b""
-    summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in tags.items()])
-    return _record(wall_time=when, step=step, summary=summary)
-
-
-def _record(**fields) -> bytes:
-    from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.summary.writer.record_writer import RecordWriter
-
-    buffer = io.BytesIO()
-    RecordWriter(buffer).write(Event(**fields).SerializeToString())
-    return buffer.getvalue()
-
-
 class Logs:
     """The five files of a run, and TensorBoard's. Each line is appended whole, in one system call, by one
-    thread.
+    thread; OSError where the disk does not take it.
 
     `counts` are the lines that the checkpoint knew of which is resumed: what lies behind them goes. A run
     that begins has none.
     """
 
-    def __init__(self, folder: str | Path, counts: dict[str, int], say: Callable[[str], None] = print):
-        self.folder, self._say = Path(folder), say
+    def __init__(self, folder: str | Path, counts: dict[str, int]):
+        self.folder, self.counts = Path(folder), dict.fromkeys(COUNTED, 0)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._waiting: list[tuple[str, bytes]] = []  # (file, bytes) that the disk did not take yet
-        self._has_said = False
-        for name in COUNTED:
+        for name in (*COUNTED, CHECKPOINTS):
             path = self.folder / name
             lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-            if len(lines) > counts.get(name, 0):
-                replace_durably(path, b"".join(lines[: counts.get(name, 0)]))
+            keep = [line for line in lines if line.endswith(b"\n")]  # the last may be torn by a kill
+            if name in COUNTED:
+                keep = keep[: counts.get(name, 0)]
+                self.counts[name] = len(keep)
+            if len(keep) < len(lines):
+                replace_durably(path, b"".join(keep))
         self._draw_curves()
 
     def write(self, file: str, step: int, **fields: object) -> None:
         now = time.time()
         words = [time.strftime(STAMP, time.gmtime(now)), f"step={step}"]
         words += [f"{key}={format_value(value)}" for key, value in fields.items()]
-        self._waiting.append((file, (" ".join(words) + "\n").encode()))
-        self._waiting.append((self._events, _curve_points(now, step, fields)))
-        try:
-            self.flush()
-            self._has_said = False
-        except OSError as error:  # tried again with the next line; no checkpoint is saved before
-            if not self._has_said:
-                self._say(
-                    f"logs: {error.strerror} in {self.folder}; training goes on, the lines wait in memory"
-                )
-            self._has_said = True
-
-    def flush(self) -> None:
-        """Write what is waiting; raises OSError when the disk does not take it."""
-        while self._waiting:
-            file, data = self._waiting[0]
-            if data:
-                with open(self.folder / file, "ab", buffering=0) as handle:
-                    written = handle.write(data)
-                    if written != len(data):  # the disk filled up in the middle of the line
-                        os.ftruncate(handle.fileno(), handle.tell() - written)
-                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self._waiting.pop(0)
-
-    def line_counts(self) -> dict[str, int]:
-        """Lines of each counted log, for the state of a checkpoint. Raises OSError when lines still wait for
-        the disk."""
-        self.flush()
-        paths = {name: self.folder / name for name in COUNTED}
-        return {name: path.read_bytes().count(b"\n") if path.exists() else 0 for name, path in paths.items()}
+        with open(self.folder / file, "ab") as log:
+            log.write((" ".join(words) + "\n").encode())
+        if file in COUNTED:
+            self.counts[file] += 1
+        self._add_to_curves(now, step, fields)
 
     def _draw_curves(self) -> None:
-        """A new events file with the points of the text logs; its first records hide earlier files."""
+        """A new events file with the points of the text logs; its first records hide earlier files.
+
+        TensorBoard's own SummaryWriter keeps values in memory, where a kill loses them, and writes on a
+        thread, whose errors on a full disk nobody can catch: only its encoding is used.
+        """
         from tensorboard.compat.proto.event_pb2 import SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
         now = time.time()  # later names sort behind earlier ones
-        self._events = f"events.out.tfevents.{int(1e6 * now):016d}.{socket.gethostname()}.{os.getpid()}"
-        start = SessionLog(status=SessionLog.START)
-        records = [
-            _record(wall_time=now, file_version="brain.Event:2"),
-            _record(wall_time=now, session_log=start),
-        ]
+        name = f"events.out.tfevents.{int(1e6 * now):016d}.{socket.gethostname()}.{os.getpid()}"
+        file = open(self.folder / name, "wb", buffering=0)  # noqa: SIM115 - until `close`
+        self._events = RecordWriter(file)
+        self._record(wall_time=now, file_version="brain.Event:2")
+        self._record(wall_time=now, session_log=SessionLog(status=SessionLog.START))
         for event in (event for name in COUNTED for event in read_log(self.folder / name)):
             with contextlib.suppress(ValueError):  # a time that somebody has edited
                 when = calendar.timegm(time.strptime(event["time"], STAMP))
-                records.append(_curve_points(when, int(event["step"]), numbers(event)))
-        self._waiting.append((self._events, b"".join(records)))
+                self._add_to_curves(when, int(event["step"]), numbers(event))
+
+    def _add_to_curves(self, when: float, step: int, fields: dict[str, object]) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        tags = {CURVES[key]: float(value) for key, value in fields.items() if key in CURVES}
+        if tags:
+            values = [Summary.Value(tag=tag, simple_value=value) for tag, value in tags.items()]
+            self._record(wall_time=when, step=step, summary=Summary(value=values))
+
+    def _record(self, **fields) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        self._events.write(Event(**fields).SerializeToString())
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # whoever needs these lines has called `flush`
-            self.flush()
+        self._events.close()
 
 
 def resources(device) -> dict[str, object]:
@@ -197,14 +158,10 @@ def resources(device) -> dict[str, object]:
         "reserved_bytes": torch.cuda.memory_reserved(device),
         "device_used_bytes": total - free,
     }
-    for name, read in (
-        ("utilization_percent", torch.cuda.utilization),
-        ("power_milliwatts", torch.cuda.power_draw),
-    ):
+    metrics = {"utilization_percent": torch.cuda.utilization, "power_milliwatts": torch.cuda.power_draw}
+    for name, read in metrics.items():
         try:
             facts[name] = read(device)
-        except (
-            Exception
-        ) as error:  # NVML raises types of its own; a metric that cannot be read must not end a run
+        except Exception as error:  # NVML has types of its own; what cannot be read must not end a run
             facts[name] = f"n/a ({type(error).__name__})"
     return facts

@@ -41,14 +41,10 @@ def published_base(source: str | Path, folder: Path) -> str | None:
     return next((base for base in bases if isinstance(base, str) and base.count("/") == 1), None)
 
 
-def whereabouts(run: PlaceConfig, is_here: bool) -> tuple[str, str]:
-    """Where the run lies that was found, in the output folder (`is_here`) or on Drive alone, and how to begin
-    another one."""
+def whereabouts(run: PlaceConfig) -> tuple[str, str]:
+    """Where a run lies, and how to begin another one."""
+    place, elsewhere = f"--output_dir {run.output_dir}", "choose another --output_dir"
     if run.drive_dir is None:
-        return (
-            f"--output_dir {run.output_dir}",
-            "choose another --output_dir, or start anew with --resume never",
-        )
-    place = f"--output_dir {run.output_dir}" if is_here else f"--drive_dir {run.drive_dir}"
+        return place, f"{elsewhere}, or start anew with --resume never"
     # --resume never refuses a Drive folder that holds a run
-    return place, "choose another --output_dir and another --drive_dir"
+    return f"{place} and --drive_dir {run.drive_dir}", f"{elsewhere} and another --drive_dir"

@@ -10,7 +10,7 @@ import errno
 import sys
 import time
 
-SECONDS_BETWEEN_SAFE_LINES = 60.0
+SECONDS_BETWEEN_LINES, SECONDS_BETWEEN_SAFE_LINES = 10.0, 60.0
 
 
 def safe_words(local_step: int, drive_step: int | None) -> str:
@@ -24,9 +24,8 @@ def safe_words(local_step: int, drive_step: int | None) -> str:
 class Reporter:
     """Receives the events of a run. Every method may be left out by a subclass."""
 
-    is_lost = (
-        False  # nobody can read it any more (`| head`, a closed terminal): the run saves its step and stops
-    )
+    # nobody can read it any more (`| head`, a closed terminal): the run saves its step and stops
+    is_lost = False
 
     def message(self, text: str) -> None:
         """One line for the person."""
@@ -52,44 +51,34 @@ class Reporter:
 
 
 class _Output:
-    """Standard output as it may be: absent, closed, on a full disk, left by its reader, an object with
-    `write` alone.
-
-    What cannot be written ends no run. `is_lost` once its reader has left.
-    """
+    """Standard output that ends no run: closed, on a full disk, or left by its reader (`is_lost`)."""
 
     def __init__(self, stream):
         self.stream, self.is_lost = stream, False
         self.encoding = getattr(stream, "encoding", None) or "utf-8"  # tqdm asks for it
 
     def write(self, text: str) -> None:
+        if self.stream is None:
+            return
         try:
-            if self.stream is not None:
-                self.stream.write(text)
-                self.stream.flush()
-        except (OSError, ValueError, AttributeError) as error:  # ValueError: a closed file
-            self.stream = None
-            self.is_lost = getattr(error, "errno", None) in (errno.EPIPE, errno.EIO)
+            self.stream.write(text)
+            self.stream.flush()
+        except (OSError, ValueError) as error:  # ValueError: a closed file
+            self.stream, self.is_lost = None, getattr(error, "errno", None) in (errno.EPIPE, errno.EIO)
             if not self.is_lost and sys.stderr is not None:
                 print(f"standard output takes no more ({error}); the run goes on without it", file=sys.stderr)
 
     def flush(self) -> None:
         """Every write is flushed."""
 
-    def isatty(self) -> bool:
-        return bool(getattr(self.stream, "isatty", lambda: False)())
-
 
 class TerminalReporter(Reporter):
     """tqdm with ETA on a terminal; elsewhere a plain line every ten seconds: log files stay readable."""
 
-    def __init__(self, stream=None, seconds_between_lines: float = 10.0):
+    def __init__(self, stream=None):
         self.output = _Output(stream or sys.stdout)
-        self.seconds_between_lines = seconds_between_lines
-        self._bar = None
-        self._last_line = 0.0
-        self._safe: tuple[int, int | None] | None = None
-        self._last_safe_line = -SECONDS_BETWEEN_SAFE_LINES
+        self._bar, self._drive_step = None, 0
+        self._last_line = self._last_safe_line = float("-inf")
 
     @property
     def is_lost(self) -> bool:
@@ -103,12 +92,11 @@ class TerminalReporter(Reporter):
 
     def start(self, step: int, total: int, tokens_per_step: int) -> None:
         self._first, self._total, self._began = step, total, time.monotonic()
-        if self.output.isatty():
+        if self.output.stream is not None and self.output.stream.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(
-                total=total, initial=step, unit="step", file=self.output, dynamic_ncols=True, mininterval=0.5
-            )
+            shape = {"total": total, "initial": step, "unit": "step", "dynamic_ncols": True}
+            self._bar = tqdm(file=self.output, mininterval=0.5, **shape)
 
     def step(self, step: int, loss: float, learning_rate: float, tokens_per_second: float) -> None:
         if self._bar is not None:
@@ -117,13 +105,11 @@ class TerminalReporter(Reporter):
             self._bar.update(step - self._bar.n)
             return
         now = time.monotonic()
-        if step in (self._first + 1, self._total) or now - self._last_line >= self.seconds_between_lines:
+        if step in (self._first + 1, self._total) or now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now
             eta = (now - self._began) / (step - self._first) * (self._total - step)
-            self.message(
-                f"step {step}/{self._total}  loss {loss:.3f}  lr {learning_rate:.1e}  "
-                f"{tokens_per_second:,.0f} tokens/s  ETA {eta:.0f} s"
-            )
+            words = f"loss {loss:.3f}  lr {learning_rate:.1e}  {tokens_per_second:,.0f} tokens/s"
+            self.message(f"step {step}/{self._total}  {words}  ETA {eta:.0f} s")
 
     def validation(self, step: int, loss: float, bits_per_byte: float) -> None:
         self.message(f"step {step}: held-out loss {loss:.4f} nats/token, {bits_per_byte:.4f} bits/byte")
@@ -133,10 +119,8 @@ class TerminalReporter(Reporter):
 
     def saved(self, local_step: int, drive_step: int | None) -> None:
         """A line whenever Drive got a newer step; local saves alone at most once a minute."""
-        before, self._safe = self._safe, (local_step, drive_step)
-        drive_moved = drive_step and (before is None or before[1] != drive_step)
-        is_time = time.monotonic() - self._last_safe_line >= SECONDS_BETWEEN_SAFE_LINES
-        if self._safe != before and (drive_moved or is_time):
+        drive_moved, self._drive_step = (drive_step or 0) != self._drive_step, drive_step or 0
+        if drive_moved or time.monotonic() - self._last_safe_line >= SECONDS_BETWEEN_SAFE_LINES:
             self._last_safe_line = time.monotonic()
             self.message(safe_words(local_step, drive_step))
 

@@ -17,6 +17,7 @@ from .state import read_state
 
 NOTICEABLE = 1.01  # a held-out score that is worse by this factor is worth a word
 MAX_REFERENCE_BYTES = 256 * 2**20  # of held-out text that gzip and xz are tried on
+BY_HEART = "from there on the text was being learned by heart: fewer steps or more text do better"
 
 
 @dataclass
@@ -42,18 +43,11 @@ class TrainResult:
         if self.bits_per_byte is not None:
             others = ", ".join(f"{name} {value:.3f}" for name, value in self.references.items())
             rows.append(("held-out bits per byte", f"{self.bits_per_byte:.3f}  (the same bytes: {others})"))
-            if self.best and self.checkpoint and self.best[1] * NOTICEABLE < self.bits_per_byte:
+            if self.best and self.best[1] * NOTICEABLE < self.bits_per_byte:
                 step, score = self.best
                 kept = self.checkpoint.with_name(step_name(step))
                 where = f", kept in {kept}" if kept.is_dir() else ""
-                rows.append(("best held-out", f"{score:.3f} at step {step}{where}"))
-                rows.append(
-                    (
-                        "",
-                        "from there on the text was being learned by heart: fewer steps or more text do "
-                        "better",
-                    )
-                )
+                rows += [("best held-out", f"{score:.3f} at step {step}{where}"), ("", BY_HEART)]
         if self.tokens_per_second:
             rows.append(("tokens per second", f"{self.tokens_per_second:,.0f}"))
         rows.append(("time", f"{self.seconds:.0f} s"))
@@ -78,13 +72,10 @@ def complete_result(result: TrainResult, run: Run, stopped_by: int | None, secon
         else:
             model = SmolLM2.from_pretrained(newest.folder, device=run.device)
             length = config.data.sequence_length
-            result.bits_per_byte = score_tokens(
-                model, val.tokens, val.text_bytes, block_length=length
-            ).bits_per_byte
+            score = score_tokens(model, val.tokens, val.text_bytes, block_length=length)
+            result.bits_per_byte = score.bits_per_byte
         best = read_state(newest).best
-        if (
-            best and config.train.val_max_tokens is None
-        ):  # else it was measured on fewer tokens than the last one
+        if best and config.train.val_max_tokens is None:  # else measured on fewer tokens than the last one
             result.best = (best["step"], best["bits_per_byte"])
         if val.text_bytes <= MAX_REFERENCE_BYTES:
             text = config.data.input_file

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import random
 import re
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -19,23 +18,14 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
-from . import __version__
+from . import __version__, weights
+from . import device as hardware
 from .checkpoint import FINAL_NAMES, MANIFEST, Manifest, candidates, newest_usable, verify
 from .config import RunConfig, TrainConfig, problems
 from .data import TokenData, check_length, identity_key, note_on_passes, prepare_tokens
 from .dataset import dataset_to_text
-from .device import (
-    Precision,
-    check_memory,
-    choose_device,
-    choose_precision,
-    device_name,
-    fingerprint,
-    why_not_compiled,
-)
 from .drive import DriveMirror, check_places, newest_on_drive
-from .drive_folder import is_below_mount_point
-from .errors import CheckpointError, ConfigError, DataError, UserError, named
+from .errors import CheckpointError, ConfigError, DataError, UserError
 from .files import dump_json, load_tensors, replace_durably, sha256_json
 from .folder import absent_folders, clear, locked_folder, set_aside, tidy
 from .logs import CHECKPOINTS, Logs
@@ -48,15 +38,6 @@ from .saver import Saver, check_space
 from .state import TrainState, check_unchanged, fixed_settings, read_state, restore_rng, rng_tensors
 from .text import END_OF_TEXT, documents, read_split, read_text, source_identity
 from .tokenizer import Tokenizer, choose_tokenizer
-from .weights import (
-    MODEL_FILES,
-    load_weights,
-    model_files,
-    read_config,
-    read_weights,
-    resolve,
-    stored_tensors,
-)
 from .workers import announce_open, check_workers, is_first_worker, wait_until_open
 
 BPE_TRAINING_PIECES = 64  # of about 1 MiB each: enough for any vocabulary
@@ -66,24 +47,26 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Run:
-    """What is open while a run trains. Workers other than the first have no logs and no mirror: they write
-    nothing."""
+    """What is open while a run trains. Workers other than the first have no logs, no mirror and a reporter
+    that says nothing: they write nothing."""
 
     config: RunConfig
     device: torch.device
-    precision: Precision
+    precision: hardware.Precision
     tokenizer: Tokenizer
     data: TokenData
     saver: Saver
     reporter: Reporter
-    say: Say
     logs: Logs | None
     mirror: DriveMirror | None
-    copied: deque[int]  # steps that the mirror has copied to Drive and read back
 
     @property
     def is_first_worker(self) -> bool:
         return self.logs is not None
+
+    @property
+    def say(self) -> Say:
+        return self.reporter.message
 
     @property
     def world_size(self) -> int:
@@ -102,164 +85,141 @@ class Run:
         """Of the newest checkpoint."""
         return self.saver.newest.step if self.saver.newest else 0
 
+    @property
+    def drive_step(self) -> int | None:
+        """Newest step that is on Drive; 0 for nothing yet, None without a Drive folder."""
+        return (self.mirror.copied.step if self.mirror.copied else 0) if self.mirror else None
+
     def phases_to_do(self) -> list[tuple[int, str]]:
         """(target step, final folder) of each phase that is not done yet; says so when there is none."""
-        max_steps = self.config.train.max_steps
-        phases = dict(zip((max_steps, self.total_steps), FINAL_NAMES, strict=True))
-        if self.total_steps == max_steps:
-            phases = {max_steps: FINAL_NAMES[0]}
-        to_do = [(at, name) for at, name in phases.items() if self.step < at or not self._is_final(at, name)]
+        max_steps, newest = self.config.train.max_steps, self.saver.newest
+        phases = {self.total_steps: FINAL_NAMES[1]} | {max_steps: FINAL_NAMES[0]}  # one and the same, or two
+        to_do = [
+            (at, name)
+            for at, name in sorted(phases.items())
+            if self.step < at or (self.step == at and newest.folder.name != name)
+        ]
         if not to_do:
             more = f"--max_steps {self.step + max_steps} or --continue_steps N"
             self.say(f"finished: the run is at step {self.step}; ask for more with {more}")
         return to_do
 
-    def _is_final(self, target: int, name: str) -> bool:
-        try:
-            return self.step > target or verify(self.saver.folder / name).step == target
-        except (CheckpointError, OSError):
-            return False
-
     def save(self, name: str, state: TrainState, model: SmolLM2, optimizer: torch.optim.Optimizer) -> None:
         """Hand everything to the saver as the checkpoint `name`; returns as soon as the copies are made."""
-        config = self.config
         if not self.is_first_worker:
             return
-        try:
-            state.log_lines = self.logs.line_counts()
-        except OSError as error:  # a checkpoint must not be ahead of its logs
-            self.saver.refuse(state.step, error)
-            return
-        state.config = fixed_settings(config)
-        model_config, length = config.model, config.model.max_position_embeddings
-        ids = model_config.bos_token_id, model_config.eos_token_id
-        files = model_files(model_config) | self.tokenizer.files(length, *ids)
+        config, shape = self.config, self.config.model
+        state.log_lines, state.config = dict(self.logs.counts), fixed_settings(config)
+        ids = shape.bos_token_id, shape.eos_token_id
+        files = weights.model_files(shape) | self.tokenizer.files(shape.max_position_embeddings, *ids)
         files["state.json"] = dump_json(state.to_json())
         moments = moments_by_name(model, optimizer) | rng_tensors(self.device)
-        tensors = {"model.safetensors": stored_tensors(model), "optim.safetensors": moments}
+        tensors = {"model.safetensors": weights.stored_tensors(model), "optim.safetensors": moments}
         facts = {
             "data_sha256": self.data.sha256,
             "tokenizer_sha256": self.tokenizer.sha256,
             "config_sha256": sha256_json(state.config),
-            "fingerprint": fingerprint(self.device, self.precision, config.train),
+            "fingerprint": hardware.fingerprint(self.device, self.precision, config.train),
             "versions": {"smollm2": __version__, "torch": torch.__version__},
         }
         self.saver.save(name, state.step, files, tensors, facts, state.best.get("step"))
 
     def report_saves(self) -> None:
         """Tell of saves, and of copies to Drive, that have ended since this was last called."""
-        events = []
-        for save in self.saver.finished():
-            if save.manifest:
-                facts = {
-                    "bytes": save.manifest.bytes,
-                    "seconds": round(save.seconds, 3),
-                    "blocked": round(save.blocked, 4),
-                }
-                events.append((save.step, {"event": "saved", "name": save.manifest.folder.name} | facts))
-                events += [(save.step, {"event": "removed", "name": name}) for name in save.removed]
-                if self.mirror:
-                    self.mirror.submit(save.manifest)
-            if save.problem:
-                reason = getattr(save.problem, "strerror", None) or str(save.problem)
-                what = (
-                    "older checkpoints could not be removed"
-                    if save.manifest
-                    else f"saving step {save.step} failed"
-                )
-                self.say(f"{what} ({reason}); training goes on, {self.saver.last_good()}")
-                events.append((save.step, {"event": "save_failed", "reason": reason}))
-        while self.copied:
-            events.append((self.copied.popleft(), {"event": "copied_to_drive"}))
-        for step, event in events:
-            self.logs.write(CHECKPOINTS, step, **event)
-        if events:
+        failed = {"save_failed": "saving", "tidying_failed": "removing older checkpoints after"}
+        copied = self.mirror.events if self.mirror else ()
+        has_news = bool(self.saver.events or copied)
+        for events in (self.saver.events, copied):
+            while events:
+                step, words = events.popleft()
+                if what := failed.get(words["event"]):
+                    reason = f"{what} step {step} failed ({words['reason']})"
+                    self.say(f"{reason}; training goes on, {self.saver.last_good()}")
+                self.logs.write(CHECKPOINTS, step, **words)
+        if has_news:
+            if self.mirror and self.saver.newest:
+                self.mirror.submit(self.saver.newest)
             self.reporter.saved(self.step, self.drive_step)
-
-    @property
-    def drive_step(self) -> int | None:
-        """Newest step that is on Drive; 0 for nothing yet, None without a Drive folder."""
-        return (self.mirror.copied.step if self.mirror.copied else 0) if self.mirror else None
 
 
 @contextlib.contextmanager
 def open_run(config: RunConfig, reporter: Reporter) -> Iterator[Run]:
     """Open the run that `config` describes; waits for its last save and its last copy in the end. Raises
     `UserError`."""
-    place, output_dir, device = config.run, Path(config.run.output_dir), choose_device()
+    place, output_dir, device = config.run, Path(config.run.output_dir), hardware.choose_device()
     if not config.data.dataset:
         source_identity(config.data.input_file)
-    if place.drive_dir or is_below_mount_point(output_dir):
-        check_places(output_dir, place.drive_dir, place.resume)
+    check_places(output_dir, place.drive_dir, place.resume)
     check_workers(place, torch.cuda.device_count() if device.type == "cuda" else 0)
     is_first = is_first_worker(place)
     run, made = None, absent_folders(output_dir)
     with locked_folder(output_dir, locks=is_first):
         try:
-            run = _open(config, device, reporter, is_first)
+            run = _open(config, device, reporter if is_first else Reporter(), is_first)
             try:
                 yield run
             finally:
                 close(run)
-        except UserError as error:
-            is_bad_start = run is None or (
-                error.exit_code == UserError.exit_code and run.saver.newest is None
-            )
+        except (UserError, OSError) as error:
+            code = getattr(error, "exit_code", None)
+            is_bad_start = run is None or (code == UserError.exit_code and run.saver.newest is None)
             if is_first and is_bad_start:  # nothing is left behind by a mistake
                 clear(output_dir, made)
             raise
 
 
 def _open(config: RunConfig, device: torch.device, reporter: Reporter, is_first: bool) -> Run:
-    say = reporter.message if is_first else lambda text: None
-    output_dir, checkpoint_dir = Path(config.run.output_dir), Path(config.run.output_dir) / "checkpoints"
+    say, place, output_dir = reporter.message, config.run, Path(config.run.output_dir)
+    checkpoint_dir = output_dir / "checkpoints"
     if not is_first:
         wait_until_open(output_dir)
     config = _with_text(_with_base_model(config), say)
-    check_memory(config, device)
-    precision = choose_precision(config.train.precision, device)
-    if config.train.compile and (reason := why_not_compiled(device)):
+    train, count = config.train, parameter_count(config.model)
+    hardware.check_memory(config, device)
+    precision = hardware.choose_precision(train.precision, device)
+    if train.compile and (reason := hardware.why_not_compiled(device)):
         say(f"train.compile: not possible here, so training runs uncompiled ({reason})")
-        config = config.model_copy(update={"train": config.train.model_copy(update={"compile": False})})
-    try:
-        if is_first:
-            if config.run.resume == "never":
-                set_aside(output_dir, say)
-            tidy(output_dir)
-        say(
-            f"model: {config.preset}, {parameter_count(config.model):,} parameters, context "
-            f"{config.model.max_position_embeddings:,}, RoPE theta {config.model.rope_theta:,.0f}"
-        )
-        say(f"device: {device_name(device)}; precision {precision.name}: {precision.reason}")
-        place, way_out = whereabouts(config.run, is_here=bool(candidates(checkpoint_dir)))
-        newest = _find_newest(config, say, is_first)
-        tokenizer = _choose_tokenizer(config, newest, way_out, say)
-        config = _with_token_ids(config, tokenizer)
-        began_with = [origin_name(config.run.init_from)] if config.run.init_from else []
-        state = read_state(newest) if newest else TrainState()
-        if newest:
-            check_unchanged(state, config, *(began_with or [None]), place, way_out)
-        data = _prepare_data(config, tokenizer, newest, way_out, say)
-        steps = config.train.max_steps + config.train.continue_steps
-        rate = config.train.batch_size * config.data.sequence_length / len(data.train.tokens)
-        if note := note_on_passes(steps, rate):
-            say(note)
-        run_id = sha256_json([fixed_settings(config), data.sha256, *began_with])[:16]
-        saver = Saver(checkpoint_dir, newest.run_id if newest else run_id, config.train.keep_last, newest)
-        copied: deque[int] = deque()
-        logs = mirror = None
-        if is_first:
-            _check_space(config, saver, len(tokenizer.raw), say)
-            replace_durably(output_dir / "config.yaml", config.to_yaml().encode())
-            logs = Logs(output_dir / "logs", state.log_lines, say)
-            if config.run.drive_dir:
-                mirror = DriveMirror(config.run.drive_dir, say, copied.append)
-                if newest:
-                    mirror.submit(newest)
-            announce_open(output_dir)
-    except OSError as error:
-        raise named(error, output_dir) from None
-    return Run(config, device, precision, tokenizer, data, saver, reporter, say, logs, mirror, copied)
+        config = config.model_copy(update={"train": train.model_copy(update={"compile": False})})
+    if is_first:
+        if place.resume == "never":
+            set_aside(output_dir, say)
+        tidy(output_dir)
+    context, theta = config.model.max_position_embeddings, config.model.rope_theta
+    say(f"model: {config.preset}, {count:,} parameters, context {context:,}, RoPE theta {theta:,.0f}")
+    say(f"device: {hardware.device_name(device)}; precision {precision.name}: {precision.reason}")
+    where, way_out = whereabouts(place)
+    if place.drive_dir and is_first:
+        newest = newest_on_drive(place.drive_dir, checkpoint_dir, say, read_state)
+    else:
+        newest = newest_usable(candidates(checkpoint_dir), say, read_state)
+    tokenizer = _choose_tokenizer(config, newest, way_out, say)
+    config = _with_token_ids(config, tokenizer)
+    began_with = origin_name(place.init_from) if place.init_from else None
+    state = read_state(newest) if newest else TrainState()
+    if newest:
+        check_unchanged(state, config, began_with, where, way_out)
+    data = _prepare_data(config, tokenizer, newest, way_out, say)
+    steps = train.max_steps + train.continue_steps
+    if note := note_on_passes(steps, train.batch_size * config.data.sequence_length / len(data.train.tokens)):
+        say(note)
+    run_id = newest.run_id if newest else sha256_json([fixed_settings(config), data.sha256, began_with])[:16]
+    saver = Saver(checkpoint_dir, run_id, train.keep_last, newest)
+    logs = mirror = None
+    if is_first:
+        if state.step < steps:  # else nothing more will be written
+            each = training_bytes(config.model, train.optimizer) + len(tokenizer.raw)
+            kept = (
+                train.keep_last + 2 + bool(train.continue_steps)
+            )  # the best, the one being written, a final
+            check_space(checkpoint_dir, each, kept, say)
+        replace_durably(output_dir / "config.yaml", config.to_yaml().encode())
+        logs = Logs(output_dir / "logs", state.log_lines)
+        if place.drive_dir:
+            mirror = DriveMirror(place.drive_dir, say)
+            if newest:
+                mirror.submit(newest)
+        announce_open(output_dir)
+    return Run(config, device, precision, tokenizer, data, saver, reporter, logs, mirror)
 
 
 def close(run: Run) -> None:
@@ -283,15 +243,14 @@ def _with_base_model(config: RunConfig) -> RunConfig:
     source = config.run.init_from
     if source is None:
         return config
-    folder = resolve(source)
+    folder = weights.resolve(source)
     try:
         if (folder / MANIFEST).exists():
-            verify(folder, only=MODEL_FILES)
-        return RunConfig(**config.model_dump() | {"model": read_config(folder).model_dump()})
-    except CheckpointError as error:
-        raise CheckpointError(f"run.init_from={source}: {error}") from None
-    except OSError as error:
-        raise CheckpointError(f"run.init_from={source}: {error.strerror or error}") from None
+            verify(folder, only=weights.MODEL_FILES)
+        return RunConfig(**config.model_dump() | {"model": weights.read_config(folder).model_dump()})
+    except (CheckpointError, OSError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"run.init_from={source}: {reason}") from None
     except ValidationError as error:
         raise ConfigError(f"run.init_from={source}: {problems(error, RunConfig)}") from None
 
@@ -306,45 +265,28 @@ def _with_text(config: RunConfig, say: Say) -> RunConfig:
     return config.model_copy(update={"data": data.model_copy(update={"input_file": str(path)})})
 
 
-def _find_newest(config: RunConfig, say: Say, is_first: bool) -> Manifest | None:
-    """Newest verified checkpoint of this machine, or of Drive when that one is newer."""
-    place = config.run
-    folder = Path(place.output_dir) / "checkpoints"
-    if place.drive_dir and is_first:
-        local = candidates(folder)
-        return newest_on_drive(
-            place.drive_dir, folder, local, say, check=read_state, take_over=place.take_over
-        )
-    return newest_usable(candidates(folder), say, read_state)
-
-
 def _choose_tokenizer(config: RunConfig, newest: Manifest | None, way_out: str, say: Say) -> Tokenizer:
     """The checkpoint's own, that of `init_from`, or what `data.tokenizer` says."""
-    data, vocab_size = config.data, config.model.vocab_size
+    data, base = config.data, config.run.init_from
 
-    def training_texts():
-        pieces = islice(read_split(data.input_file, "train", data.held_out_fraction), BPE_TRAINING_PIECES)
-        return (text for text, _ in documents(pieces))  # no entries for the letters of separator lines
+    def texts(pieces: Iterator[str]) -> Iterator[str]:
+        found = documents(islice(pieces, BPE_TRAINING_PIECES))
+        return (text for text, _ in found)  # no entries for the letters of separator lines
 
-    if newest and data.tokenizer == "auto":
-        tokenizer, reason = Tokenizer.from_file(newest.folder), "the checkpoint's own"
-    elif config.run.init_from and data.tokenizer == "auto":
-        tokenizer = Tokenizer.from_file(resolve(config.run.init_from))
-        reason = f"that of {config.run.init_from}"
-        if tokenizer.vocab_size > vocab_size:
-            raise DataError(
-                f"run.init_from={config.run.init_from}: its tokenizer has {tokenizer.vocab_size:,} entries, "
-                f"its model {vocab_size:,}: they do not belong together"
-            )
-    else:
-        size = data.tokenizer_vocab_size
-        tokenizer, reason = choose_tokenizer(data.tokenizer, vocab_size, size, training_texts, say)
+    def training_texts() -> Iterator[str]:
+        return texts(read_split(data.input_file, "train", data.held_out_fraction))
+
+    own = newest.folder if newest else base and weights.resolve(base)
+    is_own = bool(own) and data.tokenizer == "auto"
+    spec, size = str(own) if is_own else data.tokenizer, data.tokenizer_vocab_size
+    tokenizer, reason = choose_tokenizer(spec, config.model.vocab_size, size, training_texts, say)
     if newest and newest.facts.get("tokenizer_sha256") != tokenizer.sha256:
         asked = f"--tokenizer {data.tokenizer} is not the one this run was trained with"
         raise ConfigError(f"{asked}; leave it out, or {way_out}")
+    if is_own:
+        reason = "the checkpoint's own" if newest else f"that of {base}"
     say(f"tokenizer: {reason}")
-    pieces = islice(read_text(data.input_file), BPE_TRAINING_PIECES)
-    _, lost = tokenizer.not_kept(text for text, _ in documents(pieces))
+    _, lost = tokenizer.not_kept(texts(read_text(data.input_file)))
     if lost:
         cost = "they are not learned, and bits per byte of this run are too good by what they would cost"
         say(f"note: {data.input_file}: {lost}; {cost}")
@@ -359,13 +301,9 @@ def _with_token_ids(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
     document.
     """
     model = config.model
-    own = {
-        name: getattr(model, name)
-        for name in ("bos_token_id", "eos_token_id")
-        if name in model.model_fields_set
-    }
-    end = tokenizer.end_id(own.get("eos_token_id"))
-    begin = own.get("bos_token_id", tokenizer.begin_ids[-1] if tokenizer.begin_ids else end)
+    given = model.model_dump(include={"bos_token_id", "eos_token_id"} & model.model_fields_set)
+    end = tokenizer.end_id(given.get("eos_token_id"))
+    begin = given.get("bos_token_id", tokenizer.begin_ids[-1] if tokenizer.begin_ids else end)
     ids = {"bos_token_id": begin, "eos_token_id": end}
     return config.model_copy(update={"model": model.model_copy(update=ids)})
 
@@ -377,35 +315,17 @@ def _prepare_data(
     path, fraction, end_id = config.data.input_file, config.data.held_out_fraction, config.model.eos_token_id
     source = source_identity(path)
     if end_id is not None and end_id != tokenizer.end_of_text_id:
-        say(
-            f"documents end with {tokenizer.token(end_id)} (id {end_id}), the model's own end, not "
-            f"{END_OF_TEXT}"
-        )
+        end = f"{tokenizer.token(end_id)} (id {end_id})"
+        say(f"documents end with {end}, the model's own end, not {END_OF_TEXT}")
     identity = sha256_json(identity_key(source, tokenizer, fraction, end_id))
     if newest and newest.facts.get("data_sha256") != identity and not config.run.allow_data_change:
-        raise DataError(
-            f"{path} is not the text this run was trained on (its hash differs from the checkpoint's); "
-            f"restore it, pass --set run.allow_data_change=true, or {way_out}"
-        )
+        wrong = "is not the text this run was trained on (its hash differs from the checkpoint's)"
+        raise DataError(f"{path} {wrong}: restore it, pass --set run.allow_data_change=true, or {way_out}")
     data = prepare_tokens(path, tokenizer, Path(config.run.output_dir) / "data", fraction, end_id)
     check_length(data, config.data.sequence_length, path)
-    say(
-        f"data: {path}, {source['bytes']:,} bytes; {len(data.train.tokens):,} tokens to train on, "
-        f"{len(data.val.tokens):,} held out ({data.val.text_bytes:,} bytes)"
-    )
+    tokens, held_out = f"{len(data.train.tokens):,} tokens to train on", f"{len(data.val.tokens):,} held out"
+    say(f"data: {path}, {source['bytes']:,} bytes; {tokens}, {held_out} ({data.val.text_bytes:,} bytes)")
     return data
-
-
-def _check_space(config: RunConfig, saver: Saver, tokenizer_bytes: int, say: Say) -> None:
-    """Says, or raises `OutputLost`, when the checkpoints of what is left to train cannot fit on the disk."""
-    train = config.train
-    if saver.newest and saver.newest.step >= train.max_steps + train.continue_steps:
-        return  # finished: nothing more will be written
-    each = training_bytes(config.model, train.optimizer) + tokenizer_bytes
-    count = (
-        train.keep_last + 2 + bool(train.continue_steps)
-    )  # the best, the one being written, final_model.ckpt
-    check_space(saver.folder, each, count, say)
 
 
 # --- where training begins ----------------------------------------------------------------------------------
@@ -421,24 +341,22 @@ def load(run: Run) -> tuple[SmolLM2, TrainState, dict[str, torch.Tensor]]:
         saver.newest = newest_usable(candidates(saver.folder), run.say, read_state)
     model = SmolLM2(config.model)
     if saver.newest is None:
+        text = origin_name(config.data.dataset or config.data.input_file)
         state = TrainState(
             schedule_total=run.total_steps,
             micro_batch_size=min(train.micro_batch_size or rows, rows),
             preset=config.preset,
-            text=re.sub(r"[\x00-\x1f|`]", "_", origin_name(config.data.dataset or config.data.input_file))[
-                :200
-            ],
+            text=re.sub(r"[\x00-\x1f|`]", "_", text)[:200],
         )
-        if config.run.init_from:
-            folder = resolve(config.run.init_from)
-            load_weights(model, read_weights(folder, config.model), str(folder))
-            run.say(f"weights: from {config.run.init_from}")
-            state.init_from = origin_name(config.run.init_from)
-            state.base_model = published_base(config.run.init_from, folder)
+        if source := config.run.init_from:
+            folder = weights.resolve(source)
+            weights.load_weights(model, weights.read_weights(folder, config.model), str(folder))
+            run.say(f"weights: from {source}")
+            state.init_from, state.base_model = origin_name(source), published_base(source, folder)
         run.say(f"starting at step 0 of {run.total_steps}")
         return model, state, {}
     folder, state = saver.newest.folder, read_state(saver.newest)
-    load_weights(model, read_weights(folder, config.model), str(folder))
+    weights.load_weights(model, weights.read_weights(folder, config.model), str(folder))
     tensors = load_tensors(folder / "optim.safetensors")
     restore_rng({name: tensors.pop(name) for name in list(tensors) if name.startswith("rng.")}, run.device)
     state.restore_python_rng()
@@ -459,13 +377,9 @@ def schedule_of(train: TrainConfig, state: TrainState) -> Schedule:
 
 def _say_what_differs(run: Run) -> None:
     """A line where the bits of an undisturbed run cannot be expected."""
-    before, now = (
-        run.saver.newest.facts.get("fingerprint", {}),
-        fingerprint(run.device, run.precision, run.config.train),
-    )
-    changes = [
-        f"{key}: {before[key]} -> {value}" for key, value in now.items() if before.get(key, value) != value
-    ]
+    before = run.saver.newest.facts.get("fingerprint", {})
+    now = hardware.fingerprint(run.device, run.precision, run.config.train)
+    changes = [f"{key}: {before[key]} -> {now[key]}" for key in now if before.get(key, now[key]) != now[key]]
     if changes:
         run.say(f"continuing, not bit-exact: {'; '.join(changes)}")
     elif now["deterministic"] == "false":
@@ -474,18 +388,16 @@ def _say_what_differs(run: Run) -> None:
 
 def _extend_schedule(run: Run, state: TrainState) -> None:
     """More or fewer steps than the checkpoint was heading for: say what becomes of the learning rate."""
-    total, train = run.total_steps, run.config.train
-    if total == state.schedule_total or state.step >= total:
+    total, before, train = run.total_steps, state.schedule_total, run.config.train
+    if total == before or state.step >= total:
         return
-    if state.step >= state.schedule_total:
+    if state.step >= before:
         state.schedule_start = state.step
-        warmup = min(train.warmup_steps, (total - state.step) // 2)
-        run.say(
-            f"schedule: the finished run had decayed to 0 at step {state.schedule_total}; a new cycle of "
-            f"{total - state.step} steps begins (warm-up {warmup} steps, then as before, 0 at step {total})"
-        )
+        steps = total - state.step
+        cycle = f"a new cycle of {steps} steps begins (warm-up {min(train.warmup_steps, steps // 2)} steps"
+        run.say(f"schedule: the finished run had decayed to 0 at step {before}; {cycle}, 0 at step {total})")
     else:
-        old = schedule_of(train, state)
-        rises = " (the rate rises again: the old decay had begun)" if state.step > old.decay_start else ""
-        run.say(f"schedule: now ends at step {total} instead of {state.schedule_total}{rises}")
+        is_decaying = state.step > schedule_of(train, state).decay_start
+        rises = " (the rate rises again: the old decay had begun)" if is_decaying else ""
+        run.say(f"schedule: now ends at step {total} instead of {before}{rises}")
     state.schedule_total = total

@@ -9,7 +9,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
-STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
+STOPPING = [number for number in (signal.SIGINT, signal.SIGTERM, HANGUP) if number]
 LOST_READER = 13  # SIGPIPE, also where the system has none: exit code 141
 
 
@@ -53,12 +54,10 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if _is_main_thread():
-            self._before = {number: signal.getsignal(number) for number in STOPPING}
-            hangup = getattr(signal, "SIGHUP", None)
-            if (
-                self._before.get(hangup, signal.SIG_DFL) != signal.SIG_DFL
-            ):  # nohup: the run outlives its terminal
-                del self._before[hangup]
+            handlers = {number: signal.getsignal(number) for number in STOPPING}
+            if handlers.get(HANGUP) == signal.SIG_IGN:  # nohup: the run outlives its terminal
+                del handlers[HANGUP]
+            self._before = handlers
             self.install()
         return self
 

@@ -21,7 +21,6 @@ from .settings import FIELDS
 CHANGEABLE = {
     "train": {
         "max_steps", "continue_steps", "micro_batch_size", "precision", "compile", "deterministic",
-        "on_spike",
         "log_every", "val_every", "val_max_tokens", "sample_every", "sample_tokens", "prompts", "save_every",
         "save_every_seconds", "keep_last",
     },
@@ -29,20 +28,17 @@ CHANGEABLE = {
     "data": {"input_file", "dataset", "dataset_column", "tokenizer", "tokenizer_vocab_size"},
 }  # fmt: skip
 
-OneLine = Annotated[
-    str, StringConstraints(pattern=r"^[^\x00-\x1f|`]{0,200}$")
-]  # it goes into a table of the card
+# it goes into a table of the card
+OneLine = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f|`]{0,200}$")]
 HubId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_./-]{1,200}$")]
 Number = int | float  # as it was written: 5 stays 5, so that a state is saved again as the same bytes
 
 
 class TrainState(BaseModel):
     """Where a run stands. `step` counts applied updates, `position` the batches drawn (skipped ones
-    included)."""
+    included). Unknown fields of a file are another version's: passed over."""
 
-    model_config = ConfigDict(
-        strict=True, allow_inf_nan=False
-    )  # unknown fields are another version's: passed over
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
     step: NonNegativeInt = 0
     position: NonNegativeInt = 0
@@ -50,7 +46,7 @@ class TrainState(BaseModel):
     schedule_total: NonNegativeInt = 0
     micro_batch_size: NonNegativeInt = 0
     scaler: dict[Literal["scale", "_growth_tracker"], Number] = {}
-    guard: dict[str, int | list[Number]] = {}
+    guard: dict[str, int | list[int]] = {}
     best: dict[Literal["step", "bits_per_byte"], Number] = {}  # of the best validation
     epoch: dict[Literal["loss_sum", "batches"], Number] = {"loss_sum": 0.0, "batches": 0}
     log_lines: dict[str, int] = {}
@@ -74,10 +70,10 @@ class TrainState(BaseModel):
         try:
             state = cls.model_validate(fields)
             state.restore_python_rng(random.Random())
-        except ValidationError as error:
-            raise CheckpointError(f"state.json: {problems(error, cls)[:200]}") from None
         except (TypeError, ValueError, OverflowError) as error:
-            raise CheckpointError(f"state.json: python_rng: {str(error)[:80]}") from None
+            is_ours = isinstance(error, ValidationError)
+            words = problems(error, cls) if is_ours else f"python_rng: {error}"
+            raise CheckpointError(f"state.json: {words[:200]}") from None
         return state
 
     def restore_python_rng(self, generator: Any = random) -> None:
@@ -95,11 +91,7 @@ def read_state(manifest: Manifest) -> TrainState:
 
 def fixed_settings(config: RunConfig) -> dict[str, dict[str, Any]]:
     """The settings that must not change between a checkpoint and its resume."""
-    sections = {name: getattr(config, name).model_dump(mode="json") for name in ("model", "data", "train")}
-    return {
-        name: {key: value for key, value in section.items() if key not in CHANGEABLE.get(name, ())}
-        for name, section in sections.items()
-    }
+    return config.model_dump(mode="json", include={"model", "data", "train"}, exclude=CHANGEABLE)
 
 
 def check_unchanged(
@@ -111,9 +103,9 @@ def check_unchanged(
     now, began = fixed_settings(config), state.init_from
     if began and not began_with and state.config.get("model") != now["model"]:
         again = began if "/" in began else f"FOLDER, the one called {began}"
+        advice = f"pass --set run.init_from={again}, again; or {way_out}"
         raise ConfigError(
-            f"the run in {place} began with the weights of {began} and has their shape: pass --set "
-            f"run.init_from={again}, again; or {way_out}"
+            f"the run in {place} began with the weights of {began} and has their shape: {advice}"
         )
     changes = [
         f"{section}.{key}: {was} -> {value}"
@@ -125,10 +117,8 @@ def check_unchanged(
     if began_with and began_with != began:
         changes.append(f"run.init_from: {began or 'random weights'} -> {began_with}")
     if changes:
-        listed = "; ".join(changes)
-        raise ConfigError(
-            f"the run in {place} was made with other settings ({listed}): put them back, or {way_out}"
-        )
+        advice = f"put them back, or {way_out}"
+        raise ConfigError(f"the run in {place} was made with other settings ({'; '.join(changes)}): {advice}")
 
 
 def rng_tensors(device: torch.device) -> dict[str, torch.Tensor]:

@@ -53,7 +53,7 @@ class TrainingLoop(pl.LightningModule):
         length, rows, seed = run.config.data.sequence_length, self.settings.batch_size, self.settings.seed
         self.order = BatchOrder(len(run.data.train.tokens), length, rows, seed)
         self.schedule = schedule_of(self.settings, state)
-        self.guard = NumericGuard(self.settings.on_spike, run.precision.needs_scaler, state.guard)
+        self.guard = NumericGuard(run.precision.needs_scaler, state.guard)
         self._moments = moments
         self._saved_at = time.monotonic()
         self._durations: deque[float] = deque(maxlen=SPEED_WINDOW)
@@ -82,7 +82,7 @@ class TrainingLoop(pl.LightningModule):
         loss, norm, stopped_by = self.agree(loss, norm)
         reason = self.guard.verdict(loss, norm, state.position)
         state.position += 1
-        state.guard = self.guard.state()
+        state.guard = self.guard.state
         # the update
         is_applied = reason is None
         if is_applied:
@@ -126,12 +126,12 @@ class TrainingLoop(pl.LightningModule):
             self.optimizer.zero_grad(set_to_none=True)
             if self.run.device.type == "cuda":
                 torch.cuda.empty_cache()
-            if self.state.micro_batch_size == 1 or self.run.world_size > 1:  # the others cannot know of it
-                raise MemoryStop(
-                    f"out of memory at micro-batch {self.state.micro_batch_size} ({reason}); set a smaller "
-                    f"train.micro_batch_size, data.sequence_length or model; {self.run.saver.last_good()}"
-                )
-            self.state.micro_batch_size = micro = self.state.micro_batch_size // 2
+            micro = self.state.micro_batch_size
+            if micro == 1 or self.run.world_size > 1:  # the others cannot know of it
+                advice = "set a smaller train.micro_batch_size, data.sequence_length or model"
+                kept = self.run.saver.last_good()
+                raise MemoryStop(f"out of memory at micro-batch {micro} ({reason}); {advice}; {kept}")
+            self.state.micro_batch_size = micro = micro // 2
             redone = "the step is redone with the same tokens; bit-exactness restarts here"
             self.run.say(f"out of memory: micro-batch halved to {micro}, {redone}")
             self.record(logs.CHECKPOINTS, event="micro_batch_halved", micro_batch_size=micro)
@@ -176,8 +176,7 @@ class TrainingLoop(pl.LightningModule):
         speed = run.tokens_per_step * len(self._durations) / sum(self._durations)
         self.result.losses.append((step, loss))
         self.result.tokens_per_second = speed
-        if run.is_first_worker:
-            run.reporter.step(step, loss, rate, speed)
+        run.reporter.step(step, loss, rate, speed)
         if step % self.settings.log_every == 0 or step == 1:
             tokens = step * run.tokens_per_step
             self.record(logs.TRAINING, train_loss=loss, lr=rate, gradient_norm=norm, tokens=tokens)
@@ -186,7 +185,7 @@ class TrainingLoop(pl.LightningModule):
     def log_skip(self, reason: str) -> None:
         step, position = self.state.step, self.state.position - 1
         self.run.say(
-            f"step {step}: update skipped ({reason}); it does not count, batch {position} is used up"
+            f"step {step}: update skipped ({reason}): it does not count, batch {position} is used up"
         )
         self.record(logs.CHECKPOINTS, event="skipped", position=position, reason=reason)
 
@@ -220,8 +219,7 @@ class TrainingLoop(pl.LightningModule):
             state.best = {"step": state.step, "bits_per_byte": bits}
         self.result.validations.append((state.step, score.loss, bits))
         self.record(logs.TRAINING, val_loss=score.loss, val_bits_per_byte=bits, val_tokens=score.tokens)
-        if run.is_first_worker:
-            run.reporter.validation(state.step, score.loss, bits)
+        run.reporter.validation(state.step, score.loss, bits)
         return improved
 
     # Only training runs compiled: sampling with a cache makes a graph for each layer, more than torch keeps,
@@ -251,9 +249,8 @@ class TrainingLoop(pl.LightningModule):
     def on_train_end(self) -> None:
         """Inside the fit: afterwards Lightning moves everything to the CPU."""
         if self.run.is_first_worker:
-            self.run.saver.wait()
+            self.run.saver.wait(for_step=self.state.step)
             self.run.report_saves()
-            self.run.saver.expect(self.state.step)
         self.trainer.strategy.barrier()
 
 

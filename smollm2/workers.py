@@ -19,9 +19,6 @@ from .config import PlaceConfig
 from .errors import BusyError, ConfigError
 
 SLACK_SECONDS = 5.0  # clocks of file servers differ a little
-LAUNCHED_BY = (
-    "SMOLLM2_LAUNCHED_BY"  # id of the process that Lightning started the others of this machine from
-)
 
 
 def launcher() -> str:
@@ -29,9 +26,8 @@ def launcher() -> str:
     itself."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return "torchrun"
-    return (
-        "srun" if "SLURM_STEP_NUM_TASKS" in os.environ else "Lightning"
-    )  # a shell inside a SLURM job is no srun
+    is_srun = "SLURM_STEP_NUM_TASKS" in os.environ  # which a shell inside a SLURM job does not have
+    return "srun" if is_srun else "Lightning"
 
 
 def _number(name: str, default: int = 0) -> int:
@@ -56,21 +52,11 @@ def check_workers(place: PlaceConfig, gpus: int) -> None:
     world, by = place.devices * place.num_nodes, launcher()
     started = _number({"torchrun": "WORLD_SIZE", "srun": "SLURM_STEP_NUM_TASKS"}.get(by, ""), world)
     if started != world:
-        raise ConfigError(
-            f"{by} started {started} processes, but --devices {place.devices} x --num_nodes "
-            f"{place.num_nodes} = {world}; give --devices (processes on a machine) and --num_nodes to match"
-        )
-    if by == "Lightning" and world > 1:  # it tells the processes that it starts their rank in this way, too
-        if "LOCAL_RANK" not in os.environ:
-            os.environ[LAUNCHED_BY] = str(os.getpid())
-        elif os.environ.get(LAUNCHED_BY) not in (str(os.getpid()), str(os.getppid())):
-            rank = os.environ["LOCAL_RANK"]
-            raise ConfigError(
-                f"environment variable LOCAL_RANK={rank!r} was left behind by another launcher: unset it"
-            )
+        asked = f"--devices {place.devices} x --num_nodes {place.num_nodes} = {world}"
+        raise ConfigError(f"{by} started {started} processes, but {asked}: processes on a machine x machines")
     if 0 < gpus < place.devices:
         raise ConfigError(
-            f"--devices {place.devices}, but this machine has {gpus} GPU(s); expected at most {gpus}"
+            f"--devices {place.devices}: this machine has {gpus} GPU(s); expected at most {gpus}"
         )
 
 
@@ -89,36 +75,26 @@ def wait_until_open(output_dir: Path, timeout_seconds: float = 1800) -> None:
     deadline = time.monotonic() + timeout_seconds
     while not marker.exists() or marker.stat().st_mtime < mine:
         if time.monotonic() > deadline:
-            raise BusyError(
-                f"waited {timeout_seconds:.0f} s for the first worker to open {output_dir}: look at its "
-                "output"
-            )
+            waited = f"waited {timeout_seconds:.0f} s for the first worker to open {output_dir}"
+            raise BusyError(f"{waited}: look at its output")
         time.sleep(0.1)
 
 
 def make_trainer(place: PlaceConfig, device):
     """A bare Lightning trainer: what happens at a step is the loop's business alone."""
     import pytorch_lightning as pl
-    from pytorch_lightning.plugins.environments import (
-        LightningEnvironment,
-        SLURMEnvironment,
-        TorchElasticEnvironment,
-    )
+    from pytorch_lightning.plugins import environments
     from pytorch_lightning.strategies import DDPStrategy
 
     for name in ("pytorch_lightning", "lightning.fabric", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)  # start-up tips
     warnings.filterwarnings("ignore", module="pytorch_lightning.*|lightning_fabric.*|torchmetrics.*")
-    for pattern in (
-        ".*does not have many workers.*",
-        ".*isinstance.treespec.*",
-        ".*GPU available but not used.*",
-    ):
-        warnings.filterwarnings("ignore", pattern)
-    environments = {
-        "torchrun": TorchElasticEnvironment,
-        "srun": lambda: SLURMEnvironment(auto_requeue=False),  # signals are ours
-        "Lightning": LightningEnvironment,
+    for words in ("does not have many workers", "isinstance.treespec", "GPU available but not used"):
+        warnings.filterwarnings("ignore", f".*{words}.*")
+    started_by = {
+        "torchrun": environments.TorchElasticEnvironment,
+        "srun": lambda: environments.SLURMEnvironment(auto_requeue=False),  # signals are ours
+        "Lightning": environments.LightningEnvironment,
     }
     is_alone = place.devices * place.num_nodes == 1
     return pl.Trainer(
@@ -127,7 +103,7 @@ def make_trainer(place: PlaceConfig, device):
         num_nodes=place.num_nodes,
         # a worker that died is noticed after ten minutes, not thirty; validations and samples are shorter
         strategy="auto" if is_alone else DDPStrategy(timeout=timedelta(minutes=10)),
-        plugins=[environments["Lightning" if is_alone else launcher()]()],
+        plugins=[started_by["Lightning" if is_alone else launcher()]()],
         precision="32-true",  # autocast and scaler are set in the step: see device.py for the choice
         max_epochs=1,
         logger=False,
@@ -135,7 +111,6 @@ def make_trainer(place: PlaceConfig, device):
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        num_sanity_val_steps=0,
         limit_val_batches=0,
         default_root_dir=place.output_dir,
     )

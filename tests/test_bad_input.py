@@ -194,7 +194,7 @@ BAD_VALUES = {
     "train.learning_rate": [".nan", "-.inf", "fast", "-1", "1e999", "[1e-3]", "!!python/name:os.getcwd []"],
     "train.prompts": ["[]", "hello", "[1]", "[" * 18 + "]" * 18], "train.batch_size": ["0", "100000000000"],
     "model.num_hidden_layers": ["0", "1000000000"], "train.precision": ["int4"],
-    "train.seed": ["-1", "99999999999999999999"], "train.on_spike": ["panic"], "train.compile": ["3"],
+    "train.seed": ["-1", "99999999999999999999"], "train.compile": ["3"],
     "run.resume": ["null"], "model.vocab_size": ["70000"], "model.rope_theta": ["0"],
     "model.tie_word_embeddings": ["maybe"], "data.sequence_length": ["999999"], "run.devices": ["0"],
     "data.held_out_fraction": ["1"],

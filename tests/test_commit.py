@@ -26,7 +26,6 @@ from smollm2 import files, saver
 from smollm2.checkpoint import Manifest, candidates, newest_usable, prune, step_name, verify
 from smollm2.errors import OutputLost
 from smollm2.files import remove_leftovers
-from smollm2.logs import TRAINING, read_log
 from smollm2.progress import Reporter
 from smollm2.training import train
 from tests.commit_child import FINAL, NEW_STEP, SCENARIOS, save
@@ -236,7 +235,8 @@ def test_a_checkpoint_that_cannot_be_removed_does_not_stop_training(text, tmp_pa
     monkeypatch.setattr(saver, "prune", prune)
     assert train(short(text, tmp_path / "output"), heard := Heard()).step == 40
     assert any(
-        "older checkpoints could not be removed (Permission denied)" in line for line in heard.messages
+        "removing older checkpoints after step" in line and "(Permission denied)" in line
+        for line in heard.messages
     )
 
 
@@ -274,22 +274,12 @@ def test_on_a_disk_that_fills_up_the_last_good_checkpoint_loads(text, small_disk
 
 @needs_mount
 @pytest.mark.slow
-@pytest.mark.parametrize("recovers", [False, True])
-def test_a_disk_that_others_fill_during_a_real_run_is_told_in_plain_lines(
-    text, small_disk, tmp_path, recovers
-):
-    """`colab_train.py` on a disk that another program fills while it trains, logs and draws curves: never a traceback.
-    It trains on when there is room again, and else ends with its own exit code; the last good checkpoint loads."""
+def test_a_disk_that_others_fill_during_a_real_run_is_told_in_plain_lines(text, small_disk, tmp_path):
+    """`colab_train.py` on a disk that another program fills while it trains, logs and draws curves: never a traceback,
+    an exit code of its own, and the last good checkpoint loads."""
     subprocess.run(["mount", "-o", "remount,size=2m", small_disk], check=True)
-    config = small_config(
-        text,
-        small_disk / "output",
-        max_steps=100_000,
-        save_every=50,
-        log_every=1,
-        val_every=10**6,
-        sample_every=10**6,
-    )
+    often = {"save_every": 50, "log_every": 1, "val_every": 10**6, "sample_every": 10**6}
+    config = small_config(text, small_disk / "output", max_steps=100_000, **often)
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     command = [sys.executable, "-u", "colab_train.py", "--config", str(tmp_path / "config.yaml")]
     environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
@@ -303,28 +293,12 @@ def test_a_disk_that_others_fill_during_a_real_run_is_told_in_plain_lines(
             with contextlib.suppress(OSError), open(small_disk / "others", "wb", buffering=0) as others:
                 while True:
                     others.write(bytes(1000))
-        if recovers and "failed (No space left" in line:
-            os.truncate(small_disk / "others", 0)
-            time.sleep(2)  # a few saves
-            process.terminate()
     output = "".join(said)
-    assert process.wait() == (143 if recovers else 7), output
+    assert process.wait() == 7, output
     assert "Traceback" not in output and "Exception" not in output
-    assert output.count("the lines wait in memory") == 1 or recovers
-    assert output.count("failed (No space left on device); training goes on") in (
-        (1, 2) if recovers else (3,)
-    )
-    assert recovers or [line for line in said if line.startswith("error: ")] == said[-1:]
-    newest = newest_usable(candidates(small_disk / "output/checkpoints"))
-    assert newest.step >= 50
-    if recovers:  # nothing that was logged meanwhile is missing, in the text and in the curves
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-        events = EventAccumulator(str(small_disk / "output/logs"), size_guidance={"scalars": 0})
-        events.Reload()
-        steps = list(range(1, newest.step + 1))
-        assert [e.step for e in events.Scalars("train/loss")] == steps
-        assert [int(e["step"]) for e in read_log(small_disk / "output/logs" / TRAINING)] == steps
+    assert [line for line in said if line.startswith("error: ")] == said[-1:]
+    assert "No space left on device" in said[-1]
+    assert newest_usable(candidates(small_disk / "output/checkpoints")).step >= 50
 
 
 @needs_mount

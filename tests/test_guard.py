@@ -233,53 +233,6 @@ def test_overflows_of_the_scaler_and_broken_losses_are_counted_apart():
         guard.verdict(math.nan, 1.0, 32)
 
 
-# --- spikes -----------------------------------------------------------------------------------------------------------
-
-
-def warm_guard(on_spike: str, steps: int = 100, **options) -> NumericGuard:
-    guard, rng = NumericGuard(on_spike, **options), random.Random(0)
-    for position in range(steps):
-        assert guard.verdict(3 + rng.gauss(0, 0.1), 1 + rng.gauss(0, 0.05), position) is None
-    return guard
-
-
-def test_six_sigma_are_a_spike_five_are_not_and_history_must_be_long_enough():
-    assert "the loss 4 is above mean" in warm_guard("skip").verdict(4.0, 1.0, 100)
-    assert warm_guard("skip").verdict(3.4, 1.0, 100) is None
-    assert "the gradient norm 2 is above mean" in warm_guard("skip").verdict(3.0, 2.0, 100)
-    assert warm_guard("skip", steps=63).verdict(40.0, 1.0, 63) is None
-    assert warm_guard("ignore").verdict(40.0, 20.0, 100) is None
-    with pytest.raises(NumericStop, match="stopped on a spike"):
-        warm_guard("stop").verdict(4.0, 1.0, 100)
-
-
-def test_a_spike_does_not_enter_the_history_and_is_bounded_with_fp16_too():
-    guard = warm_guard("skip", has_scaler=True)
-    history = list(guard.losses)
-    assert guard.verdict(9.0, 1.0, 100) and guard.verdict(9.0, 1.0, 101) and list(guard.losses) == history
-    with pytest.raises(NumericStop, match="3 in a row"):
-        guard.verdict(9.0, 1.0, 102)
-
-
-def test_the_state_of_the_guard_survives_json():
-    guard = warm_guard("skip")
-    guard.verdict(math.inf, 1.0, 100)
-    again = NumericGuard("skip", state=json.loads(json.dumps(guard.state())))
-    assert again.state() == guard.state() and again.verdict(4.0, 1.0, 101) == guard.verdict(4.0, 1.0, 101)
-
-
-def test_a_spike_in_a_run_is_skipped(text, tmp_path, monkeypatch):
-    poison(monkeypatch, {80: "loss"}, value=100.0)
-    train(
-        config(text, tmp_path / "output", max_steps=85, on_spike="skip", learning_rate=1e-4, save_every=40),
-        Reporter(),
-    )
-    state = state_of(tmp_path / "output")
-    assert (
-        state["guard"]["recent"] == [80] and state["position"] == 86 and len(state["guard"]["losses"]) == 85
-    )
-
-
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
