@@ -69,25 +69,21 @@ DISK_TROUBLE = (
 )  # fmt: skip
 
 
-def named(error: OSError, folder: str | os.PathLike) -> UserError:
-    """`OutputLost` for a failure in the folder a run writes to; what failed elsewhere is named itself."""
-    reason = error.strerror or error
-    if error.filename and not os.path.abspath(str(error.filename)).startswith(os.path.abspath(folder)):
-        return UserError(f"{error.filename}: {reason}")
-    advice = "what is saved in it stays as it is: free or repair the disk and run the same command again"
-    return OutputLost(f"{folder}: {reason}; {advice}")
-
-
 @contextlib.contextmanager
 def disk_failures_named(folder: str | os.PathLike):
-    """Inside it, a full, failing, read-only or vanished disk raises a `UserError` that says where."""
+    """Inside it, a full, failing, read-only or vanished disk raises a `UserError` that says where: `OutputLost`
+    for the folder that a run writes to, and what failed elsewhere is named itself."""
     try:
         yield
     except OSError as error:
-        gone = error.errno in (errno.ENOENT, errno.ENOTDIR) and not os.path.isdir(folder)
-        if not gone and error.errno not in DISK_TROUBLE:
+        is_gone = error.errno in (errno.ENOENT, errno.ENOTDIR) and not os.path.isdir(folder)
+        if not is_gone and error.errno not in DISK_TROUBLE:
             raise
-        raise named(error, folder) from None
+        reason = error.strerror or error
+        if error.filename and not os.path.abspath(str(error.filename)).startswith(os.path.abspath(folder)):
+            raise UserError(f"{error.filename}: {reason}") from None
+        advice = "what is saved in it stays as it is: free or repair the disk and run the same command again"
+        raise OutputLost(f"{folder}: {reason}; {advice}") from None
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
