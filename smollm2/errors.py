@@ -71,8 +71,8 @@ DISK_TROUBLE = (
 
 @contextlib.contextmanager
 def disk_failures_named(folder: str | os.PathLike):
-    """Inside it, a full, failing, read-only or vanished disk raises a `UserError` that says where: `OutputLost`
-    for the folder that a run writes to, and what failed elsewhere is named itself."""
+    """Inside it, a full, failing, read-only or vanished disk raises a `UserError` that says where:
+    `OutputLost` for the folder that a run writes to, and what failed elsewhere is named itself."""
     try:
         yield
     except OSError as error:
