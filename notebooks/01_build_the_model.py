@@ -13,16 +13,22 @@
 # # 1 · Build the model
 #
 # You will be able to
-# * read every part of SmolLM2 in a few lines of PyTorch and run it: embedding, RMSNorm, RoPE, grouped-query attention, SwiGLU, block, model;
+# * write every part of SmolLM2 in a few lines of PyTorch: RMSNorm, RoPE, grouped-query attention, SwiGLU, and around them block and model;
 # * prove that each part equals this project's and that of Hugging Face's transformers, number by number;
 # * find a bug in a transformer by looking at *where* two models begin to differ.
 #
-# **Time** about 40 minutes to read, 1 minute to run · **hardware** any CPU · **network** only for the official weights of section 8;
+# > **You need**, and no more:
+# > * Python, and PyTorch's tensors: their shapes, `@`, `.mean(-1)`;
+# > * what a matrix product is, and that the dot product of two vectors is large when they point the same way;
+# > * **softmax**: e to the power of each number, divided by the sum of all. It makes shares that add up to 1; the largest number gets most.
+#
+# **Time** about 60 minutes with the four parts you write, 1 minute to run · **hardware** any CPU · **network** only for the official weights of section 8;
 # without it the same lesson runs on a small local model.
 #
 # *Runtime → Run all* runs everything. Each `?` asks you to guess first: type a number in place of `None` and run that cell again. Each `✔`
 # is a check: the largest difference between two things that should be equal, and how much of it rounding may cause (the tolerance). A check that
-# fails stops the notebook. The code is all here; what you write yourself comes in the exercises.
+# fails stops the notebook. Four cells say **Your turn**: write the body, run it and the two cells after it. The check names the likely mistake. Left
+# empty, the given answer takes over.
 
 # %% cellView="form" id="setup" tags=["setup"]
 # @title Set-up (about 20 s on Colab) { display-mode: "form" }
@@ -66,7 +72,7 @@ from transformers.models.llama import modeling_llama as theirs
 import smollm2.model as ours
 from smollm2 import SmolLM2, SmolLM2Config, plots, widgets
 from smollm2.errors import UserError
-from smollm2.notebook import lesson
+from smollm2.notebook import data_plots, lesson
 from smollm2.tokenizer import Tokenizer
 from smollm2.weights import resolve
 
@@ -78,6 +84,18 @@ lesson.quiet()
 # A language model reads text as whole numbers, the *token ids*, and gives at every position one score for each entry of its vocabulary:
 # the *logits*. Between the two lie a stack of blocks and a norm. We first build that chain with *placeholders* that do nothing, then replace them
 # one by one, so there is a running whole from the first minute. Our widths are an eighth of SmolLM2's; 9 query heads and 3 key/value heads stay.
+# The figure shows the block that we are heading for (B rows of T tokens each).
+
+# %% cellView="form" id="block-figure" tags=["figure"]
+# @title Figure: one block { display-mode: "form" }
+C = SmolLM2Config().hidden_size
+vector = f"(B, T, {C})"
+names = ("running\nvector", "RMSNorm", "attention:\nlook back", "+", "RMSNorm")
+steps = [(name, vector) for name in (*names, "MLP:\nwork it out", "+")]
+title = "One block: two branches read the running vector and add to it (30 of them in a row)"
+alt = "A block: running vector, RMSNorm, attention, plus, RMSNorm, MLP, plus. What enters a "
+alt += f"norm also goes past it, to the plus. Every shape is (B, T, {C})."
+plots.show(data_plots.flow(title, steps, skips=[(0, 3), (3, 6)]), alt)
 
 # %% id="config" tags=["lesson"]
 full = SmolLM2Config()
@@ -86,18 +104,8 @@ tiny = SmolLM2Config(**small, max_position_embeddings=128)
 for name in (*small, "num_attention_heads", "num_key_value_heads"):
     print(f"{name:22} SmolLM2-135M {getattr(full, name):6,}   here {getattr(tiny, name):4}")
 
-# %% cellView="form" id="predict-head-dim" tags=["predict"]
-# @title Your prediction { display-mode: "form" }
-guess = None  # @param {type:"raw"}
-lesson.predict(
-    "Each query head (section 5) works on an equal part of the hidden_size. How many numbers "
-    "does one head of SmolLM2-135M get?",
-    guess, full.head_dim, within=0,
-    why=f"{full.hidden_size} / {full.num_attention_heads} = {full.head_dim}: the head_dim.",
-)  # fmt: skip
 
-
-# %% id="skeleton-code" tags=["lesson"]
+# %% id="skeleton-code" tags=["lesson", "check"]
 class Nothing(nn.Module):
     """A placeholder: gives back what it gets."""
 
@@ -122,7 +130,6 @@ class Skeleton(nn.Module):  # shapes: B rows, T tokens in each, C hidden_size, V
         return self.norm(x) @ self.embed_tokens.weight.T  # (B, T, V)
 
 
-# %% id="skeleton-check" tags=["check"]
 torch.manual_seed(0)
 ids = torch.randint(tiny.vocab_size, (2, 10))
 logits = Skeleton(tiny)(ids)
@@ -158,7 +165,7 @@ lesson.predict(
 # ## 3 · RMSNorm: keep the direction, drop the size
 #
 # Thirty blocks each add something to the same vector. Nothing keeps it from growing, and large inputs make every softmax after it too sure.
-# So each block first divides its input by its **root mean square**. Take five numbers; what is left after dividing?
+# So each block first divides its input by its **root mean square**. Take five numbers; what is left after dividing? Then write it.
 
 # %% id="rmsnorm-numbers" tags=["lesson"]
 x = torch.tensor([3.0, 4.0, 0.0, 0.0, 0.0])
@@ -168,7 +175,7 @@ print(f"mean square {mean_square:.4f} · root {rms:.4f} · divided {(x / rms).to
 lesson.check("after dividing, the mean square is 1", (x / rms).square().mean() - 1, 1e-6)
 
 
-# %% id="rmsnorm-code" tags=["lesson"]
+# %% id="rmsnorm-turn" tags=["exercise"]
 class RMSNorm(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -176,33 +183,51 @@ class RMSNorm(nn.Module):
         self.eps = config.rms_norm_eps  # keeps the all-zero vector from dividing by zero
 
     def forward(self, x):
-        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        """x (B, T, C) -> (B, T, C). Divide each vector by the root of (mean square + eps),
+        where the mean is over its C numbers; then multiply by the gain."""
+        raise NotImplementedError  # Your turn: replace this line
 
 
-# %% id="rmsnorm-check" tags=["check"]
+# %% cellView="form" id="rmsnorm-code" tags=["solution"]
+# @title An answer: open it after your own { display-mode: "form" }
+def forward(self, x):
+    return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+
+
+RMSNorm.forward = lesson.yours_or(forward, RMSNorm.forward)
+
+# %% cellView="form" id="rmsnorm-check" tags=["check"]
+# @title Check it { display-mode: "form" }
 sizes = torch.logspace(-2, 2, 10)  # ten tokens, very different in size
-x = torch.randn(2, 10, tiny.hidden_size) * sizes[:, None]
+x = (1 + torch.randn(2, 10, tiny.hidden_size)) * sizes[:, None]
 gain = torch.rand(tiny.hidden_size)
 mine, package = RMSNorm(tiny), ours.RMSNorm(tiny.hidden_size, tiny.rms_norm_eps)
 library = theirs.LlamaRMSNorm(tiny.hidden_size, tiny.rms_norm_eps)
 for norm in (mine, package, library):
     norm.weight.data = gain
-likely = "is eps inside the root, and the mean over the last dimension only?"
-lesson.check("RMSNorm equals the package's", mine(x) - package(x), 1e-5, likely)
-lesson.check("RMSNorm equals transformers'", mine(x) - library(x), 1e-5, likely)
+square = x.square().mean(-1, keepdim=True)
+mistakes = {
+    "the mean in place of the mean square": gain * x / x.mean(-1, keepdim=True),
+    "the root is missing": gain * x / (square + mine.eps),
+    "one mean of all tokens together: it needs dim=-1": gain * x / x.square().mean().sqrt(),
+    "the mean was subtracted: that is LayerNorm": F.layer_norm(x, gain.shape, gain),
+    "eps outside the root": gain * x / (square.sqrt() + mine.eps),
+    "the gain is missing": package(x) / gain,
+}
+lesson.judge("RMSNorm equals the package's", mine(x), package(x), mistakes)
+lesson.check("RMSNorm equals transformers'", mine(x) - library(x), 1e-5)
 lesson.check("zeros stay zeros (no NaN)", mine(torch.zeros_like(x)))
 
-# %% id="rmsnorm-figure" tags=["figure"]
+# %% cellView="form" id="rmsnorm-figure" tags=["figure"]
+# @title Figure: one size after the norm { display-mode: "form" }
 fig, ax = plots.figure(7.5, 2.8)
 before, after = x[0], RMSNorm(tiny)(x)[0].detach()
 ax.semilogy(before.square().mean(-1).sqrt(), "s", color=plots.ORANGE, label="before")
 ax.semilogy(after.square().mean(-1).sqrt(), "o", color=plots.BLUE, label="after RMSNorm")
-title = "Ten tokens, very different sizes: one size after the norm"
-plots.label(ax, title, "token (position)", "root mean square", legend=True)
-alt = (
-    "Root mean square of ten tokens: from 0.01 to 100 before RMSNorm, all close to 1 after it."
-)
-plots.show(fig, alt)
+plots.label(ax, "One size after the norm", "token (position)", "root mean square", legend=True)
+low, high = before.square().mean(-1).sqrt().aminmax()
+alt = f"Root mean square of ten tokens: from {low:.2f} to {high:.0f} before RMSNorm, "
+plots.show(fig, alt + "all close to 1 after it.")
 
 # %% [markdown] id="rope"
 # ## 4 · RoPE: position as a rotation
@@ -211,7 +236,8 @@ plots.show(fig, alt)
 # *one* layer knows only who came before a token, not in which order; several layers can work the order out (deep causal models learn to, with no position
 # given at all: [arXiv 2203.16634](https://arxiv.org/abs/2203.16634)), but that costs layers. RoPE (rotary position embedding) gives it for nothing: it takes the
 # numbers in pairs and turns each pair, like a clock hand, by an angle that grows with the position: the first pair by one radian a token, the last hardly at
-# all. Why should turning be better than adding a position vector? Watch what the dot product does.
+# all. A pair (a, b), turned by an angle, is (a cos − b sin, a sin + b cos). Why should turning be better than adding a position vector? Watch what the
+# dot product does.
 
 
 # %% id="rope-code" tags=["lesson"]
@@ -221,12 +247,6 @@ def rope_angles(config):
     frequency = config.rope_theta ** (-2 * pair / config.head_dim)  # radians a token
     angle = torch.outer(torch.arange(config.max_position_embeddings).float(), frequency)
     return angle.cos(), angle.sin()
-
-
-def rotate(x, cos, sin):
-    """Turn (..., T, head_dim): number i and number i + head_dim/2 form a pair."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
 # %% cellView="form" id="predict-rope" tags=["predict"]
@@ -242,7 +262,8 @@ lesson.predict(
     "exactly'.",
 )  # fmt: skip
 
-# %% id="rope-figure" tags=["figure"]
+# %% cellView="form" id="rope-figure" tags=["figure"]
+# @title Figure: clock hands { display-mode: "form" }
 fig, axes = plots.figure(7.5, 2.9, columns=3)
 full_cos, full_sin = rope_angles(full)
 for ax, pair in zip(axes, (0, 6, 16), strict=True):
@@ -261,14 +282,49 @@ fig.suptitle(title, fontsize=10)
 alt = "Clock hands at positions 0 to 7: pair 0 turns 1 radian a token, pair 6 about 0.18, "
 plots.show(fig, alt + "pair 16 only 0.01 and seems to stand.")
 
-# %% id="rope-check" tags=["check"]
+
+# %% id="rope-turn" tags=["exercise"]
+def rotate(x, cos, sin):
+    """Turn x (..., T, D) by its positions; cos and sin are (T, D/2).
+
+    Number i and number i + D/2 form a pair: (x[..., 0], x[..., D/2]) is the first.
+    """
+    raise NotImplementedError  # Your turn: replace this line
+
+
+# %% cellView="form" id="rope-answer" tags=["solution"]
+# @title An answer: open it after your own { display-mode: "form" }
+def turn(x, cos, sin):
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+def pair_neighbours(x, cos, sin):  # a classic mistake; section 9 meets it again
+    a, b = x[..., 0::2], x[..., 1::2]
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
+
+
+rotate = lesson.yours_or(turn, rotate)
+
+# %% cellView="form" id="rope-check" tags=["check"]
+# @title Check it { display-mode: "form" }
 cos, sin = rope_angles(tiny)
 q, k = torch.randn(2, 1, 9, 128, tiny.head_dim)  # twice (batch, heads, positions, head_dim)
 mine, package = rotate(q, cos, sin), ours.apply_rope(q, *ours.rope_tables(tiny))
 twice = [torch.cat((t, t), -1)[None] for t in (cos, sin)]  # transformers keeps both halves
 library, _ = theirs.apply_rotary_pos_emb(q, k, *twice)
-lesson.check("RoPE equals the package's", mine - package, 1e-5, "which numbers form a pair?")
-lesson.check("RoPE equals transformers'", mine - library, 1e-5, "which numbers form a pair?")
+a, b = q.chunk(2, dim=-1)
+mistakes = {
+    "neighbours are paired: a pair is number i and number i + D/2": pair_neighbours(
+        q, cos, sin
+    ),
+    "turned backwards: check both signs": turn(q, cos, -sin),
+    "the minus sign is missing": torch.cat((a * cos + b * sin, a * sin + b * cos), -1),
+    "the two halves of the result are swapped": package.roll(tiny.head_dim // 2, -1),
+    "cos and sin are swapped": turn(q, sin, cos),
+}
+lesson.judge("RoPE equals the package's", mine, package, mistakes)
+lesson.check("RoPE equals transformers'", mine - library, 1e-5)
 lesson.check("a rotation keeps lengths", mine.norm(dim=-1) - q.norm(dim=-1), 1e-4)
 
 # %% [markdown] id="rope-relative"
@@ -284,7 +340,8 @@ for m, n in (5, 3), (50, 48), (120, 118):
     print(f"score of (m, n) = ({m}, {n}): {scores[m, n]:.4f}")
 lesson.check("the score depends on m - n alone", one_step, 1e-4)
 
-# %% id="rope-widget" tags=["widget", "figure"]
+# %% cellView="form" id="rope-widget" tags=["widget", "figure"]
+# @title Try it: only the distance counts { display-mode: "form" }
 PAIR = [0, tiny.head_dim // 2]  # the first pair of numbers
 
 
@@ -323,6 +380,27 @@ widgets.explore(
 # Each position asks a question (*query*) of itself and all earlier ones, compares it with their *keys*, and collects their *values*. It asks nine at
 # once, each with its own 64 numbers: a *head*. SmolLM2 has 9 query heads but only 3 key/value heads: heads 0, 1, 2 share the first, 3, 4, 5 the
 # second, 6, 7, 8 the third. While generating, keys and values of all earlier tokens stay in memory; how much of that does sharing save?
+#
+# Two details. The scores are divided by √head_dim: a sum of 64 products of numbers of spread 1 has spread √64 = 8, and a softmax over
+# such numbers would pick one token and ignore the rest. And the future is set to −∞ *before* the softmax, so that it gets weight exactly 0.
+#
+# **✎ Exercise**, when the section is done: give `attention_steps` a window, so that a position sees itself and only the 4 before it.
+# Which line changes, and what shows that you are right?
+#
+# <details><summary>Solution</summary>
+#
+# The line of `future`. Change position 0: position 5 and all after it stay exactly equal. (The checks against the package now fail, as they should.)
+# ```python
+# future = torch.ones(time, time, dtype=torch.bool)  # in attention_steps
+# future = future.triu(1) | future.tril(-5)
+# ```
+# ```python
+# x = torch.randn(1, 10, tiny.hidden_size)  # in a cell below the class Attention
+# y, attention = x.clone(), Attention(tiny)
+# y[:, 0] += 1
+# lesson.check("a window of 5", (attention(x) - attention(y))[:, 5:])
+# ```
+# </details>
 
 # %% cellView="form" id="predict-kv" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
@@ -337,20 +415,32 @@ lesson.predict(
 )  # fmt: skip
 
 
-# %% id="attention-steps" tags=["lesson"]
+# %% id="attention-turn" tags=["exercise"]
+def attend(q, k, v):
+    """q (B, H, T, D), k and v (B, K, T, D), where q and k are rotated already -> (B, H, T, D).
+
+    1. Repeat every key and value head H / K times: heads 0 0 0 1 1 1 2 2 2.
+    2. Scores: queries times keys, divided by √D.     3. The future becomes −∞: `.triu(1)`.
+    4. Softmax makes weights of them.                 5. Mix the values by these weights.
+    """
+    raise NotImplementedError  # Your turn: replace this line
+
+
+# %% cellView="form" id="attention-steps" tags=["solution"]
+# @title An answer: open it after your own { display-mode: "form" }
 def share_heads(x, groups):
     """(B, K, T, D) -> (B, K * groups, T, D): a head once for every query head of its group."""
     return x.repeat_interleave(groups, dim=1)
 
 
-def attention_steps(q, k, v, cos, sin, rotate=rotate, share=share_heads, scale=None):
-    """Every step, by name, from projected q (B, H, T, D) and k, v (B, K, T, D) to the output.
+def repeat_in_turn(x, groups):  # a classic mistake; section 9 meets it again
+    return x.repeat(1, groups, 1, 1)
 
-    The last three arguments are for section 9.
-    """
+
+def attention_steps(q, k, v, share=share_heads, scale=None):
+    """Every step, by name. The last two arguments are for the mistakes of section 9."""
     groups, time = q.shape[1] // k.shape[1], q.shape[2]
-    step = {"q": rotate(q, cos, sin), "k": rotate(k, cos, sin)}
-    step["shared k"] = share(step["k"], groups)
+    step = {"q": q, "k": k, "shared k": share(k, groups)}
     scale = scale or q.shape[-1] ** -0.5
     step["scores"] = step["q"] @ step["shared k"].transpose(-1, -2) * scale
     future = torch.ones(time, time, dtype=torch.bool).triu(1)
@@ -359,9 +449,33 @@ def attention_steps(q, k, v, cos, sin, rotate=rotate, share=share_heads, scale=N
     return step
 
 
-# %% [markdown] id="gqa-why"
-# Two details to notice. The scores are divided by √head_dim: a sum of 64 products of numbers of spread 1 has spread √64 = 8, and a softmax over
-# such numbers would pick one token and ignore the rest. And the future is set to −∞ *before* the softmax, so that it gets weight exactly 0.
+attend = lesson.yours_or(lambda q, k, v: attention_steps(q, k, v)["output"], attend)
+
+
+# %% cellView="form" id="attend-check" tags=["check"]
+# @title Check it { display-mode: "form" }
+def steps(**how):
+    return attention_steps(queries, keys, values, **how)
+
+
+queries = 2 * torch.randn(2, 9, 10, tiny.head_dim)
+keys, values = torch.randn(2, 2, 3, 10, tiny.head_dim)
+mine, triple = attend(queries, keys, values), share_heads(values, 3)
+right = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
+scores, weights = steps()["scores"], steps()["weights"]
+across = scores.masked_fill(weights == 0, -torch.inf).softmax(-2)
+mistakes = {
+    "heads repeated as 0 1 2 0 1 2: use repeat_interleave": steps(share=repeat_in_turn)[
+        "output"
+    ],
+    "the division by √D is missing": steps(scale=1.0)["output"],
+    "no mask: it sees the future": scores.softmax(-1) @ triple,
+    "masked after the softmax: the weights sum to less than 1": scores.softmax(-1).tril()
+    @ triple,
+    "softmax over the queries: it belongs to the last dimension": across @ triple,
+}
+lesson.judge("attention mixes as PyTorch's own", mine, right, mistakes)
+lesson.check("the weights of every query sum to 1", weights.sum(-1) - 1, 1e-5)
 
 
 # %% id="attention-code" tags=["lesson"]
@@ -383,8 +497,9 @@ class Attention(nn.Module):
         return [v.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for v in vectors]
 
     def forward(self, x):
-        time = x.shape[1]
-        heads = attention_steps(*self.project(x), self.cos[:time], self.sin[:time])["output"]
+        q, k, v = self.project(x)
+        cos, sin = self.cos[: x.shape[1]], self.sin[: x.shape[1]]
+        heads = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)  # (B, H, T, D)
         return self.o_proj(heads.transpose(1, 2).flatten(2))
 
 
@@ -399,7 +514,7 @@ x = torch.randn(2, 10, tiny.hidden_size)
 from_package = package(x, cos[:10], sin[:10])
 angles = [t[:, :10] for t in twice]
 from_library = library(x, position_embeddings=angles, attention_mask=None)[0]
-likely = "heads in the right order, scale, mask before the softmax?"
+likely = "the order of heads and numbers in `project`"
 lesson.check("attention equals the package's", mine(x) - from_package, 1e-5, likely)
 lesson.check("attention equals transformers'", mine(x) - from_library, 1e-5, likely)
 
@@ -407,10 +522,29 @@ lesson.check("attention equals transformers'", mine(x) - from_library, 1e-5, lik
 changed = x.clone()
 changed[:, 6:] = torch.randn(2, 4, tiny.hidden_size)  # another future from position 6 on
 lesson.check("positions 0 to 5 do not see the future", (mine(x) - mine(changed))[:, :6])
-step = attention_steps(*mine.project(x), cos[:10], sin[:10])
-lesson.check("the weights of every query sum to 1", step["weights"].sum(-1) - 1, 1e-5)
 
-# %% id="gqa-figure" tags=["figure"]
+# %% cellView="form" id="shapes-figure" tags=["figure"]
+# @title Figure: shapes through attention { display-mode: "form" }
+rows, time, H, K, D = 1, 10, full.num_attention_heads, full.num_key_value_heads, full.head_dim
+chain = {
+    "x": ("B, T, C", (rows, time, full.hidden_size)),
+    "q_proj": ("B, T, H·D", (rows, time, H * D)),
+    "unflatten": ("B, T, H, D", (rows, time, H, D)),
+    "transpose": ("B, H, T, D", (rows, H, time, D)),
+    "scores\nwith k": ("B, H, T, T", (rows, H, time, time)),
+    "weights\n@ v": ("B, H, T, D", (rows, H, time, D)),
+    "transpose,\nflatten": ("B, T, H·D", (rows, time, H * D)),
+    "o_proj": ("B, T, C", (rows, time, full.hidden_size)),
+}
+steps = [(name, f"({letters})\n{shape}") for name, (letters, shape) in chain.items()]
+title = f"Shapes through attention, at SmolLM2's size ({time} tokens; k and v have {K} heads)"
+alt = "Shapes through attention: " + ", ".join(
+    f"{name} {shape}" for name, (_, shape) in chain.items()
+)
+plots.show(data_plots.flow(title, steps), alt.replace("\n", " ") + ".")
+
+# %% cellView="form" id="gqa-figure" tags=["figure"]
+# @title Figure: who shares with whom { display-mode: "form" }
 fig, (left, right) = plots.figure(7.5, 3.1, columns=2)
 for head in range(9):
     ends, color = [head, 3 * (head // 3) + 1], plots.PALETTE[head // 3]
@@ -419,7 +553,7 @@ left.set(xticks=range(9), ylim=(-0.4, 1.4))
 left.set_yticks([0, 1], ["3 key/value\nheads", "9 query\nheads"])
 left.grid(False)
 plots.label(left, "who shares with whom", "query head", "")
-picture = right.imshow(step["weights"][0, 0].detach(), cmap="Blues", vmin=0)
+picture = right.imshow(weights[0, 0], cmap="Blues", vmin=0)
 fig.colorbar(picture, ax=right, label="attention weight")
 right.grid(False)
 plots.label(right, "head 0: only the past", "key position", "query position")
@@ -434,7 +568,7 @@ plots.show(fig, alt + "Right: attention weights fill the lower triangle, zero ab
 # there are **three** matrices, not two.
 
 
-# %% id="swiglu-code" tags=["lesson"]
+# %% id="swiglu-turn" tags=["exercise"]
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -443,19 +577,39 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x):
-        gate = self.gate_proj(x)
-        return self.down_proj(gate * torch.sigmoid(gate) * self.up_proj(x))
+        """x (B, T, C) -> (B, T, C): SiLU of the gate, times up, all through down."""
+        raise NotImplementedError  # Your turn: replace this line
 
 
-# %% id="swiglu-check" tags=["check"]
+# %% cellView="form" id="swiglu-answer" tags=["solution"]
+# @title An answer: open it after your own { display-mode: "form" }
+def forward(self, x):
+    gate = self.gate_proj(x)
+    return self.down_proj(gate * torch.sigmoid(gate) * self.up_proj(x))
+
+
+MLP.forward = lesson.yours_or(forward, MLP.forward)
+
+
+# %% cellView="form" id="swiglu-check" tags=["check"]
+# @title Check it { display-mode: "form" }
 mine, package, library = MLP(tiny), ours.MLP(tiny), theirs.LlamaMLP(hf_config)
 for other in (package, library):
     other.load_state_dict(mine.state_dict())
-likely = "SiLU on the gate, not on up"
-lesson.check("SwiGLU equals the package's", mine(x) - package(x), 1e-6, likely)
-lesson.check("SwiGLU equals transformers'", mine(x) - library(x), 1e-6, likely)
+x = 3 * torch.randn(2, 10, tiny.hidden_size)
+gate, up, down = mine.gate_proj(x), mine.up_proj(x), mine.down_proj
+mistakes = {
+    "gate and up are swapped: SiLU belongs to the gate": down(gate * F.silu(up)),
+    "sigmoid in place of SiLU, which is x · sigmoid(x)": down(gate.sigmoid() * up),
+    "added: the gate multiplies": down(F.silu(gate) + up),
+    "SiLU of the product: it belongs to the gate alone": down(F.silu(gate * up)),
+    "no gate: that is the MLP with two matrices": down(F.silu(up)),
+}
+lesson.judge("SwiGLU equals the package's", mine(x), package(x), mistakes)
+lesson.check("SwiGLU equals transformers'", mine(x) - library(x), 1e-5)
 
-# %% id="swiglu-figure" tags=["figure"]
+# %% cellView="form" id="swiglu-figure" tags=["figure"]
+# @title Figure: the gate's curve { display-mode: "form" }
 fig, ax = plots.figure(7.5, 2.6)
 t = torch.linspace(-6, 6, 121)
 ax.plot(t, F.silu(t), color=plots.BLUE, marker="", label="SiLU(x) = x · sigmoid(x)")
@@ -470,6 +624,18 @@ plots.show(fig, alt + "close to x on the right; ReLU for comparison.")
 #
 # A block takes each token's running vector (the *residual stream*), adds what attention found, then adds what the MLP made of it. Both read through
 # a norm and *add*: the straight line from input to output stays open, which is what makes 30 blocks trainable. Now the placeholders go.
+#
+# **✎ Exercise**, when the section is done: let `Block.forward` add the MLP first, attention second. Which check fails, and at which layer does the
+# chart of section 8 jump?
+#
+# <details><summary>Solution</summary>
+#
+# *the whole model equals the package's* fails, and the chart jumps at layer 1: the embedding (layer 0) is still the same.
+# ```python
+# x = x + self.mlp(self.post_attention_layernorm(x))  # in Block.forward
+# return x + self.self_attn(self.input_layernorm(x))
+# ```
+# </details>
 
 
 # %% id="block-code" tags=["lesson"]
@@ -486,6 +652,16 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+@torch.no_grad()
+def hidden_states(model, ids):
+    """The running vector after the embedding and after each block; as in transformers, the
+    last one stands behind the final norm."""
+    x = [model.embed_tokens(ids)]
+    for layer in model.layers:
+        x.append(layer(x[-1]))
+    return [*x[:-1], model.norm(x[-1])]
+
+
 # %% id="whole-check" tags=["check"]
 torch.manual_seed(1)
 package = SmolLM2(tiny)
@@ -493,12 +669,63 @@ model = Skeleton(tiny, Block, RMSNorm)  # the skeleton of section 1, every place
 _ = model.load_state_dict(package.model.state_dict())  # raises unless names and shapes agree
 lesson.check("the whole model equals the package's", model(ids) - package(ids), 1e-4)
 
-# %% id="count-check" tags=["check"]
 with torch.device("meta"):  # shapes without memory
     real = Skeleton(full, Block, RMSNorm)
 total = sum(parameter.numel() for parameter in real.parameters())
 print(f"at full size this model has {total:,} parameters")
 lesson.check("the number that SmolLM2-135M has", total - 134_515_008)
+
+# %% [markdown] id="init"
+# **How it starts.** Every matrix begins as random numbers of spread 1/√C, so that a product neither blows a vector up nor shrinks it. Two matrices
+# of each block, `o_proj` and `down_proj`, write to the running vector, and they start **smaller**, divided by √(2L). Why? L blocks add 2L times to the
+# same vector. Random additions add up their *variances*: 2L of spread s have the spread s·√(2L). Divided by √(2L), all of them together
+# weigh as much as one, however deep the model. It is done once, here; from then on training decides.
+
+
+# %% id="init-check" tags=["check"]
+def initialise(model, config, residual):
+    """Normal numbers; `residual` is the factor for what writes to the running vector."""
+    for name, weight in model.named_parameters():
+        if weight.dim() == 2:
+            writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+            nn.init.normal_(weight, std=config.initializer_range * (residual if writes else 1))
+
+
+def sizes_on_the_way(residual, depth=30):
+    """Root mean square of the running vector after each block of a fresh, deep model."""
+    spread = tiny.hidden_size**-0.5
+    changes = {"num_hidden_layers": depth + 1, "initializer_range": spread}  # + 1: see [:-1]
+    deep = tiny.model_copy(update=changes)
+    fresh = Skeleton(deep, Block, RMSNorm)
+    initialise(fresh, deep, residual)
+    return torch.stack([x.square().mean().sqrt() for x in hidden_states(fresh, ids)[:-1]])
+
+
+torch.manual_seed(1)
+package.initialize()
+torch.manual_seed(1)
+initialise(model, tiny, residual=(2 * tiny.num_hidden_layers) ** -0.5)
+off = max(
+    lesson.largest(p - q) for p, q in zip(model.parameters(), package.parameters(), strict=True)
+)
+lesson.check("the start is the package's, number by number", off)
+plain, scaled = sizes_on_the_way(1), sizes_on_the_way(60**-0.5)
+gained = [(x[-1] ** 2 - x[0] ** 2).item() for x in (plain, scaled)]  # variance, by 60 additions
+print(f"60 additions gain a variance of {gained[0]:.1f}, scaled {gained[1]:.3f}")
+lesson.check("scaled, they gain about a 60th (relative)", gained[0] / gained[1] / 60 - 1, 0.3)
+
+# %% cellView="form" id="init-figure" tags=["figure"]
+# @title Figure: why they start smaller { display-mode: "form" }
+fig, ax = plots.figure(7.5, 2.7)
+ax.plot(plain, color=plots.ORANGE, marker="s", label="every matrix alike")
+ax.plot(scaled, color=plots.BLUE, marker="o", label="o_proj, down_proj divided by √60")
+ax.set_ylim(0)
+title = "A fresh model of 30 blocks: who writes 60 times must write quietly"
+plots.label(ax, title, "after block (0 = embedding)", "root mean square", legend=True)
+alt = f"Size of the running vector over 30 blocks: from {plain[0]:.2f} to {plain[-1]:.2f} "
+plots.show(
+    fig, alt + f"with every matrix alike, to {scaled[-1]:.2f} with the two divided by √60."
+)
 
 # %% [markdown] id="official"
 # ## 8 · The official weights in this model
@@ -506,6 +733,22 @@ lesson.check("the number that SmolLM2-135M has", total - 134_515_008)
 # Names and shapes agree, so the published weights fit into the classes above. Were a single detail different, so would be the numbers, and the text most
 # often nonsense. Online this loads SmolLM2-135M (270 MB), whose `rope_theta` is 100,000: after pre-training it learned longer contexts. Offline it
 # makes a small model with random weights and the same 9:3 heads. Either way the reference is transformers, reading the same folder.
+#
+# **✎ Exercise**, when the section is done: build the loaded model again with a tenth of its `rope_theta`. Where does the chart jump now, and which
+# position never differs?
+#
+# <details><summary>Solution</summary>
+#
+# At layer 1, the first that turns anything. Position 0 agrees in every layer: it sees only itself.
+# ```python
+# theta = {"rope_theta": config.rope_theta / 10}
+# other = Skeleton(config.model_copy(update=theta), Block, RMSNorm)
+# other.load_state_dict(model.state_dict())
+# pairs = list(zip(hidden_states(other, ids), reference.hidden_states))
+# print("every layer", [f"{gap(a, b):.0e}" for a, b in pairs])
+# print("position 0 ", [f"{gap(a[:, 0], b[:, 0]):.0e}" for a, b in pairs])
+# ```
+# </details>
 
 # %% id="load" tags=["lesson", "slow"]
 try:
@@ -530,23 +773,12 @@ print(
 )
 
 
-# %% id="layers-code" tags=["lesson"]
-@torch.no_grad()
-def hidden_states(model, ids):
-    """The running vector after the embedding and after each block; as in transformers, the
-    last one stands behind the final norm."""
-    x = [model.embed_tokens(ids)]
-    for layer in model.layers:
-        x.append(layer(x[-1]))
-    return [*x[:-1], model.norm(x[-1])]
-
-
+# %% id="layers-check" tags=["check"]
 def gap(mine, reference):
     """Largest difference, relative to the largest value."""
     return ((mine - reference).abs().max() / reference.abs().max()).item()
 
 
-# %% id="layers-check" tags=["check"]
 ids = torch.tensor([prompt])
 with torch.no_grad():
     reference, logits = library(ids, output_hidden_states=True), model(ids)
@@ -555,7 +787,8 @@ gaps = [gap(mine, other) for mine, other in pairs]
 lesson.check("every layer equals transformers' (relative)", max(gaps), 1e-4)
 lesson.check("the logits equal transformers' (relative)", gap(logits, reference.logits), 1e-4)
 
-# %% id="layers-figure" tags=["figure"]
+# %% cellView="form" id="layers-figure" tags=["figure"]
+# @title Figure: layer by layer { display-mode: "form" }
 fig, ax = plots.figure(7.5, 2.8)
 name = "this model against transformers (0 drawn as 1e-9)"
 ax.semilogy([max(value, 1e-9) for value in gaps], color=plots.BLUE, marker="o", label=name)
@@ -586,28 +819,22 @@ lesson.check("the 12 greedy tokens are transformers'", mine - other)
 
 
 # %% id="bugs-code" tags=["lesson"]
-def pair_neighbours(x, cos, sin):
-    a, b = x[..., 0::2], x[..., 1::2]
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
-
-
-def repeat_in_turn(x, groups):
-    return x.repeat(1, groups, 1, 1)
+def all_steps(x, rotate=rotate, **how):
+    (q, k, v), turns = attention.project(x), (attention.cos[:10], attention.sin[:10])
+    return attention_steps(rotate(q, *turns), rotate(k, *turns), v, **how)
 
 
 mistakes = [{"share": repeat_in_turn}, {"scale": 1.0}, {"rotate": pair_neighbours}]
 order = torch.randperm(3, generator=torch.Generator().manual_seed(9)).tolist()  # who did what
-attention = Attention(tiny)
-projected = attention.project(torch.randn(2, 10, tiny.hidden_size))
-inputs = (*projected, attention.cos[:10], attention.sin[:10])
-right_steps = attention_steps(*inputs)
-wrong, first = {}, {}
+attention, x = Attention(tiny), torch.randn(2, 10, tiny.hidden_size)
+right_steps, wrong, first = all_steps(x), {}, {}
 for name, which in zip(("Ada", "Bo", "Cy"), order, strict=True):
-    steps = wrong[name] = attention_steps(*inputs, **mistakes[which])
+    steps = wrong[name] = all_steps(x, **mistakes[which])
     differs = [s for s in right_steps if (steps[s] - right_steps[s]).abs().max() > 1e-6]
     first[name] = differs[0]
 
-# %% id="bugs-figure" tags=["figure"]
+# %% cellView="form" id="bugs-figure" tags=["figure"]
+# @title Figure: where each begins to differ { display-mode: "form" }
 fig, ax = plots.figure(7.5, 2.8)
 for number, (name, steps) in enumerate(wrong.items()):
     jumps = [max(lesson.largest(steps[s] - right_steps[s]), 1e-8) for s in right_steps]
@@ -635,8 +862,12 @@ for name, step in first.items():
 for name, steps in wrong.items():
     off = steps["output"] - right_steps["output"]
     lesson.check_fails(f"{name}'s bug", lambda off=off: lesson.check("attention", off, 1e-5))
-off = attention_steps(*inputs)["output"] - right_steps["output"]
-lesson.check("and without a mistake the check passes", off)
+step = right_steps
+off = attend(step["q"], step["k"], attention.project(x)[2]) - step["output"]
+lesson.check("and without a mistake the check passes", off, 1e-5)
+
+# %% id="score" tags=["check"]
+lesson.score()
 
 # %% [markdown] id="self-test"
 # ## What you can now explain
@@ -651,50 +882,7 @@ lesson.check("and without a mistake the check passes", off)
 # * Query heads 0, 1, 2 were trained to read key head 0. `repeat` gives them heads 0, 1, 2: three heads exist either way, only in another order.
 # * The weights left to the past would no longer sum to 1, and how much is missing would tell each position about its future.
 # </details>
-
-# %% id="score" tags=["check"]
-lesson.score()
-
-# %% [markdown] id="exercises"
-# ## Exercises
 #
-# 1. Give `Attention` a window: a position sees itself and only the 4 before it. Which line changes, and what shows that you are right?
-# 2. Let `Block.forward` add the MLP first, attention second. Which check fails, and at which layer does the chart of section 8 jump?
-# 3. Build the loaded model again with a tenth of its `rope_theta`. Where does the chart jump now, and which position never differs?
-#
-# <details><summary>Solutions</summary>
-#
-# 1. The line of `future` in `attention_steps`. Change position 0: position 5 and all after it stay exactly equal. (The checks against the package now
-#    fail, as they should.)
-#    ```python
-#    # in attention_steps
-#    future = torch.ones(time, time, dtype=torch.bool)
-#    future = future.triu(1) | future.tril(-5)
-#    ```
-#    ```python
-#    # in a cell below the bug hunt
-#    x = torch.randn(1, 10, tiny.hidden_size)
-#    y = x.clone()
-#    y[:, 0] += 1
-#    lesson.check("a window of 5", (attention(x) - attention(y))[:, 5:])
-#    ```
-# 2. *the whole model equals the package's* fails, and the chart jumps at layer 1: the embedding (layer 0) is still the same.
-#    ```python
-#    # in Block.forward
-#    x = x + self.mlp(self.post_attention_layernorm(x))
-#    return x + self.self_attn(self.input_layernorm(x))
-#    ```
-# 3. At layer 1, the first that turns anything. Position 0 agrees in every layer: it sees only itself.
-#    ```python
-#    other = Skeleton(config.model_copy(update={"rope_theta": config.rope_theta / 10}), Block, RMSNorm)
-#    other.load_state_dict(model.state_dict())
-#    pairs = list(zip(hidden_states(other, ids), reference.hidden_states))
-#    print("every layer", [f"{gap(a, b):.0e}" for a, b in pairs])
-#    print("position 0 ", [f"{gap(a[:, 0], b[:, 0]):.0e}" for a, b in pairs])
-#    ```
-# </details>
-
-# %% [markdown] id="next"
 # ## Next
 #
 # You have built it; now account for it. [2 · Count every parameter](02_count_every_parameter.ipynb)

@@ -155,7 +155,8 @@ def test_lesson_has_checks_figures_predictions_a_widget_and_folded_answers(stem)
         code.count("lesson.check(") >= 6 and code.count("lesson.predict(") >= 3 and "lesson.score()" in code
     )
     assert len(shown) >= 3 and "widgets.explore(" in shown
-    assert text.count("<details>") == text.count("</details>") >= 2 and "## Exercises" in text
+    assert text.count("<details>") == text.count("</details>") >= 2
+    assert text.count("**✎ Exercise") >= 3 or "## Exercises" in text
     assert "Each `?`" in title and "Each `✔`" in title, "whoever begins here meets both signs without a word"
     assert "You will be able to" in text and re.search(r"\bminutes?\b.*\b(CPU|GPU|T4)\b", text, re.S)
     assert stem == "06_evaluate_and_share" or "## Next" in text

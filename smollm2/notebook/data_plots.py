@@ -1,7 +1,8 @@
-"""Pictures of tokens and of the rows they are packed into."""
+"""Pictures of tokens, of the rows they are packed into, and of how a tensor changes shape on its way."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import groupby
 
 from matplotlib.patches import Rectangle
@@ -63,4 +64,28 @@ def packed_rows(batches: dict[str, list[list[int]]]) -> plots.Figure:
         ax.set(xlim=(0, width), ylim=(height - 0.4, -0.6))  # one scale, so that areas can be compared
         ax.grid(False)
         plots.label(ax, title, "position in the row (token)", "")
+    return fig
+
+
+def flow(title: str, steps: list[tuple[str, str]], skips: Iterable[tuple[int, int]] = ()) -> plots.Figure:
+    """A chain of boxes from left to right: in each the name of a step and, below, the shape that leaves it.
+
+    `skips` are arcs over the boxes, (from, to): what leaves the one also enters the other.
+    """
+    lines = 2 + max(shape.count("\n") for _, shape in steps)
+    fig, ax = plots.figure(9, 1.1 + 0.17 * lines + 0.3 * bool(skips))
+    style = {"ha": "center", "fontsize": 9}
+    for x, (name, shape) in enumerate(steps):
+        ax.add_patch(Rectangle((x - 0.38, 0), 0.76, 1, facecolor=TINTS[x % len(TINTS)]))
+        ax.text(x, 0.5, name, va="center", **style)
+        ax.text(x, -0.15, shape, va="top", family="monospace", **style | {"fontsize": 8})
+        if x:
+            ax.annotate("", (x - 0.37, 0.5), (x - 0.63, 0.5), arrowprops={"arrowstyle": "-|>"})
+    for start, end in skips:
+        left, right = start + 0.1, end - 0.1  # the next one may begin where this one ends
+        ax.plot([left, left, right], [1, 1.5, 1.5], color=plots.RED, marker="")
+        ax.annotate("", (right, 1), (right, 1.52), arrowprops={"arrowstyle": "-|>", "color": plots.RED})
+    ax.set(xlim=(-0.5, len(steps) - 0.5), ylim=(0.1 - 0.3 * lines, 1.1 + 0.6 * bool(skips)))
+    ax.set_axis_off()
+    plots.label(ax, title, "", "")
     return fig
