@@ -101,12 +101,6 @@ def check_unchanged(
     begin with (`began_with`), changed since the checkpoint. `place` names where the run lies, `way_out` how
     to begin another one."""
     now, began = fixed_settings(config), state.init_from
-    if began and not began_with and state.config.get("model") != now["model"]:
-        again = began if "/" in began else f"FOLDER, the one called {began}"
-        advice = f"pass --set run.init_from={again}, again; or {way_out}"
-        raise ConfigError(
-            f"the run in {place} began with the weights of {began} and has their shape: {advice}"
-        )
     changes = [
         f"{section}.{key}: {was} -> {value}"
         for section, settings in now.items()
@@ -114,11 +108,12 @@ def check_unchanged(
         # a setting that an earlier version did not know had its default
         if (was := state.config.get(section, {}).get(key, FIELDS[f"{section}.{key}"].default)) != value
     ]
-    if began_with and began_with != began:
-        changes.append(f"run.init_from: {began or 'random weights'} -> {began_with}")
+    has_other_shape = any(change.startswith("model.") for change in changes)
+    if began_with != began and (began_with or has_other_shape):  # the shape is that of the weights
+        changes = [f"run.init_from: {began or 'random weights'} -> {began_with or 'random weights'}"]
     if changes:
-        advice = f"put them back, or {way_out}"
-        raise ConfigError(f"the run in {place} was made with other settings ({'; '.join(changes)}): {advice}")
+        made = f"the run in {place} was made with other settings ({'; '.join(changes)})"
+        raise ConfigError(f"{made}: put them back, or {way_out}")
 
 
 def rng_tensors(device: torch.device) -> dict[str, torch.Tensor]:

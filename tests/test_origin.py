@@ -136,14 +136,14 @@ def test_weights_that_do_not_go_with_the_run_are_refused_before_anything_is_writ
 def test_a_resume_that_does_not_name_the_weights_it_has_its_shape_from_is_told_what_to_pass(
     weights, text, tmp_path, source
 ):
-    source, said = (BASE, BASE) if source == "Hub" else (weights, f"FOLDER, the one called {weights.name}")
+    source = BASE if source == "Hub" else weights
     output = tmp_path / "output"
     trained(text, output, source)
     config = configured(text, output, steps=8).model_copy(update={"model": SmolLM2Config()})
-    told = f"weights of {origin_name(source)} and has their shape: pass --set run.init_from={said}, again"
+    told = rf"\(run.init_from: {origin_name(source)} -> random weights\): put them back, or"
     with pytest.raises(ConfigError, match=told) as error:
         train(config, Reporter())
-    assert "hidden_size" not in str(error.value) and f"--output_dir {output} began" in str(error.value)
+    assert "hidden_size" not in str(error.value) and f"--output_dir {output} was" in str(error.value)
 
 
 def test_the_command_scores_a_checkpoint_as_its_run_did(text, tmp_path, capsys):
