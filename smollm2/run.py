@@ -208,9 +208,8 @@ def _open(config: RunConfig, device: torch.device, reporter: Reporter, is_first:
     if is_first:
         if state.step < steps:  # else nothing more will be written
             each = training_bytes(config.model, train.optimizer) + len(tokenizer.raw)
-            kept = (
-                train.keep_last + 2 + bool(train.continue_steps)
-            )  # the best, the one being written, a final
+            # besides the last ones: the best, the one being written, and the final ones
+            kept = train.keep_last + 2 + bool(train.continue_steps)
             check_space(checkpoint_dir, each, kept, say)
         replace_durably(output_dir / "config.yaml", config.to_yaml().encode())
         logs = Logs(output_dir / "logs", state.log_lines)
