@@ -12,11 +12,7 @@ FLAGS = {
     "input_file": ("data.input_file", str, "text to train on (default input.txt)"),
     "output_dir": ("run.output_dir", str, "where checkpoints and logs go (default output)"),
     "max_steps": ("train.max_steps", int, "optimizer steps of the first phase"),
-    "continue_steps": (
-        "train.continue_steps",
-        int,
-        "further steps, resumed from the first phase's checkpoint",
-    ),
+    "continue_steps": ("train.continue_steps", int, "further steps, resumed from the first phase's file"),
     "drive_dir": ("run.drive_dir", str, "a second place for checkpoints, e.g. a mounted Google Drive folder"),
     "resume": ("run.resume", str, "auto (default): continue what is there; never: move it aside, start anew"),
     "seed": ("train.seed", int, "seed of weights and data order"),

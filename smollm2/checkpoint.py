@@ -175,16 +175,13 @@ def newest_usable(
             say(f"checkpoint {path.name} is not usable: {error}; trying the one before")
             continue
         if strays:
-            say(
-                f"checkpoint {path.name}: not in its manifest, so never read: {', '.join(sorted(strays)[:5])}"
-            )
+            names = ", ".join(sorted(strays)[:5])
+            say(f"checkpoint {path.name}: not in its manifest, so never read: {names}")
         return manifest
     if folders:
-        places = " and ".join(sorted({str(path.parent) for path in folders}))
+        found = f"{len(folders)} checkpoint(s) in {' and '.join(sorted({str(p.parent) for p in folders}))}"
         advice = "repair or move them, or pass --resume never to start anew"
-        raise NoUsableCheckpoint(
-            f"{len(folders)} checkpoint(s) in {places}, none usable (reasons above): {advice}"
-        )
+        raise NoUsableCheckpoint(f"{found}, none usable (reasons above): {advice}")
     return None
 
 

@@ -232,9 +232,7 @@ def newest_on_drive(
             raise kind(f"{flag}: {explain(error)}; {advice}") from None
         say(f"{flag}: {explain(error)}; continuing with what is on this machine")
     if other := drive_folder.other_writer(Path(drive_dir)):
-        say(
-            f"warning: {flag}: {other}; if that run still goes on, stop one of the two: they do the same work"
-        )
+        say(f"warning: {flag}: {other}; if it still trains, stop one of the two: they do the same work")
     if len({entry.manifest.run_id for entry in here + there if entry.manifest}) > 1:
         raise ConfigError(f"{flag} holds checkpoints of another run; choose another folder for this one")
 

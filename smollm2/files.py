@@ -89,9 +89,8 @@ def replace_durably(path: str | Path, data: bytes) -> None:
     fsync_folder(path.parent)
 
 
-Content = (
-    bytes | Callable[[Path], None]
-)  # of a file: its bytes, or a function that writes the path it is given
+# of a file: its bytes, or a function that writes the path it is given
+Content = bytes | Callable[[Path], None]
 
 
 def commit_folder(

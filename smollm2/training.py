@@ -184,9 +184,7 @@ class TrainingLoop(pl.LightningModule):
 
     def log_skip(self, reason: str) -> None:
         step, position = self.state.step, self.state.position - 1
-        self.run.say(
-            f"step {step}: update skipped ({reason}): it does not count, batch {position} is used up"
-        )
+        self.run.say(f"step {step}: update skipped ({reason}); batch {position} is used up all the same")
         self.record(logs.CHECKPOINTS, event="skipped", position=position, reason=reason)
 
     def log_epoch(self, loss: float, is_applied: bool) -> None:

@@ -55,9 +55,7 @@ def check_workers(place: PlaceConfig, gpus: int) -> None:
         asked = f"--devices {place.devices} x --num_nodes {place.num_nodes} = {world}"
         raise ConfigError(f"{by} started {started} processes, but {asked}: processes on a machine x machines")
     if 0 < gpus < place.devices:
-        raise ConfigError(
-            f"--devices {place.devices}: this machine has {gpus} GPU(s); expected at most {gpus}"
-        )
+        raise ConfigError(f"--devices {place.devices}: this machine has {gpus} GPU(s); expected no more")
 
 
 def announce_open(output_dir: Path) -> None:
