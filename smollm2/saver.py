@@ -79,9 +79,10 @@ class Saver:
     def wait(self, for_step: int | None = None) -> None:
         """Until nothing is being written. Raises what must stop the run, and `OutputLost` when the last save
         was to be that `for_step` and did not come about."""
-        writing, self._writing = self._writing, None
-        if writing:
-            writing.result()
+        if self._writing:  # a Ctrl-C while it waits here leaves it set: `close` waits again
+            error, self._writing = self._writing.exception(), None
+            if error:
+                raise error
         if for_step is not None and (self.newest is None or self.newest.step != for_step):
             lost = f"step {for_step} could not be saved in {self.folder} (reason above); {self.last_good()}"
             raise OutputLost(f"{lost}: free or repair the disk and run the same command again")

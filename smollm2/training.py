@@ -288,7 +288,8 @@ def train(config: RunConfig, reporter: Reporter | None = None) -> TrainResult:
     ):
         for target, final_name in run.phases_to_do():
             if run.step == target:
-                run.saver.copy_newest(final_name)
+                if run.is_first_worker:
+                    run.saver.copy_newest(final_name)
             elif signals.received is None:
                 run_phase(run, target, final_name, signals, result)
         return complete_result(result, run, signals.received, time.monotonic() - began)
