@@ -13,9 +13,8 @@ from smollm2.config import SmolLM2Config
 from smollm2.model import SmolLM2
 from smollm2.progress import Reporter
 
-if (
-    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-):  # a shell that runs the tests in the background ignores Ctrl-C for all its children
+# a shell that runs the tests in the background ignores Ctrl-C for all its children
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(
@@ -28,10 +27,8 @@ def pytest_runtest_makereport(item, call):
     """With SMOLLM2_NO_SKIPS, as in CI, a test that does not run has not passed."""
     report = (yield).get_result()
     if report.skipped and os.environ.get("SMOLLM2_NO_SKIPS") and not hasattr(report, "wasxfail"):
-        report.outcome, report.longrepr = (
-            "failed",
-            f"skipped where every test is meant to run: {report.longrepr}",
-        )
+        report.outcome = "failed"
+        report.longrepr = f"skipped where every test is meant to run: {report.longrepr}"
 
 
 @pytest.fixture(scope="session")
@@ -48,15 +45,9 @@ def test_data() -> Path:
 def tiny_config(**changes) -> SmolLM2Config:
     """A network of a few thousand parameters with every feature of the real one (3 query heads to a key/value head)."""
     fields = {
-        "vocab_size": 97,
-        "hidden_size": 48,
-        "intermediate_size": 80,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 160,
-        "initializer_range": 0.1,
-    }
+        "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 6,
+        "num_key_value_heads": 2, "max_position_embeddings": 160, "initializer_range": 0.1,
+    }  # fmt: skip
     return SmolLM2Config(**(fields | changes))
 
 

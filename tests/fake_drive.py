@@ -37,18 +37,9 @@ class FakeDrive:
         duplicate_rate=0.0, upload_seconds=(0.0, 0.0), quota=None, scale=1.0,
     ):  # fmt: skip
         self.mount, self.root, self.random = root, root / "MyDrive" / "run", random.Random(seed)
-        self.in_order, self.tells_uploads, self.fault_rate, self.stale_rate = (
-            in_order,
-            tells_uploads,
-            fault_rate,
-            stale_rate,
-        )
-        self.duplicate_rate, self.upload_seconds, self.quota, self.scale = (
-            duplicate_rate,
-            upload_seconds,
-            quota,
-            scale,
-        )
+        self.in_order, self.tells_uploads, self.fault_rate = in_order, tells_uploads, fault_rate
+        self.stale_rate, self.duplicate_rate, self.upload_seconds = stale_rate, duplicate_rate, upload_seconds
+        self.quota, self.scale = quota, scale
         self.tree: dict[str, bytes | None] = {str(self.root.parent): None}
         self.server: dict[str, bytes | None] = {}
         self.queue: list[tuple[float, str, str, bytes | None]] = []  # (not before, what, path, content)
@@ -57,7 +48,6 @@ class FakeDrive:
         self.bad_until, self.bad_errno = 0.0, 0
         self.stale_until: dict[str, float] = {}
         self.ghosts: set[str] = set()  # deleted by a machine that died before that was uploaded
-        self.errors_raised: set[int] = set()
         self.lock = threading.RLock()
 
     # --- time and faults
@@ -78,7 +68,6 @@ class FakeDrive:
             self._fail(self.bad_errno)
 
     def _fail(self, number: int) -> None:
-        self.errors_raised.add(number)
         raise OSError(number, os.strerror(number))
 
     # --- uploads
@@ -129,8 +118,7 @@ class FakeDrive:
     # --- the machine dies, another one mounts the same Drive
 
     def next_machine(self, renames: bool = True) -> None:
-        """Uploads in flight are lost (out of order: some of them), the cache is gone, names come back
-        changed."""
+        """Uploads in flight are lost (out of order: some), the cache is gone, names come back changed."""
         blocked: set[str] = set()
         for job in [] if self.in_order else list(self.queue):
             if job[2] in blocked or self.random.random() < 0.5:
@@ -145,10 +133,11 @@ class FakeDrive:
                 self._rename(str(self.root / name), str(self.root / other))
         self.ghosts = {path for path, content in self.server.items() if content and not self.tree.get(path)}
         self.tree = {str(self.root.parent): None} | dict(self.server)
-        stale = [
-            path for path, content in self.tree.items() if content and self.random.random() < self.stale_rate
-        ]
-        self.stale_until = {path: self.now + self.random.uniform(0, 9) * self.scale for path in stale}
+        self.stale_until = {
+            path: self.now + self.random.uniform(0, 9) * self.scale
+            for path, content in self.tree.items()
+            if content and self.random.random() < self.stale_rate
+        }
 
     def _rename(self, old: str, new: str) -> None:
         for view in (self.server, self.tree):
@@ -221,8 +210,7 @@ class FakeDrive:
     # --- putting it in place
 
     def install(self, monkeypatch, tmp_path: Path) -> None:
-        """Make `smollm2.drive_folder` see this Drive under its mount point, and the real disk everywhere
-        else."""
+        """Make `smollm2.drive_folder` see this Drive under its mount point, and the real disk elsewhere."""
 
         def call(name: str, real):
             def either(path, *rest):
@@ -235,21 +223,16 @@ class FakeDrive:
             return either
 
         def is_folder(path) -> bool:
-            return (
-                self.tree.get(str(path), b"") is None
-                if Path(path).is_relative_to(self.mount)
-                else os.path.isdir(path)
-            )
+            is_ours = Path(path).is_relative_to(self.mount)
+            return self.tree.get(str(path), b"") is None if is_ours else os.path.isdir(path)
 
         calls = {name: call(name, getattr(os, name, None)) for name in CALLS}
         calls |= {"path": SimpleNamespace(isdir=is_folder, abspath=os.path.abspath), "getpid": os.getpid}
         calls |= {"fsync": lambda descriptor: self._op()}
         monkeypatch.setattr(drive_folder, "os", SimpleNamespace(**calls))
         monkeypatch.setattr(drive_folder, "open", call("open", open), raising=False)
-        usage = call("disk_usage", shutil.disk_usage)
-        monkeypatch.setattr(
-            drive_folder, "shutil", SimpleNamespace(copyfileobj=shutil.copyfileobj, disk_usage=usage)
-        )
+        disk = {"copyfileobj": shutil.copyfileobj, "disk_usage": call("disk_usage", shutil.disk_usage)}
+        monkeypatch.setattr(drive_folder, "shutil", SimpleNamespace(**disk))
         monkeypatch.setattr(drive_folder, "MOUNT_POINT", self.mount)
         self.table = tmp_path / "mounts"
         monkeypatch.setattr(drive_folder, "MOUNTS_TABLE", self.table)

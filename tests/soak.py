@@ -48,6 +48,8 @@ PHASES = ("start-up", "training", "saving", "validation", "exit")
 STEPS = 120
 BEYOND = 1.15  # kill times reach beyond the expected end, so that the very end is hit and a run can finish
 KILLS_A_RUN = 8
+IMPORT_SECONDS = 8
+STATE_FILES = ("model.safetensors", "optim.safetensors", "state.json")
 
 
 class Difference(AssertionError):
@@ -70,16 +72,12 @@ def small_config(text: Path, output_dir: Path, accumulation: int = 1, **train) -
         "val_max_tokens": None, "sample_every": 30, "sample_tokens": 3, "save_every": 10, "save_every_seconds": None, "precision": "fp32",
     }  # fmt: skip
     shape = {
-        "vocab_size": 300,
-        "hidden_size": 24,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 3,
-        "num_key_value_heads": 1,
-    }
+        "vocab_size": 300, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3,
+        "num_key_value_heads": 1, "max_position_embeddings": 64,
+    }  # fmt: skip
     return RunConfig(
         preset="nano",
-        model=SmolLM2Config(**shape, max_position_embeddings=64),
+        model=SmolLM2Config(**shape),
         data=DataConfig(input_file=str(text), sequence_length=16, tokenizer_vocab_size=300),
         train=TrainConfig(**(settings | train)),
         run=PlaceConfig(output_dir=str(output_dir)),
@@ -91,27 +89,19 @@ def small_config(text: Path, output_dir: Path, accumulation: int = 1, **train) -
 
 def log_events(path: Path) -> list[dict[str, str]]:
     """The lines of a log without their timestamps; torn lines are an error."""
-    if not path.exists():
-        return []
-    return [
-        {k: v for k, v in parse_line(line).items() if k != "time"}
-        for line in path.read_text().splitlines(keepends=True)
-    ]
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [{key: value for key, value in parse_line(line).items() if key != "time"} for line in lines]
 
 
 def outcome(output_dir: Path) -> dict[str, object]:
     """Hashes of the final folders and the logs, as they are: neither repeated nor lost lines are forgiven."""
-    found: dict[str, object] = {}
-    for name in FINAL_NAMES:
-        folder = output_dir / "checkpoints" / name
+    found: dict[str, object] = {
+        name: log_events(output_dir / "logs" / name) for name in (TRAINING, SAMPLES, EPOCHS)
+    }
+    for folder in (output_dir / "checkpoints" / name for name in FINAL_NAMES):
         if folder.exists():
             verify(folder)
-            found |= {
-                f"{name}/{f}": sha256_file(folder / f)
-                for f in ("model.safetensors", "optim.safetensors", "state.json")
-            }
-    for name in (TRAINING, SAMPLES, EPOCHS):
-        found[name] = log_events(output_dir / "logs" / name)
+            found |= {f"{folder.name}/{file}": sha256_file(folder / file) for file in STATE_FILES}
     return found
 
 
@@ -183,12 +173,12 @@ def _instrument(board: Blackboard, drop_tokens: bool) -> None:
     training.TrainingLoop.training_step = step
 
 
+def nothing() -> None:
+    """No sabotage."""
+
+
 def start(
-    config: RunConfig,
-    board: Blackboard,
-    log: Path,
-    drop_tokens: bool = True,
-    sabotage: Callable[[], None] | None = None,
+    config: RunConfig, board: Blackboard, log: Path, drop_tokens: bool = True, sabotage: Callable = nothing
 ) -> int:
     """Fork a child that trains as `config` says; returns its pid. Its exit code is that of the command line."""
     sys.stdout.flush()
@@ -202,8 +192,7 @@ def start(
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         _instrument(board, drop_tokens)
-        if sabotage:
-            sabotage()
+        sabotage()
         result = training.train(config, Reporter())
         code = 128 + result.stopped_by if result.stopped_by else 0
     except BaseException as error:  # the child must never return into the parent's code
@@ -252,31 +241,21 @@ def reference(config: RunConfig, log: Path, drop_tokens: bool = True) -> Referen
 class Soak:
     """Counts kills by phase over many runs."""
 
-    def __init__(
-        self,
-        folder: Path,
-        seed: int = 0,
-        sabotage: Callable[[], None] | None = None,
-        drop_tokens: bool = True,
-    ):
-        self.folder, self.rng, self.sabotage, self.drop_tokens = (
-            folder,
-            random.Random(seed),
-            sabotage,
-            drop_tokens,
-        )
+    def __init__(self, folder: Path, seed: int = 0, sabotage: Callable = nothing):
+        self.folder, self.rng, self.sabotage = folder, random.Random(seed), sabotage
         self.kills: Counter[str] = Counter()
         self.runs = self.multi = 0
         self.board = Blackboard()
 
-    def disturbed_run(
-        self, config: RunConfig, undisturbed: Reference, max_kills: int, multi: bool = False
-    ) -> int:
+    def start(self, config: RunConfig, log: Path) -> int:
+        return start(config, self.board, log, sabotage=self.sabotage)
+
+    def disturbed_run(self, config: RunConfig, undisturbed: Reference, max_kills: int, multi=False) -> int:
         """One run, killed up to `max_kills` times, then compared; returns the number of kills."""
         output_dir = Path(config.run.output_dir)
         log, killed, step = self.folder / f"{output_dir.name}.log", 0, 0
         while True:
-            pid = start(config, self.board, log, self.drop_tokens, self.sabotage)
+            pid = self.start(config, log)
             if killed >= max_kills:
                 code = wait(pid)
             elif self.rng.random() < 0.25:
@@ -309,7 +288,7 @@ class Soak:
         after = newest_verified_step(output_dir)
         if after < before:
             raise Difference(
-                f"{output_dir.name}: before the kill step {before} was safe, after it only {after}"
+                f"{output_dir.name}: step {before} was safe before the kill, after it only {after}"
             )
         return 1
 
@@ -317,7 +296,7 @@ class Soak:
         """Two or three kills in a row, each within the first step after the resume."""
         times, killed = self.rng.choice((2, 3)), 0
         for _ in range(times):
-            pid = start(config, self.board, log, self.drop_tokens, self.sabotage)
+            pid = self.start(config, log)
             code = wait(pid, until=lambda: self.board.read()[1] > 0)
             if code is not None:
                 return killed  # there was no step left to take
@@ -327,36 +306,31 @@ class Soak:
         return killed
 
 
-def fresh_run(
-    config: RunConfig,
-    expected: dict[str, object],
-    folder: Path,
-    rng: random.Random,
-    seconds: float,
-    max_kills: int,
-) -> int:
-    """As `Soak.disturbed_run`, with a new interpreter and the real command line for every start."""
-    path, killed, output_dir = folder / "config.yaml", 0, Path(config.run.output_dir)
+def command_line(config: RunConfig, *flags: str, stderr: int = subprocess.STDOUT) -> subprocess.Popen:
+    """`colab_train.py` in an interpreter of its own, with this configuration; its lines come through a pipe."""
+    path = Path(f"{config.run.output_dir}.yaml")
     path.write_text(config.to_yaml())
-    command = [sys.executable, "colab_train.py", "--config", str(path)]
-    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    command = [sys.executable, "-u", "colab_train.py", "--config", str(path), *flags]
+    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
+    pipes = {"stdout": subprocess.PIPE, "stderr": stderr, "text": True}
+    return subprocess.Popen(command, cwd=Path(__file__).parents[1], env=environment, **pipes)
+
+
+def fresh_run(config: RunConfig, undisturbed: Reference, rng: random.Random, max_kills: int) -> int:
+    """As `Soak.disturbed_run`, with a new interpreter and the real command line for every start."""
+    killed, output_dir, most = 0, Path(config.run.output_dir), BEYOND * (undisturbed.seconds + IMPORT_SECONDS)
     while True:
-        with open(folder / "fresh.log", "ab") as log:
-            process = subprocess.Popen(
-                command, cwd=Path(__file__).parents[1], env=environment, stdout=log, stderr=log
-            )
-            try:
-                code = process.wait(rng.uniform(0, BEYOND * seconds) if killed < max_kills else 300)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-                killed += 1
-                continue
-        if code != 0:
-            raise Difference(
-                f"colab_train.py ended with {code}:\n{(folder / 'fresh.log').read_text()[-1500:]}"
-            )
-        compare(output_dir, expected)
+        process = command_line(config)
+        try:
+            said, _ = process.communicate(timeout=rng.uniform(0, most) if killed < max_kills else 300)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            killed += 1
+            continue
+        if process.returncode:
+            raise Difference(f"colab_train.py ended with {process.returncode}:\n{said[-1500:]}")
+        compare(output_dir, undisturbed.expected)
         shutil.rmtree(output_dir)
         return killed
 
@@ -387,11 +361,7 @@ def break_random_state() -> None:
 
 def break_optimizer_state() -> None:
     _forget(
-        lambda model, state, moments: (
-            model,
-            state,
-            {name: torch.zeros_like(t) for name, t in moments.items()},
-        )
+        lambda model, state, moments: (model, state, {n: torch.zeros_like(t) for n, t in moments.items()})
     )
 
 
@@ -418,13 +388,11 @@ SABOTAGES = {
 }
 
 
-def caught(
-    sabotage: Callable[[], None], text: Path, folder: Path, undisturbed: Reference, kills: int = 40
-) -> str | None:
+def caught(name: str, text: Path, folder: Path, undisturbed: Reference, kills: int = 40) -> str | None:
     """What the harness found with something broken on purpose; None when it noticed nothing (then it is worthless)."""
-    soak = Soak(folder, seed=1, sabotage=sabotage)
+    soak = Soak(folder, seed=1, sabotage=SABOTAGES[name])
     try:
-        while sum(soak.kills.values()) < kills:
+        while soak.kills.total() < kills:
             soak.disturbed_run(small_config(text, folder / "sabotaged"), undisturbed, KILLS_A_RUN)
     except Difference as difference:
         shutil.rmtree(folder / "sabotaged", ignore_errors=True)
@@ -432,91 +400,57 @@ def caught(
     return None
 
 
+def soak_all(
+    folder: Path, text: Path, kills: int, multi: int, fresh: int, seed: int = 0
+) -> dict[int, Reference]:
+    """So many kills of each kind, over one micro-batch and over four a step. Raises `Difference`; returns the
+    undisturbed runs."""
+    began, soak, number = time.monotonic(), Soak(folder, seed), 0
+    undisturbed = {
+        micro: reference(
+            small_config(text, folder / f"undisturbed-{micro}", micro), folder / "undisturbed.log"
+        )
+        for micro in (1, 4)
+    }
+
+    def tell(what: str) -> None:
+        print(f"{what}: 0 differences ({time.monotonic() - began:.0f} s)", flush=True)
+
+    while soak.kills.total() < kills or soak.multi < multi:
+        micro, doubled = (1, 4)[number % 2], soak.kills.total() >= kills
+        config = small_config(text, folder / f"run-{number}", micro)
+        soak.disturbed_run(config, undisturbed[micro], KILLS_A_RUN, doubled)
+        number += 1
+    tell(
+        f"{soak.kills.total()} kills {dict(soak.kills)}, of them {soak.multi} double or triple, in {soak.runs} runs"
+    )
+    if fresh:
+        rng, killed = random.Random(seed), 0
+        plain = reference(small_config(text, folder / "plain"), folder / "plain.log", drop_tokens=False)
+        while killed < fresh:
+            killed += fresh_run(small_config(text, folder / "fresh"), plain, rng, fresh - killed)
+        tell(f"{killed} kills of fresh interpreters")
+    return undisturbed
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200, help="in forked runs")
-    parser.add_argument(
-        "--fresh", type=int, default=0, help="kills of whole interpreters running colab_train.py"
-    )
-    parser.add_argument(
-        "--multi",
-        type=int,
-        default=0,
-        nargs="?",
-        const=50,
-        help="double and triple kills in the first step after a resume",
-    )
-    parser.add_argument(
-        "--accumulation", default="1,4", help="micro-batches of one step, one run each in turn"
-    )
+    parser.add_argument("--fresh", type=int, default=0, help="of whole interpreters running colab_train.py")
+    parser.add_argument("--multi", type=int, default=0, help="double and triple ones, right after a resume")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no_negative", action="store_true", help="leave out the test of the harness itself")
     args = parser.parse_args()
     torch.set_num_threads(1)  # and no parallel region before a fork: a child of a threaded parent may hang
-    accumulations = [int(word) for word in args.accumulation.split(",")]
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
-        folder = Path(name)
-        text = small_text(folder / "text.txt")
-        undisturbed = {
-            a: reference(small_config(text, folder / f"reference-{a}", a), folder / "reference.log")
-            for a in accumulations
-        }
-        epochs = len(undisturbed[accumulations[0]].expected[EPOCHS])
-        print(
-            f"undisturbed: {STEPS} steps, {epochs} epochs, {undisturbed[accumulations[0]].seconds:.1f} s",
-            flush=True,
+        text = small_text(Path(name, "text.txt"))
+        undisturbed = soak_all(Path(name), text, args.kills, args.multi, args.fresh, args.seed)
+        found = (
+            {} if args.no_negative else {s: caught(s, text, Path(name), undisturbed[1]) for s in SABOTAGES}
         )
-        started, soak, number = time.monotonic(), Soak(folder, args.seed), 0
-        for multi, wanted in ((False, args.kills), (True, args.multi)):
-            soak.kills.clear()
-            soak.runs = 0
-            while (soak.multi if multi else sum(soak.kills.values())) < wanted:
-                accumulation = accumulations[number % len(accumulations)]
-                budget = KILLS_A_RUN if multi else min(KILLS_A_RUN, wanted - sum(soak.kills.values()))
-                soak.disturbed_run(
-                    small_config(text, folder / f"run-{number}", accumulation),
-                    undisturbed[accumulation],
-                    budget,
-                    multi,
-                )
-                number += 1
-            if wanted:
-                what = f"{soak.multi} double or triple kills after a resume, " if multi else ""
-                print(
-                    f"{what}{sum(soak.kills.values())} kills {dict(soak.kills)} in {soak.runs} runs: 0 differences ({time.monotonic() - started:.0f} s)",
-                    flush=True,
-                )
-        if args.fresh:
-            rng, killed = random.Random(args.seed), 0
-            plain = reference(
-                small_config(text, folder / "plain"), folder / "reference.log", drop_tokens=False
-            )
-            while killed < args.fresh:
-                killed += fresh_run(
-                    small_config(text, folder / "fresh"),
-                    plain.expected,
-                    folder,
-                    rng,
-                    plain.seconds + 8,
-                    args.fresh - killed,
-                )
-            print(
-                f"{killed} kills of fresh interpreters: 0 differences ({time.monotonic() - started:.0f} s)",
-                flush=True,
-            )
-        if not args.no_negative:
-            base = undisturbed.get(1) or reference(
-                small_config(text, folder / "reference"), folder / "reference.log"
-            )
-            found = {name: caught(sabotage, text, folder, base) for name, sabotage in SABOTAGES.items()}
-            for name, what in found.items():
-                print(
-                    f"broken on purpose, {name}: {'caught: ' + what[:120] if what else 'NOT CAUGHT'}",
-                    flush=True,
-                )
-            if not all(found.values()):
-                return 1
-    return 0
+    for what, difference in found.items():
+        print(f"broken on purpose, {what}: {f'caught: {difference[:120]}' if difference else 'NOT CAUGHT'}")
+    return int(not all(found.values()))
 
 
 if __name__ == "__main__":

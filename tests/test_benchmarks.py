@@ -1,5 +1,4 @@
-"""The benchmarks' promises: rows beside a peer, and a script for a borrowed GPU that must not fail there for
-the first time."""
+"""The benchmarks' promises: rows beside a peer, and a script for a borrowed GPU that cannot fail there only."""
 
 from __future__ import annotations
 
@@ -34,6 +33,7 @@ def shown(tmp_path_factory) -> dict[tuple[str, str], dict]:
     return lines(out)
 
 
+@pytest.mark.slow
 def test_every_item_for_a_borrowed_gpu_has_its_lines_and_none_failed(shown):
     assert {item for item, case in shown if case == "whole"} == set(gpu.ITEMS)
     assert {item for item, case in shown if case != "whole"} == set(gpu.ITEMS)
@@ -42,6 +42,7 @@ def test_every_item_for_a_borrowed_gpu_has_its_lines_and_none_failed(shown):
         assert {"device", "python", "torch", "cuda", "transformers", "pytorch_lightning"} <= set(line), key
 
 
+@pytest.mark.slow
 def test_ours_is_as_exact_as_transformers(shown):
     assert shown["exactness", "fp64"]["logits_beside_theirs"] < 1e-6
     for dtype, bound in (("fp32", 1e-5), ("bf16", 0.02), ("fp16", 0.003)):
@@ -51,6 +52,7 @@ def test_ours_is_as_exact_as_transformers(shown):
     assert shown["exactness", "greedy, fp32"]["equal"]
 
 
+@pytest.mark.slow
 def test_planted_faults_are_seen_and_survived(shown):
     assert shown["t4", "fp16 beside bf16"]["within_0_02"]
     overflow = shown["t4", "a scale of 2^30"]
@@ -61,6 +63,7 @@ def test_planted_faults_are_seen_and_survived(shown):
     assert shown["long", "whole run"]["steps"] == shown["long", "whole run"]["planned_steps"]
 
 
+@pytest.mark.slow
 def test_every_way_to_decode_gives_the_same_tokens(shown):
     found = {case: line for (item, case), line in shown.items() if item == "decoding" and case != "whole"}
     ways = {case: line["same_tokens"] for case, line in found.items()}
@@ -89,9 +92,8 @@ def test_an_item_that_fails_is_a_line_and_the_next_one_runs(item, tmp_path, monk
     items = {item.__name__: gpu.Item(item, cap, 0), "fine": gpu.Item(lambda bench: None, 5, 0)}
     monkeypatch.setattr(gpu, "ITEMS", items | {"costly": gpu.Item(None, 9000, 9000)})
     monkeypatch.setattr(gpu, "make_tokenizer", lambda *args: None)
-    assert (
-        gpu.main(["--tiny", "--out", str(tmp_path / "out"), "--items", f"{item.__name__},fine,costly"]) == 0
-    )
+    names = f"{item.__name__},fine,costly"
+    assert gpu.main(["--tiny", "--out", str(tmp_path / "out"), "--items", names]) == 0
     found = lines(tmp_path / "out")
     expected = {
         dies: "died with exit code -9",

@@ -74,15 +74,6 @@ def test_colab_module_starts_before_anything_is_installed_and_without_what_only_
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def test_doctor_says_precision_and_why(capsys, monkeypatch):
-    monkeypatch.delenv("COLAB_RELEASE_TAG", raising=False)
-    rows = colab.doctor()
-    name, reason = rows["precision"].split(":")
-    assert rows["torch"] == torch.__version__ and name in ("fp32", "bf16", "fp16") and len(reason) > 10
-    assert rows["Colab"] == "no" and "not mounted" in rows["Drive"]
-    assert len(capsys.readouterr().out.splitlines()) == len(rows) <= 25
-
-
 # --- Drive and secrets --------------------------------------------------------------------------------------------
 
 
@@ -161,8 +152,8 @@ def test_a_secret_comes_from_the_panel_or_the_environment_or_is_none_with_a_reas
 
 def test_a_check_prints_difference_and_tolerance_and_fails_with_the_likely_mistake(capsys):
     lesson.check("norms", torch.tensor([1e-7, -3e-6]), 1e-5)
-    lesson.check("weights", torch.zeros(3))
-    said = "✔ norms: max|difference| = 3e-06 (tolerance 1e-05)\n✔ weights: max|difference| = 0 (exact)\n"
+    lesson.check("no file is missing", np.int64(0))
+    said = "✔ norms: max|difference| = 3e-06 (tolerance 1e-05)\n✔ no file is missing\n"
     assert capsys.readouterr().out == said
     with pytest.raises(lesson.CheckFailed, match=r"norms: .* = 0.5 \(tolerance 1e-05\). Likely: eps outside"):
         lesson.check("norms", -0.5, 1e-5, likely="eps outside")
@@ -171,16 +162,6 @@ def test_a_check_prints_difference_and_tolerance_and_fails_with_the_likely_mista
     assert capsys.readouterr().out.startswith("✔ a planted bug: found. ✘ finite")
     with pytest.raises(lesson.CheckFailed, match="proves nothing"):
         lesson.check_fails("bug", lambda: lesson.check("x", 0.0))
-
-
-def test_a_check_of_counts_or_of_a_yes_or_no_prints_its_name_alone(capsys):
-    for nothing in (0, False, np.int64(0), np.zeros(3, np.uint16), torch.zeros(2, dtype=torch.bool)):
-        lesson.check("no file is missing", nothing)
-        assert capsys.readouterr().out == "✔ no file is missing\n"
-        with pytest.raises(
-            lesson.CheckFailed, match=r"^✘ no file is missing: not so, off by 1\. Likely: typo$"
-        ):
-            lesson.check("no file is missing", nothing + 1, likely="typo")
 
 
 GUESSES = [(100, 105, 1), (60, 100, 0.5), (300, 100, 0), ("Gate ", "gate", 1), ("up", "gate", 0), (0, 0, 1)]
@@ -196,12 +177,10 @@ def test_predictions_are_scored(guess, answer, points, capsys):
 
 
 def test_an_open_prediction_gives_nothing_away_and_can_be_answered_later(capsys):
-    for guess, words in ((None, "No guess yet"), ("?", "No guess yet"), ("a lot", "no number")):
+    for guess, words in ((None, "No guess yet"), ("a lot", "no number")):
         lesson.predict("how many tokens?", guess, 47117.3, why="secret reason")
         out = capsys.readouterr().out
         assert words in out and not re.search("47,?117|secret", out)
-    lesson.predict("how many tokens?", 47000, 47117.3, unit="tokens")
-    assert "You said 47,000 tokens; it is 47,117 tokens: right" in capsys.readouterr().out
 
 
 # --- figures and widgets ------------------------------------------------------------------------------------------
@@ -234,7 +213,6 @@ def test_a_panel_redraws_at_the_ends_of_every_control_and_hides_no_error():
         seen.add(picture.value)
     assert len(seen) == 4 and all(value.startswith("<img alt=") for value in seen)
     part = widgets.slider("part", 0, 1, 0.5, 0.1)
-    assert not part.continuous_update and not height.continuous_update, "a control reports when released"
     widgets.panel(lambda part: line(1) if part < 1 else 1 / 0, part=part)
     with pytest.raises(ZeroDivisionError):
         part.value = 1
@@ -250,7 +228,5 @@ def test_a_live_panel_and_its_figure_are_one_output_so_that_nobody_sees_both(mon
     assert shown[0][plots.WIDGET_VIEW]["model_id"] == widgets.live.pop().model_id
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("explore(...)")])
     notebook.cells[0].outputs = [nbformat.v4.new_output("display_data", shown[0])]
-    page = nbconvert.HTMLExporter().from_notebook_node(notebook)[0]  # where no widget can live
-    body = page.split("<body")[1]
-
+    body = nbconvert.HTMLExporter().from_notebook_node(notebook)[0].split("<body")[1]  # no widget lives there
     assert body.count('<img alt="A line from zero up to 4') == 1 and "widget-view" not in body

@@ -9,11 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from pydantic import ValidationError
 
 from smollm2.config import RunConfig, SmolLM2Config
-from smollm2.errors import CheckpointError, ConfigError
-from smollm2.settings import DOTTED, FIELDS, load_config, parse_override, preset_names, read_yaml
+from smollm2.errors import ConfigError
+from smollm2.settings import DOTTED, FIELDS, load_config, parse_override, read_yaml
 
 
 @pytest.fixture
@@ -27,12 +26,6 @@ def config_file(tmp_path):
 
 
 # --- reading --------------------------------------------------------------------------------------------------
-
-
-def test_every_preset_loads_and_says_its_name():
-    assert {"nano", "smollm2-135m", "smollm2-360m", "smollm2-1.7b"} <= set(preset_names())
-    for name in preset_names():
-        assert load_config(name).preset == name
 
 
 def test_the_135m_preset_is_the_official_pretraining_configuration(test_data):
@@ -54,9 +47,8 @@ def test_precedence_is_preset_then_file_then_set_then_flag(config_file):
 
 def test_a_file_may_name_its_preset_and_a_flag_beats_it(config_file):
     path = config_file("preset: smollm2-135m\n")
-    assert load_config(None, path) == load_config("smollm2-135m") and load_config(
-        "nano", path
-    ) == load_config("nano")
+    assert load_config(None, path) == load_config("smollm2-135m")
+    assert load_config("nano", path) == load_config("nano")
 
 
 def test_what_a_run_wrote_gives_the_same_configuration_again(config_file):
@@ -106,13 +98,6 @@ def test_from_another_folder_the_shipped_text_is_read_and_named_unless_one_was_a
     assert capsys.readouterr().out.count(f"text: {shipped}, which lies beside this program") == 1
 
 
-@pytest.mark.parametrize("text", ["3e-4", "3E-4", "3.0e-4", "+3e-04"])
-def test_scientific_notation_is_a_number_in_a_file_too(config_file, text):
-    """PyYAML alone reads 3e-4 as a word."""
-    config = load_config("nano", config_file(f"train:\n  learning_rate: {text}\n"))
-    assert config.train.learning_rate == 3e-4
-
-
 AS_TYPED = {
     "learning_rate=1e-3": 1e-3, "train.seed=010": 10, "model.tie_word_embeddings=false": False, "drive_dir=~": str(Path.home()),
     'prompts=["a, b: #c", "no"]': ("a, b: #c", "no"), "data.input_file=a=b.txt": "a=b.txt", "micro_batch_size=null": None,
@@ -131,81 +116,14 @@ def test_set_takes_a_value_as_it_is_typed_and_finds_its_section(text):
 def test_a_path_means_what_it_means_in_a_shell_wherever_it_is_written(config_file, monkeypatch):
     monkeypatch.setenv("HOME", "/home/x")
     in_file = load_config("nano", config_file("run: {output_dir: ~/runs}\n"))
-    by_set, by_flag = (
-        load_config("nano", None, ["output_dir=~/runs"]),
-        load_config("nano", **{"run.output_dir": "~/runs"}),
-    )
+    by_set = load_config("nano", None, ["output_dir=~/runs"])
+    by_flag = load_config("nano", **{"run.output_dir": "~/runs"})
     assert in_file == by_set == by_flag and by_flag.run.output_dir == "/home/x/runs"
     places = ("input_file", "dataset", "tokenizer", "init_from", "drive_dir")
     assert str(load_config("nano", None, [f"{key}=~/x" for key in places])).count("'/home/x/x'") == 5
 
 
 # --- mistakes -------------------------------------------------------------------------------------------------
-
-
-def fails(*args, **kwargs) -> str:
-    """The message of the `ConfigError` that loading must end in: one line, not a page."""
-    with pytest.raises(ConfigError) as caught:
-        load_config(*args, **kwargs)
-    message = str(caught.value)
-    assert "\n" not in message and len(message) < 500
-    return message
-
-
-SET_MISTAKES = {
-    "preset=smollm2-135m": "chosen by --preset", "train.lerning_rate=1": "did you mean 'train.learning_rate'",
-    "hiden_size=64": "did you mean", "train.learning_rate": "expected key=value", "=3": "expected key=value",
-    "train.learning_rate=fast": "train.learning_rate: ", "train.learning_rate=nan": "train.learning_rate: ",
-    "train.learning_rate=-1": "greater than 0", "train.batch_size=yes": "train.batch_size: ",
-    "train.batch_size=1.5": "train.batch_size: ", "train.batch_size=1:30": "train.batch_size: ",
-    "train.batch_size=": "train.batch_size: ", "train.batch_size=null": "train.batch_size: ",
-    "train.precision=fp8": "'fp32', 'bf16' or 'fp16'", "model.vocab_size=70000": "65536",
-    "model.num_key_value_heads=4": "not a multiple of num_key_value_heads 4",
-    "model.hidden_size=193": "not a multiple of num_attention_heads", "model.head_dim=31": "head_dim 31 is odd",
-    "train.micro_batch_size=5": "not a multiple of micro_batch_size 5", "run.devices=7": "not a multiple of 7 workers",
-    "data.sequence_length=100000": "exceeds model.max_position_embeddings",
-    "train.seed=" + "9" * 6000: "train.seed: ",  # more digits than Python converts
-    "train.prompts=[]": "train.prompts: ", "train.prompts=[a, b]": "expected a JSON list",
-    "train.prompts=" + "[" * 10**5: "expected a JSON list", "run.output_dir=\udcff": "not UTF-8",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("override", SET_MISTAKES, ids=lambda text: repr(text[:30]))
-def test_a_mistake_in_set_is_one_clear_line(override):
-    assert SET_MISTAKES[override] in fails("nano", None, [override])
-
-
-FILE_MISTAKES = {
-    "train:\n  learning_rat: 1\n": "unknown key 'train.learning_rat'; did you mean 'learning_rate'",
-    "trian:\n  seed: 1\n": "did you mean 'train'", "train:\n  seed: 1\n  seed: 2\n": "'seed' appears twice",
-    "train: 3\n": "train: ", "train:\n": "train: ", "train: {max_steps: yes}\n": "a boolean is no value for it",
-    "a: &x [1]\nb: *x\n": "aliases", "train:\n  <<: {seed: 1}\n": "not valid YAML", "- 1\n- 2\n": "found list",
-    "": "found NoneType", "1: 2\n": "the key 1 is not a word", "? [a]\n: 1\n": "not a word",
-    "[" * 10_000: "not valid YAML", "train:\n\tseed: 1\n": "not valid YAML", "--- 1\n--- 2\n": "not valid YAML",
-    "x: !!python/object/apply:os.system ['true']\n": "not valid YAML", "x: !!timestamp 2001-99-99\n": "not valid YAML",
-    "train:\n  learning_rate: .nan\n": "train.learning_rate: ", "preset: gpt\n": "unknown preset 'gpt'",
-    "preset: [nano]\n": "unknown preset", b"\xff\xfe\x00": "'utf-8' codec", b"seed: \x00\n": "not valid YAML",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("text", FILE_MISTAKES, ids=lambda text: repr(text)[:30])
-def test_a_mistake_in_a_file_is_one_clear_line_with_its_name(config_file, text):
-    path = config_file(text)
-    message = fails("nano", path)
-    assert FILE_MISTAKES[text] in message and (path in message or "YAML" not in message)
-
-
-def test_a_missing_file_and_an_unknown_preset_are_named(tmp_path):
-    assert "absent.yaml: no such file" in fails("nano", str(tmp_path / "absent.yaml"))
-    assert f"{tmp_path}: a folder" in fails("nano", str(tmp_path))
-    assert "did you mean 'smollm2-135m'" in fails("smolm2-135m") and "unknown preset" in fails("../../secret")
-
-
-def test_all_mistakes_are_reported_at_once():
-    message = fails("nano", None, ["train.batch_size=-1", "model.rms_norm_eps=0"])
-    assert "train.batch_size" in message and "model.rms_norm_eps" in message
-    with pytest.raises(ValidationError):
-        SmolLM2Config().hidden_size = 1  # none can be made later
 
 
 # --- config.json of transformers ------------------------------------------------------------------------------
@@ -234,24 +152,6 @@ def test_a_field_that_config_json_lacks_has_the_default_of_transformers():
     ours, theirs = SmolLM2Config.from_hf_dict({"model_type": "llama"}).model_dump(), LlamaConfig()
     theta = (getattr(theirs, "rope_parameters", None) or vars(theirs))["rope_theta"]  # transformers 5, 4
     assert ours == {name: theta if name == "rope_theta" else getattr(theirs, name) for name in ours}
-
-
-FOREIGN = [
-    *({"model_type": name} for name in ("gpt2", "")),
-    {"hidden_act": "gelu"}, {"attention_bias": True}, {"mlp_bias": True}, {"quantization_config": {"bits": 4}},
-    {"rope_scaling": {"rope_type": "yarn", "factor": 4}}, {"rope_scaling": {"type": "linear", "factor": 2}},
-    {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, {"rope_parameters": "all"}, {"rope_scaling": [1]},
-    {"vocab_size": 100000}, {"hidden_size": None}, {"hidden_size": "big"}, {"num_attention_heads": 0},
-    {"max_position_embeddings": 2**20}, {"rms_norm_eps": float("nan")}, {"bos_token_id": "x"},
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("change", FOREIGN, ids=str)
-def test_a_foreign_config_json_is_refused_by_name(change):
-    fields = SmolLM2Config().to_hf_dict() | change
-    with pytest.raises(CheckpointError, match=r"some/config\.json: ") as caught:
-        SmolLM2Config.from_hf_dict(fields, "some/config.json")
-    assert next(iter(change)) in str(caught.value)
 
 
 IDS = [(2, 2), ([5, 6], 5), ([], None), (None, None), (-1, None), ([-1], None)]

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
-from smollm2 import saver
-from smollm2.checkpoint import FINAL_NAMES, MANIFEST, candidates, newest_usable, step_name, verify
+from smollm2.checkpoint import FINAL_NAMES, MANIFEST, candidates, newest_usable, step_name
 from smollm2.files import dump_json, sha256_bytes, sha256_json
 from smollm2.state import read_state
 from tests.test_bad_input import call, check_refusal, files_below, small_run
@@ -60,12 +59,6 @@ def zero_page(rng: Random, raw: bytes) -> bytes:
     return spliced(raw, at, bytes(min(4096, len(raw) - at)))
 
 
-def block_swap(rng: Random, raw: bytes) -> bytes:
-    a, b = sorted(rng.sample(range(0, len(raw), 32), 2))
-    size = min(512, b - a, len(raw) - b)
-    return spliced(spliced(raw, a, raw[b : b + size]), b, raw[a : a + size])
-
-
 def forged(raw: bytes, change: Callable[[dict], object]) -> bytes:
     """A manifest edited by someone who knows the format: its digest of itself is right again."""
     body = json.loads(raw)
@@ -97,20 +90,13 @@ def no_file(rng: Random, path: Path) -> None:
 BYTES: dict[str, Callable[[Random, bytes], bytes]] = {  # of any file
     "bit flip": bit_flip,
     "zero page": zero_page,
-    "block swap": block_swap,
     "truncation": lambda rng, raw: raw[: rng.choice([0, rng.randrange(len(raw)), -1])],
     "longer": lambda rng, raw: raw + rng.randbytes(rng.randint(1, 40)),
-    "byte 0xff": lambda rng, raw: spliced(raw, rng.randrange(len(raw)), b"\xff", 0),
-    "header": lambda rng, raw: spliced(
-        raw, 0, rng.choice([2**63, 2**40, 2**20 + 1, 9]).to_bytes(8, "little")
-    ),
 }
-STEPS = ['"step": 4, "step": 30', '"step": NaN', '"step": 1e999', '"step": ' + "9" * 10_000]
 TEXTS = [b"", b"null", b"[]", b"[" * 100_000, b'{"a":' * 5000 + b"1" + b"}" * 5000]
 EDITS = {"step": 999, "run_id": "another", "format": 2, "facts": {}, "files": {}, "sha256_of_this": "0" * 64}
 MANIFESTS: dict[str, Callable[[Random, bytes], bytes]] = {  # of the manifest's
     "edited": lambda rng, raw: dump_json(json.loads(raw) | dict([rng.choice(sorted(EDITS.items()))])),
-    "other number": lambda rng, raw: raw.replace(b'"step": 4', rng.choice(STEPS).encode()),
     "other text": lambda rng, raw: rng.choice([*TEXTS, raw + raw, raw + b" " * 2**20, b"\xef\xbb\xbf" + raw]),
 }
 WRONG = [None, True, -1, 0.5, "x", [1], {"a": None}, "é" * 5, 2**70]
@@ -177,13 +163,6 @@ def test_thousands_of_mutations_are_all_noticed_and_the_older_checkpoint_is_used
     assert min(done.values()) >= count // len(KINDS)
 
 
-@pytest.mark.parametrize("name", SMALL_FILES)
-def test_generate_says_that_a_small_file_is_damaged(pair, name):
-    path = pair / NEWER / name
-    path.write_bytes(path.read_bytes().replace(b"e", b"f", 1))
-    check_refusal(call("generate --prompt 9 --max_new_tokens 1 --checkpoint", pair / NEWER), name)
-
-
 def test_files_outside_the_manifest_are_named_and_never_read(pair):
     (pair / NEWER / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
     said: list[str] = []
@@ -199,12 +178,6 @@ def test_a_run_whose_newest_checkpoint_is_damaged_ends_in_the_same_bits(finished
     assert done.returncode == 0 and f"continuing from {OLDER}" in done.stdout, done
     for path, content in files_below(finished / "checkpoints" / FINAL).items():
         assert (run / "checkpoints" / FINAL / path.name).read_bytes() == content, path.name
-
-
-def test_a_damaged_folder_does_not_push_out_a_good_one(finished, pair):
-    (pair / NEWER / MANIFEST).unlink()
-    shutil.copytree(finished / "checkpoints" / FINAL, pair / step_name(6))
-    assert saver.prune(pair, 2, None, verify(pair / step_name(6))) == [] and verify(pair / OLDER)
 
 
 # --- a forger who makes every digest agree: the tensors themselves must fit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from types import SimpleNamespace
 
@@ -24,11 +25,8 @@ UNLIMITED = 9223372036854771712  # what version 1 writes for "no limit"
         ("0::/\n", {"memory.max": 2 * GIB}, 2),  # version 2, seen from inside the container
         ("0::/a/b\n", {"a/b/memory.max": "max", "a/memory.max": 3 * GIB}, 3),  # the group around it
         ("0::/a/b\n", {"a/b/memory.max": 2 * GIB, "a/memory.max": 3 * GIB}, 2),
-        (
-            "5:cpu:/x\n4:memory:/docker/0123\n0::/\n",
-            {"memory/memory.limit_in_bytes": 2 * GIB},
-            2,
-        ),  # version 1
+        # version 1
+        ("5:cpu:/x\n4:memory:/docker/0123\n0::/\n", {"memory/memory.limit_in_bytes": 2 * GIB}, 2),
         ("4:cpu,memory:/a\n", {"memory/a/memory.limit_in_bytes": 2 * GIB}, 2),
         ("4:memory:/\n", {"memory/memory.limit_in_bytes": UNLIMITED}, 64),
         ("0::/\n", {"memory.max": "max"}, 64),
@@ -58,21 +56,15 @@ def test_a_containers_memory_is_what_counts(tmp_path, monkeypatch, groups, files
 def test_what_cannot_fit_is_refused_with_both_figures(monkeypatch, gib, device, batch, needed):
     monkeypatch.setattr(device_module, "memory_bytes", lambda: int(gib * GIB))
     config = load_config("smollm2-135m", **{"train.batch_size": batch})
-    if needed is None:
-        check_memory(config, torch.device(device))
-        return
-    with pytest.raises(
-        ConfigError, match=f"{re.escape(needed)} .* has {gib} GiB: choose a smaller train.micro"
-    ):
+    words = f"{re.escape(needed or '')} .* has {gib} GiB: choose a smaller train.micro"
+    with pytest.raises(ConfigError, match=words) if needed else contextlib.nullcontext():
         check_memory(config, torch.device(device))
 
 
 def test_repeatable_sums_leave_the_process_as_it_was_and_fill_no_memory():
     def settings():
-        return (
-            torch.are_deterministic_algorithms_enabled(),
-            torch.utils.deterministic.fill_uninitialized_memory,
-        )
+        fills = torch.utils.deterministic.fill_uninitialized_memory
+        return torch.are_deterministic_algorithms_enabled(), fills
 
     before = settings()
     with repeatable_sums(True):

@@ -7,10 +7,7 @@ import hashlib
 import json
 import os
 import re
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from functools import partial
@@ -18,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import Heard
 from fake_drive import FakeDrive, MachineDied
 
 from smollm2 import drive, drive_folder
@@ -25,9 +23,9 @@ from smollm2.checkpoint import FINAL_NAMES, commit, prune, step_name, verify
 from smollm2.drive import DriveMirror, newest_on_drive
 from smollm2.errors import ConfigError, DataError, NoUsableCheckpoint
 from smollm2.files import dump_json
-from smollm2.progress import Reporter, TerminalReporter
-from smollm2.settings import load_config
+from smollm2.progress import Reporter
 from smollm2.training import train
+from tests.soak import outcome, small_config
 
 RUN_ID = "0123456789abcdef"
 ROOT = Path(__file__).parents[1]
@@ -251,34 +249,14 @@ def test_a_damaged_local_checkpoint_is_not_spread(fake, tmp_path):
     assert copies.copied == [20] and whole_steps_on_server(fake) == [20] and len(fake.server_folders()) == 1
 
 
-def test_one_copy_is_in_flight_and_copies_that_fall_behind_skip_to_the_newest(fake, tmp_path):
-    """A slow copy outlives its checkpoint on this machine: the files stay readable while it lasts."""
-    copies, first, make = Copies(fake), save(tmp_path, 10), fake.mkdir
-
-    def mkdir_while_training_goes_on(name):
-        make(name)
-        for step in (20, 30, 40) if name != str(fake.root) else ():
-            copies.mirror.submit(save(tmp_path, step))
-            prune(tmp_path / "checkpoints", 1, None, copies.mirror._newest)
-
-    fake.mkdir = mkdir_while_training_goes_on
-    copies.copy(first)
-    assert not first.folder.exists() and copies.copied == [10] and whole_steps_on_server(fake) == [10]
-    fake.mkdir = make
-    copies.turn()
-    copies.turn()
-    assert copies.copied == [10, 40] and copies.said == []
-
-
 def test_tries_are_5_seconds_to_5_minutes_apart_and_only_news_are_told(fake, tmp_path):
     copies = Copies(fake)
     trouble(fake, errno.ENOTCONN)
     copies.mirror.submit(save(tmp_path, 10))
     assert [copies.turn() for _ in range(9)] == [5, 10, 20, 40, 80, 160, 300, 300, 300]
     trouble(fake, errno.EIO)
-    assert (
-        copies.turn() == copies.turn() == 300 and len(copies.said) == 2 and "Input/output" in copies.said[1]
-    )
+    assert copies.turn() == copies.turn() == 300
+    assert len(copies.said) == 2 and "Input/output" in copies.said[1]
     fake.bad_until = 0.0
     assert copies.turn() == 0.0
     trouble(fake, errno.EIO)
@@ -357,16 +335,7 @@ def put(fake: FakeDrive, name: str, step: int, file: str = "", content: bytes | 
         fake.tree[str(fake.root / name / file)] = content
 
 
-ODD_NAMES = ("step-00000040-x (1).ckpt", "step-00000001.ckpt", "keep", "final.ckpt (1)")
 OTHER = files_of(30)["model.safetensors"]
-
-
-@pytest.mark.parametrize("name", ODD_NAMES)
-def test_identity_comes_from_the_manifest_never_from_the_name(name, fake, tmp_path):
-    put(fake, "step-00000099-a.ckpt", 10)
-    put(fake, name, 40)
-    said = []
-    assert restore(fake, tmp_path / "new", said).step == 40 and len(said) == 1
 
 
 @pytest.mark.parametrize("content", [b"", None, b"{}", OTHER, OTHER[1:], b"x" * 2**21])
@@ -427,17 +396,6 @@ def test_another_runs_drive_folder_is_refused(fake, tmp_path):
         restore(fake, tmp_path / "mine", [])
 
 
-def test_shorter_logs_on_this_machine_give_way_longer_ones_stay(fake, tmp_path):
-    Copies(fake).copy(save(tmp_path / "one", 40))
-    whole = (tmp_path / "one" / "logs" / LOG).read_bytes()
-    for already, expected in ((whole[:50], whole), (whole + b"more\n", whole + b"more\n")):
-        log = tmp_path / f"with-{len(already)}" / "logs" / LOG
-        log.parent.mkdir(parents=True)
-        log.write_bytes(already)
-        restore(fake, log.parent.parent, [])
-        assert log.read_bytes() == expected
-
-
 # --- two runtimes
 
 HERE, NOW = socket.gethostname(), int(time.time())
@@ -483,9 +441,8 @@ def test_a_drive_in_trouble_does_not_hold_up_training_or_the_end_which_tells_wha
         mirror.submit(save(tmp_path, step))
     mirror.close(0.3)
     assert time.monotonic() - began < 3
-    assert re.search(
-        r"NOT on Drive: step 30 is only on this machine \(.*errno 107.*run the same command", said[-1]
-    )
+    words = r"NOT on Drive: step 30 is only on this machine \(.*errno 107.*run the same command"
+    assert re.search(words, said[-1])
 
 
 def test_a_drive_that_hangs_does_not_hang_the_end(fake, tmp_path):
@@ -510,39 +467,14 @@ def test_an_upload_that_drive_does_not_confirm_is_told(install, tmp_path):
     assert said == ["Drive has NOT confirmed the upload of step 10 yet: keep this runtime for some minutes"]
 
 
-def test_both_numbers_are_said_when_they_change_and_not_more_often(capsys):
-    reporter = TerminalReporter(sys.stdout)
-    for local, remote in ((10, 0), (20, 0), (20, 0), (20, 20), (20, 20), (30, 20), (40, 40)):
-        reporter.saved(local, remote)
-    pairs = ((10, "nothing yet"), (20, "step 20"), (40, "step 40"))
-    lines = [f"safe on this machine: step {local}, copied to Drive: {remote}" for local, remote in pairs]
-    assert capsys.readouterr().out.splitlines() == lines
-
-
 # --- with real training
 
-TINY = {
-    "model": {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
-              "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32},
-    "data": {"sequence_length": 16, "tokenizer_vocab_size": 300},
-    "train": {"batch_size": 4, "warmup_steps": 3, "max_steps": 30, "val_every": 10, "val_max_tokens": 200,
-              "log_every": 1, "sample_every": 10, "sample_tokens": 4, "save_every": 3, "precision": "fp32"},
-}  # fmt: skip
-SETTINGS = [f"{section}.{key}={value}" for section, values in TINY.items() for key, value in values.items()]
 
-
-def tiny_run(text: Path, output: Path, drive_dir: Path | None = None, **flags):
-    paths = {"data.input_file": text, "run.output_dir": output, "run.drive_dir": drive_dir}
-    paths = {key: str(path) for key, path in paths.items() if path}
-    return load_config("nano", None, SETTINGS, **paths | flags)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "input.txt"
-    lines = [f"{n} green bottles hanging on the wall, and {n * 7 % 13} of them fall.\n" for n in range(300)]
-    path.write_text("".join(lines))
-    return path
+def tiny_run(text: Path, output: Path, drive_dir: Path | None = None, resume: str = "auto", **train):
+    often = {"max_steps": 30, "val_every": 10, "log_every": 1, "sample_every": 10, "save_every": 3}
+    config = small_config(text, output, **often | train)
+    place = {"drive_dir": drive_dir and str(drive_dir), "resume": resume}
+    return config.model_copy(update={"run": config.run.model_copy(update=place)})
 
 
 @pytest.fixture(scope="module")
@@ -550,18 +482,6 @@ def uninterrupted(text, tmp_path_factory) -> dict:
     output = tmp_path_factory.mktemp("reference") / "output"
     train(tiny_run(text, output), Reporter())
     return outcome(output)
-
-
-def outcome(output: Path) -> dict:
-    """All bytes of the final checkpoint, and the loss log without its clock."""
-    losses = [line.split(" ", 1)[1] for line in (output / "logs" / LOG).read_text().splitlines()]
-    return bytes_of(output / "checkpoints" / FINAL_NAMES[0]) | {"losses": losses}
-
-
-class Notes(Reporter):
-    def __init__(self):
-        self.lines = []
-        self.message = self.lines.append
 
 
 @pytest.fixture
@@ -578,16 +498,13 @@ def test_a_fresh_machine_with_only_the_drive_folder_ends_with_the_same_bits(
 ):
     habits = {"stale_rate": 0.05, "duplicate_rate": 0.1, "upload_seconds": (0, 0.2), "scale": 0.002}
     fake = install(seed, in_order=seed % 2 == 0, fault_rate=0.01, **habits)
-    death, server, op = (
-        40 + 25 * seed % 500,
-        {},
-        fake._op,
-    )  # what Google has when the machine dies at this operation
+    death, server, op = 40 + 25 * seed % 500, {}, fake._op
+    # what Google has when the machine dies at this operation
     fake._op = lambda: (server.update(fake.server) if fake.ops == death else None, op())
     train(tiny_run(text, tmp_path / "first", fake.root), Reporter())
     assert outcome(tmp_path / "first") == uninterrupted, "Drive's troubles changed the training"
 
-    fresh, notes = install(seed, **habits), Notes()
+    fresh, notes = install(seed, **habits), Heard()
     fresh.server = server
     fresh.next_machine()
     whole, config = whole_steps_on_server(fresh), tiny_run(text, tmp_path / "second", fresh.root)
@@ -597,34 +514,24 @@ def test_a_fresh_machine_with_only_the_drive_folder_ends_with_the_same_bits(
         return
     result = train(config, notes)
     begins = f"continuing from step-{whole[0]:08d}" if whole else "starting at step 0 of 30"
-    assert any(line.startswith(begins) for line in notes.lines), notes.lines
+    assert any(line.startswith(begins) for line in notes.messages), notes.messages
     assert outcome(tmp_path / "second") == uninterrupted
     assert result.drive_step == 30 and "copied to Drive: step 30" in result.table()
 
 
-def test_training_ends_well_when_drive_goes_away_for_good(text, uninterrupted, tmp_path, fake, hurry):
-    hurry.setattr(drive, "CLOSE_SECONDS_IN_TROUBLE", 0.2)
-    notes, op = Notes(), fake._op
-    fake._op = lambda: (fake.ops == 60 and (trouble(fake, ""), trouble(fake, errno.ENOTCONN)), op())
-    result = train(tiny_run(text, tmp_path / "first", fake.root), notes)
-    assert outcome(tmp_path / "first") == uninterrupted and result.step == 30 and result.drive_step < 30
-    assert sum("Training goes on" in line for line in notes.lines) <= 2
-    assert "NOT on Drive: step 30" in notes.lines[-1]
-
-
 def test_resume_never_does_not_continue_or_hide_what_is_on_drive(text, tmp_path):
-    again = partial(tiny_run, text, tmp_path / "output", **{"train.max_steps": 6})
+    again = partial(tiny_run, text, tmp_path / "output", max_steps=6)
     train(again(tmp_path / "drive"), Reporter())
     before = sorted(path.name for path in tmp_path.rglob("*"))
     with pytest.raises(ConfigError, match=r"--resume never, but --drive_dir .* holds 2 checkpoint"):
-        train(again(tmp_path / "drive", **{"run.resume": "never"}), Reporter())
+        train(again(tmp_path / "drive", resume="never"), Reporter())
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
-    result = train(again(tmp_path / "other", **{"run.resume": "never"}), Reporter())
+    result = train(again(tmp_path / "other", resume="never"), Reporter())
     assert result.drive_step == 6 and (tmp_path / "output" / "previous-1").is_dir()
 
 
 def test_a_run_that_was_found_on_drive_is_said_to_lie_there_and_the_advice_works(text, tmp_path):
-    short = partial(tiny_run, **{"train.max_steps": 6})
+    short = partial(tiny_run, max_steps=6)
     train(short(text, tmp_path / "output", tmp_path / "drive"), Reporter())
     advice = "or choose another --output_dir and another --drive_dir$"
     for name, place in (
@@ -633,46 +540,11 @@ def test_a_run_that_was_found_on_drive_is_said_to_lie_there_and_the_advice_works
     ):
         words = rf"the run in {place} was made with other settings \(train\.seed: .* -> 5\): put .*, {advice}"
         with pytest.raises(ConfigError, match=words):
-            train(short(text, tmp_path / name, tmp_path / "drive", **{"train.seed": 5}), Reporter())
+            train(short(text, tmp_path / name, tmp_path / "drive", seed=5), Reporter())
     assert not (tmp_path / "fresh").exists()
     changed = tmp_path / "other.txt"
     changed.write_text(text.read_text() + "one more line\n")
     with pytest.raises(DataError, match=f"is not the text this run was trained on.*{advice}"):
         train(short(changed, tmp_path / "fresh", tmp_path / "drive"), Reporter())
-    config = short(text, tmp_path / "fresh", tmp_path / "second", **{"train.seed": 5})
+    config = short(text, tmp_path / "fresh", tmp_path / "second", seed=5)
     assert train(config, Reporter()).drive_step == 6
-
-
-def test_folders_that_cannot_serve_are_refused_before_anything_is_written(text, tmp_path, monkeypatch):
-    monkeypatch.setattr(drive_folder, "MOUNT_POINT", tmp_path / "content" / "drive")
-    output = tmp_path / "output"
-    for place, words in (
-        (output / "checkpoints", "own folder"),
-        (output, "own folder"),
-        (text, "found a file"),
-    ):
-        with pytest.raises(ConfigError, match=words):
-            train(tiny_run(text, output, place), Reporter())
-    with pytest.raises(ConfigError, match="not mounted"):
-        train(tiny_run(text, tmp_path / "content" / "drive" / "MyDrive" / "output"), Reporter())
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.slow
-def test_a_killed_process_and_a_lost_machine_end_with_the_same_bits(text, uninterrupted, tmp_path):
-    """kill -9 of a real process, its output folder lost, and at once a rerun with nothing but the Drive
-    folder."""
-    command = [sys.executable, "colab_train.py", "--preset", "nano", "--input_file", str(text)]
-    command += ["--drive_dir", str(tmp_path / "drive"), *(f"--set={setting}" for setting in SETTINGS)]
-    place = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, "text": True}
-    first = subprocess.Popen(
-        [*command, "--output_dir", str(tmp_path / "first")], stdout=subprocess.DEVNULL, **place
-    )
-    deadline = time.monotonic() + 60
-    while not list((tmp_path / "drive").glob("*/manifest.json")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    first.send_signal(signal.SIGKILL)
-    assert first.wait() == -signal.SIGKILL
-    done = subprocess.run([*command, "--output_dir", str(tmp_path / "second")], capture_output=True, **place)
-    assert done.returncode == 0 and "copied from Drive" in done.stdout, done.stderr
-    assert outcome(tmp_path / "second") == uninterrupted

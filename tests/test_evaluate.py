@@ -6,8 +6,6 @@ import gzip
 import json
 import lzma
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -52,32 +50,6 @@ def test_the_score_is_the_definition_for_any_length_and_batch(count, per_batch, 
     assert score.loss == pytest.approx(nats / count, rel=1e-5)
     assert score.bits_per_byte == pytest.approx(nats / math.log(2) / (3 * count), rel=1e-5)
     assert (score.tokens, score.bytes) == (count, 3 * count)
-
-
-def test_a_part_can_be_scored_and_its_bytes_are_in_proportion():
-    model = tiny_model().eval()
-    tokens = tokens_of(model, 300)
-    part = score_tokens(model, tokens, text_bytes=900, max_tokens=100)
-    assert (part.tokens, part.bytes) == (100, 300)
-    assert part.loss == pytest.approx(score_tokens(model, tokens[:100], text_bytes=300).loss, rel=1e-6)
-
-
-def test_scoring_leaves_the_model_as_it_was_and_uses_autocast_where_given():
-    model = tiny_model()
-    exact = score_tokens(model.train(), tokens_of(model, 100), 100).loss
-    assert model.training
-    bf16 = {"autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16)}
-    half = score_tokens(model.eval(), tokens_of(model, 100), 100, **bf16).loss
-    assert not model.training and all(p.grad is None for p in model.parameters())
-    assert half != exact and half == pytest.approx(exact, abs=0.02)
-
-
-def test_nothing_to_score_is_an_error(tmp_path):
-    with pytest.raises(DataError, match="no tokens"):
-        score_tokens(tiny_model(), np.zeros(0, np.uint16), 0)
-    (tmp_path / "empty.txt").touch()
-    with pytest.raises(DataError, match=r"empty\.txt: nothing to evaluate"):
-        score_file(tiny_model(), metaspace_tokenizer(), tmp_path / "empty.txt")
 
 
 # --- files --------------------------------------------------------------------------------------------------
@@ -130,10 +102,9 @@ def test_compression_is_the_compressors_own_size(text):
 
 def test_the_command_prints_one_json_line_or_words_with_units(text, pair, capsys):
     arguments = ["--checkpoint", str(text.with_name("model")), "--input_file", str(text)]
-    argv = [sys.executable, "-m", "smollm2.evaluate", *arguments, "--split", "val", "--json"]
-    done = subprocess.run(argv, capture_output=True, text=True, check=True)
-    result = json.loads(done.stdout)
-    assert done.stdout.count("\n") == 1 and set(result) == {"loss", "bits_per_byte", "tokens", "bytes"}
+    assert main([*arguments, "--split", "val", "--json"]) == 0
+    result = json.loads(said := capsys.readouterr().out)
+    assert said.count("\n") == 1 and set(result) == {"loss", "bits_per_byte", "tokens", "bytes"}
     assert result["loss"] == pytest.approx(score_file(*pair, text, "val").loss, rel=1e-6)
     assert main(arguments) == 0
     assert "bits/byte" in (out := capsys.readouterr().out) and "nats/token" in out and "(all)" in out

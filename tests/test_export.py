@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import urllib.request
 from pathlib import Path
@@ -11,37 +10,28 @@ from pathlib import Path
 import pytest
 import torch
 from check_export_compat import HARD_STRINGS, compare
-from tiny_models import metaspace_tokenizer, real_data, save_folder, tiny_model, tiny_tokenizer
+from tiny_models import (
+    CHAT_TEMPLATE,
+    instruct,
+    metaspace_tokenizer,
+    real_data,
+    save_folder,
+    tiny_model,
+    tiny_tokenizer,
+    with_tokens,
+)  # fmt: skip
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from smollm2 import SmolLM2, Tokenizer
 from smollm2.errors import ConfigError, UserError
 from smollm2.export import export, main
 from smollm2.files import dump_json
-from smollm2.gguf_file import halves_to_pairs
 from smollm2.sampling import prompt_ids
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     return save_folder(tmp_path_factory.mktemp("made") / "tiny.ckpt", tiny_model(rope_theta=1e5))
-
-
-def with_tokens(*words: str, first_id: int = 380) -> Tokenizer:
-    """A tiny tokenizer of 380 entries and further special tokens, whose ids in the file begin with `first_id`."""
-    fields = json.loads(tiny_tokenizer(380).raw)
-    like = fields["added_tokens"][0]
-    fields["added_tokens"] += [like | {"id": first_id + i, "content": word} for i, word in enumerate(words)]
-    return Tokenizer(json.dumps(fields).encode())
-
-
-def test_every_file_has_the_mode_that_umask_gives(checkpoint, tmp_path):
-    """Others in a lab's folder, or the Ollama service, read what the person's umask lets them read."""
-    before = os.umask(0o027)
-    try:
-        written = list(export(checkpoint, tmp_path / "out").iterdir())
-    finally:
-        os.umask(before)
-    assert {path.stat().st_mode & 0o777 for path in written} == {0o640} and len(written) == 8
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -53,24 +43,13 @@ def test_transformers_computes_the_same_logits_and_ids(tmp_path, theta, tied):
     assert result["length"] == 256 and result["scale"] > 1.0 and result["logits"] <= 1e-5
     assert result["tokens"] == []
     fields = json.loads((out / "config.json").read_text())
-    assert (
-        fields["rope_theta"] == fields["rope_parameters"]["rope_theta"] == theta
-    )  # transformers 4's form and 5's
+    # transformers 4's form and 5's
+    assert fields["rope_theta"] == fields["rope_parameters"]["rope_theta"] == theta
     assert fields["dtype"] == fields["torch_dtype"] == "float32"
-
-
-def test_the_real_tokenizer_keeps_its_ids_and_its_bytes(tmp_path):
-    tokenizer = Tokenizer.from_file(real_data("tokenizer"))
-    model = tiny_model(vocab_size=49152, hidden_size=16, num_attention_heads=2, num_key_value_heads=1)
-    out = export(save_folder(tmp_path / "in", model, tokenizer), tmp_path / "out")
-    assert (out / "tokenizer.json").read_bytes() == tokenizer.raw
-    assert compare(out, length=64)["tokens"] == [] and tokenizer.encode("\n\n1.") == [1116, 33, 30]
 
 
 def test_bf16_halves_the_file_and_stays_bf16(checkpoint, tmp_path):
     out = export(checkpoint, tmp_path / "out", dtype="bf16")
-    from transformers import AutoModelForCausalLM
-
     assert AutoModelForCausalLM.from_pretrained(out, dtype="auto").dtype == torch.bfloat16
     full, half = ((folder / "model.safetensors").stat().st_size for folder in (checkpoint, out))
     assert half < 0.6 * full
@@ -81,8 +60,9 @@ def test_bf16_halves_the_file_and_stays_bf16(checkpoint, tmp_path):
 def test_the_card_holds_the_runs_own_figures(tmp_path):
     source = save_folder(tmp_path / "run" / "checkpoints" / "step-00000030.ckpt", tiny_model())
     data, train = {"sequence_length": 128}, {"learning_rate": 0.003, "batch_size": 16, "seed": 7}
+    config = {"data": data, "train": train}
     state = {"step": 30, "init_from": None, "base_model": None, "best": {"step": 20, "bits_per_byte": 2.125}}
-    (source / "state.json").write_bytes(dump_json(state | {"config": {"data": data, "train": train}}))
+    (source / "state.json").write_bytes(dump_json(state | {"config": config}))
     lines = [f"2026-11-23T19:00:00Z step={step} train_loss={5 - step / 10}" for step in range(10, 60, 10)]
     lines.insert(3, "2026-11-23T19:00:01Z step=30 val_loss=2.5 val_bits_per_byte=2.3456")
     lines.append("2026-11-23T19:00:09Z step=60 train_lo")  # torn by a kill
@@ -98,58 +78,36 @@ def test_the_card_holds_the_runs_own_figures(tmp_path):
     assert card.startswith("---\n") and "\nlicense: mit\n" in card and str(tmp_path) not in card
     # what was trained, not what would fit
     assert json.loads((out / "config.json").read_text())["max_position_embeddings"] == 128
-
-
-def test_a_folder_without_a_run_gets_a_card_without_figures(checkpoint, tmp_path):
-    out = export(checkpoint, tmp_path / "out")
-    assert "## Training" not in (out / "README.md").read_text()
-    recipe = (out / "Modelfile").read_text()
-    assert 'TEMPLATE """{{ .Prompt }}"""' in recipe and recipe.startswith("FROM .\n")
+    assert 'TEMPLATE """{{ .Prompt }}"""' in (out / "Modelfile").read_text()
+    (source / "state.json").unlink()
+    assert "## Training" not in (export(source, out) / "README.md").read_text(), "a folder without a run"
 
 
 # --- chat and end tokens --------------------------------------------------------------------------------------------
 
-SMOLLM2_INSTRUCT = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
-    "You are SmolLM<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
-    "'<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-WITHOUT_SYSTEM = re.sub(r"{% if loop.first .*?{% endif %}", "", SMOLLM2_INSTRUCT, flags=re.DOTALL)
+WITHOUT_SYSTEM = re.sub(r"{% if loop.first .*?{% endif %}", "", CHAT_TEMPLATE, flags=re.DOTALL)
 OTHER = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}<|assistant|>\n"
-REFUSES = (
-    "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + WITHOUT_SYSTEM
-)
-
-
-def instruct(folder: Path, template: str, *tokens: str) -> Path:
-    settings = {"bos_token_id": 380, "eos_token_id": 381, "pad_token_id": 381}
-    save_folder(folder, tiny_model(**settings), with_tokens(*tokens))
-    (folder / "chat_template.jinja").write_text(template)
-    return folder
+REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + WITHOUT_SYSTEM
 
 
 def test_an_instruct_folder_keeps_its_chat_template_and_special_tokens(tmp_path):
-    source = instruct(tmp_path / "in", SMOLLM2_INSTRUCT, "<|im_start|>", "<|im_end|>")
-    from transformers import PreTrainedTokenizerFast
-
+    source = instruct(tmp_path / "in")
     theirs = PreTrainedTokenizerFast.from_pretrained(export(source, tmp_path / "out"))
     assert theirs.bos_token == "<|im_start|>" and theirs.eos_token == theirs.pad_token == "<|im_end|>"
     asked = [{"role": "system", "content": "be"}, {"role": "user", "content": "hi"}]
     shown = theirs.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-    assert (
-        shown == "<|im_start|>system\nbe<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-    )
+    turns = "<|im_start|>system\nbe<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
+    assert shown == turns + "<|im_start|>assistant\n"
 
 
 @pytest.mark.parametrize(
     ("template", "end", "system"),
     [
-        (SMOLLM2_INSTRUCT, "<|im_end|>", "You are SmolLM"),
-        (WITHOUT_SYSTEM, "<|im_end|>", None),
-        (OTHER, "<|end|>", None),
-        (REFUSES, "<|im_end|>", None),
+        pytest.param(CHAT_TEMPLATE, "<|im_end|>", "Be brief", id="default system turn"),
+        pytest.param(WITHOUT_SYSTEM, "<|im_end|>", None, id="none"),
+        pytest.param(OTHER, "<|end|>", None, id="not ChatML"),
+        pytest.param(REFUSES, "<|im_end|>", None, id="no system turn"),
     ],
-    ids=["default system turn", "none", "not ChatML", "no system turn"],
 )
 def test_ollamas_recipe_follows_the_models_own_template_or_says_that_it_cannot(
     tmp_path, template, end, system
@@ -159,9 +117,8 @@ def test_ollamas_recipe_follows_the_models_own_template_or_says_that_it_cannot(
     assert re.findall('PARAMETER stop "(.*)"', recipe) == [end]
     assert re.findall('SYSTEM """(.*)"""', recipe) == ([system] if system else [])
     if template in (OTHER, REFUSES):
-        assert (
-            'TEMPLATE "' not in recipe and "# No TEMPLATE: the model's chat template is not ChatML" in recipe
-        )
+        assert 'TEMPLATE "' not in recipe
+        assert "# No TEMPLATE: the model's chat template is not ChatML" in recipe
     else:
         turn = "{{- range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}"
         assert f'TEMPLATE """{turn}<|im_start|>assistant\n"""' in recipe
@@ -190,8 +147,6 @@ def test_a_llama_tokenizer_keeps_its_special_tokens_and_its_size(tmp_path):
     tokenizer = metaspace_tokenizer()
     model = tiny_model(vocab_size=tokenizer.vocab_size, bos_token_id=1, eos_token_id=2)
     out = export(save_folder(tmp_path / "in", model, tokenizer), tmp_path / "out")
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
     for reader in (AutoTokenizer, PreTrainedTokenizerFast):
         theirs = reader.from_pretrained(out)
         assert (theirs.bos_token_id, theirs.eos_token_id, len(theirs)) == (1, 2, model.config.vocab_size)
@@ -248,34 +203,22 @@ def test_a_repository_without_an_owner_is_refused_before_anything_is_written(che
 # --- GGUF -----------------------------------------------------------------------------------------------------------
 
 
-def wide_folder(folder: Path, theta: float = 1e5) -> Path:
-    shape = {"hidden_size": 128, "intermediate_size": 160, "initializer_range": 0.09}
-    return save_folder(folder, tiny_model(rope_theta=theta, **shape))
+WIDE = {"hidden_size": 128, "intermediate_size": 160, "initializer_range": 0.09}
 
 
-def test_gguf_rows_are_reordered_as_llama_cpp_rotates():
-    weight = torch.arange(8.0)[:, None]  # one head of 8: halves (0..3 | 4..7)
-    assert halves_to_pairs(weight, 1).squeeze().tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
-
-
-@pytest.mark.parametrize(
-    ("kind", "theta", "tolerance"), [("f16", 1e4, 0.01), ("f16", 1e5, 0.01), ("q8_0", 1e5, 0.15)]
-)
+@pytest.mark.parametrize(("kind", "theta", "tolerance"), [("f16", 1e4, 0.01), ("q8_0", 1e5, 0.15)])
 def test_gguf_says_what_we_say_within_its_rounding(tmp_path, kind, theta, tolerance):
     pytest.importorskip("gguf")
     pytest.importorskip("accelerate")
-    from transformers import AutoModelForCausalLM
-
-    source, file = wide_folder(tmp_path / "in", theta), f"model-{kind}.gguf"
+    source, file = save_folder(tmp_path / "in", tiny_model(rope_theta=theta, **WIDE)), f"model-{kind}.gguf"
     out = export(source, tmp_path / "out", gguf=kind)
     theirs = AutoModelForCausalLM.from_pretrained(out, gguf_file=file, dtype=torch.float32).eval()
     ours = SmolLM2.from_pretrained(source)
     ids = torch.randint(1, 400, (1, 200), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         difference = (theirs(ids).logits.log_softmax(-1) - ours(ids).log_softmax(-1)).abs().max()
-        continued = theirs.generate(
-            ids, max_new_tokens=32, do_sample=False, eos_token_id=None, pad_token_id=0
-        )
+        settings = {"max_new_tokens": 32, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        continued = theirs.generate(ids, **settings)
     assert 0 < difference < tolerance
     expected = ours.generate(ids, 32, stop_ids=())
     assert len(set(expected[0, 200:].tolist())) > 3  # not one token over and over
@@ -311,8 +254,7 @@ def test_gguf_refuses_a_tokenizer_it_cannot_name(tmp_path):
 def test_llama_cpp_reads_the_same_tokens_and_says_the_same(tmp_path, which, kind, tolerance):
     xllamacpp = pytest.importorskip("xllamacpp", reason="pip install xllamacpp")
     tokenizer = tiny_tokenizer() if which == "trained here" else Tokenizer.from_file(real_data("tokenizer"))
-    shape = {"hidden_size": 128, "intermediate_size": 160, "initializer_range": 0.09}
-    model = tiny_model(rope_theta=1e5, vocab_size=tokenizer.vocab_size, **shape)
+    model = tiny_model(rope_theta=1e5, vocab_size=tokenizer.vocab_size, **WIDE)
     out = export(save_folder(tmp_path / "in", model, tokenizer), tmp_path / "out", gguf=kind)
     params = xllamacpp.CommonParams()
     params.model.path = str(out / f"model-{kind}.gguf")

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import random_ids, tiny_model, transformers_twin
-from tiny_models import save_folder, tiny_tokenizer
+from tiny_models import CHAT_TEMPLATE, instruct, save_folder, tiny_tokenizer
 from tiny_models import tiny_model as wide_model  # of 400 entries, as `tiny_tokenizer`
 
 from smollm2 import conversation
@@ -46,23 +46,6 @@ def stories(test_data):
     folder = test_data / "stories-656k"
     prompts = json.loads((folder / "reference.json").read_text())["prompts"]
     return SmolLM2.from_pretrained(folder), Tokenizer.from_file(folder), prompts
-
-
-def test_a_real_model_gives_the_reference_loss_and_logits(stories):
-    model, _, prompts = stories
-    assert len(prompts) == 3
-    for prompt in prompts:
-        ids = torch.tensor([prompt["input_ids"]])
-        with torch.no_grad():
-            logits = model(ids)
-            loss = model.loss(ids[:, :-1], ids[:, 1:]).item()
-        top = logits[0, -1].topk(10)
-        assert top.indices.tolist() == prompt["last_logits_top10_indices"]
-        expected = torch.tensor(prompt["last_logits_top10_values"])
-        torch.testing.assert_close(top.values, expected, atol=2e-5, rtol=0)
-        assert loss == pytest.approx(prompt["loss"], abs=1e-5)
-        assert logits.abs().mean().item() == pytest.approx(prompt["all_logits_abs_mean"], abs=2e-6)
-        assert logits[0, -1].mean().item() == pytest.approx(prompt["last_logits_mean"], abs=2e-6)
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -98,7 +81,7 @@ FILTERED = {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.02, "seed":
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}, FILTERED], ids=str)
-@pytest.mark.parametrize("new", [1, 20, 90])  # 90: the context of 40 overflows twice
+@pytest.mark.parametrize("new", [1, 90])  # 90: the context of 40 overflows twice
 @pytest.mark.parametrize("time", [9, 39, 40, 70])
 def test_the_cache_changes_no_token(options, new, time):
     model = lively_model(max_position_embeddings=40)
@@ -145,20 +128,6 @@ def test_a_stream_comes_token_by_token_and_a_text_piece_by_piece():
 
 # --- the command line ---------------------------------------------------------------------------------------
 
-CHAT_TEMPLATE = (  # the form of the official Instruct models
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nBe brief<|im_end|>\n' }}{% endif %}"
-    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
-def chat_tokenizer() -> Tokenizer:
-    fields = json.loads(tiny_tokenizer(380).raw)
-    for offset, word in enumerate(("<|im_start|>", "<|im_end|>")):
-        fields["added_tokens"].append(dict(fields["added_tokens"][0], id=380 + offset, content=word))
-    return Tokenizer(json.dumps(fields).encode())
-
 
 def add_fields(folder: Path, name: str, **fields) -> None:
     (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | fields))
@@ -171,10 +140,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def chat_checkpoint(tmp_path_factory) -> Path:
-    model = wide_model(bos_token_id=380, eos_token_id=381, pad_token_id=381)
-    folder = save_folder(tmp_path_factory.mktemp("made") / "instruct", model, chat_tokenizer())
-    add_fields(folder, "tokenizer_config.json", chat_template=CHAT_TEMPLATE, eos_token="<|im_end|>")
-    return folder
+    return instruct(tmp_path_factory.mktemp("made") / "instruct")
 
 
 @pytest.fixture
@@ -199,28 +165,6 @@ def test_the_same_seed_says_the_same_from_a_pipe_and_another_seed_does_not(check
     assert first != say(checkpoint, "--prompt", prompt, *settings, "8")
 
 
-def test_several_samples_differ_and_each_repeats_alone(checkpoint, say):
-    common = ["--prompt", "The", "--max_new_tokens", "8"]
-    parts = say(checkpoint, *common, "--seed", "5", "--num_samples", "3").split("--- sample ")[1:]
-    assert [part.split(" ---\n")[0] for part in parts] == ["1 of 3", "2 of 3", "3 of 3"]
-    texts = [part.split(" ---\n", 1)[1] for part in parts]
-    assert len(set(texts)) == 3 and say(checkpoint, *common, "--seed", "6") == texts[1]
-
-
-MISTAKES = {
-    "--num_samples 0": "expected at least 1",
-    "--temperature nan": "--temperature: Input should be a finite number, found 'nan'",
-    "--chat": "has no chat template",
-}
-
-
-@pytest.mark.parametrize("arguments", MISTAKES)
-def test_mistakes_are_one_line(checkpoint, say, arguments):
-    with pytest.raises(UserError) as caught:
-        say(checkpoint, "--prompt", "a", *arguments.split())
-    assert MISTAKES[arguments] in str(caught.value) and "\n" not in str(caught.value)
-
-
 INTERACTIVE = ("--interactive", "--max_new_tokens", "5", "--seed", "1")
 
 
@@ -243,11 +187,6 @@ def test_output_may_be_closed_or_an_object_with_write_and_flush_alone(checkpoint
 # --- turns and chats ----------------------------------------------------------------------------------------
 
 
-def test_turns_grow_one_text_until_ctrl_d(checkpoint, say):
-    said = say(checkpoint, *INTERACTIVE, stdin="déjà\n\n/new\nOnce\n".encode())
-    assert said.count("> ") == 5 and said.endswith("\n")
-
-
 def test_a_conversation_continues_its_text_and_forgets_the_oldest(checkpoint):
     tokenizer = tiny_tokenizer()
     talk = Conversation(wide_model(max_position_embeddings=64), tokenizer, checkpoint, room=16)
@@ -259,7 +198,7 @@ def test_a_conversation_continues_its_text_and_forgets_the_oldest(checkpoint):
 
 
 def test_a_chat_forgets_its_oldest_turns_and_refuses_a_message_that_never_fits(chat_checkpoint):
-    talk = Conversation(wide_model(), chat_tokenizer(), chat_checkpoint, chat=True)
+    talk = Conversation(wide_model(), Tokenizer.from_file(chat_checkpoint), chat_checkpoint, chat=True)
     talk.ask("one " * 8)
     talk.answer("yes")
     talk.limit = len(talk.ask("two")) - 1  # one token too few: the question goes, and its answer with it
@@ -291,24 +230,30 @@ def test_a_chat_reads_what_transformers_template_writes(chat_checkpoint, name, o
     if own_file and name != "several":
         (folder / "chat_template.jinja").write_text(TEMPLATES[name])
     else:
+        (folder / "chat_template.jinja").unlink()
         add_fields(folder, "tokenizer_config.json", chat_template=TEMPLATES[name])
     messages = [{"role": "user", "content": "Hi <b>you</b> é"}, {"role": "assistant", "content": "Hello"}]
     messages += [{"role": "user", "content": "1+1?"}]
     theirs = PreTrainedTokenizerFast.from_pretrained(folder)
     expected = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert render_chat(chat_template(folder), messages, special_tokens(tokenizer_config(folder))) == expected
-    talk = Conversation(wide_model(), chat_tokenizer(), folder, chat=True)
+    talk = Conversation(wide_model(), Tokenizer.from_file(chat_checkpoint), folder, chat=True)
     talk.ask(messages[0]["content"])
     talk.answer("Hello")
     assert talk.ask("1+1?") == theirs(expected, add_special_tokens=False).input_ids
 
 
-@pytest.mark.parametrize(
-    "template", ["raise_exception('no')", "''.__class__.__mro__", "messages.append(1)", "1 / 0", "("]
-)
-def test_a_hostile_chat_template_is_an_error_and_not_code(template):
+HOSTILE = ["raise_exception('no')", "''.__class__.__mro__", "messages.append(1)", "1 / 0", "("]
+HOSTILE += ["lipsum.__globals__['os'].popen('touch canary').read()"]
+HOSTILE += ["cycler.__init__.__globals__.os.system('touch canary')", "raise_exception.__globals__.os"]
+
+
+@pytest.mark.parametrize("template", HOSTILE)
+def test_a_hostile_chat_template_is_an_error_and_not_code(template, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match="chat template does not run"):
         render_chat("{{ " + template + " }}", [{"role": "user", "content": "a"}])
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_chat_answers_from_the_command_line(chat_checkpoint, say):
@@ -333,10 +278,12 @@ def test_every_end_token_that_the_folder_names_stops_a_text(checkpoint, name, tm
         say(folder, *greedy)
 
 
-@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json", "chat_template.jinja"])
+READ = [f"{name}.json" for name in ("config", "generation_config", "tokenizer", "tokenizer_config")]
+
+
+@pytest.mark.parametrize("name", [*READ, "chat_template.jinja"])
 def test_a_damaged_byte_in_any_file_that_is_read_is_said(chat_checkpoint, name, tmp_path, say):
     files = {path.name: path.read_bytes() for path in chat_checkpoint.iterdir()}
-    files["chat_template.jinja"] = CHAT_TEMPLATE.encode()
     folder = commit(tmp_path, "step-00000001.ckpt", files, "run", 1, {}).folder
     arguments = ("--chat", "--prompt", "a", "--max_new_tokens", "1")
     assert say(folder, *arguments)

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from smollm2 import data, training
+from smollm2 import data
 from smollm2.checkpoint import FINAL_NAMES, candidates, newest_usable
-from smollm2.errors import MemoryStop, NumericStop, run_command
-from smollm2.files import sha256_file
-from smollm2.guard import MAX_SCALER_SKIPS, NumericGuard
+from smollm2.errors import MemoryStop, NumericStop
+from smollm2.guard import MAX_SCALER_SKIPS
 from smollm2.logs import CHECKPOINTS, TRAINING, read_log
+from smollm2.model import SmolLM2
 from smollm2.progress import Reporter
 from smollm2.training import TrainingLoop, train
 from tests.soak import compare, outcome, small_config
@@ -25,30 +26,37 @@ FINAL = FINAL_NAMES[0]
 
 
 def config(text: Path, folder: Path, **settings):
-    return small_config(
-        text,
-        folder,
-        **(
-            {"max_steps": 40, "val_every": 40, "sample_every": 40, "save_every": 5, "keep_last": 20}
-            | settings
-        ),
-    )
+    often = {"max_steps": 40, "val_every": 40, "sample_every": 40, "save_every": 5, "keep_last": 20}
+    return small_config(text, folder, **often | settings)
 
 
 def expect_finite_files(folder: Path) -> None:
-    checkpoints = candidates(folder / "checkpoints")
-    for path in checkpoints:
+    for path in candidates(folder / "checkpoints"):
         for file in path.glob("*.safetensors"):
-            assert all(torch.isfinite(t).all() for t in load_file(file).values() if t.is_floating_point()), (
-                file
-            )
-        assert (
-            "NaN" not in (path / "state.json").read_text()
-            and "Infinity" not in (path / "state.json").read_text()
-        )
-    assert all(
-        math.isfinite(float(event.get("train_loss", 0))) for event in read_log(folder / "logs" / TRAINING)
+            floats = [tensor for tensor in load_file(file).values() if tensor.is_floating_point()]
+            assert all(torch.isfinite(tensor).all() for tensor in floats), file
+        assert not re.search("NaN|Infinity", (path / "state.json").read_text())
+    losses = [float(event.get("train_loss", 0)) for event in read_log(folder / "logs" / TRAINING)]
+    assert all(map(math.isfinite, losses))
+
+
+def same_tensors(one: Path, other: Path) -> None:
+    for file in ("model.safetensors", "optim.safetensors"):
+        assert (one / file).read_bytes() == (other / file).read_bytes(), file
+
+
+def events(folder: Path, kind: str) -> list[dict[str, str]]:
+    return [event for event in read_log(folder / "logs" / CHECKPOINTS) if event.get("event") == kind]
+
+
+@pytest.fixture
+def loops(monkeypatch) -> list[TrainingLoop]:
+    """The loops that are made from now on."""
+    made, original = [], TrainingLoop.configure_optimizers
+    monkeypatch.setattr(
+        TrainingLoop, "configure_optimizers", lambda loop: made.append(loop) or original(loop)
     )
+    return made
 
 
 def state_of(folder: Path, name: str = FINAL) -> dict:
@@ -85,28 +93,17 @@ def test_ten_poisoned_steps_are_skipped_and_the_rest_is_as_if_their_batches_had_
         poison(patch, bad, rng.choice([math.nan, math.inf, -math.inf]))
         assert train(config(text, tmp_path / "poisoned"), Reporter()).step == 40
     expect_finite_files(tmp_path / "poisoned")
-    state = state_of(tmp_path / "poisoned")
-    skips = [
-        event
-        for event in read_log(tmp_path / "poisoned/logs" / CHECKPOINTS)
-        if event.get("event") == "skipped"
-    ]
-    assert (state["step"], state["position"]) == (40, 40 + len(skips)) and state["guard"]["total"] == len(
-        skips
-    )
-    assert {int(event["position"]) for event in skips} == {
-        position for position in bad if position < state["position"]
-    }
+    state, skips = state_of(tmp_path / "poisoned"), events(tmp_path / "poisoned", "skipped")
+    assert (state["step"], state["position"]) == (40, 40 + len(skips))
+    assert state["guard"]["total"] == len(skips)
+    assert {int(event["position"]) for event in skips} == {at for at in bad if at < state["position"]}
 
     with monkeypatch.context() as patch:  # the same run over a stream without those batches
         good = [n for n in range(200) if n not in bad]
         original = data.BatchStream.batch
         patch.setattr(data.BatchStream, "batch", lambda self, n: original(self, good[n]))
         train(config(text, tmp_path / "without"), Reporter())
-    for file in ("model.safetensors", "optim.safetensors"):
-        assert sha256_file(tmp_path / "poisoned/checkpoints" / FINAL / file) == sha256_file(
-            tmp_path / "without/checkpoints" / FINAL / file
-        )
+    same_tensors(tmp_path / "poisoned/checkpoints" / FINAL, tmp_path / "without/checkpoints" / FINAL)
 
 
 @pytest.mark.parametrize(
@@ -117,9 +114,7 @@ def test_too_many_skips_end_the_run_with_exit_code_5_and_leave_the_last_checkpoi
 ):
     with monkeypatch.context() as patch:
         poison(patch, dict.fromkeys(bad, "gradient"))
-        with pytest.raises(
-            NumericStop, match=f"updates skipped: {cause}.*what was saved stays as it is"
-        ) as stop:
+        with pytest.raises(NumericStop, match=f"updates skipped: {cause}.*what was saved stays") as stop:
             train(config(text, tmp_path / "output"), Reporter())
     assert stop.value.exit_code == 5
     expect_finite_files(tmp_path / "output")
@@ -145,21 +140,15 @@ def test_skips_are_replayed_exactly_after_a_stop(text, tmp_path, monkeypatch):
     compare(tmp_path / "stopped", outcome(tmp_path / "whole"))
 
 
-def test_weights_that_are_not_finite_reach_no_disk(text, tmp_path, monkeypatch):
+def test_weights_that_are_not_finite_reach_no_disk(text, tmp_path, loops):
     class Poisoning(Reporter):
         def step(self, step, *rest):
             if step == 20:  # between the update and the save that is due
                 with torch.no_grad():
-                    module[0].model.model.norm.weight[3] = math.inf
+                    loops[0].model.model.norm.weight[3] = math.inf
 
-    module = []
-    original = TrainingLoop.configure_optimizers
-    monkeypatch.setattr(
-        TrainingLoop, "configure_optimizers", lambda self: module.append(self) or original(self)
-    )
-    with pytest.raises(
-        NumericStop, match=r"model.norm.weight holds numbers that are not finite|updates skipped"
-    ) as stop:
+    words = r"model.norm.weight holds numbers that are not finite|updates skipped"
+    with pytest.raises(NumericStop, match=words) as stop:
         train(config(text, tmp_path / "output"), Poisoning())
     assert stop.value.exit_code == 5
     expect_finite_files(tmp_path / "output")
@@ -171,38 +160,30 @@ def test_weights_that_are_not_finite_reach_no_disk(text, tmp_path, monkeypatch):
 
 def test_an_fp16_scale_that_overflows_comes_down_and_training_goes_on(text, tmp_path, monkeypatch):
     original = torch.amp.GradScaler
-    monkeypatch.setattr(
-        torch.amp,
-        "GradScaler",
-        lambda device, enabled, init_scale: original(device, enabled=enabled, init_scale=2.0**30),
-    )
+
+    def high(device, enabled, init_scale):
+        return original(device, enabled=enabled, init_scale=2.0**30)
+
+    monkeypatch.setattr(torch.amp, "GradScaler", high)
     assert train(config(text, tmp_path / "output", precision="fp16"), Reporter()).step == 40
     state = state_of(tmp_path / "output")
     skips = state["guard"]["total"]
     assert 3 <= skips < MAX_SCALER_SKIPS and state["position"] == 40 + skips
-    assert (
-        state["scaler"]["scale"] == 2.0 ** (30 - skips)
-        and state["guard"]["recent"] == []
-        and state["guard"]["overflows_in_a_row"] == 0
-    )
+    assert state["scaler"]["scale"] == 2.0 ** (30 - skips)
+    assert state["guard"]["recent"] == [] and state["guard"]["overflows_in_a_row"] == 0
     expect_finite_files(tmp_path / "output")
 
 
 def test_an_fp16_loop_of_overflows_ends_at_the_floor_of_the_scale_with_exit_code_5(
-    text, tmp_path, monkeypatch
+    text, tmp_path, monkeypatch, loops
 ):
     scales = []
 
     class Watching(Reporter):
         def message(self, text):
             if "skipped" in text:
-                scales.append(module[0].scaler.get_scale())
+                scales.append(loops[0].scaler.get_scale())
 
-    module = []
-    original = TrainingLoop.configure_optimizers
-    monkeypatch.setattr(
-        TrainingLoop, "configure_optimizers", lambda self: module.append(self) or original(self)
-    )
     poison(monkeypatch, None, math.inf)
     with pytest.raises(NumericStop, match=r"overflowed 20 times in a row.*train.precision=bf16") as stop:
         train(config(text, tmp_path / "output", precision="fp16"), Watching())
@@ -217,20 +198,8 @@ def test_the_fp16_scale_is_resumed_exactly(text, tmp_path, monkeypatch, optimize
     train(config(text, tmp_path / "whole", **settings), Reporter())
     assert state_of(tmp_path / "whole")["scaler"] == {"scale": 2.0**14, "_growth_tracker": 40 - 21}
     train(config(text, tmp_path / "parts", **settings, max_steps=20, continue_steps=20), Reporter())
-    for file in ("model.safetensors", "optim.safetensors"):
-        assert sha256_file(tmp_path / "parts/checkpoints" / FINAL_NAMES[1] / file) == sha256_file(
-            tmp_path / "whole/checkpoints" / FINAL / file
-        )
+    same_tensors(tmp_path / "parts/checkpoints" / FINAL_NAMES[1], tmp_path / "whole/checkpoints" / FINAL)
     assert state_of(tmp_path / "parts", FINAL_NAMES[1])["scaler"] == state_of(tmp_path / "whole")["scaler"]
-
-
-def test_overflows_of_the_scaler_and_broken_losses_are_counted_apart():
-    guard = NumericGuard(has_scaler=True)
-    for position in range(MAX_SCALER_SKIPS - 1):
-        assert guard.verdict(2.0, math.inf, position)
-    assert guard.verdict(math.nan, 1.0, 30) and guard.verdict(math.nan, 1.0, 31)
-    with pytest.raises(NumericStop, match="3 in a row"):
-        guard.verdict(math.nan, 1.0, 32)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -238,8 +207,6 @@ def test_overflows_of_the_scaler_and_broken_losses_are_counted_apart():
 
 def no_memory(monkeypatch, at: set[int] | None) -> list[list[int]]:
     """Fail at the micro-batches numbered `at` (from 0; None: always); returns the rows of the windows that were completed."""
-    from smollm2.model import SmolLM2
-
     windows: list[list[int]] = []
     original, accumulate, count = SmolLM2.loss, TrainingLoop.accumulate, 0
 
@@ -265,38 +232,26 @@ def no_memory(monkeypatch, at: set[int] | None) -> list[list[int]]:
     return windows
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_out_of_memory_in_any_micro_batch_halves_it_and_redoes_the_window(text, tmp_path, monkeypatch, seed):
+@pytest.mark.parametrize("at", [0, 1, 13, 23])
+def test_out_of_memory_in_any_micro_batch_halves_it_and_redoes_the_window(text, tmp_path, monkeypatch, at):
     settings = {"accumulation": 2, "max_steps": 12, "save_every": 3, "val_every": 12, "sample_every": 12}
-    at = random.Random(seed).randrange(24)
     with monkeypatch.context() as patch:
         windows = no_memory(patch, {at})
         assert train(config(text, tmp_path / "output", **settings), Reporter()).step == 12
     assert len(windows) == 12 and all(sum(rows) == 8 for rows in windows)
     assert [max(rows) for rows in windows] == [4] * (at // 2) + [2] * (12 - at // 2)
-    halved = [
-        event
-        for event in read_log(tmp_path / "output/logs" / CHECKPOINTS)
-        if event.get("event") == "micro_batch_halved"
-    ]
-    assert (
-        len(halved) == 1
-        and int(halved[0]["step"]) == at // 2
-        and state_of(tmp_path / "output")["micro_batch_size"] == 2
-    )
+    (halved,) = events(tmp_path / "output", "micro_batch_halved")
+    assert int(halved["step"]) == at // 2 and state_of(tmp_path / "output")["micro_batch_size"] == 2
 
-    with (
-        monkeypatch.context() as patch
-    ):  # the same run with the micro-batch changed by hand before that window: the same bits
-        original = training.TrainingLoop.training_step
+    original = TrainingLoop.training_step
 
-        def step(self, batch, batch_idx):
-            if self.state.step == at // 2:
-                self.state.micro_batch_size = 2
-            return original(self, batch, batch_idx)
+    def by_hand(self, batch, batch_idx):
+        if self.state.step == at // 2:
+            self.state.micro_batch_size = 2
+        return original(self, batch, batch_idx)
 
-        patch.setattr(training.TrainingLoop, "training_step", step)
-        train(config(text, tmp_path / "by-hand", **settings), Reporter())
+    monkeypatch.setattr(TrainingLoop, "training_step", by_hand)  # halved before that window: the same bits
+    train(config(text, tmp_path / "by-hand", **settings), Reporter())
     compare(tmp_path / "output", outcome(tmp_path / "by-hand"))
 
 
@@ -304,18 +259,7 @@ def test_out_of_memory_at_micro_batch_1_ends_the_run_with_exit_code_6(text, tmp_
     train(config(text, tmp_path / "output", max_steps=10), Reporter())
     before = outcome(tmp_path / "output")
     no_memory(monkeypatch, None)
-    with pytest.raises(
-        MemoryStop, match=r"out of memory at micro-batch 1 .*2.00 GiB.*the checkpoint of step 10 is untouched"
-    ) as stop:
+    words = r"out of memory at micro-batch 1 .*2.00 GiB.*the checkpoint of step 10 is untouched"
+    with pytest.raises(MemoryStop, match=words) as stop:
         train(config(text, tmp_path / "output", max_steps=20), Reporter())
     assert stop.value.exit_code == 6 and outcome(tmp_path / "output") == before
-
-
-def test_out_of_memory_outside_the_micro_batches_has_the_same_exit_code(text, tmp_path, monkeypatch):
-    def no_room(*arguments, **options):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", no_room)
-    with pytest.raises(SystemExit) as stop:
-        run_command(lambda: train(config(text, tmp_path / "output"), Reporter()))
-    assert stop.value.code == MemoryStop.exit_code

@@ -6,12 +6,10 @@ refused for a test to pass, but nothing may run.
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import io
 import os
 import pickle  # only the tests write pickled payloads, and show that each of them would run elsewhere
-import re
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -23,8 +21,7 @@ import torch
 
 from smollm2 import SmolLM2
 from smollm2.checkpoint import FINAL_NAMES, commit
-from smollm2.conversation import render_chat
-from smollm2.errors import CheckpointError, UserError
+from smollm2.errors import UserError
 from smollm2.files import load_tensors
 from smollm2.notebook.own_run import own_checkpoints
 from smollm2.pretrained import load_model_and_tokenizer
@@ -57,18 +54,11 @@ def payloads(canary: Path) -> dict[str, bytes]:
     """Bytes that create the file `canary` when they are loaded."""
     code = f"open({str(canary)!r}, 'w').close()"
     run, line = Calls(exec, code), code.replace("'", '"')
-    lightning = {
-        "pytorch-lightning_version": "2.6.6",
-        "state_dict": {},
-        "hyper_parameters": {"_target_": run},
-    }
-    return {f"protocol {n}": pickle.dumps(run, n) for n in range(6)} | {
-        "system": pickle.dumps(Calls(os.system, f"touch {canary}")),
+    return {
+        "pickle": pickle.dumps(Calls(os.system, f"touch {canary}")),
         "inst opcode": f"(S'{line}'\nibuiltins\nexec\n.".encode(),
-        "in a table": pickle.dumps({"state_dict": {"w": torch.zeros(2).numpy(), "x": run}, "epoch": 1}),
-        "nested": pickle.dumps(Calls(pickle.loads, pickle.dumps(run))),
-        "torch zip": torch_file(run),
-        "torch zip of lightning": torch_file(lightning),
+        "in a table": pickle.dumps({"state_dict": {"w": torch.zeros(2).numpy(), "x": run}, "epoch": 1}, 4),
+        "torch zip": torch_file({"state_dict": {}, "hyper_parameters": {"_target_": run}}),
         "torch legacy": torch_file(run, is_new=False),
         "numpy": numpy_file(run),
     }
@@ -91,9 +81,9 @@ def test_every_payload_is_live(name, tmp_path):
 # Where a payload can lie: alone, beside a model, in the place of one of its files
 FILES = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "state.json")
 PLACES = [
-    *[f"weights{suffix}" for suffix in (".ckpt", ".pt", ".bin", ".pth", ".pkl", ".safetensors")],
-    *[f"beside {name}" for name in ("pytorch_model.bin", "training_args.bin", "rng_state.pth", "last.ckpt")],
-    *[f"only {name}" for name in ("pytorch_model.bin", "model.pt", "last.ckpt", "model-1.safetensors")],
+    *[f"weights{suffix}" for suffix in (".ckpt", ".pt", ".bin", ".safetensors")],
+    *[f"beside {name}" for name in ("pytorch_model.bin", "last.ckpt")],
+    *[f"only {name}" for name in ("pytorch_model.bin", "last.ckpt", "model-1.safetensors")],
     *[f"as {name}" for name in (*FILES, "optim.safetensors", "manifest.json")],
     *[f"signed {name}" for name in (*FILES, "optim.safetensors")],
 ]
@@ -174,48 +164,3 @@ def test_no_payload_runs_anywhere(entry, good, tmp_path, monkeypatch):
         is_good = place.startswith("beside") and entry == ENTRIES[0]  # such an entry gets all the way through
         assert code in ((0,) if is_good else (0, 2, 4, 7)), (entry, name, place, code)
         shutil.rmtree(area)
-
-
-TEMPLATES = [
-    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    "{{ lipsum.__globals__['os'].popen('touch CANARY').read() }}",
-    "{{ cycler.__init__.__globals__.os.system('touch CANARY') }}", "{{ raise_exception.__globals__ }}",
-    "{% for c in [].__class__.__base__.__subclasses__() %}{{ c.__name__ }}{% endfor %}",
-    "{{ messages.append(1) }}", "{% import 'os' as os %}{{ os.system('touch CANARY') }}",
-    "{% include '/etc/passwd' %}",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_a_chat_template_cannot_leave_its_sandbox(template, tmp_path):
-    canary = tmp_path / "canary"
-    with contextlib.suppress(CheckpointError):
-        text = render_chat(template.replace("CANARY", str(canary)), [{"role": "user", "content": "hi"}])
-        assert not any(word in text for word in ("class", "root:", "os"))
-    assert not canary.exists()
-
-
-FORBIDDEN = re.compile(
-    r"\b(import|from) [\w., ]*\b(pickle|cPickle|_pickle|dill|cloudpickle|joblib|marshal|shelve)\b"
-    r"|\b(torch|np|numpy|jit)\.load\b|\b(full_load|unsafe_load|load_from_checkpoint|load_checkpoint)\b"
-    r"|(?<![\w.])(eval|exec|compile|__import__)\(|\byaml\.load\((?!.*Loader=)"
-    r"|weights_only=False|allow_pickle=True|trust_remote_code=|shell=True"
-)
-
-
-def problems(text: str) -> list[str]:
-    # without comments, and each statement in one line
-    return [found.group() for found in FORBIDDEN.finditer(ast.unparse(ast.parse(text)))]
-
-
-SOURCES = [ROOT / "colab_train.py", *(ROOT / "smollm2").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
-# what the search must find: text that is parsed and never run
-RISKY = """import pickle; from pickle import loads; import joblib as j; load(p, weights_only=False); eval(t);
-load(p, trust_remote_code=flag); torch.load(p); yaml.load(t); np.load(p); subprocess.run(t, shell=True)"""
-
-
-def test_the_source_has_no_way_to_run_a_file():
-    assert all(
-        problems(line) for line in RISKY.replace("\n", " ").split("; ")
-    )  # the search finds what it is for
-    assert not {path.name: found for path in SOURCES if (found := problems(path.read_text("utf-8")))}

@@ -16,19 +16,13 @@ def test_what_is_seen_inside_is_the_models_own_and_transformers():
     assert torch.equal(inside.logits, model(ids))
     twin.set_attn_implementation("eager")
     theirs = twin(ids, output_attentions=True, output_hidden_states=True)
-    torch.testing.assert_close(
-        torch.stack(inside.attention), torch.stack(theirs.attentions), rtol=0, atol=1e-5
-    )
-    hidden = [
-        *inside.hidden[:-1],
-        model.model.norm(inside.hidden[-1]),
-    ]  # they give the last one behind the norm
+    torch.testing.assert_close(tuple(inside.attention), theirs.attentions, rtol=0, atol=1e-5)
+    hidden = [*inside.hidden[:-1], model.model.norm(inside.hidden[-1])]  # theirs is behind the norm
     torch.testing.assert_close(torch.stack(hidden), torch.stack(theirs.hidden_states), rtol=1e-4, atol=1e-4)
     lens = logit_lens(model, inside.hidden)
     assert lens.shape == (model.config.num_hidden_layers + 1, 2, 17, model.config.vocab_size)
-    assert (
-        torch.equal(lens[-1], inside.logits.float().softmax(-1)) and (lens[0] - lens[-1]).abs().max() > 1e-3
-    )
+    assert torch.equal(lens[-1], inside.logits.float().softmax(-1))
+    assert (lens[0] - lens[-1]).abs().max() > 1e-3
 
 
 @torch.inference_mode()

@@ -29,70 +29,36 @@ def run_dir(tmp_path_factory) -> Path:
     return folder / "output"
 
 
+def read(run_dir: Path) -> dict[str, list[dict[str, str]]]:
+    return {path.stem: logs.read_log(path) for path in (run_dir / "logs").glob("*.txt")}
+
+
 def test_every_line_is_a_time_a_step_and_key_value_pairs(run_dir):
-    files = {path.name for path in (run_dir / "logs").glob("*.txt")}
-    assert files == {
-        "training_loss.txt",
-        "generation_samples.txt",
-        "checkpoint_events.txt",
-        "epoch_completion.txt",
-        "gpu_metrics.txt",
-    }
-    for name in files:
-        lines = (run_dir / "logs" / name).read_text().splitlines(keepends=True)
-        assert lines, name
-        for line in lines:
-            fields = logs.parse_line(line)
-            assert (
-                re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", fields["time"]) and int(fields["step"]) >= 0
-            )
+    names = "training_loss generation_samples checkpoint_events epoch_completion gpu_metrics"
+    assert set(read(run_dir)) == set(names.split())
+    for path in (run_dir / "logs").glob("*.txt"):
+        events = [logs.parse_line(line) for line in path.read_text().splitlines(keepends=True)]
+        assert events and all(int(event["step"]) >= 0 for event in events)
+        assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", event["time"]) for event in events)
 
 
 def test_each_log_holds_what_its_name_says(run_dir):
-    read = {
-        name: logs.read_log(run_dir / "logs" / f"{name}.txt")
-        for name in (
-            "training_loss",
-            "generation_samples",
-            "checkpoint_events",
-            "epoch_completion",
-            "gpu_metrics",
-        )
-    }
-    steps = [int(event["step"]) for event in read["training_loss"] if "train_loss" in event]
-    assert steps == [1, *range(10, 131, 10)]
-    assert all(
-        float(e["lr"]) >= 0 and int(e["tokens"]) == int(e["step"]) * 8 * 32
-        for e in read["training_loss"]
-        if "lr" in e
-    )
-    validations = [e for e in read["training_loss"] if "val_loss" in e]
-    assert [int(e["step"]) for e in validations] == [50, 100, 130] and all(
-        float(e["val_bits_per_byte"]) > 0 for e in validations
-    )
-    prompts = {e["prompt"] for e in read["generation_samples"]}
+    found = read(run_dir)
+    losses = [event for event in found["training_loss"] if "train_loss" in event]
+    assert [int(event["step"]) for event in losses] == [1, *range(10, 131, 10)]
+    assert all(int(e["tokens"]) == int(e["step"]) * 8 * 32 and float(e["lr"]) >= 0 for e in losses)
+    validations = [event for event in found["training_loss"] if "val_loss" in event]
+    assert [int(event["step"]) for event in validations] == [50, 100, 130]
+    assert all(float(event["val_bits_per_byte"]) > 0 for event in validations)
+    samples = found["generation_samples"]
     assert (
-        len(prompts) == 3
-        and len(read["generation_samples"]) == 9
-        and all("text" in e for e in read["generation_samples"])
+        len({e["prompt"] for e in samples}) == 3 and len(samples) == 9 and all("text" in e for e in samples)
     )
-    assert {"saved"} <= {e["event"] for e in read["checkpoint_events"]}
-    assert (
-        read["epoch_completion"][0]["epoch"] == "1"
-        and float(read["epoch_completion"][0]["mean_train_loss"]) > 0
-    )
-    assert all(
-        e["device"] == "cpu" and int(e["rss_bytes"]) > 1e7 and "note" in e for e in read["gpu_metrics"]
-    )
-
-
-def test_tensorboard_opens_the_events(run_dir):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(run_dir / "logs"))
-    events.Reload()
-    assert {"train/loss", "train/lr", "val/loss", "val/bits_per_byte"} <= set(events.Tags()["scalars"])
-    assert [e.step for e in events.Scalars("val/loss")] == [50, 100, 130]
+    assert "saved" in {event["event"] for event in found["checkpoint_events"]}
+    epoch = found["epoch_completion"][0]
+    assert epoch["epoch"] == "1" and float(epoch["mean_train_loss"]) > 0
+    metrics = found["gpu_metrics"]
+    assert all(e["device"] == "cpu" and int(e["rss_bytes"]) > 1e7 and "note" in e for e in metrics)
 
 
 def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -100,43 +66,26 @@ def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
-    return {
-        tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
-    }
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def test_a_machine_that_goes_on_from_drive_shows_tensorboard_every_earlier_step_once(run_dir):
     output = run_dir.with_name("fresh")
     config = RunConfig(**yaml.safe_load((run_dir / "config.yaml").read_text()))
-    config = config.model_copy(
-        update={
-            "run": config.run.model_copy(update={"output_dir": str(output)}),
-            "train": config.train.model_copy(update={"continue_steps": 20}),
-        }
-    )
-    train(config, Reporter())
+    place = config.run.model_copy(update={"output_dir": str(output)})
+    longer = config.train.model_copy(update={"continue_steps": 20})
+    train(config.model_copy(update={"run": place, "train": longer}), Reporter())
     before, after = curves(run_dir / "logs"), curves(output / "logs")
-    assert (
-        set(after)
-        == set(before)
-        == {
-            "train/loss",
-            "train/lr",
-            "train/gradient_norm",
-            "train/tokens_per_second",
-            "val/loss",
-            "val/bits_per_byte",
-        }
-    )
+    tags = {f"train/{name}" for name in ("loss", "lr", "gradient_norm", "tokens_per_second")}
+    assert set(after) == set(before) == tags | {"val/loss", "val/bits_per_byte"}
+    assert [step for step, _ in before["val/loss"]] == [50, 100, 130]
     for tag, points in before.items():
-        assert [step for step, _ in after[tag]] == [
-            *(step for step, _ in points),
-            *((140, 150) if tag.startswith("train") else (150,)),
-        ], tag
+        steps, values = zip(*after[tag], strict=True)
+        new = (140, 150) if tag in tags else (150,)
+        assert steps == (*(step for step, _ in points), *new), tag
         rounding = 0.06 if tag == "train/tokens_per_second" else 1e-6
-        assert [value for _, value in after[tag]][: len(points)] == pytest.approx(
-            [value for _, value in points], rel=1e-5, abs=rounding
-        ), tag
+        expected = pytest.approx([value for _, value in points], rel=1e-5, abs=rounding)
+        assert list(values[: len(points)]) == expected, tag
 
 
 def test_a_resume_repeats_and_loses_no_line_and_no_point(tmp_path):
@@ -150,9 +99,7 @@ def test_a_resume_repeats_and_loses_no_line_and_no_point(tmp_path):
     logs.Logs(tmp_path, {logs.TRAINING: 4})
     assert [event["step"] for event in logs.read_log(tmp_path / logs.TRAINING)] == ["1", "2", "3", "4"]
     assert curves(tmp_path) == {"train/loss": [(n, pytest.approx(1 / n, abs=1e-6)) for n in range(1, 5)]}
-    assert len(logs.read_log(tmp_path / logs.CHECKPOINTS)) == 14, (
-        "what happened to checkpoints is a journal: it stays"
-    )
+    assert len(logs.read_log(tmp_path / logs.CHECKPOINTS)) == 14, "what happened to checkpoints stays"
 
 
 def test_words_with_blanks_and_quotes_come_back(tmp_path):

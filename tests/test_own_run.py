@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 from tiny_models import tiny_model, tiny_tokenizer
 
-from smollm2 import SmolLM2
 from smollm2.checkpoint import commit
-from smollm2.notebook.own_run import best_seen, own_checkpoints, own_run, small_run, untrained
+from smollm2.notebook.own_run import best_seen, own_checkpoints, untrained
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -26,7 +25,6 @@ def files(tmp_path_factory):
 @pytest.fixture
 def save(files, tmp_path):
     def save(place: str, step: int, run_id: str = "run-a", age_seconds: float = 0.0, best=None) -> Path:
-
         path = tmp_path / place
         path.parent.mkdir(parents=True, exist_ok=True)
         state = {} if best is None else {"state.json": json.dumps({"best": best}).encode()}
@@ -46,10 +44,8 @@ def test_the_run_saved_to_last_comes_oldest_first_one_a_step_without_what_is_dam
     bad = save("output/small/checkpoints/step-00000003.ckpt", 3, "small") / "model.safetensors"
     bad.write_bytes(bad.read_bytes()[:-1] + b"!")
     save("drive/step-00000050-new-0a1b2c3d.ckpt", 50, "new")
-    assert [(c.run_id, c.step) for c in own_checkpoints([output], said.append)] == [
-        ("small", 2),
-        ("small", 10),
-    ]
+    mine = own_checkpoints([output], said.append)
+    assert [(c.run_id, c.step) for c in mine] == [("small", 2), ("small", 10)]
     assert len(said) == 1 and "step-00000003.ckpt: left out" in said[0]
     assert [c.run_id for c in own_checkpoints([output, drive])] == ["new"]
     assert own_checkpoints([tmp_path / "nothing"]) == []
@@ -62,26 +58,3 @@ def test_the_best_checkpoint_is_the_one_the_run_noted_where_it_is_kept(save, tmp
     checkpoints = own_checkpoints([tmp_path])
     assert best_seen(checkpoints).step == step
     assert untrained(checkpoints[0]) is None, "a checkpoint that names no seed has no step 0"
-
-
-@pytest.mark.parametrize("smoke", [False, True])
-def test_the_small_run_never_stands_in_the_way_of_the_real_one_and_keeps_all_it_saves(smoke, tmp_path):
-    config = small_run("input.txt", tmp_path / "output", smoke)
-    assert config.run.output_dir == str(tmp_path / "output" / "small")
-    assert config.train.max_steps <= 300
-    assert config.train.keep_last > config.train.max_steps / config.train.save_every
-
-
-@pytest.mark.slow
-def test_where_there_is_no_run_one_is_trained_and_found_again(tmp_path, capsys):
-    text = tmp_path / "input.txt"
-    text.write_bytes((ROOT / "input.txt").read_bytes()[:200_000])
-    first = own_run(text, tmp_path / "output", smoke=True)
-    assert "training a small one" in capsys.readouterr().out and len(first) >= 5
-    assert [c.folder for c in own_run(text, tmp_path / "output", smoke=True)] == [c.folder for c in first]
-    assert "training" not in capsys.readouterr().out
-    start, early = (
-        model.state_dict() for model in (untrained(first[0]), SmolLM2.from_pretrained(first[0].folder))
-    )
-    change = max((start[name] - early[name]).abs().max() for name in start)
-    assert 0 < change < 0.1, "step 0 is the start of this very run"

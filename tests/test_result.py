@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from conftest import Heard
 
@@ -11,45 +13,26 @@ from smollm2.training import train
 from tests.soak import small_config, small_text
 
 
-@pytest.fixture
-def finished(tmp_path):
-    """The result of a run whose step 40 is still there."""
-
-    def with_score(score: float, best: tuple[int, float] | None) -> TrainResult:
-        folder = tmp_path / "out put/checkpoints"
-        (folder / "step-00000040.ckpt").mkdir(parents=True, exist_ok=True)
-        references = {"gzip -9": 3.1, "xz": 2.9}
-        return TrainResult(90, folder / "final_model.ckpt", None, 61.0, 1234.0, score, references, best=best)
-
-    return with_score
-
-
-def test_the_table_says_what_was_reached_and_how_to_talk_to_it(finished, tmp_path):
-    table = finished(1.777, (90, 1.777)).table()
-    assert (
-        "1.777  (the same bytes: gzip -9 3.100, xz 2.900)" in table and "1,234" in table and "61 s" in table
-    )
-    assert f"--checkpoint '{tmp_path}/out put/checkpoints/final_model.ckpt'" in table
-    assert "best held-out" not in table
-
-
-@pytest.mark.parametrize(("best", "is_told"), [((40, 1.5), True), ((40, 1.995), False), (None, False)])
-def test_a_better_checkpoint_before_the_last_is_named(finished, tmp_path, best, is_told):
-    words = f"1.500 at step 40, kept in {tmp_path}/out put/checkpoints/step-00000040.ckpt"
-    assert (words in finished(2.0, best).table()) is is_told
+@pytest.mark.parametrize(
+    ("best", "is_told"), [((90, 2.0), False), ((40, 1.5), True), ((40, 1.995), False), (None, False)]
+)
+def test_the_table_says_what_was_reached_how_to_talk_to_it_and_what_was_better(tmp_path, best, is_told):
+    folder = tmp_path / "out put/checkpoints"
+    (folder / "step-00000040.ckpt").mkdir(parents=True)
+    references = {"gzip -9": 3.1, "xz": 2.9}
+    result = TrainResult(90, folder / "final_model.ckpt", None, 61.0, 1234.0, 2.0, references, best=best)
+    table = result.table()
+    for words in ("2.000  (the same bytes: gzip -9 3.100, xz 2.900)", "1,234", "61 s"):
+        assert words in table
+    assert f"--checkpoint '{folder}/final_model.ckpt'" in table
+    assert (f"1.500 at step 40, kept in {folder}/step-00000040.ckpt" in table) is is_told
 
 
 def test_a_run_that_learns_its_text_by_heart_says_so_and_keeps_the_best_checkpoint(tmp_path):
     text, seen = small_text(tmp_path / "text.txt", words=150), Heard()
+    often = {"val_every": 25, "save_every": 25, "keep_last": 1}
     config = small_config(
-        text,
-        tmp_path / "output",
-        max_steps=300,
-        learning_rate=0.02,
-        val_every=25,
-        save_every=25,
-        keep_last=1,
-        decay_fraction=0.0,
+        text, tmp_path / "output", max_steps=300, learning_rate=0.02, decay_fraction=0.0, **often
     )
     result = train(config, seen)
     step, score = result.best
@@ -60,17 +43,13 @@ def test_a_run_that_learns_its_text_by_heart_says_so_and_keeps_the_best_checkpoi
     assert "about" in note and "steps do better" in note
 
 
-def test_a_run_that_reads_little_of_its_text_says_how_many_steps_read_it_once(tmp_path):
-    seen = Heard()
-    train(small_config(small_text(tmp_path / "text.txt"), tmp_path / "output", max_steps=3), seen)
-    (note,) = [line for line in seen.messages if line.startswith("note: 3 steps read ")]
-    assert "% of this text; --max_steps" in note
-
-
-def test_a_run_that_reads_its_text_a_few_times_is_not_warned(tmp_path):
-    seen = Heard()
-    result = train(small_config(small_text(tmp_path / "text.txt"), tmp_path / "output", max_steps=30), seen)
-    assert (
-        not [line for line in seen.messages if line.startswith("note:") or "by heart" in line]
-        and "best held-out" not in result.table()
-    )
+@pytest.mark.parametrize(
+    ("steps", "told"), [(3, "note: 3 steps read .*% of this text; --max_steps"), (30, "")]
+)
+def test_only_a_run_that_reads_little_of_its_text_is_told_how_many_steps_read_it_once(
+    text, tmp_path, steps, told
+):
+    result = train(small_config(text, tmp_path / "output", max_steps=steps), seen := Heard())
+    notes = [line for line in seen.messages if line.startswith("note:") or "by heart" in line]
+    assert len(notes) == bool(told) and re.match(told, "".join(notes))
+    assert told or "best held-out" not in result.table()

@@ -16,25 +16,22 @@ from conftest import Heard
 
 from smollm2 import saver
 from smollm2.checkpoint import FINAL_NAMES, step_name, verify
-from smollm2.errors import BusyError, ConfigError, DataError
-from smollm2.files import sha256_file
-from smollm2.folder import locked_folder
 from smollm2.logs import EPOCHS, SAMPLES, TRAINING
 from smollm2.progress import Reporter
 from smollm2.training import TrainingLoop, train
 from tests.soak import (
     SABOTAGES,
+    STATE_FILES,
     Blackboard,
     Soak,
     caught,
     compare,
-    fresh_run,
     log_events,
     newest_verified_step,
     outcome,
     reference,
     small_config,
-    small_text,
+    soak_all,
     start,
     wait,
 )  # fmt: skip
@@ -43,34 +40,31 @@ FINAL, CONTINUED = FINAL_NAMES
 
 
 def fifty(text: Path, folder: Path, **train_settings):
-    return small_config(
-        text, folder, **({"max_steps": 50, "val_every": 10, "sample_every": 10} | train_settings)
-    )
+    often = {"max_steps": 50, "val_every": 10, "sample_every": 10, "keep_last": 10}
+    return small_config(text, folder, **often | train_settings)
 
 
 @pytest.fixture(scope="module")
 def finished(text, tmp_path_factory) -> Path:
     """The output directory of an undisturbed run of 50 steps."""
     folder = tmp_path_factory.mktemp("finished") / "output"
-    result = train(fifty(text, folder, keep_last=10), Reporter())
+    result = train(fifty(text, folder), Reporter())
     assert result.step == 50 and result.stopped_by is None
     return folder
 
 
 def same_result(folder: Path, name: str, other: Path, other_name: str) -> None:
-    for file in ("model.safetensors", "optim.safetensors", "state.json", "config.json", "tokenizer.json"):
-        assert sha256_file(folder / "checkpoints" / name / file) == sha256_file(
-            other / "checkpoints" / other_name / file
-        ), file
+    for file in (*STATE_FILES, "config.json", "tokenizer.json"):
+        ours, theirs = folder / "checkpoints" / name / file, other / "checkpoints" / other_name / file
+        assert ours.read_bytes() == theirs.read_bytes(), file
     for file in (TRAINING, SAMPLES, EPOCHS):
         assert log_events(folder / "logs" / file) == log_events(other / "logs" / file), file
 
 
 def test_forty_steps_and_ten_more_equal_fifty_bit_for_bit(text, finished, tmp_path):
     result = train(fifty(text, tmp_path / "output", max_steps=40, continue_steps=10), Reporter())
-    assert (
-        result.checkpoint.name == CONTINUED and verify(tmp_path / "output" / "checkpoints" / FINAL).step == 40
-    )
+    assert result.checkpoint.name == CONTINUED
+    assert verify(tmp_path / "output" / "checkpoints" / FINAL).step == 40
     same_result(tmp_path / "output", CONTINUED, finished, FINAL)
 
 
@@ -85,22 +79,15 @@ def test_every_checkpoint_opens_in_transformers_with_the_same_logits(finished):
         ids = torch.tensor([AutoTokenizer.from_pretrained(folder)("the same words")["input_ids"]])
         theirs = AutoModelForCausalLM.from_pretrained(folder)
         with torch.no_grad():
-            torch.testing.assert_close(
-                SmolLM2.from_pretrained(folder)(ids), theirs(ids).logits, atol=2e-6, rtol=0
-            )
+            ours = SmolLM2.from_pretrained(folder)(ids)
+            torch.testing.assert_close(ours, theirs(ids).logits, atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_killed_anywhere_a_run_ends_in_the_same_bits(text, tmp_path, accumulation):
     undisturbed = reference(small_config(text, tmp_path / "undisturbed", accumulation), tmp_path / "log")
-    soak = Soak(tmp_path, seed=accumulation)
-    soak.disturbed_run(
-        small_config(text, tmp_path / "disturbed", accumulation),
-        undisturbed,
-        max_kills=4,
-        multi=accumulation == 4,
-    )
-    assert sum(soak.kills.values()) >= 1
+    soak, config = Soak(tmp_path, seed=accumulation), small_config(text, tmp_path / "disturbed", accumulation)
+    assert soak.disturbed_run(config, undisturbed, max_kills=4, multi=accumulation == 4) >= 1
 
 
 def killed_at(config, log: Path, trigger) -> None:
@@ -114,10 +101,9 @@ def plant_kill(name_prefix: str, after: bool):
         original = saver.commit
 
         def commit(parent, name, *args):
-            if name.startswith(name_prefix) and not after:
-                os.kill(os.getpid(), signal.SIGKILL)
-            manifest = original(parent, name, *args)
-            if name.startswith(name_prefix) and after:
+            is_it = name.startswith(name_prefix)
+            manifest = original(parent, name, *args) if after or not is_it else None
+            if is_it:
                 os.kill(os.getpid(), signal.SIGKILL)
             return manifest
 
@@ -128,7 +114,7 @@ def plant_kill(name_prefix: str, after: bool):
 
 @pytest.mark.parametrize("after", [False, True], ids=["before it", "before older ones are pruned"])
 def test_killed_at_the_final_folder_the_rest_is_made_up(text, finished, tmp_path, after):
-    config = fifty(text, tmp_path / "output", keep_last=10)
+    config = fifty(text, tmp_path / "output")
     killed_at(config, tmp_path / "log", plant_kill("final", after))
     assert (tmp_path / "output/checkpoints" / FINAL).exists() == after
     assert train(config, Reporter()).step == 50
@@ -148,11 +134,9 @@ def test_killed_in_what_is_due_at_a_step_it_is_done_again_and_once(text, finishe
 
         setattr(TrainingLoop, hook, killed)
 
-    config = fifty(text, tmp_path / "output", keep_last=10)
+    config = fifty(text, tmp_path / "output")
     killed_at(config, tmp_path / "log", plant)
-    assert newest_verified_step(tmp_path / "output") == 20, (
-        "a step is saved when all that is due there is done"
-    )
+    assert newest_verified_step(tmp_path / "output") == 20, "a step is saved when all due there is done"
     train(config, Reporter())
     same_result(tmp_path / "output", FINAL, finished, FINAL)
 
@@ -166,11 +150,11 @@ def test_a_run_that_ends_where_it_was_saved_gets_its_final_folder(text, finished
 
 
 def test_saves_follow_the_clock_not_the_validations(text, tmp_path):
-    settings = {"max_steps": 60, "val_every": 2, "sample_every": 5, "save_every": None, "keep_last": 99}
+    settings = {"max_steps": 20, "val_every": 2, "sample_every": 5, "save_every": None, "keep_last": 99}
     train(small_config(text, tmp_path / "output", save_every_seconds=3600.0, **settings), Reporter())
     assert [path.name for path in (tmp_path / "output/checkpoints").iterdir()] == [FINAL]
     train(small_config(text, tmp_path / "often", save_every_seconds=1e-6, **settings), Reporter())
-    assert len(list((tmp_path / "often/checkpoints").iterdir())) == 60
+    assert len(list((tmp_path / "often/checkpoints").iterdir())) == 20
 
 
 def test_a_finished_run_can_be_extended_and_killed_meanwhile(text, finished, tmp_path):
@@ -178,33 +162,18 @@ def test_a_finished_run_can_be_extended_and_killed_meanwhile(text, finished, tmp
         shutil.copytree(finished, tmp_path / name)
     train(fifty(text, tmp_path / "whole", max_steps=80), heard := Heard())
     assert any("new cycle of 30 steps" in line for line in heard.messages)
-    killed_at(
-        fifty(text, tmp_path / "killed", max_steps=80),
-        tmp_path / "log",
-        plant_kill("step-00000070", after=True),
-    )
-    assert train(fifty(text, tmp_path / "killed", max_steps=80), Reporter()).step == 80
+    killed = fifty(text, tmp_path / "killed", max_steps=80)
+    killed_at(killed, tmp_path / "log", plant_kill("step-00000070", after=True))
+    assert train(killed, Reporter()).step == 80
     compare(tmp_path / "killed", outcome(tmp_path / "whole"))
     assert verify(tmp_path / "killed" / "checkpoints" / FINAL).step == 80
 
 
 def test_running_a_finished_run_again_changes_nothing(text, finished):
     before = outcome(finished)
-    result = train(fifty(text, finished, keep_last=10), heard := Heard())
+    result = train(fifty(text, finished), heard := Heard())
     assert result.step == 50 and outcome(finished) == before
     assert any(line.startswith("finished: the run is at step 50") for line in heard.messages)
-
-
-def test_changed_settings_are_refused_by_name(text, finished):
-    before = outcome(finished)
-    with pytest.raises(ConfigError, match=r"train.learning_rate: 0.003 -> 0.01.*--resume never"):
-        train(fifty(text, finished, max_steps=60, learning_rate=0.01), Reporter())
-    with pytest.raises(ConfigError, match=r"train.batch_size: 8 -> 4"):
-        train(fifty(text, finished, max_steps=60, batch_size=4, micro_batch_size=4), Reporter())
-    other = small_text(finished.parent / "other.txt", words=1100)
-    with pytest.raises(DataError, match="is not the text this run was trained on"):
-        train(fifty(other, finished, max_steps=60), Reporter())
-    assert outcome(finished) == before
 
 
 def test_resume_never_starts_anew_and_moves_the_old_run_aside(text, finished, tmp_path):
@@ -216,7 +185,7 @@ def test_resume_never_starts_anew_and_moves_the_old_run_aside(text, finished, tm
     same_result(moved, FINAL, finished, FINAL)
 
 
-def test_every_training_step_runs_compiled_whatever_was_sampled_before_it(tmp_path, monkeypatch):
+def test_every_training_step_runs_compiled_whatever_was_sampled_before_it(text, tmp_path, monkeypatch):
     """A resumed run samples first, a killed one did not: both must take the same kernels afterwards."""
     torch._dynamo.reset()
     graphs, calls, compile_module = [], [], torch.nn.Module.compile
@@ -228,30 +197,13 @@ def test_every_training_step_runs_compiled_whatever_was_sampled_before_it(tmp_pa
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda module, dynamic: compile_module(module, backend=backend)
     )
-    config = small_config(
-        small_text(tmp_path / "text.txt"),
-        tmp_path / "output",
-        max_steps=6,
-        val_every=2,
-        sample_every=1,
-        compile=True,
-    )
-    config = config.model_copy(update={"model": config.model.model_copy(update={"num_hidden_layers": 12})})
+    settings = {"max_steps": 3, "val_every": 2, "sample_every": 1, "compile": True}
+    config = small_config(text, tmp_path / "output", **settings)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"num_hidden_layers": 9})})
     train(config, Reporter())
     assert len(graphs) == 1, "one graph serves all layers"
-    assert len(calls) == 6 * 12 and all(calls), "every layer of every step, and nothing else"
+    assert len(calls) == 3 * 9 and all(calls), "every layer of every step, and nothing else"
     torch._dynamo.reset()
-
-
-def test_one_process_cannot_open_a_run_twice(tmp_path):
-    with (
-        locked_folder(tmp_path),
-        pytest.raises(BusyError, match="is being written by"),
-        locked_folder(tmp_path),
-    ):
-        pass
-    with locked_folder(tmp_path):
-        pass
 
 
 @pytest.mark.parametrize("stray", ["bfloat16", "meta"])
@@ -282,34 +234,9 @@ def test_without_a_compiler_training_runs_uncompiled_and_says_so(text, tmp_path,
 @pytest.mark.parametrize("broken", SABOTAGES)
 def test_the_soak_notices_what_is_broken_on_purpose(text, tmp_path, broken):
     undisturbed = reference(small_config(text, tmp_path / "undisturbed"), tmp_path / "log")
-    assert caught(SABOTAGES[broken], text, tmp_path, undisturbed)
+    assert caught(broken, text, tmp_path, undisturbed)
 
 
 @pytest.mark.slow
 def test_thirty_kills_and_three_fresh_interpreters(text, tmp_path):
-    import random
-
-    undisturbed = {
-        a: reference(small_config(text, tmp_path / f"undisturbed-{a}", a), tmp_path / "log") for a in (1, 4)
-    }
-    soak = Soak(tmp_path)
-    while sum(soak.kills.values()) < 30:
-        accumulation = (1, 4)[soak.runs % 2]
-        soak.disturbed_run(
-            small_config(text, tmp_path / f"run-{soak.runs}", accumulation),
-            undisturbed[accumulation],
-            8,
-            multi=soak.runs % 3 == 0,
-        )
-    plain = reference(small_config(text, tmp_path / "plain"), tmp_path / "log", drop_tokens=False)
-    assert (
-        fresh_run(
-            small_config(text, tmp_path / "fresh"),
-            plain.expected,
-            tmp_path,
-            random.Random(0),
-            plain.seconds + 8,
-            3,
-        )
-        <= 3
-    )
+    soak_all(tmp_path, text, kills=30, multi=2, fresh=3)

@@ -6,8 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from smollm2.logs import CHECKPOINTS, read_log
 from smollm2.progress import Reporter
 from smollm2.signals import StopSignals
 from smollm2.training import train
-from tests.soak import Blackboard, compare, kill, outcome, reference, small_config, start, wait
+from tests.soak import Blackboard, command_line, compare, kill, reference, small_config, start, wait
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,16 +28,6 @@ ROOT = Path(__file__).parents[1]
 def undisturbed(text, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
     return reference(small_config(text, folder / "output"), folder / "log", drop_tokens=False)
-
-
-def command(config, folder: Path) -> subprocess.Popen:
-    path = folder / f"{Path(config.run.output_dir).name}.yaml"
-    path.write_text(config.to_yaml())
-    arguments = [sys.executable, "-u", "colab_train.py", "--config", str(path)]
-    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
-    return subprocess.Popen(
-        arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
 
 
 def read_until(process: subprocess.Popen, word: str) -> None:
@@ -60,9 +50,8 @@ def test_a_signal_finishes_the_step_saves_and_the_rerun_continues_exactly(
         os.kill(pid, number)
         assert wait(pid) == 128 + number, (tmp_path / "log").read_text()
         newest = newest_usable(candidates(tmp_path / "output/checkpoints"))
-        assert board.read()[2] <= newest.step <= board.read()[2] + 1, (
-            "the step that was under way is the one that is saved"
-        )
+        # the step that was under way is the one that is saved
+        assert board.read()[2] <= newest.step <= board.read()[2] + 1
     assert wait(start(config, board, tmp_path / "log", drop_tokens=False)) == 0
     compare(tmp_path / "output", undisturbed.expected)
 
@@ -73,48 +62,30 @@ def test_a_signal_before_the_first_step_or_during_validation_loses_nothing(text,
         pid = start(config, board, tmp_path / "log", drop_tokens=False)
         wait(pid, until=lambda phase=phase: board.read()[0] == phase and (tmp_path / "output/logs").exists())
         os.kill(pid, signal.SIGTERM)
-        assert wait(pid) in (
-            143,
-            -signal.SIGTERM,
-        )  # the latter: before the run has begun there is nothing to save
+        # the latter: before the run has begun there is nothing to save
+        assert wait(pid) in (143, -signal.SIGTERM)
     assert wait(start(config, board, tmp_path / "log", drop_tokens=False)) == 0
     compare(tmp_path / "output", undisturbed.expected)
 
 
 def test_the_command_line_says_what_it_does_and_exits_with_143_and_a_second_command_with_3(text, tmp_path):
     config = small_config(text, tmp_path / "output", max_steps=100_000, save_every=10)
-    first = command(config, tmp_path)
+    first = command_line(config)
     read_until(first, "step 1/")
-    second = command(config, tmp_path)
+    second = command_line(config)
     said, _ = second.communicate(timeout=120)
-    assert (
-        second.returncode == 3
-        and f"is being written by process {first.pid} on " in said
-        and "Traceback" not in said
-    )
+    assert second.returncode == 3 and "Traceback" not in said
+    assert f"is being written by process {first.pid} on " in said
     first.send_signal(signal.SIGTERM)
     said, _ = first.communicate(timeout=60)
-    assert (
-        first.returncode == 143
-        and "SIGTERM: finishing this step and saving ..." in said
-        and "Traceback" not in said
-    )
+    assert first.returncode == 143 and "Traceback" not in said
+    assert "SIGTERM: finishing this step and saving ..." in said
     assert read_log(tmp_path / "output/logs" / CHECKPOINTS)[-1]["event"] in ("saved", "removed")
 
 
 def test_ctrl_c_twice_stops_at_once_and_leaves_the_last_checkpoint(text, tmp_path):
-    process = command(
-        small_config(
-            text,
-            tmp_path / "output",
-            max_steps=100_000,
-            val_every=20,
-            sample_every=20,
-            sample_tokens=40,
-            prompts=["a"] * 500,
-        ),
-        tmp_path,
-    )
+    long_round = {"max_steps": 100_000, "val_every": 20, "sample_every": 20, "sample_tokens": 40}
+    process = command_line(small_config(text, tmp_path / "output", prompts=["a"] * 500, **long_round))
     read_until(process, "step 20: held-out")  # a long round of samples begins
     process.send_signal(signal.SIGINT)
     read_until(process, "SIGINT: finishing this step")
@@ -126,7 +97,7 @@ def test_ctrl_c_twice_stops_at_once_and_leaves_the_last_checkpoint(text, tmp_pat
 
 def test_when_the_reader_of_its_lines_leaves_the_step_is_saved(text, undisturbed, tmp_path):
     config = small_config(text, tmp_path / "output", save_every=1000, val_every=15)
-    process = command(config, tmp_path)
+    process = command_line(config)
     read_until(process, "step 1/")
     process.stdout.close()  # as `| head -12` does
     assert process.wait(60) == 128 + signal.SIGPIPE
@@ -134,13 +105,6 @@ def test_when_the_reader_of_its_lines_leaves_the_step_is_saved(text, undisturbed
     assert 1 < step < config.train.max_steps, "a line could not be written, and that step was saved"
     assert wait(start(config, Blackboard(), tmp_path / "log", drop_tokens=False)) == 0
     compare(tmp_path / "output", undisturbed.expected)
-
-
-@pytest.mark.parametrize(("name", "code"), [("EPIPE", 141), ("EIO", 141), ("ENOENT", 1)])
-def test_output_that_nobody_can_read_ends_a_command_without_a_traceback(name, code):
-    script = f"import errno\nfrom smollm2.errors import run_command\ndef main(): raise OSError(errno.{name}, 'x')\nrun_command(main)"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == code and ("Traceback" in done.stderr) is (code == 1)
 
 
 def test_under_nohup_a_lost_terminal_is_ignored(monkeypatch):
@@ -153,15 +117,11 @@ def test_under_nohup_a_lost_terminal_is_ignored(monkeypatch):
         signal.signal(signal.SIGHUP, before)
 
 
-def interrupted_start(
-    environment: dict[str, str], until: str, seconds: float, folder: Path
-) -> tuple[int, str]:
+def interrupted_start(environment: dict, until: str, seconds: float, folder: Path) -> tuple[int, str]:
     """(exit code, what stands on standard error) of a command that gets Ctrl-C `seconds` after it said `until`."""
     command = [sys.executable, "-u", str(ROOT / "colab_train.py"), "--output_dir", str(folder / "output")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS="1") | environment, **pipes
-    )
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, **pipes)
     read_until(process, until)
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
@@ -172,38 +132,15 @@ def interrupted_start(
     return process.returncode, said
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.1, 0.4, 0.8])
+@pytest.mark.parametrize("seconds", [0.0, 0.4])
 def test_ctrl_c_while_modules_are_loaded_is_one_word_and_130(seconds, tmp_path):
     assert interrupted_start({}, "loading PyTorch", seconds, tmp_path) == (130, "\nstopped\n")
     assert not (tmp_path / "output").exists()
 
 
-@pytest.mark.parametrize("ends_as", ["raise RuntimeError('half-made module') from None", "pass"])
-def test_a_module_that_changes_or_loses_ctrl_c_while_it_is_loaded_does_not_matter(ends_as, tmp_path):
-    (tmp_path / "torch.py").write_text(
-        f"import time\nprint('in it', flush=True)\ntry:\n    time.sleep(30)\nexcept KeyboardInterrupt:\n    {ends_as}\n"
-    )
-    assert interrupted_start({"PYTHONPATH": str(tmp_path)}, "in it", 0.0, tmp_path) == (130, "\nstopped\n")
-
-
-def test_after_kill_9_the_lock_is_free_within_a_second(text, tmp_path):
-    config, board = small_config(text, tmp_path / "output", max_steps=10_000), Blackboard()
-    for _ in range(3):
-        pid = start(config, board, tmp_path / "log", drop_tokens=False)
-        wait(pid, until=lambda: board.read()[1] > 3)
-        with pytest.raises(BusyError, match=f"process {pid} on "), locked_folder(tmp_path / "output"):
-            pass
-        kill(pid)
-        began = time.monotonic()
-        with locked_folder(tmp_path / "output"):
-            assert time.monotonic() - began < 1
-
-
-def test_of_many_processes_that_start_at_once_one_runs(text, tmp_path):
-    config, boards = (
-        small_config(text, tmp_path / "output", max_steps=10_000),
-        [Blackboard() for _ in range(4)],
-    )
+def test_of_many_processes_that_start_at_once_one_runs_and_kill_9_frees_the_folder(text, tmp_path):
+    config = small_config(text, tmp_path / "output", max_steps=10_000)
+    boards = [Blackboard() for _ in range(4)]
     pids = [start(config, board, tmp_path / f"log-{i}", drop_tokens=False) for i, board in enumerate(boards)]
     deadline = time.monotonic() + 60
     codes: dict[int, int | None] = {}
@@ -212,7 +149,11 @@ def test_of_many_processes_that_start_at_once_one_runs(text, tmp_path):
     (winner,) = set(pids) - set(codes)
     assert list(codes.values()) == [3, 3, 3]
     assert wait(winner, 30, until=lambda: boards[pids.index(winner)].read()[1] > 2) is None
+    with pytest.raises(BusyError, match=f"process {winner} on "), locked_folder(tmp_path / "output"):
+        pass
     kill(winner)
+    with locked_folder(tmp_path / "output"):
+        pass
 
 
 def test_in_a_notebook_a_stopped_run_returns_and_the_handlers_are_put_back(text, tmp_path):
@@ -223,31 +164,13 @@ def test_in_a_notebook_a_stopped_run_returns_and_the_handlers_are_put_back(text,
 
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     result = train(small_config(text, tmp_path / "output"), Stopping())
-    assert (result.stopped_by, result.step, result.checkpoint.name) == (
-        signal.SIGINT,
-        4,
-        "step-00000004.ckpt",
-    )
+    assert (result.stopped_by, result.step) == (signal.SIGINT, 4)
+    assert result.checkpoint.name == "step-00000004.ckpt"
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
     assert train(small_config(text, tmp_path / "output", max_steps=10), Reporter()).step == 10
 
 
 def test_training_on_another_thread_works_without_signal_handlers(text, tmp_path):
-    results = []
-    thread = threading.Thread(
-        target=lambda: results.append(
-            train(small_config(text, tmp_path / "output", max_steps=10), Reporter())
-        )
-    )
-    thread.start()
-    thread.join(120)
-    assert results and results[0].step == 10 and outcome(tmp_path / "output")
-
-
-def test_a_signal_in_the_middle_of_a_print_is_not_an_error():
-    def reentrant(text):
-        raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stdout>'>")
-
-    with StopSignals(reentrant) as signals:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert signals.received == signal.SIGTERM
+    with ThreadPoolExecutor() as pool:
+        training = pool.submit(train, small_config(text, tmp_path / "output", max_steps=10), Reporter())
+        assert training.result(120).step == 10

@@ -1,5 +1,4 @@
-"""A notebook's run with a Drive that dies or lies: it says so, goes on, and touches nothing
-there."""
+"""A notebook's run with a Drive that dies or lies: it says so, goes on, and touches nothing there."""
 
 from __future__ import annotations
 
@@ -10,13 +9,12 @@ import pytest
 from smollm2 import colab
 from smollm2.checkpoint import commit
 from smollm2.errors import BusyError, ConfigError, NoUsableCheckpoint
-from smollm2.notebook.steadfast import drive_problem, keep_training, kept
+from smollm2.notebook.steadfast import keep_training, kept
 from smollm2.settings import load_config
 
 
 class Run:
-    """Plays `train` through `keep_training`: raises the given errors in turn, then returns its
-    configuration."""
+    """Plays `train` through `keep_training`: raises the given errors in turn, then returns its configuration."""
 
     def __init__(self, drive_dir, *errors):
         self.config = load_config("nano", **({"run.drive_dir": str(drive_dir)} if drive_dir else {}))
@@ -46,11 +44,6 @@ def test_errors_that_drive_does_not_explain_are_not_hidden(kind, has_drive, tmp_
     with pytest.raises(kind):
         run.keep()
     assert len(run.tried) == 1
-
-
-def test_a_folder_that_can_still_be_made_is_no_problem(tmp_path):
-    assert drive_problem(tmp_path / "nano") is None and drive_problem(tmp_path) is None
-    assert "does not exist" in drive_problem(tmp_path / "gone" / "nano")
 
 
 def test_every_checkpoint_is_listed_and_a_damaged_one_is_called_so(tmp_path):

@@ -12,8 +12,7 @@ from tiny_models import metaspace_tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
 from smollm2 import hub
-from smollm2.errors import DataError
-from smollm2.tokenizer import LONGEST_WORD, Tokenizer, _without_long_runs, choose_tokenizer, load_tokenizer
+from smollm2.tokenizer import Tokenizer, choose_tokenizer
 
 REFERENCE_IDS = {"\n\n1.": [1116, 33, 30], "How's it going?": [2020, 506, 357, 2045, 47]}
 AWKWARD = [
@@ -106,22 +105,12 @@ def test_a_trained_tokenizer_knows_all_256_bytes_and_splits_digits(trained):
     assert Tokenizer.train(texts, 300).raw == Tokenizer.train(texts, 300).raw
 
 
-@pytest.mark.parametrize(
-    "run", ["\n" * 400_000, "a" * 400_000, "_-" * 200_000], ids=lambda run: repr(run[:2])
-)
+@pytest.mark.parametrize("run", ["\n" * 400_000, "_-" * 200_000], ids=lambda run: repr(run[:2]))
 def test_a_long_run_of_one_character_does_not_stop_the_training(run):
     began = time.monotonic()
     tokenizer = Tokenizer.train(["some words before. ", run, " and behind"], 300)
     assert time.monotonic() - began < 20  # uncut more than a minute, and four times that for twice the length
     assert tokenizer.decode(tokenizer.encode("x" + run[:5000])) == "x" + run[:5000]
-
-
-def test_only_long_runs_are_cut_for_training_and_no_text_is_lost():
-    texts = [*random_texts(50), "word " * 1000, "ab" * 256 + "." * 512 + " \n" * 256, "1" * 5000]
-    assert list(_without_long_runs(texts)) == texts
-    for run in ("\n\t " * 700, "aé漢" * 700, "_.😀" * 700):
-        pieces = list(_without_long_runs([f"1{run}1"]))
-        assert "".join(pieces) == f"1{run}1" and max(map(len, pieces)) == LONGEST_WORD + 1
 
 
 def test_padding_and_truncation_stored_in_a_file_are_switched_off(trained):
@@ -172,18 +161,6 @@ def test_what_a_tokenizer_cannot_hold_is_counted_in_bytes(trained, real):
 # --- files and choices ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"{}", b"not json", b"\xff\xfe", b'{"version": "1.0"}', b"[1]"], ids=repr
-)
-def test_a_file_that_is_no_tokenizer_is_one_clear_error(tmp_path, content):
-    path = tmp_path / "tokenizer.json"
-    with pytest.raises(DataError, match=r"\.json: no such file"):
-        load_tokenizer(str(tmp_path))  # a folder without one
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=rf"^{path}: not a tokenizer\.json.*$"):
-        Tokenizer.from_file(path)
-
-
 def test_auto_trains_the_size_the_preset_asks_for_or_where_the_hub_is_out_of_reach_and_says_so(
     monkeypatch, capsys
 ):
@@ -198,11 +175,3 @@ def test_auto_trains_the_size_the_preset_asks_for_or_where_the_hub_is_out_of_rea
         tokenizer, reason = choose_tokenizer("auto", size, train_size, lambda: iter(["some text " * 100]))
         assert tokenizer.vocab_size <= min(size, 320) and why in reason
         assert capsys.readouterr().out == f"training a tokenizer of {train_size or size} entries ...\n"
-
-
-def test_a_path_is_taken_as_asked_and_refused_where_the_model_is_too_small(trained, tmp_path):
-    trained.save(tmp_path, 64)
-    tokenizer, reason = choose_tokenizer(str(tmp_path), 400, None, None)
-    assert tokenizer.sha256 == trained.sha256 and "as asked" in reason
-    with pytest.raises(DataError, match=r"but model\.vocab_size is 256"):
-        choose_tokenizer(str(tmp_path), 256, None, None)

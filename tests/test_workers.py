@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +15,7 @@ from smollm2.data import BatchOrder, BatchStream
 from smollm2.errors import ConfigError
 from smollm2.logs import CHECKPOINTS, TRAINING, read_log
 from smollm2.workers import check_workers, is_first_worker
-from tests.soak import small_config
+from tests.soak import command_line, small_config
 
 ROOT = Path(__file__).parents[1]
 
@@ -108,13 +105,6 @@ def test_a_process_alone_trains_and_saves_whatever_a_launcher_left_behind(
     assert train(small_config(text, tmp_path, max_steps=3)).checkpoint.is_dir()
 
 
-def started(text: Path, folder: Path, *flags: str, **settings) -> subprocess.Popen:
-    (folder / "tiny.yaml").write_text(small_config(text, folder / "output", **settings).to_yaml())
-    command = [sys.executable, "-u", "colab_train.py", "--config", str(folder / "tiny.yaml"), *flags]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS="1"), **pipes)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_two_processes_reach_the_same_losses_in_two_phases(text, tmp_path, optimizer):
@@ -124,7 +114,7 @@ def test_two_processes_reach_the_same_losses_in_two_phases(text, tmp_path, optim
     for devices in (1, 2):
         folder = tmp_path / str(devices)
         folder.mkdir()
-        process = started(text, folder, "--devices", str(devices), **settings)
+        process = command_line(small_config(text, folder / "output", **settings), "--devices", str(devices))
         said, _ = process.communicate(timeout=300)
         assert process.returncode == 0, said[-2000:]
         events = read_log(folder / "output/logs" / TRAINING)
@@ -141,8 +131,9 @@ def test_a_signal_to_one_of_two_processes_stops_both_in_good_order(text, tmp_pat
     """A stopped worker that went on to the second phase, or an exit code of 0, would look like a finished run."""
     import psutil
 
-    settings = {"max_steps": 100_000, "continue_steps": 50, "val_every": 100_000, "sample_every": 100_000}
-    with started(text, tmp_path, "--devices", "2", save_every=None, **settings) as run:
+    long = {"max_steps": 100_000, "continue_steps": 50, "val_every": 100_000, "sample_every": 100_000}
+    config = small_config(text, tmp_path / "output", save_every=None, **long)
+    with command_line(config, "--devices", "2") as run:
         said = ""
         while "step 1/" not in said:
             said += run.stdout.readline()

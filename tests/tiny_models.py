@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -27,6 +28,30 @@ def real_data(*parts: str) -> Path:
 
 def tiny_tokenizer(vocab_size: int = 400) -> Tokenizer:
     return Tokenizer.train(TEXT * 3, vocab_size)
+
+
+CHAT_TEMPLATE = (  # the form of the official Instruct models
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nBe brief<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def with_tokens(*words: str, first_id: int = 380) -> Tokenizer:
+    """A tiny tokenizer of 380 entries and further special tokens, whose ids in the file begin with `first_id`."""
+    fields = json.loads(tiny_tokenizer(380).raw)
+    like = fields["added_tokens"][0]
+    fields["added_tokens"] += [like | {"id": first_id + i, "content": word} for i, word in enumerate(words)]
+    return Tokenizer(json.dumps(fields).encode())
+
+
+def instruct(folder: Path, template: str = CHAT_TEMPLATE, *tokens: str) -> Path:
+    """A model folder that chats; the tokens are those that begin and end a turn."""
+    model = tiny_model(bos_token_id=380, eos_token_id=381, pad_token_id=381)
+    save_folder(folder, model, with_tokens(*tokens or ("<|im_start|>", "<|im_end|>")))
+    (folder / "chat_template.jinja").write_text(template)
+    return folder
 
 
 def metaspace_tokenizer(vocab_size: int = 300) -> Tokenizer:
