@@ -210,7 +210,8 @@ def test_a_checkpoint_that_cannot_be_removed_does_not_stop_training(text, tmp_pa
         raise OSError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(saver, "prune", prune)
-    assert train(short(text, tmp_path / "output"), heard := Heard()).step == 40
+    heard = Heard()
+    assert train(short(text, tmp_path / "output"), heard).step == 40
     said = " ".join(heard.messages)
     assert re.search(r"removing older checkpoints after step \d+ .*\(Permission denied\)", said)
 
