@@ -31,7 +31,7 @@ KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 BADGE_CELL = """\
 # %% [markdown] id="view-in-github"
-# <a href="{colab}" target="_parent"><img src="https://colab.research.google.com/assets/colab-badge.svg" alt="Open In Colab"/></a>
+# <a href="{colab}" target="_parent"><img src="https://colab.research.google.com/assets/colab-badge.svg" alt="Open In Colab"/></a> · [read it with its outputs]({page})
 """
 
 SETUP_CELL = """\
@@ -80,6 +80,12 @@ def badge_url(stem: str) -> str:
     return f"{repository_address().replace('https://github.com', 'https://colab.research.google.com/github')}/blob/{REF}/notebooks/{stem}.ipynb"
 
 
+def page_url(stem: str) -> str:
+    """GitHub Pages' address of an executed notebook (.github/workflows/pages.yml)."""
+    owner, name = repository_address().split("/")[-2:]
+    return f"https://{owner}.github.io/{name}/{stem}.html"
+
+
 def sources() -> list[Path]:
     return sorted(FOLDER.glob("[0-9][0-9]_*.py"))
 
@@ -87,7 +93,7 @@ def sources() -> list[Path]:
 def fixed_cells(stem: str) -> dict[str, str]:
     """Cells that every notebook shares, as they must stand in its .py, by id."""
     return {
-        "view-in-github": BADGE_CELL.format(colab=badge_url(stem)),
+        "view-in-github": BADGE_CELL.format(colab=badge_url(stem), page=page_url(stem)),
         "setup": SETUP_CELL.format(address=repository_address()),
     }
 

@@ -1,6 +1,7 @@
 """Run notebooks as the person behind the badge has them: an empty folder, the .ipynb alone, a fresh kernel, no network.
 
     python tests/run_notebooks.py [01 05 ...] [--figures DIR]
+    python tests/run_notebooks.py [01 05 ...] --pages DIR     # nothing shrunk, with the network; as web pages
 
 The set-up cell's clone is redirected to a snapshot of this working tree by SMOLLM2_REPO. Output rules (no error, no
 warning, no long output, checks and pictures present) are asserted on the executed copy.
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
@@ -28,6 +30,7 @@ CLONE = "smollm2-from-scratch"
 MAX_OUTPUT_LINES = 25
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 IMAGE = re.compile(r'<img alt="([^"]*)"[^>]*src="data:image/png;base64,([^"]+)"')
+PAGE = Config(TagRemovePreprocessor={"enabled": True, "remove_input_tags": {"form"}})
 # Moves every control of every live panel to its ends, one at a time and all together; an exception fails the cell.
 DRIVE_CELL = """
 from smollm2 import widgets
@@ -136,6 +139,17 @@ def run_notebook(stem: str, folder: Path, env: dict[str, str], timeout: int = 60
     return notebook
 
 
+def page(notebook) -> str:
+    """An executed notebook as one HTML file, without the code that Colab folds away."""
+    from nbconvert import HTMLExporter
+
+    for cell in notebook.cells:
+        cell.metadata.tags = [*cell.metadata.get("tags", []), cell.metadata.get("cellView", "")]
+    notebook.metadata.pop("widgets", None)  # a page has no kernel: the figure stands in the panel's place
+    html, _ = HTMLExporter(config=PAGE).from_notebook_node(notebook)
+    return re.sub(r'href="(\d\d_\w+)\.ipynb"', r'href="\1.html"', html)
+
+
 def run_script(stem: str, folder: Path, env: dict[str, str]) -> subprocess.CompletedProcess:
     """`python notebooks/<stem>.py` in another folder, as somebody at a terminal would."""
     folder.mkdir(parents=True)
@@ -147,19 +161,32 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="01, 02_count, ...; default all")
     parser.add_argument("--figures", type=Path, help="write every figure as a PNG there")
+    parser.add_argument("--pages", type=Path, help="run in full and write web pages with outputs there")
     options = parser.parse_args()
-    failed = False
+    failed, written = False, []
     for stem in sorted(path.stem for path in NOTEBOOKS.glob("[0-9][0-9]_*.ipynb")):
         if not options.names or stem.startswith(tuple(options.names)):
             with tempfile.TemporaryDirectory() as scratch:
-                env = environment(snapshot(Path(scratch, "source")), Path(scratch, "home"))
-                notebook = run_notebook(stem, Path(scratch, "empty"), env)
+                source = snapshot(Path(scratch, "source"))
+                env = environment(source, Path(scratch, "home"))
+                if options.pages:
+                    env = os.environ | {"SMOLLM2_REPO": str(source)}
+                notebook = run_notebook(stem, Path(scratch, "empty"), env, timeout=1800)
             problems = faults(notebook)
             print(f"{stem}: {'FAILED' if problems else 'ok'}", *problems, sep="\n")
             failed |= bool(problems)
             for number, (cell_id, _, png) in enumerate(images(notebook) if options.figures else []):
                 options.figures.mkdir(parents=True, exist_ok=True)
                 (options.figures / f"{stem[:2]}-{number}-{cell_id}.png").write_bytes(png)
+            if options.pages:
+                options.pages.mkdir(parents=True, exist_ok=True)
+                (options.pages / f"{stem}.html").write_text(page(notebook), encoding="utf-8")
+                written.append(
+                    f'<li><a href="{stem}.html">{stem[3:].replace("_", " ").capitalize()}</a></li>'
+                )
+    if options.pages:
+        index = f'<!DOCTYPE html><meta charset="utf-8"><title>SmolLM2</title><ol>{"".join(written)}</ol>'
+        (options.pages / "index.html").write_text(index, encoding="utf-8")
     return int(failed)
 
 

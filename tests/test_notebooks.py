@@ -122,6 +122,10 @@ def test_badge_and_links_name_the_one_address_and_gpus_are_asked_for_where_they_
     assert links[0] == f"{address}{stem}.ipynb" and all(link.startswith(address) for link in links)
     for name in [Path(link).name for link in links] + re.findall(r"\]\(([^):]+\.ipynb)\)", text):
         assert (NOTEBOOKS / name).is_file(), name
+    beside = f"/notebooks/{stem}.ipynb) [read]({builder.page_url(stem)})"
+    assert (
+        builder.page_url(stem) in cells(stem)["view-in-github"] and beside in (ROOT / "README.md").read_text()
+    )
     images = re.findall(r"<img[^>]*>|!\[[^\]]*\]\([^)]*\)", text)
     assert len(images) == 1 and 'alt="Open In Colab"' in images[0], "figures are drawn in code"
 
