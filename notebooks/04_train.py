@@ -8,19 +8,19 @@
 # ---
 
 # %% [markdown] id="view-in-github"
-# <a href="https://colab.research.google.com/github/smollm2-from-scratch/smollm2-from-scratch/blob/main/notebooks/04_train.ipynb" target="_parent"><img src="https://colab.research.google.com/assets/colab-badge.svg" alt="Open In Colab"/></a>
+# <a href="https://colab.research.google.com/github/smollm2-from-scratch/smollm2-from-scratch/blob/main/notebooks/04_train.ipynb" target="_parent"><img src="https://colab.research.google.com/assets/colab-badge.svg" alt="Open In Colab"/></a> · [read it with its outputs](https://smollm2-from-scratch.github.io/smollm2-from-scratch/04_train.html)
 
 # %% [markdown] id="title"
 # # 4 · Train, and lose nothing
 #
 # You will be able to
 #
-# * tell in a minute whether a training loop is sound: first loss, one batch learned by heart;
+# * write a training loop: accumulation, clipping, AdamW, each equal to the library's; and tell in a minute whether one is sound;
 # * say which number format your GPU should compute in, and why;
 # * kill a run with no warning, resume it, and get the *same bits* as a run that was never killed;
 # * train SmolLM2-135M in two phases with one live panel, stop it, go on, and find every checkpoint with its hash.
 #
-# About 20 minutes to read. The run itself: about 3 minutes on two quiet CPU cores (the small `nano` model); on a GPU such as Colab's free T4 it is the 135M
+# About 35 minutes to read. The run itself: about 3 minutes on two quiet CPU cores (the small `nano` model); on a GPU such as Colab's free T4 it is the 135M
 # model, which nobody has timed there yet: the panel tells after a few steps. Works offline, with or without Google Drive. **Runtime > Run all** is always
 # safe: a second one continues.
 #
@@ -70,15 +70,17 @@ import torch
 
 import smollm2
 from smollm2 import SmolLM2, Tokenizer, load_config, plots, widgets
+from smollm2.data import BatchOrder, BatchStream, prepare_tokens
 from smollm2.device import choose_device, choose_precision, choose_preset
 from smollm2.logs import CHECKPOINTS, TRAINING, read_log
 from smollm2.notebook import lesson
 from smollm2.notebook.panel import live_panel
 from smollm2.notebook.steadfast import keep_training, kept
-from smollm2.optim import Schedule, make_optimizer, set_learning_rate
+from smollm2.optim import Schedule
 from smollm2.parameters import parameter_count
 from smollm2.progress import Reporter
 from smollm2.report import draw_report
+from smollm2.sampling import complete
 from smollm2.text import documents, read_split, split_bytes
 
 SMOKE = colab.is_smoke()
@@ -101,12 +103,6 @@ TEXT = ""  # @param {type:"string"}
 PROMPT = "Once upon a time"  # @param {type:"string"}
 USE_DRIVE = True  # @param {type:"boolean"}
 
-# %% id="chosen"
-preset, why = choose_preset(PRESET)
-text = Path(TEXT) if TEXT else REPO / "input.txt"
-NANO = load_config("nano")
-print(f"preset: {preset} ({why})\ntext: {text.name}, {sum(split_bytes(text)):,} bytes")
-
 # %% [markdown] id="storage-text"
 # ## 2 · Where the run is kept
 #
@@ -115,17 +111,21 @@ print(f"preset: {preset} ({why})\ntext: {text.name}, {sum(split_bytes(text)):,} 
 # run works all the same. What does the banner say about *your* run?
 
 # %% id="storage" tags=["setup"]
+preset, why = choose_preset(PRESET)
+text = Path(TEXT) if TEXT else REPO / "input.txt"
+NANO = load_config("nano")
+print(f"preset: {preset} ({why})\ntext: {text.name}, {sum(split_bytes(text)):,} bytes")
 place = colab.storage(use_drive=USE_DRIVE, output_dir=Path("output") / preset)
 drive_dir = place.drive_dir / preset if place.drive_dir else None
 
 # %% [markdown] id="overfit"
-# ## 3 · One batch, learned by heart
+# ## 3 · A training loop you can read
 #
-# Before hours of training, one minute of doubt. A sound model and loop can learn **one** small batch by heart: its loss must fall to zero. If not,
-# something is broken: targets, gradients, optimizer. We take nano (same code, seconds on any machine), a tokenizer like its own, and 4 rows of 64 tokens. Where
-# does the loss begin?
+# Section 7 calls `smollm2.train`. Here is the same loop bare, in 30 lines without an optimizer class. One **update**: run some rows forward and backward, so that
+# every weight has a gradient; **clip** the gradients; let **AdamW** change the weights. A sound loop can learn **one** small batch by heart: its loss must fall
+# to zero. We take nano (seconds on any machine), a tokenizer like its own, and 4 rows of 64 tokens. Where does the loss begin?
 
-# %% id="overfit-batch" tags=["lesson"]
+# %% id="overfit-batch" tags=["lesson", "check"]
 pieces = [piece for piece, _ in documents(read_split(REPO / "input.txt", "train"))]
 tokenizer = Tokenizer.train(pieces, NANO.data.tokenizer_vocab_size)
 tokens = torch.tensor(tokenizer.encode("\n".join(pieces)))
@@ -139,8 +139,6 @@ def rows_at(starts, length):
 one_batch = rows_at((0, 64, 128, 192), 64)
 inputs, targets = one_batch[:, :-1], one_batch[:, 1:]
 shape = NANO.model
-
-# %% id="overfit-first" tags=["check"]
 torch.manual_seed(NANO.train.seed)
 model = SmolLM2(shape).to(device)
 first = model.loss(inputs, targets).item()
@@ -148,34 +146,112 @@ expected = math.log(shape.vocab_size) + shape.hidden_size * shape.initializer_ra
 likely = "targets not shifted, or a wrong initialisation"
 lesson.check("first loss = ln V + σ²/2 (notebook 3)", first - expected, 0.3, likely)
 
+# %% [markdown] id="accumulate-text"
+# **Accumulation.** A large batch gives a steady gradient, but its activations may not fit into memory. So it goes through in parts. Backward passes *add* to
+# `.grad`, and the mean over all rows is the sum of the parts' means, each times its share of the rows. So accumulation equals the large batch: it is the same sum in
+# another order. **Clipping.** One odd batch must not throw the model off: where all gradients together are longer than a limit, one factor shortens
+# them all. The direction stays.
 
-# %% id="overfit-loop" tags=["lesson"]
-def learn(model, batches, rate):
+
+# %% id="accumulate" tags=["lesson", "check"]
+def backward(model, rows, parts):
+    """Gradients of the mean loss of `rows`, which go through in parts; returns that loss."""
+    total = 0.0
+    for part in rows.chunk(parts):
+        loss = model.loss(part[:, :-1], part[:, 1:]) * len(part) / len(rows)  # its share
+        loss.backward()  # adds to what .grad holds
+        total += loss.item()
+    return total
+
+
+def gradient(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def clip_factor(gradient, limit):
+    return min(1.0, limit / (gradient.norm().item() + 1e-6))
+
+
+def parted(parts):
+    model.zero_grad()
+    backward(model, one_batch, parts)
+    return gradient(model)
+
+
+whole, in_four, likely = parted(1), parted(4), "each part needs its share"
+lesson.check("4 parts make the gradient of the large batch", whole - in_four, 1e-6, likely)
+torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+off = clip_factor(in_four, 0.1) * in_four - gradient(model)
+lesson.check("clipping is one factor, PyTorch's", off, 1e-6)
+
+# %% [markdown] id="adamw-text"
+# **AdamW** keeps two averages for each weight. β₁ = 0.9: the average of its *gradient* over about the last 1 / (1 − β₁) = 10 updates. What changes sign from
+# batch to batch cancels, what stays adds up. β₂ = 0.95: the average of its *square* over about the last 20, so the usual size. A β nearer to 1 remembers longer:
+# steadier, but slower to follow. The step is the one divided by the root of the other, times the rate. Both begin at 0 and would be too small at first; dividing by 1 − βᵗ
+# mends that.
+#
+# **Weight decay**, the W, shrinks each matrix by the factor 1 − rate · decay. A weight that no gradient keeps asking for fades away, so the model stays simple.
+# It stays out of the gradient, or its size would be divided away too. The norms' gains do not decay: they are meant to be near 1.
+#
+# **✎ Exercise**: set `beta1` to 0 in `adamw`, then `beta2` to 0, and run this cell and the next again. Which check fails, and which loop still learns the batch by heart?
+#
+# <details><summary>Solution</summary>The comparison with `torch.optim.AdamW` fails both times (take it out, to go on). Without β₁ the loop still learns the batch: here all gradients
+# come from the same rows, there is nothing to average. Without β₂ each weight is divided by its gradient of this very moment: it mostly moves by ± the rate, and the loss jumps about.</details>
+
+
+# %% id="adamw" tags=["lesson", "check"]
+@torch.no_grad()
+def adamw(weight, gradient, average, square, step, rate, decay, settings):
+    """One update of a tensor, in place; `step` counts from 1."""
+    beta1, beta2 = settings.adam_beta1, settings.adam_beta2
+    average.lerp_(gradient, 1 - beta1)  # a tenth of the way to the new gradient
+    square.lerp_(gradient**2, 1 - beta2)
+    size = (square / (1 - beta2**step)).sqrt() + settings.adam_eps
+    weight.mul_(1 - rate * decay)
+    weight.sub_(rate * average / (1 - beta1**step) / size)
+
+
+ADAMW = load_config("nano", **{"train.optimizer": "adamw", "train.learning_rate": 4e-3}).train
+given = {"betas": (ADAMW.adam_beta1, ADAMW.adam_beta2), "eps": ADAMW.adam_eps}
+theirs = torch.nn.Parameter(torch.randn(5))
+mine, average, square = theirs.detach().clone(), torch.zeros(5), torch.zeros(5)
+optimizer = torch.optim.AdamW([theirs], lr=0.01, weight_decay=0.1, **given)
+for step in (1, 2, 3):
+    theirs.grad = torch.randn(5)
+    optimizer.step()
+    adamw(mine, theirs.grad, average, square, step, 0.01, 0.1, ADAMW)
+likely = "which average is divided by which, and when does the decay come?"
+lesson.check("three updates by hand are torch.optim.AdamW's", mine - theirs, 1e-6, likely)
+
+
+# %% id="loop" tags=["lesson"]
+def learn(model, batches, rate, settings, parts=1):
     """One update a batch: the losses, and the size of every gradient in the last update."""
-    optimizer, losses = make_optimizer(model, NANO.train), []
-    for step, rows in enumerate(batches):
-        set_learning_rate(optimizer, rate(step))
-        optimizer.zero_grad()
-        loss = model.loss(rows[:, :-1], rows[:, 1:])
-        loss.backward()
-        gradients = torch.cat([p.grad.flatten() for p in model.parameters()]).abs().cpu()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), NANO.train.gradient_clip_norm)
-        optimizer.step()
-        losses.append(loss.item())
-    return losses, gradients
+    averages = {p: (torch.zeros_like(p), torch.zeros_like(p)) for p in model.parameters()}
+    losses = []
+    for step, rows in enumerate(batches, start=1):
+        losses.append(backward(model, rows, parts))
+        gradients = gradient(model)
+        factor = clip_factor(gradients, settings.gradient_clip_norm)
+        for weight, both in averages.items():
+            decay = settings.weight_decay if weight.dim() == 2 else 0.0
+            adamw(weight, factor * weight.grad, *both, step, rate(step - 1), decay, settings)
+            weight.grad = None
+    return losses, gradients.abs().cpu()
 
 
-losses, by_heart = learn(model, [one_batch] * 60, lambda step: NANO.train.learning_rate)
+model.zero_grad()
+losses, by_heart = learn(model, [one_batch] * 60, lambda step: ADAMW.learning_rate, ADAMW)
 
 # %% cellView="form" id="overfit-predict" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
 guess = None  # @param {type:"raw"}
-below = next(step for step, loss in enumerate(losses, start=1) if loss < 1)
 lesson.predict(
-    "60 updates on the same 256 tokens: after how many is the loss below 1 nat per token?",
-    guess, below, within=0.25, unit="updates",
-    why="AdamW moves every weight by about the learning rate, however small its gradient; and "
-    "2.4 million weights have only 256 tokens to learn.",
+    "One weight has the gradient 0.5 at every update, another 0.001. How many times as far "
+    "does AdamW move the first (weight decay aside)?",
+    guess, 1, within=0, unit="times",
+    why="Each is divided by its own usual size, so both move by the learning rate. That is why "
+    "one rate serves embedding, attention and norms.",
 )  # fmt: skip
 
 # %% id="overfit-check" tags=["check"]
@@ -185,16 +261,29 @@ with torch.no_grad():
     wrong = (model(inputs).argmax(-1) != targets).sum()
 lesson.check(f"the likeliest token is the right one, at all {targets.numel()} positions", wrong)
 
-# %% id="overfit-figure" tags=["figure"]
-fig, ax = plots.figure(7.5, 3)
-ax.semilogy(range(1, 61), losses, markevery=5)
-name = f"ln {shape.vocab_size}: knows nothing"
-ax.axhline(math.log(shape.vocab_size), color=plots.GREY, linestyle="--", label=name)
-ax.axhline(1, color=plots.ORANGE, linestyle=":", label="1 nat per token")
-title = "One batch, 60 times: learned by heart"
-plots.label(ax, title, "update", "loss (nats per token)", legend=True)
-alt = f"On one batch the loss falls from {losses[0]:.2f} to {losses[-1]:.3f} nats per token "
-plots.show(fig, alt + "within 60 updates.")
+# %% id="minute-run" tags=["lesson", "slow"]
+# about a minute on two CPU cores: your loop trains nano, each batch in 4 parts
+T, B, updates = (64, 4, 12) if SMOKE else (NANO.data.sequence_length, ADAMW.batch_size, 200)
+rate = Schedule(ADAMW.learning_rate, ADAMW.warmup_steps, ADAMW.decay_fraction, 0, updates)
+order = BatchOrder(len(tokens), T, B, ADAMW.seed)  # notebook 3, section 7
+torch.manual_seed(ADAMW.seed)
+own = SmolLM2(shape).to(device)
+batches = (rows_at(order.starts(n), T) for n in range(updates))
+minute, ordinary = learn(own, batches, rate, ADAMW, parts=4)
+print(f"loss {minute[0]:.2f} -> {minute[-1]:.2f} in {updates} updates; it writes:")
+written = PROMPT + complete(own, tokenizer, PROMPT, 40, temperature=0.8, top_k=50, seed=1)
+print(" ".join(written.split()))
+
+# %% id="minute-figure" tags=["figure"]
+fig, (left, right) = plots.figure(8, 2.8, columns=2)
+left.plot(range(1, updates + 1), minute, marker="")
+plots.label(left, "Your own loop trains nano", "update", "loss (nats per token)")
+right.plot(
+    range(1, updates + 1), [rate(n) for n in range(updates)], color=plots.ORANGE, marker=""
+)
+plots.label(right, "Warm-up, plateau, decay (section 5)", "update", "learning rate")
+alt = f"In {updates} updates the loss falls from {minute[0]:.2f} to {minute[-1]:.2f} nats "
+plots.show(fig, alt + "per token, while the learning rate rises, stays and falls to zero.")
 
 # %% [markdown] id="dtype"
 # ## 4 · Which number format, and why
@@ -226,6 +315,9 @@ lesson.predict(
 # %% [markdown] id="dtype-scale"
 # The cure is **loss scaling**: multiply the loss by 65,536 before the backward pass, and all gradients grow with it, into fp16's range. Divide in fp32 before
 # the update. Should one overflow to infinity, the update is skipped and the scale halved. The weights themselves stay fp32, always.
+#
+# **Are real gradients small enough to need this?** The figure below looks at the last update of your loop; beside it stand the gradients of the batch that the model knows by
+# heart: where the loss is nearly 0, so are they. Which share of an ordinary update's gradients does fp16 blur, and which does it lose?
 
 # %% id="dtype-check" tags=["check"]
 scale = 2.0**16
@@ -236,19 +328,8 @@ lesson.check("scaled by 65,536, the same gradients survive fp16", scaled - 1, 1e
 others = [p for p in model.parameters() if p.dtype != torch.float32]
 lesson.check("the model's weights are fp32", len(others))
 
-# %% [markdown] id="gradients-text"
-# **Are real gradients small enough to need this?** The next cell trains nano on 60 batches, every one a new one, and looks at the last update; beside it
-# stand the gradients of section 3's batch, which the model knows by heart: where the loss is nearly 0, so are they. Which share of an ordinary update's gradients
-# does fp16 blur, and which does it lose? (About 15 s on two CPU cores.)
-
-# %% id="gradients-run" tags=["lesson", "slow"]
-T, B = (64, 4) if SMOKE else (NANO.data.sequence_length, NANO.train.batch_size)
-torch.manual_seed(NANO.train.seed)
-fresh = (rows_at(torch.randint(len(tokens) - T, (B,)), T) for _ in range(60))
-settings = NANO.train  # and its schedule, which section 5 draws
-rate = Schedule(settings.learning_rate, settings.warmup_steps, settings.decay_fraction, 0, 800)
-_, ordinary = learn(SmolLM2(shape).to(device), fresh, rate)
-kinds = {"60th update\nof nano": ordinary, "one batch,\nby heart": by_heart}
+# %% id="gradients-run" tags=["lesson"]
+kinds = {f"update {updates}\nof nano": ordinary, "one batch,\nby heart": by_heart}
 limits = torch.finfo(torch.float16).smallest_normal, 2.0**-25  # half of the smallest number
 shares = {}
 for name, sizes in kinds.items():
@@ -256,7 +337,8 @@ for name, sizes in kinds.items():
     shares[name] = f"{blurred:.0%} lose digits, {lost:.2%} become 0"
     print(f"{' '.join(name.split())}: in fp16 without scaling {shares[name]}")
 
-# %% id="dtype-figure" tags=["figure"]
+# %% cellView="form" id="dtype-figure" tags=["figure"]
+# @title Figure: what each format holds { display-mode: "form" }
 fig, ax = plots.figure(8, 3.6)
 for y, name in enumerate(("float32", "bfloat16", "float16")):
     facts, color = torch.finfo(getattr(torch, name)), plots.PALETTE[y]
@@ -272,7 +354,7 @@ ax.set_yticks(range(5), ["fp32", "bf16", "fp16", *kinds])
 ax.set(xlim=(-16, 6), xticks=range(-16, 7, 2))
 title = "What each format can hold (hatched: with fewer digits), and gradients"
 plots.label(ax, title, "size of a number (power of ten); bf16 and fp32 go on at both ends", "")
-alt = "Gradients against the range of fp16: of an ordinary 60th update of nano "
+alt = "Gradients against the range of fp16: of an ordinary update of nano "
 plots.show(fig, alt + "{}; of a batch known by heart {}.".format(*shares.values()))
 
 # %% [markdown] id="schedule"
@@ -280,6 +362,8 @@ plots.show(fig, alt + "{}; of a batch known by heart {}.".format(*shares.values(
 #
 # **Warm-up, stable, decay**, as SmolLM2 was trained: a linear rise while AdamW's averages settle, a long plateau, a linear fall to zero. The rate is a
 # *function of the step*, so a resumed run cannot get it wrong; and both phases of your run share one curve. At which step of the decay is it half of its peak?
+#
+# **Try it**, below. Move the end of phase one: what happens to the curve? And how much of the peak is lost, on average, if all steps are decay?
 
 # %% id="run-config" tags=["lesson"]
 TINY = {  # the model of the drills below
@@ -313,15 +397,19 @@ lesson.predict(
     why=f"The decay begins at step {schedule.decay_start}; half-way from there to the end.",
 )  # fmt: skip
 
+
 # %% id="schedule-check" tags=["check"]
-peak, warmup = train.learning_rate, train.warmup_steps
-name = f"the first of {warmup} warm-up steps has 1/{warmup} of the peak"
-lesson.check(name, schedule(0) - peak / warmup, 1e-12)
+def by_hand(step):
+    """The rate of an update, counted from 0."""
+    left = (total - step) / (total - schedule.decay_start)  # 1 where the decay begins
+    return peak * min((step + 1) / warmup, 1, left)
+
+
+peak, warmup = train.learning_rate, min(train.warmup_steps, total // 2)
+off = [by_hand(step) - schedule(step) for step in range(total)]
+lesson.check("rise, plateau and fall by hand are the package's, at every step", off, 1e-12)
 lesson.check("the plateau is the peak", schedule(warmup) - peak, 1e-12)
 lesson.check("after the last update it is zero", schedule(total), 1e-12)
-
-# %% [markdown] id="schedule-widget-text"
-# **Try it.** Move the end of phase one: what happens to the curve? And how much of the peak is lost, on average, if all steps are decay?
 
 
 # %% id="schedule-widget" tags=["widget"]
@@ -350,6 +438,24 @@ widgets.explore(
 #
 # Many projects can resume. The question is whether the resumed run is **the same run**. Three acts with a tiny model, 30 steps: one run is left alone. A second
 # one, in a process of its own, gets `SIGKILL` after step 17: no goodbye, no last save, exactly what a lost runtime looks like. Then it is resumed here. (About 20 s.)
+# Before that, one more run answers another question: does the loop of section 3 do what `smollm2.train` does?
+#
+# **✎ Exercise**, when the section is done. To resume without the optimizer's averages is a common bug: how would this section notice? Then damage the
+# newest checkpoint: change one byte of `output/drill/smooth/checkpoints/final_model.ckpt/optim.safetensors`. What does
+# `smollm2.train(drill("smooth"), reporter=Lines())` say, and where does it go on?
+#
+# <details><summary>Solution</summary>
+#
+# The first resumed loss would still agree (the weights are right), the second would not: the check of all 30 logged losses fails.
+# ```python
+# path = Path("output/drill/smooth/checkpoints/final_model.ckpt/optim.safetensors")
+# raw = bytearray(path.read_bytes())
+# raw[-1] ^= 1
+# path.write_bytes(raw)
+# ```
+# It says "... is not usable: optim.safetensors: sha256 differs from the manifest: damaged; trying the one before", goes back to step 20
+# and trains the last ten steps again, to the same bits: `hashes("smooth")` is what it was.
+# </details>
 
 # %% id="kill-smooth" tags=["lesson", "slow"]
 DRILL = Path("output/drill")
@@ -377,6 +483,27 @@ def curve(name):
 smooth = smollm2.train(drill("smooth"), reporter=Reporter())
 begin, end = smooth.losses[0][1], smooth.losses[-1][1]
 print(f"left alone: {smooth.step} steps, loss {begin:.3f} -> {end:.3f}")
+
+# %% id="loop-check" tags=["check", "slow"]
+# is the package's loop yours? The same 30 batches through both, in fp32
+plain = {"train.precision": "fp32", "train.optimizer": "adamw", "train.micro_batch_size": 2}
+plain["train.learning_rate"] = 1e-3  # at a high rate rounding errors grow quickly
+same = drill("plain", **plain)
+package = smollm2.train(same, reporter=Reporter())
+own_tokenizer = Tokenizer.from_file(package.checkpoint)
+place_of = DRILL / "plain" / "data", same.data.held_out_fraction
+numbers = prepare_tokens(same.data.input_file, own_tokenizer, *place_of).train.tokens
+length, rows, seed = same.data.sequence_length, same.train.batch_size, same.train.seed
+stream = BatchStream(numbers, BatchOrder(len(numbers), length, rows, seed), 0)
+rate = Schedule(
+    same.train.learning_rate, same.train.warmup_steps, same.train.decay_fraction, 0, 30
+)
+torch.manual_seed(seed)
+batches = (stream.batch(n).to(device) for n in range(30))
+mine, _ = learn(SmolLM2(same.model).to(device), batches, rate, same.train, parts=rows // 2)
+off = np.array(mine) - np.array([loss for _, loss in package.losses])
+allowed = 1e-5 if device.type == "cpu" else 1e-3  # a GPU adds up in another order every time
+lesson.check("the 30 losses of your loop are those of smollm2.train", off, allowed)
 
 # %% id="kill-child" tags=["check", "slow"]
 (DRILL / "killed.yaml").write_text(drill("killed").to_yaml(), encoding="utf-8")
@@ -442,7 +569,8 @@ off = max(abs(loss - uninterrupted[step]) for step, loss in resumed.losses)
 lesson.check("in full precision too, from the resumed step on", off)
 same_bytes("killed")
 
-# %% id="kill-figure" tags=["figure"]
+# %% cellView="form" id="kill-figure" tags=["figure"]
+# @title Figure: killed and resumed { display-mode: "form" }
 fig, ax = plots.figure(8, 3.2)
 style = {"color": plots.GREY, "linewidth": 6, "alpha": 0.4, "marker": ""}
 ax.plot(*zip(*curve("smooth").items(), strict=True), **style, label="left alone")
@@ -463,14 +591,18 @@ plots.show(fig, alt + "run left alone.")
 # from that file** for the second. The panel shows loss, rate, speed, memory, time left, the last safe step here and on Drive, and what the model makes of your
 # prompt as it learns. To stop: ■, once. At which step do the samples become words? And when does the held-out curve turn up? From there the model learns its
 # text by heart: 135 million weights against 300,000 tokens can do that.
+# If you press ■, the run finishes its step, saves, and the notebook goes on.
+#
+# **✎ Exercise**, when your run has ended: ask for 100 steps more. Section 5 printed two numbers of steps; set `MORE_STEPS` to the second plus 100 and run all. What
+# happens to the learning rate?
+#
+# <details><summary>Solution</summary>A run that had ended had decayed to 0. A new cycle begins: a short warm-up, a plateau, a decay to 0 at the new end; a
+# message says so.</details>
 
 # %% id="run-train" tags=["slow", "lesson"]
 panel = live_panel(logs=place.output_dir / "logs")
 result = keep_training(config, lambda config: smollm2.train(config, reporter=panel))
 panel.end()  # shown once more: the last copy to Drive lands after the last step
-
-# %% [markdown] id="run-after-text"
-# If you pressed ■, the run finished its step, saved, and this notebook simply goes on. What now?
 
 # %% id="run-after"
 if result.stopped_by:
@@ -497,7 +629,8 @@ begun = [int(event["step"]) for event in resumes if event["name"] == "final_mode
 if steps + 1 in dict(result.losses):  # phase two began in this session
     lesson.check("phase two resumed from phase one's file", begun[-1] - steps)
 
-# %% id="run-figure" tags=["figure"]
+# %% cellView="form" id="run-figure" tags=["figure"]
+# @title Figure: your run { display-mode: "form" }
 plots.show(
     *draw_report(config, result.references)
 )  # the same lies in the run's folder: report.png
@@ -537,11 +670,9 @@ lesson.check("it is on this machine and on the pretended Drive, whole", 2 - len(
 # Open this notebook again, **Runtime > Run all**. That is all: the newest checkpoint, of this machine or of Drive, is found, every byte verified, and the run
 # goes on. (Should the old runtime still live, you are told: stop one of the two, they do the same work.) The proof: the tiny run's whole folder is deleted, as if the machine were gone. Only the pretended Drive is left. Are its bytes enough?
 
-# %% id="died-run" tags=["slow", "lesson"]
+# %% id="died-run" tags=["slow", "lesson", "check"]
 shutil.rmtree(DRILL / "stopped")
 restored = smollm2.train(drill("stopped", **settings), reporter=Lines())
-
-# %% id="died-check" tags=["check"]
 lesson.check("it began where the lost machine had stopped", restored.losses[0][0] - 15)
 same_bytes("stopped")
 
@@ -589,6 +720,9 @@ FLUSH_DRIVE = False  # @param {type:"boolean"}
 FREE_MACHINE = False  # @param {type:"boolean"}
 colab.finish(FLUSH_DRIVE, FREE_MACHINE)
 
+# %% id="score" tags=["check"]
+lesson.score()
+
 # %% [markdown] id="self-test"
 # ## What you can now explain
 #
@@ -608,30 +742,12 @@ colab.finish(FLUSH_DRIVE, FREE_MACHINE)
 #
 # <details><summary>Why is a checkpoint written under another name first and renamed?</summary>A kill in the middle leaves a folder that nobody mistakes for a whole
 # one; the manifest with all hashes comes last.</details>
-
-# %% id="score" tags=["check"]
-lesson.score()
-
-# %% [markdown] id="exercises"
-# ## Exercises
 #
-# 1. Damage the newest checkpoint of the drill: change one byte of `output/drill/smooth/checkpoints/final_model.ckpt/optim.safetensors`. What does
-#    `smollm2.train(drill("smooth"), reporter=Lines())` say, and where does it go on?
-# 2. To resume without the optimizer's averages is a common bug. How would section 6 notice?
-# 3. When your run has ended, ask for 100 steps more: section 5 printed two numbers of steps; set `MORE_STEPS` to the second plus 100 and run all. What happens
-#    to the learning rate?
+# <details><summary>What do AdamW's betas do, and what does weight decay?</summary>β₁ averages the gradient (direction), β₂ its square (size), each over about 1 / (1 − β) updates;
+# decay pulls every matrix towards 0, beside the gradient.</details>
 #
-# <details><summary>Solutions</summary>
+# <details><summary>Why does accumulation equal a large batch?</summary>The gradient of a mean is the mean of the gradients: parts, each with its share, add up to the same sum.</details>
 #
-# 1. Change a byte with `path = Path("output/drill/smooth/checkpoints/final_model.ckpt/optim.safetensors")`, `raw = bytearray(path.read_bytes())`, `raw[-1] ^= 1`,
-#    `path.write_bytes(raw)`. It says "... is not usable: optim.safetensors: sha256 differs from the manifest: damaged; trying the one before", goes back to step 20
-#    and trains the last ten steps again, to the same bits: `hashes("smooth")` is what it was.
-# 2. The first resumed loss would still agree (the weights are right), the second would not: the check of all 30 logged losses fails.
-# 3. A run that had ended had decayed to 0. A new cycle begins: a short warm-up, a plateau, a decay to 0 at the new end; a message says so.
-#
-# </details>
-
-# %% [markdown] id="next"
 # ## Next
 #
 # It writes. What does it think? [5 · Sample and look inside](05_sample_and_look_inside.ipynb)
