@@ -352,22 +352,32 @@ lesson.predict(
 )  # fmt: skip
 
 # %% id="pack-figure" tags=["figure"]
-border, padding = data_plots.BORDER, data_plots.PADDING
-ends = tokens.train.tokens == tokenizer.end_of_text_id
-numbers = np.where(ends, border, np.cumsum(ends) + 1)  # of each token its piece, from 1
 first, width = lengths[:B], max(lengths[:B])  # the first pieces, padded and packed
+starts = np.cumsum([0, *first])  # of each piece in the packed stream
 row = load_config("smollm2-135m").data.sequence_length  # nano's are shorter than most pieces
-padded = [
-    [piece] * (size - 1) + [border] + [padding] * (width - size)
-    for piece, size in enumerate(first, start=1)
+padded = [(piece, piece, 0, size) for piece, size in enumerate(first)]
+packed = [
+    (piece, y, max(starts[piece] - y * row, 0), min(starts[piece + 1] - y * row, row))
+    for piece in range(B)
+    for y in range(starts[piece] // row, (starts[piece + 1] - 1) // row + 1)
 ]
-filled = [numbers[start : start + row].tolist() for start in range(0, sum(first), row)]
-empty = f"{1 - sum(first) / (B * width):.0%}"
+empty, rows = f"{1 - sum(first) / (B * width):.0%}", packed[-1][1] + 1
 titles = f"Padded: {empty} of it teaches nothing", f"Packed into rows of {row}: nothing is lost"
-fig = data_plots.packed_rows(dict(zip(titles, (padded, filled), strict=True)))
+fig, axes = plots.figure(9, 0.9 + 0.22 * B, columns=2, sharey=True)
+for ax, title, bars in zip(axes, titles, (padded, packed), strict=True):
+    for piece, y, left, right in bars:
+        tint = data_plots.TINTS[piece % len(data_plots.TINTS)]
+        ax.barh(y, right - left, 0.8, left, color=tint, edgecolor="black")
+        if right - left > width / 16:  # wide enough for its number
+            ax.text((left + right) / 2, y, str(piece + 1), ha="center", va="center", fontsize=8)
+    ax.set_yticks(range(B), [f"row {y}" for y in range(B)])
+    ax.set(
+        xlim=(0, max(width, row)), ylim=(B - 0.4, -0.6)
+    )  # one scale, so that areas can be compared
+    ax.grid(False)
+    plots.label(ax, title, "position in the row (token)", "")
 alt = f"{B} pieces in rows as wide as the longest, {width} tokens: {empty} is padding. "
-packed = f"Packed, they fill {len(filled)} rows of {row}, with a black border between two."
-plots.show(fig, alt + packed)
+plots.show(fig, alt + f"Packed, they fill {rows} rows of {row}, a black edge between two.")
 
 # %% [markdown] id="first"
 # ## 6 · The first loss, before the first step

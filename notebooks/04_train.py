@@ -718,7 +718,17 @@ print(f"\ntalk to it: {result.table().splitlines()[-1].removeprefix('talk to it'
 # @title Finish { display-mode: "form" }
 FLUSH_DRIVE = False  # @param {type:"boolean"}
 FREE_MACHINE = False  # @param {type:"boolean"}
-colab.finish(FLUSH_DRIVE, FREE_MACHINE)
+if not (FLUSH_DRIVE or FREE_MACHINE):
+    print("Nothing to do: all stays as it is.")
+elif not colab.is_colab():
+    print("This is not Colab: nothing to do.")
+else:
+    from google.colab import drive, runtime
+
+    if FLUSH_DRIVE:
+        drive.flush_and_unmount()  # where that fails, the machine is kept
+    if FREE_MACHINE:
+        runtime.unassign()
 
 # %% id="score" tags=["check"]
 lesson.score()

@@ -69,7 +69,8 @@ from smollm2.evaluate import score_tokens
 from smollm2.logs import SAMPLES, read_log
 from smollm2.notebook import lesson, sampler, token_view
 from smollm2.notebook.inspect_model import logit_lens, look_inside, token_probabilities
-from smollm2.notebook.own_run import own_run, untrained
+from smollm2.notebook.own_run import own_run
+from smollm2.origin import recorded
 from smollm2.pretrained import load_model_and_tokenizer
 from smollm2.sampling import complete, next_token_probabilities, prompt_ids, stream
 from smollm2.text import SEPARATOR, documents, read_split
@@ -503,7 +504,9 @@ def moment(step, model):
 
 
 # %% id="time-moments" tags=["lesson", "slow"]
-start = untrained(checkpoints[0])
+state = recorded(checkpoints[0].folder)
+torch.manual_seed(state["config"]["train"]["seed"])
+start = None if state.get("init_from") else SmolLM2(config)  # step 0: what the seed drew
 moments = [moment(0, start)] if start else []
 moments += [moment(c.step, SmolLM2.from_pretrained(c.folder)) for c in checkpoints]
 

@@ -450,7 +450,8 @@ lesson.check("every file has the hash that the receipt says", len(changed))
 # %% [markdown] id="share"
 # ## 8 · Share it (only if you want to)
 #
-# To publish: make a token with *write* permission at huggingface.co/settings/tokens, put it into Colab's key panel (left edge) as `HF_TOKEN` and switch on *Notebook access*.
+# To publish: make a token with *write* permission at huggingface.co/settings/tokens, put it into Colab's key panel (left edge) as `HF_TOKEN` and switch on *Notebook access*
+# (elsewhere: `hf auth login` in a terminal).
 # Then tick the box, write `your-name/your-model`, and run the cell. Before you do: is the training text yours to publish from? Does the card say what it is?
 
 # %% cellView="form" id="push" tags=["parameters"]
@@ -461,11 +462,18 @@ size = sum(path.stat().st_size for path in out.iterdir()) / 1e6
 if not PUBLISH:
     print(f"Nothing is published. With the box ticked, {size:.1f} MB would go to")
     print(f"huggingface.co/{REPOSITORY}.")
-elif token := colab.secret("HF_TOKEN"):
-    from smollm2.hub import push
+else:
+    from huggingface_hub import HfApi
 
-    os.environ["HF_TOKEN"] = token  # where huggingface_hub looks for it; not printed, not saved
-    print(f"published: {push(out, REPOSITORY)}")
+    token = None  # what `hf auth login` or HF_TOKEN says
+    if colab.is_colab():
+        from google.colab import userdata
+
+        token = userdata.get("HF_TOKEN")  # not printed, not saved
+    api = HfApi(token=token)
+    address = api.create_repo(REPOSITORY, exist_ok=True)
+    api.upload_folder(repo_id=REPOSITORY, folder_path=out, commit_message="Export")
+    print(f"published: {address}")
 
 # %% [markdown] id="next"
 # ## 9 · Where to go next

@@ -1,4 +1,4 @@
-"""What a notebook needs to know about the machine under it: packages, GPU, precision, Google Drive, secrets.
+"""What a notebook needs to know about the machine under it: packages, GPU, precision, Google Drive.
 
 Everything here also works outside Colab. Nothing but the standard library is imported before
 `install_missing` ran. Colab's own errors share no base class, so `except Exception` here means: whatever it
@@ -75,18 +75,20 @@ def doctor() -> dict[str, str]:
     from .device import choose_device, choose_precision, device_name
 
     device, disk = choose_device(), shutil.disk_usage(Path.cwd())
-    precision = choose_precision("auto", device)
-    packages = ("torch", "transformers", "pytorch-lightning", "ipywidgets")
-    rows = {"Python": platform.python_version()} | {name: installed(name) or "absent" for name in packages}
-    rows["device"] = device_name(device)
+    precision, memory = choose_precision("auto", device), ""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
-        rows["GPU memory"] = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
-    rows["precision"] = f"{precision.name}: {precision.reason}"
-    rows["disk"] = f"{disk.free / 2**30:.1f} of {disk.total / 2**30:.1f} GiB free"
-    rows["Colab"] = f"yes ({os.environ['COLAB_RELEASE_TAG']})" if is_colab() else "no"
-    rows["Drive"] = "mounted" if os.path.ismount(MOUNT_POINT) else "not mounted (notebook 04 asks)"
-    rows["smollm2"] = __version__ + (", smoke mode: long work is shrunk" if is_smoke() else "")
+        memory = f", {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+    packages = ("torch", "transformers", "pytorch-lightning", "ipywidgets")
+    rows = {"Python": platform.python_version()} | {name: installed(name) or "absent" for name in packages}
+    rows |= {
+        "device": device_name(device) + memory,
+        "precision": f"{precision.name}: {precision.reason}",
+        "disk": f"{disk.free / 2**30:.1f} of {disk.total / 2**30:.1f} GiB free",
+        "Colab": f"yes ({os.environ['COLAB_RELEASE_TAG']})" if is_colab() else "no",
+        "Drive": "mounted" if os.path.ismount(MOUNT_POINT) else "not mounted (notebook 04 asks)",
+        "smollm2": __version__ + (", smoke mode: long work is shrunk" if is_smoke() else ""),
+    }
     print("\n".join(f"{name:>17}  {value}" for name, value in rows.items()))
     return rows
 
@@ -136,34 +138,3 @@ def storage(use_drive: bool = True, output_dir: str | Path = "output") -> Storag
         kept = "when Colab takes this machine back, the files are gone; this cell asks for Drive again"
     print(f"KEPT {place}\n  why: {reason}\n  how long: {kept}")
     return Storage(Path(output_dir), folder)
-
-
-def secret(name: str) -> str | None:
-    """A secret from Colab's key panel, else from the environment; None, and why in print, where it is in
-    neither. (huggingface_hub asks the panel itself, but only once a session.)"""
-    reason = "it is not in the environment"
-    if is_colab():
-        try:
-            return importlib.import_module("google.colab.userdata").get(name)
-        except Exception as error:
-            reason = f"{error} (key panel, left edge: the secret, and its switch 'Notebook access')"
-    if name not in os.environ:
-        print(f"No {name}: {reason}. Everything that does not need it still runs.")
-    return os.environ.get(name)
-
-
-def finish(flush_drive: bool = False, free_machine: bool = False) -> None:
-    """The end of a session, as far as asked: write Drive's cache back, then hand the machine to Google."""
-    if not is_colab():
-        print("This is not Colab: nothing to do.")
-        return
-    if flush_drive:
-        try:
-            importlib.import_module("google.colab.drive").flush_and_unmount()
-        except Exception as error:
-            print(f"Drive could not be flushed: {explain(error)}. The machine is kept, so nothing is lost.")
-            return
-        print("Drive is flushed and unmounted: what was copied is on its way to Google or there.")
-    if free_machine:
-        print("Handing the machine back ...", flush=True)
-        importlib.import_module("google.colab.runtime").unassign()

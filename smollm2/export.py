@@ -23,7 +23,6 @@ from .conversation import chat_template, render_chat, special_tokens
 from .errors import ArgumentParser, CheckpointError, ConfigError, OutputLost, run_command
 from .files import commit_folder, dump_json, kind_of, sha256_file, write_tensors
 from .gguf_file import GGUF_TYPES, write_gguf
-from .hub import check_repo_id, push
 from .origin import published_base, recorded
 from .pretrained import load_model_and_tokenizer
 from .tokenizer import Tokenizer
@@ -155,15 +154,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", required=True, help="folder: new, empty, or an export to replace")
     parser.add_argument("--dtype", choices=DTYPES, help="of model.safetensors (default: as stored)")
     parser.add_argument("--gguf", choices=GGUF_TYPES, help="also write a GGUF file for llama.cpp and Ollama")
-    parser.add_argument("--push", metavar="OWNER/NAME", help="upload the folder to this model on the Hub")
     args = parser.parse_args(argv)
-    if args.push:
-        check_repo_id(args.push, "--push")
     out = export(args.checkpoint, args.out, args.dtype, args.gguf)
     files = (f"{path.name} {path.stat().st_size:,} bytes" for path in sorted(out.iterdir()))
     print(f"{out}: {', '.join(files)}")
-    if args.push:
-        print(f"uploaded to {push(out, args.push)}")
+    print(f"to publish it: hf upload OWNER/NAME {out}")
     return 0
 
 

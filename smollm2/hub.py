@@ -1,4 +1,4 @@
-"""Files from the Hugging Face Hub, and an export to it, without hanging.
+"""Files from the Hugging Face Hub, without hanging.
 
 Notable:
 * `huggingface_hub` downloads, resumes and caches; this module bounds the wait and says whose fault it is;
@@ -110,27 +110,3 @@ def _explained(error: Exception, repo_id: str) -> UserError:
     if constants.HF_HUB_OFFLINE:
         said = "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set"
     return HubUnreachable(f"{where} is out of reach ({said})")
-
-
-# --- to the Hub ---------------------------------------------------------------------------------------------
-
-
-def check_repo_id(repo_id: str, flag: str) -> None:
-    """Raises `UserError` for anything that is not OWNER/NAME as the Hub allows it."""
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", repo_id, re.ASCII):
-        raise UserError(f"{flag} {repo_id!r}: expected OWNER/NAME, letters, digits, '-', '_' and '.' only")
-
-
-def push(folder: Path, repo_id: str) -> str:
-    """Upload a folder to a model repository, which is made if need be; returns its address."""
-    from huggingface_hub import HfApi, get_token
-
-    if not get_token():
-        raise UserError("--push needs a token that may write: set HF_TOKEN, or run 'hf auth login'")
-    try:
-        address = HfApi().create_repo(repo_id, exist_ok=True)
-        HfApi().upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Export")
-    except Exception as error:  # connection errors of several libraries share no base class
-        problem = _explained(error, repo_id)
-        raise type(problem)(f"--push {problem}; the folder itself is written") from None
-    return str(address)

@@ -29,9 +29,8 @@ def resolve(source: str | Path, revision: str | None = None) -> Path:
     if os.path.isfile(path / "config.json"):  # unlike Path.is_file it never raises
         return path
     if os.path.isdir(path):
-        found = sorted(path.glob("*.ckpt")) or sorted(path.glob("checkpoints/*.ckpt"))
-        inside = ", ".join(str(checkpoint.relative_to(path)) for checkpoint in found[-3:])
-        hint = f"; did you mean one of {inside} in it?" if inside else ""
+        found = sorted([*path.glob("*.ckpt"), *path.glob("checkpoints/*.ckpt")], key=os.path.getmtime)
+        hint = f"; did you mean {found[-1]}?" if found else ""
         raise CheckpointError(f"{path}: no config.json: not a checkpoint folder{hint}")
     looks_local = text.startswith((".", "/", "~")) or os.path.isdir(path.parent)
     if text.count("/") == 1 and not looks_local and path.suffix not in PICKLE_SUFFIXES:
@@ -84,9 +83,7 @@ def read_weights(folder: Path, config: SmolLM2Config) -> dict[str, torch.Tensor]
         for shard in sorted(set(names.values())):
             tensors |= load_tensors(folder / shard)
     else:
-        pickled = [p.name for p in folder.iterdir() if p.suffix in PICKLE_SUFFIXES and p.is_file()]
-        found = f"only {', '.join(pickled)}, and pickled files are never opened" if pickled else "no weights"
-        raise CheckpointError(f"{folder}: {found}; expected model.safetensors")
+        raise CheckpointError(f"{folder}: no model.safetensors (pickled weights are never opened)")
     head = tensors.pop("lm_head.weight", None) if config.tie_word_embeddings else None
     if head is not None and not torch.equal(tensors.setdefault("model.embed_tokens.weight", head), head):
         raise CheckpointError(f"{folder}: tie_word_embeddings is true, but there are two different matrices")

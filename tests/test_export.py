@@ -167,7 +167,7 @@ def test_a_foreign_folder_is_never_overwritten(checkpoint, tmp_path):
         (out / foreign).unlink()
     export(checkpoint, out)  # empty: fine
     first = (out / "export.json").read_bytes()
-    export(checkpoint, out)  # its own earlier export: replaced, with equal bytes
+    assert main(["--checkpoint", str(checkpoint), "--out", str(out)]) == 0  # replaced, with equal bytes
     assert (out / "export.json").read_bytes() == first
     for foreign in ("notes.txt", "README.md"):  # added, and edited
         (out / foreign).write_text("mine")
@@ -192,12 +192,6 @@ def test_a_failed_export_leaves_the_earlier_one_and_no_leftovers(checkpoint, tmp
         export(checkpoint, out, dtype="bf16")
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_a_repository_without_an_owner_is_refused_before_anything_is_written(checkpoint, tmp_path):
-    with pytest.raises(UserError, match="OWNER/NAME"):
-        main(["--checkpoint", str(checkpoint), "--out", str(tmp_path / "out"), "--push", "no-owner"])
-    assert not (tmp_path / "out").exists()
 
 
 # --- GGUF -----------------------------------------------------------------------------------------------------------

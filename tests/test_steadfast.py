@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import types
-
 import pytest
 
-from smollm2 import colab
 from smollm2.checkpoint import commit
 from smollm2.errors import BusyError, ConfigError, NoUsableCheckpoint
 from smollm2.notebook.steadfast import keep_training, kept
@@ -54,24 +51,3 @@ def test_every_checkpoint_is_listed_and_a_damaged_one_is_called_so(tmp_path):
     new, old = kept([("here", tmp_path), ("nowhere", tmp_path / "none")])
     assert (old["step"], old["state"], old["bytes"]) == (1, "whole", 102)
     assert new["step"] == 2 and "sha256 differs" in new["state"]
-
-
-@pytest.mark.parametrize("error", [None, ValueError("flush failed")])
-def test_the_machine_is_handed_back_only_when_asked_and_after_the_flush(error, monkeypatch, capsys):
-    colab.finish(flush_drive=True, free_machine=True)
-    assert "not Colab" in capsys.readouterr().out
-    calls = []
-
-    def flush():
-        calls.append("flush")
-        if error:
-            raise error
-
-    module = types.SimpleNamespace(flush_and_unmount=flush, unassign=lambda: calls.append("unassign"))
-    monkeypatch.setattr(colab, "is_colab", lambda: True)
-    monkeypatch.setattr(colab.importlib, "import_module", lambda name: module)
-    colab.finish()
-    assert calls == []
-    colab.finish(flush_drive=True, free_machine=True)
-    assert calls == (["flush"] if error else ["flush", "unassign"])
-    assert ("machine is kept" in capsys.readouterr().out) == (error is not None)

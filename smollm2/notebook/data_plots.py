@@ -1,9 +1,8 @@
-"""Pictures of tokens, of the rows they are packed into, and of how a tensor changes shape on its way."""
+"""Pictures of tokens, and of how a tensor changes shape on its way."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import groupby
 
 from matplotlib.patches import Rectangle
 
@@ -12,58 +11,27 @@ from ..token_text import piece
 
 TINTS = ["#cfe6f5", "#fde7c2", "#cdebdf", "#f8d5c2", "#ead9e6"]  # pale: black text stays readable on each
 CHARACTERS_PER_LINE = 72
-BORDER, PADDING = -1, -2  # of a token that belongs to no document
-STYLES = {  # one token is narrower than a pixel, so a border gets an edge
-    BORDER: {"color": plots.BLACK, "edgecolor": plots.BLACK, "linewidth": 1.5},
-    PADDING: {"color": "white", "edgecolor": plots.GREY, "linewidth": 0.5, "hatch": "///"},
-}
 
 
 def token_strip(tokenizer, ids: list[int], title: str) -> plots.Figure:
     """Every token as a box: its text above, its id below, in reading order."""
-    boxes, left, row = [], 0, 0
-    for token_id in ids:
-        text = piece(tokenizer, token_id)
-        width = max(len(text), len(str(token_id))) + 1
+    fig, ax = plots.figure(9, 1)
+    style = {"ha": "center", "va": "center", "parse_math": False}
+    left, row = 0, 0
+    for number, token_id in enumerate(ids):
+        text, name = piece(tokenizer, token_id), str(token_id)
+        width = max(len(text), len(name)) + 1
         if left and left + width > CHARACTERS_PER_LINE:
             left, row = 0, row + 1
-        boxes.append((text, str(token_id), left, row, width))
+        ax.add_patch(Rectangle((left, -row - 0.9), width - 0.15, 0.8, color=TINTS[number % len(TINTS)]))
+        middle = left + width / 2 - 0.07
+        ax.text(middle, -row - 0.35, text, fontsize=9, family="monospace", **style)
+        ax.text(middle, -row - 0.7, name, fontsize=7, color="#444444", **style)
         left += width
-    fig, ax = plots.figure(9, 1.05 + 0.55 * row)
-    for number, (text, name, left, line, width) in enumerate(boxes):
-        tint, middle = TINTS[number % len(TINTS)], left + width / 2 - 0.07
-        ax.add_patch(Rectangle((left, -line - 0.9), width - 0.15, 0.8, color=tint))
-        style = {"ha": "center", "va": "center", "parse_math": False}
-        ax.text(middle, -line - 0.35, text, fontsize=9, family="monospace", **style)
-        ax.text(middle, -line - 0.7, name, fontsize=7, color="#444444", **style)
+    fig.set_size_inches(9, 1.05 + 0.55 * row)
     ax.set(xlim=(0, CHARACTERS_PER_LINE), ylim=(-row - 1, 0))
     ax.set_axis_off()
     plots.label(ax, title, "", "")
-    return fig
-
-
-def packed_rows(batches: dict[str, list[list[int]]]) -> plots.Figure:
-    """Batches beside each other by title, a row of tokens each line, coloured and numbered by document.
-
-    `batches[title][r][t]` is the document number of a token, or `BORDER`, or `PADDING`.
-    """
-    height = max(map(len, batches.values()))
-    width = max(len(row) for rows in batches.values() for row in rows)
-    fig, axes = plots.figure(9, 0.9 + 0.22 * height, columns=len(batches), sharey=True, squeeze=False)
-    for ax, (title, rows) in zip(axes[0], batches.items(), strict=True):
-        for y, row in enumerate(rows):
-            left = 0
-            for number, stretch in groupby(row):
-                size = len(list(stretch))
-                style = STYLES.get(number, {"color": TINTS[number % len(TINTS)]})
-                ax.barh(y, size, left=left, height=0.8, **style)
-                if number >= 0 and size > width / 16:  # wide enough for its number
-                    ax.text(left + size / 2, y, str(number), ha="center", va="center", fontsize=8)
-                left += size
-        ax.set_yticks(range(height), [f"row {r}" for r in range(height)])
-        ax.set(xlim=(0, width), ylim=(height - 0.4, -0.6))  # one scale, so that areas can be compared
-        ax.grid(False)
-        plots.label(ax, title, "position in the row (token)", "")
     return fig
 
 

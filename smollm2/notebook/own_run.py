@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import torch
-
 from ..checkpoint import MANIFEST, Manifest, verify
 from ..config import RunConfig
 from ..errors import CheckpointError
-from ..model import SmolLM2
 from ..origin import recorded
-from ..progress import Reporter
 from ..settings import load_config
-from ..weights import MODEL_FILES, read_config
+from ..weights import MODEL_FILES
+from .panel import live_panel
 
 SMALL = "small"  # the run made here: a folder of its own, so that it never stands in the way of notebook 04's
 PLACES = [f"{folders}*.ckpt/{MANIFEST}" for folders in ("", "*/", "*/checkpoints/")]
@@ -47,13 +44,6 @@ def small_run(input_file: Place, output_dir: Place = "output", smoke: bool = Fal
     return load_config("nano", **settings, **{f"train.{name}": value for name, value in train.items()})
 
 
-class FewLines(Reporter):
-    """One line for each validation: enough to see that it learns."""
-
-    def validation(self, step: int, loss: float, bits_per_byte: float) -> None:
-        print(f"step {step}: {bits_per_byte:.3f} bits per byte on the held-out text", flush=True)
-
-
 def own_run(input_file: Place, output_dir: Place = "output", others=(), smoke=False) -> list[Manifest]:
     """`own_checkpoints` of `output_dir` and `others`; where there are none, of a `small_run` trained now."""
     folders = [output_dir, *others]
@@ -63,7 +53,7 @@ def own_run(input_file: Place, output_dir: Place = "output", others=(), smoke=Fa
 
         config = small_run(input_file, output_dir, smoke)
         print(f"no run of yours is here yet: training a small one, {config.train.max_steps} steps ...")
-        train(config, FewLines())
+        train(config, live_panel(Path(config.run.output_dir) / "logs"))
         checkpoints = own_checkpoints(folders)
     steps = f"steps {checkpoints[0].step} to {checkpoints[-1].step}"
     print(f"your run: {len(checkpoints)} checkpoints, {steps}, in {checkpoints[0].folder.parent}")
@@ -74,13 +64,3 @@ def best_seen(checkpoints: list[Manifest]) -> Manifest:
     """Of a run's checkpoints that of its best validation; the last one where that was not noted or kept."""
     step = recorded(checkpoints[-1].folder).get("best", {}).get("step")
     return next((checkpoint for checkpoint in checkpoints if checkpoint.step == step), checkpoints[-1])
-
-
-def untrained(checkpoint: Manifest) -> SmolLM2 | None:
-    """What the run's seed drew before the first update. None where it began from other weights."""
-    state = recorded(checkpoint.folder)
-    seed = state.get("config", {}).get("train", {}).get("seed")
-    if seed is None or state.get("init_from"):
-        return None
-    torch.manual_seed(seed)
-    return SmolLM2(read_config(checkpoint.folder)).eval()

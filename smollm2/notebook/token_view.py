@@ -1,5 +1,4 @@
-"""Tokens as a reader sees them: coloured by the probability they had, and the next one's distribution as
-bars."""
+"""Tokens as a reader sees them: coloured by probability, and the next one's distribution as bars."""
 
 from __future__ import annotations
 
