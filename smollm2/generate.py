@@ -17,7 +17,6 @@ def main(argv: list[str] | None = None) -> int:
     parser = ArgumentParser("python -m smollm2.generate", description="Continue a text with a trained model")
     parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or a Hub id")
     parser.add_argument("--prompt", help="text to continue (default: standard input)")
-    parser.add_argument("--num_samples", type=int, default=1, help="texts; --seed S: with S, S+1, ...")
     parser.add_argument("--interactive", action="store_true", help="go on turn by turn")
     parser.add_argument("--chat", action="store_true", help="through the chat template of an Instruct model")
     for name, field in SamplingOptions.model_fields.items():
@@ -28,8 +27,6 @@ def main(argv: list[str] | None = None) -> int:
         options = SamplingOptions(**{name: getattr(args, name) for name in SamplingOptions.model_fields})
     except ValidationError as error:
         raise UserError(f"--{problems(error, SamplingOptions)}") from None
-    if args.num_samples < 1:
-        raise UserError(f"--num_samples {args.num_samples}: expected at least 1")
     prompt = args.prompt if args.prompt is None else utf8(args.prompt, "--prompt")
     if prompt is None and not args.interactive:
         prompt = read_prompt()
@@ -39,14 +36,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.interactive:
         return talk(conversation, prompt, options)
     ids = conversation.ask(prompt) if args.chat else prompt_ids(model, tokenizer, prompt)
-    for number in range(1, args.num_samples + 1):
-        if args.num_samples > 1:
-            print(f"--- sample {number} of {args.num_samples} ---")
-        print("" if args.chat else prompt, end="", flush=True)
-        for piece in conversation.stream(ids, options):
-            print(piece, end="", flush=True)
-        print(flush=True)
-        options = options.next_seed()
+    print("" if args.chat else prompt, end="", flush=True)
+    for piece in conversation.stream(ids, options):
+        print(piece, end="", flush=True)
+    print(flush=True)
     return 0
 
 
