@@ -70,7 +70,7 @@ def render_chat(
 
 
 class Conversation:
-    """What was said so far. `ask` gives the ids to continue from, `answer` keeps what the model wrote.
+    """What was said so far. `ask` gives the ids to continue from, `stream` what the model writes.
 
     With `chat` it is messages in the folder's chat template (`UserError` where there is none), else one text.
     """
@@ -108,12 +108,13 @@ class Conversation:
         return ids[-self.limit :]
 
     def stream(self, ids: list[int], options: SamplingOptions) -> Iterator[str]:
-        """The answer to `ask`'s ids, piece by piece."""
+        """The answer to `ask`'s ids, piece by piece; what was written of it is kept, also where it stops."""
+        said = {"role": "assistant", "content": ""}
+        self.messages.append(said)
         settings = options.model_dump() | {"stop_ids": self.stop_ids}
-        return stream_continuation(self.model, self.tokenizer, ids, **settings)
-
-    def answer(self, text: str) -> None:
-        self.messages.append({"role": "assistant", "content": text})
+        for piece in stream_continuation(self.model, self.tokenizer, ids, **settings):
+            said["content"] += piece
+            yield piece
 
 
 # --- in a terminal ------------------------------------------------------------------------------------------
@@ -155,7 +156,7 @@ def talk(conversation: Conversation, first: str | None, options: SamplingOptions
         except EOFError:
             print(flush=True)
             return 0
-        first, pieces = None, []
+        first = None
         if line.strip() == "/new":
             conversation.clear()
             continue
@@ -164,7 +165,6 @@ def talk(conversation: Conversation, first: str | None, options: SamplingOptions
             if conversation.forgotten:
                 print("(the context is full: the oldest part is forgotten)", file=sys.stderr)
             for piece in conversation.stream(ids, options):
-                pieces.append(piece)
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:
             print(" [stopped]", end="")
@@ -172,5 +172,4 @@ def talk(conversation: Conversation, first: str | None, options: SamplingOptions
             print(error, file=sys.stderr)
             continue
         print(flush=True)
-        conversation.answer("".join(pieces))
         options = options.next_seed()  # the next answer draws anew, yet the whole talk repeats

@@ -22,15 +22,10 @@ BLUE, ORANGE, GREEN, RED, SKY, PINK, YELLOW, BLACK = PALETTE
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
 GREY = "#767676"
 STYLE = {
-    "axes.edgecolor": GREY,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.prop_cycle": matplotlib.cycler(color=PALETTE, marker=MARKERS),
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "grid.color": "#e6e6e6",
-    "lines.markersize": 4,
-}
+    "axes.edgecolor": GREY, "axes.grid": True, "axes.axisbelow": True, "grid.color": "#e6e6e6",
+    "axes.prop_cycle": matplotlib.cycler(color=PALETTE, marker=MARKERS), "lines.markersize": 4,
+    "axes.spines.right": False, "axes.spines.top": False,
+}  # fmt: skip
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
 

@@ -191,16 +191,16 @@ def test_a_conversation_continues_its_text_and_forgets_the_oldest(checkpoint):
     tokenizer = tiny_tokenizer()
     talk = Conversation(wide_model(max_position_embeddings=64), tokenizer, checkpoint, room=16)
     talk.ask("The king")
-    talk.answer(" said")
+    talk.messages.append({"role": "assistant", "content": " said"})
     assert tokenizer.decode(talk.ask("come")) == "<|endoftext|>The king said\ncome" and not talk.forgotten
-    talk.answer(" and speak of the year 1599" * 20)
+    talk.messages.append({"role": "assistant", "content": " and speak of the year 1599" * 20})
     assert len(talk.ask("")) == 48 and talk.forgotten
 
 
 def test_a_chat_forgets_its_oldest_turns_and_refuses_a_message_that_never_fits(chat_checkpoint):
     talk = Conversation(wide_model(), Tokenizer.from_file(chat_checkpoint), chat_checkpoint, chat=True)
     talk.ask("one " * 8)
-    talk.answer("yes")
+    talk.messages.append({"role": "assistant", "content": "yes"})
     talk.limit = len(talk.ask("two")) - 1  # one token too few: the question goes, and its answer with it
     talk.messages.pop()
     assert len(talk.ask("two")) < talk.limit and talk.forgotten
@@ -239,7 +239,7 @@ def test_a_chat_reads_what_transformers_template_writes(chat_checkpoint, name, o
     assert render_chat(chat_template(folder), messages, special_tokens(tokenizer_config(folder))) == expected
     talk = Conversation(wide_model(), Tokenizer.from_file(chat_checkpoint), folder, chat=True)
     talk.ask(messages[0]["content"])
-    talk.answer("Hello")
+    talk.messages.append({"role": "assistant", "content": "Hello"})
     assert talk.ask("1+1?") == theirs(expected, add_special_tokens=False).input_ids
 
 
