@@ -64,9 +64,7 @@ def autocast(precision: Precision, device: torch.device):
 
 def inference_dtype(device: torch.device) -> torch.dtype:
     """Weights for sampling: fp32 on a CPU (exact), else the GPU's native half precision."""
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    return choose_precision("auto", device).autocast_dtype if device.type == "cuda" else torch.float32
 
 
 def device_name(device: torch.device) -> str:

@@ -25,9 +25,7 @@ SECONDS_BETWEEN_UPDATES = 1.0
 MAX_POINTS = 340  # of the curve: one for every other pixel
 # The panel names its colours and has no table: Jupyter's dark theme would put dark stripes behind its rows
 FRAME = "background:#fff;color:#111;font:13px/1.45 system-ui,sans-serif;padding:10px 12px;max-width:720px"
-GRID = (
-    "display:grid;grid-template-columns:max-content auto;gap:1px 14px;overflow-wrap:anywhere;margin-top:8px"
-)
+GRID = "display:grid;grid-template-columns:max-content auto;gap:0 14px;overflow-wrap:anywhere;margin-top:8px"
 
 
 def live_panel(logs: str | Path) -> Reporter:
