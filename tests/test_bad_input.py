@@ -259,7 +259,7 @@ BAD_COMMANDS = {
     "no?thing": ["EVALUATE --checkpoint 'no body/no?thing'"],
     "temperature": ["GENERATE --temperature nan", "GENERATE --temperature hot"],
     "top_k": ["GENERATE --top_k 0", "GENERATE --top_k 1.5"],
-    "max_new_tokens": ["GENERATE --max_new_tokens -1"], "num_samples|at least 1": ["GENERATE --num_samples 0"],
+    "max_new_tokens": ["GENERATE --max_new_tokens -1"],
     "context is 32|shorten": [f"GENERATE --prompt '{'word ' * 100}'"], "chat template": ["GENERATE --chat"],
     "split|val": ["EVALUATE --split test"],
     "memory|choose a smaller": ["--set hidden_size=65536 --set num_hidden_layers=999"],

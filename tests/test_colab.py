@@ -1,4 +1,4 @@
-"""Colab: what the set-up cell installs, Drive that fails in every known way, secrets; and the lesson helpers and widgets."""
+"""Colab: what the set-up cell installs, Drive that fails in every known way; and the lesson helpers and widgets."""
 
 import errno
 import math
@@ -74,7 +74,7 @@ def test_colab_module_starts_before_anything_is_installed_and_without_what_only_
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-# --- Drive and secrets --------------------------------------------------------------------------------------------
+# --- Drive -------------------------------------------------------------------------------------------------------
 
 
 def test_drive_is_mounted_proven_and_chosen(fake_colab, monkeypatch, tmp_path, capsys):
@@ -129,22 +129,6 @@ def test_drive_that_dies_after_mounting_is_noticed_at_once_or_raises_an_oserror_
     later = {"errno107:8": errno.ENOTCONN, "vanish:8": errno.ENOENT}.get(drill)
     expected = f"KEPT ON DRIVE.*LATER {later}" if later else "KEPT ON THIS MACHINE ONLY"
     assert re.search(expected, result.stdout, re.S) and "Errno" not in result.stdout
-
-
-def test_a_secret_comes_from_the_panel_or_the_environment_or_is_none_with_a_reason(
-    fake_colab, monkeypatch, capsys
-):
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    for mode, words in (("", "not exist"), ("denied", "have access"), ("timeout", "timed out")):
-        monkeypatch.setenv("FAKECOLAB_SECRETS", mode)
-        assert colab.secret("HF_TOKEN") is None
-        assert re.search(f"{words}.*its switch 'Notebook access'", capsys.readouterr().out)
-
-    monkeypatch.setenv("HF_TOKEN", "from-environment")
-    assert colab.secret("HF_TOKEN") == "from-environment"
-    monkeypatch.setenv("FAKECOLAB_SECRETS", "")
-    monkeypatch.setenv("FAKECOLAB_SECRET_HF_TOKEN", "from-panel")
-    assert colab.secret("HF_TOKEN") == "from-panel"
 
 
 # --- lesson helpers -----------------------------------------------------------------------------------------------
