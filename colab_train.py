@@ -7,12 +7,17 @@ resume) -> data.py (batches) -> model.py (network, loss) -> optim.py (update).
 
 import os
 import sys
+import time
+
+BEGAN = time.monotonic()  # minutes count from here
 
 FLAGS = {
     "input_file": ("data.input_file", str, "text to train on (default input.txt)"),
     "output_dir": ("run.output_dir", str, "where checkpoints and logs go (default output)"),
     "max_steps": ("train.max_steps", int, "optimizer steps of the first phase"),
     "continue_steps": ("train.continue_steps", int, "further steps, resumed from the first phase's file"),
+    "minutes": ("train.minutes", float, "as many steps as end within this many minutes, start-up included"),
+    "stop_after": ("train.stop_after", float, "save and leave after this many minutes, at whatever step"),
     "drive_dir": ("run.drive_dir", str, "a second place for checkpoints, e.g. a mounted Google Drive folder"),
     "resume": ("run.resume", str, "auto (default): continue what is there; never: move it aside, start anew"),
     "seed": ("train.seed", int, "seed of weights and data order"),
@@ -37,6 +42,8 @@ def prepare(argv: list[str] | None):
     for name, (_, kind, text) in FLAGS.items():
         parser.add_argument(f"--{name}", type=kind, help=text)
     args = parser.parse_args(argv)
+    if args.minutes is not None and args.max_steps is not None:
+        raise ConfigError("--minutes and --max_steps: give one; the minutes choose the steps")
     print("SmolLM2 from scratch: loading PyTorch ...", flush=True)
 
     from smollm2.settings import load_config, read_yaml
@@ -82,13 +89,14 @@ def main(argv: list[str] | None = None) -> int:
 
     with leaving_at_once():
         config, train = prepare(argv)
-    result = train(config)
+    result = train(config, began=BEGAN)
 
+    from smollm2.signals import OUT_OF_TIME
     from smollm2.workers import is_first_worker
 
     if is_first_worker(config.run):
         print(f"\n{result.table()}")
-    return 128 + result.stopped_by if result.stopped_by else 0
+    return 128 + result.stopped_by if result.stopped_by not in (None, OUT_OF_TIME) else 0
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ PROBE_SECONDS = 4.0  # of measured steps, after two that warm up
 MINUTES = (10, 20, 60, 480)
 SHARE_PLANNED = 0.95  # of the time that is left: neighbours and disks are not always equally fast
 DISK_BYTES_PER_SECOND = 150e6
+PACKED_BYTES_PER_SECOND = 0.7e6  # gzip -9 and xz together, on one core
 
 
 @dataclass(frozen=True)
@@ -198,13 +199,24 @@ def measure(config: RunConfig, device: torch.device, precision: Precision, secon
         return Speed(took, _seconds(score) / ids.numel(), _seconds(sample) / 8, peak)
 
 
-def steps_within(config: RunConfig, speed: Speed, held_out_tokens: int, seconds: float) -> int:
+def save_seconds(config: RunConfig) -> float:
+    """Of writing a checkpoint, on a slow disk."""
+    return 0.5 + training_bytes(config.model, config.train.optimizer) / DISK_BYTES_PER_SECOND
+
+
+def steps_within(
+    config: RunConfig, speed: Speed, held_out_tokens: int, held_out_bytes: int, seconds: float
+) -> int:
     """Optimizer steps that end, with their validations, samples and saves, within `seconds`; at least one."""
     train = config.train
     scored = min(train.val_max_tokens or held_out_tokens, held_out_tokens)
     validation, sampling = speed.scored_token * scored, speed.sampled_token * train.sample_tokens
-    a_save = training_bytes(config.model, train.optimizer) / DISK_BYTES_PER_SECOND
-    fixed = speed.scored_token * held_out_tokens + 2 * a_save  # at the end: the whole held-out part, the save
+    # at the end: the whole held-out part, the last save, gzip and xz of that part
+    fixed = (
+        speed.scored_token * held_out_tokens
+        + 2 * save_seconds(config)
+        + held_out_bytes / PACKED_BYTES_PER_SECOND
+    )
     each = speed.step + validation / train.val_every + sampling * len(train.prompts) / train.sample_every
     return max(1, int((seconds - fixed) * SHARE_PLANNED / each))
 
@@ -247,7 +259,7 @@ def plan(config: RunConfig, gpu: str | None = None, minutes=MINUTES) -> dict:
     per_step, text = train.batch_size * length, Path(config.data.input_file)
     in_text = text.stat().st_size / bytes_per_token(config.model.vocab_size) if text.is_file() else 0
     held_out = int(in_text * config.data.held_out_fraction)
-    steps = {m: steps_within(config, speed, held_out, 60 * m) for m in minutes}
+    steps = {m: steps_within(config, speed, held_out, 0, 60 * m) for m in minutes}
     buys = [{"minutes": m, "steps": n, "tokens": n * per_step} for m, n in steps.items()]
     return {
         "preset": config.preset, "parameters": parameter_count(config.model), "device": name,

@@ -8,8 +8,10 @@ tokenizer, tokens and logs are those it was made with.
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import re
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -33,8 +35,10 @@ from .model import SmolLM2
 from .optim import Schedule, moments_by_name
 from .origin import origin_name, published_base, whereabouts
 from .parameters import parameter_count, training_bytes
+from .plan import measure, save_seconds, steps_within
 from .progress import Reporter
 from .saver import Saver, check_space
+from .settings import read_yaml
 from .state import TrainState, check_unchanged, fixed_settings, read_state, restore_rng, rng_tensors
 from .text import END_OF_TEXT, documents, read_split, read_text, source_identity
 from .tokenizer import Tokenizer, choose_tokenizer
@@ -59,6 +63,7 @@ class Run:
     reporter: Reporter
     logs: Logs | None
     mirror: DriveMirror | None
+    ends_at: float  # `time.monotonic()` by which the last step and its save must have begun
 
     @property
     def is_first_worker(self) -> bool:
@@ -143,9 +148,9 @@ class Run:
 
 
 @contextlib.contextmanager
-def open_run(config: RunConfig, reporter: Reporter) -> Iterator[Run]:
-    """Open the run that `config` describes; waits for its last save and its last copy in the end. Raises
-    `UserError`."""
+def open_run(config: RunConfig, reporter: Reporter, began: float) -> Iterator[Run]:
+    """Open the run that `config` describes; waits for its last save and its last copy in the end. `began`:
+    `time.monotonic()` when its minutes began. Raises `UserError`."""
     place, output_dir, device = config.run, Path(config.run.output_dir), hardware.choose_device()
     if not config.data.dataset:
         source_identity(config.data.input_file)
@@ -155,7 +160,7 @@ def open_run(config: RunConfig, reporter: Reporter) -> Iterator[Run]:
     run, made = None, absent_folders(output_dir)
     with locked_folder(output_dir, locks=is_first):
         try:
-            run = _open(config, device, reporter if is_first else Reporter(), is_first)
+            run = _open(config, device, reporter if is_first else Reporter(), is_first, began)
             try:
                 yield run
             finally:
@@ -168,7 +173,7 @@ def open_run(config: RunConfig, reporter: Reporter) -> Iterator[Run]:
             raise
 
 
-def _open(config: RunConfig, device: torch.device, reporter: Reporter, is_first: bool) -> Run:
+def _open(config: RunConfig, device: torch.device, reporter: Reporter, is_first: bool, began: float) -> Run:
     say, place, output_dir = reporter.message, config.run, Path(config.run.output_dir)
     checkpoint_dir = output_dir / "checkpoints"
     if not is_first:
@@ -199,6 +204,9 @@ def _open(config: RunConfig, device: torch.device, reporter: Reporter, is_first:
     if newest:
         check_unchanged(state, config, began_with, where, way_out)
     data = _prepare_data(config, tokenizer, newest, way_out, say)
+    if train.minutes:
+        config = _with_steps(config, state, device, precision, data, is_first, began, say)
+        train = config.train
     steps = train.max_steps + train.continue_steps
     if note := note_on_passes(steps, train.batch_size * config.data.sequence_length / len(data.train.tokens)):
         say(note)
@@ -218,7 +226,10 @@ def _open(config: RunConfig, device: torch.device, reporter: Reporter, is_first:
             if newest:
                 mirror.submit(newest)
         announce_open(output_dir)
-    return Run(config, device, precision, tokenizer, data, saver, reporter, logs, mirror)
+    ends_at = math.inf
+    if train.stop_after:
+        ends_at = began + 60 * train.stop_after - 2 * save_seconds(config)
+    return Run(config, device, precision, tokenizer, data, saver, reporter, logs, mirror, ends_at)
 
 
 def close(run: Run) -> None:
@@ -325,6 +336,29 @@ def _prepare_data(
     tokens, held_out = f"{len(data.train.tokens):,} tokens to train on", f"{len(data.val.tokens):,} held out"
     say(f"data: {path}, {source['bytes']:,} bytes; {tokens}, {held_out} ({data.val.text_bytes:,} bytes)")
     return data
+
+
+def _with_steps(
+    config: RunConfig, state: TrainState, device: torch.device, precision: hardware.Precision,
+    data: TokenData, is_first: bool, began: float, say: Say,
+) -> RunConfig:  # fmt: skip
+    """With `--minutes`: as many steps as end in them. A run that has begun keeps its number: it ends with the
+    same bits wherever it goes on."""
+    train = config.train
+    if state.step:
+        total = state.schedule_total
+        say(f"--minutes: this run was planned with {total:,} steps when it began, and keeps them")
+    elif is_first:
+        say("--minutes: measuring the speed of this machine ...")
+        speed = measure(config, device, precision)
+        left = 60 * train.minutes - (time.monotonic() - began)
+        total = steps_within(config, speed, len(data.val.tokens), data.val.text_bytes, left)
+        say(f"--minutes {train.minutes:g}: {total:,} steps of {speed.step:.3g} s, validations and saves")
+    else:  # what the first worker has chosen
+        chosen = read_yaml(Path(config.run.output_dir, "config.yaml"))["train"]
+        total = chosen["max_steps"] + chosen["continue_steps"]
+    steps = {"max_steps": max(total - train.continue_steps, 1)}
+    return config.model_copy(update={"train": train.model_copy(update=steps)})
 
 
 # --- where training begins ----------------------------------------------------------------------------------

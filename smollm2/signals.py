@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
 STOPPING = [number for number in (signal.SIGINT, signal.SIGTERM, HANGUP) if number]
+OUT_OF_TIME = 14  # SIGALRM, which nobody sends: train.stop_after has passed
 LOST_READER = 13  # SIGPIPE, also where the system has none: exit code 141
 
 
@@ -64,6 +65,12 @@ class StopSignals:
     def install(self) -> None:
         for number in self._before:
             signal.signal(number, self._handle)
+
+    def stop(self, number: int) -> None:
+        """Note a reason to stop that reached this process in another way."""
+        if number == OUT_OF_TIME and self.received is None:
+            self.say("--stop_after: the time is up. Saved; the same command goes on from here")
+        self.received = number
 
     def _handle(self, number: int, frame) -> None:
         if self.received is not None and number == signal.SIGINT:

@@ -20,7 +20,8 @@ from .settings import FIELDS
 # Settings that may change when a run is resumed. Those that change its last digits are told in a line.
 CHANGEABLE = {
     "train": {
-        "max_steps", "continue_steps", "micro_batch_size", "precision", "compile", "deterministic",
+        "max_steps", "continue_steps", "minutes", "stop_after",
+        "micro_batch_size", "precision", "compile", "deterministic",
         "log_every", "val_every", "val_max_tokens", "sample_every", "sample_tokens", "prompts", "save_every",
         "save_every_seconds", "keep_last",
     },

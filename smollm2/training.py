@@ -32,7 +32,7 @@ from .progress import Reporter, TerminalReporter
 from .result import TrainResult, complete_result
 from .run import Run, load, open_run, schedule_of
 from .sampling import complete
-from .signals import LOST_READER, StopSignals
+from .signals import LOST_READER, OUT_OF_TIME, StopSignals
 from .state import TrainState
 from .workers import make_trainer
 
@@ -111,7 +111,7 @@ class TrainingLoop(pl.LightningModule):
             run.save(self.final_name if is_last else step_name(state.step), state, self.model, self.optimizer)
         run.report_saves()
         if stopped_by:
-            self.signals.received = stopped_by  # on every worker, also if the signal has reached only one
+            self.signals.stop(stopped_by)  # on every worker, also if the signal has reached only one
         self.trainer.should_stop |= bool(is_last or stopped_by)
 
     def gradients(self, batch: torch.Tensor) -> torch.Tensor:
@@ -162,7 +162,8 @@ class TrainingLoop(pl.LightningModule):
 
     def heard(self) -> int:
         """The signal that asks this process to stop; 0 for none."""
-        return self.signals.received or (LOST_READER if self.run.reporter.is_lost else 0)
+        is_late = time.monotonic() > self.run.ends_at - max(self._durations, default=0)
+        return self.signals.received or (LOST_READER if self.run.reporter.is_lost else OUT_OF_TIME * is_late)
 
     # --- what is due at a step
 
@@ -270,20 +271,21 @@ def run_phase(run: Run, target: int, final_name: str, signals: StopSignals, resu
         run.reporter.end()
 
 
-def train(config: RunConfig, reporter: Reporter | None = None) -> TrainResult:
+def train(config: RunConfig, reporter: Reporter | None = None, began: float | None = None) -> TrainResult:
     """Train as `config` says, or continue where the output directory stands.
 
     Ends at `train.max_steps` with `final_model.ckpt`; with `train.continue_steps` a fresh trainer resumes
     from that and ends with `final_continued_model.ckpt`. Ctrl-C, SIGTERM and SIGHUP finish the step, save and
-    return (`result.stopped_by`). Raises `UserError` subclasses; their `exit_code` says which kind.
+    return (`result.stopped_by`). `began`: `time.monotonic()` that minutes count from, else now. Raises
+    `UserError` subclasses; their `exit_code` says which kind.
     """
-    began, result, reporter = time.monotonic(), TrainResult(), reporter or TerminalReporter()
+    began, result, reporter = began or time.monotonic(), TrainResult(), reporter or TerminalReporter()
     signals = StopSignals(reporter.message)
     with (
         disk_failures_named(config.run.output_dir),
         plain_defaults(),
         repeatable_sums(config.train.deterministic),
-        open_run(config, reporter) as run,
+        open_run(config, reporter, began) as run,
         signals,
     ):
         for target, final_name in run.phases_to_do():

@@ -66,10 +66,10 @@ def test_a_model_too_large_for_the_card_is_refused_with_figures():
 def test_steps_leave_time_for_what_else_a_run_does():
     config = small(val_every=10, sample_every=20, sample_tokens=30, prompts=("a", "b"))
     speed = planning.Speed(step=1.0, scored_token=0.001, sampled_token=0.01)
-    steps = planning.steps_within(config, speed, held_out_tokens=1000, seconds=600)
+    steps = planning.steps_within(config, speed, 1000, 0, seconds=600)
     spent = steps * (1.0 + 1.0 / 10 + 2 * 30 * 0.01 / 20) + 1.0
     assert 0.92 * 600 < spent < 0.96 * 600
-    assert planning.steps_within(config, speed, 1000, 0.5) == 1  # a run is at least a step
+    assert planning.steps_within(config, speed, 1000, 0, 0.5) == 1  # a run is at least a step
 
 
 def test_measuring_leaves_random_numbers_as_they_were():

@@ -1,0 +1,77 @@
+"""`--minutes` and `--stop_after`: time as a knob, and not one bit less exact."""
+
+import signal
+import time
+
+import pytest
+from conftest import Heard
+from test_resume import FINAL, same_result
+
+import colab_train
+from smollm2 import run as run_module
+from smollm2.checkpoint import verify
+from smollm2.errors import ConfigError
+from smollm2.plan import Speed
+from smollm2.signals import OUT_OF_TIME
+from smollm2.state import read_state
+from smollm2.training import train
+from tests.soak import small_config
+
+
+class StopAt(Heard):
+    def __init__(self, stop_at: int):
+        super().__init__()
+        self.stop_at = stop_at
+
+    def step(self, step, loss, learning_rate, tokens_per_second):
+        if step == self.stop_at:
+            signal.raise_signal(signal.SIGINT)
+
+
+def words(heard: Heard) -> str:
+    return "\n".join(heard.messages)
+
+
+RARELY = {"val_every": 1000, "sample_every": 1000, "save_every": None}
+
+
+def test_a_run_of_minutes_ends_in_time_with_the_bits_of_that_many_steps(text, tmp_path):
+    began, heard = time.monotonic(), Heard()
+    result = train(small_config(text, tmp_path / "a", minutes=0.25, max_steps=9, **RARELY), heard)
+    assert (
+        0.5 * 15 < time.monotonic() - began < 1.3 * 15
+    )  # a machine of two cores that also does other things
+    assert result.step > 9 and f"{result.step:,} steps of" in words(heard)
+    state = read_state(verify(tmp_path / "a" / "checkpoints" / FINAL))
+    assert state.schedule_total == result.step
+    train(small_config(text, tmp_path / "b", max_steps=result.step, **RARELY))
+    same_result(tmp_path / "a", FINAL, tmp_path / "b", FINAL)
+
+
+def test_a_resumed_run_keeps_its_number_of_steps(text, tmp_path, monkeypatch):
+    """However fast the second machine is; and before a first checkpoint it is measured again."""
+    speeds = iter([Speed(1.0, 0, 0), Speed(0.001, 0, 0)])
+    monkeypatch.setattr(run_module, "measure", lambda *_: next(speeds))
+    config = small_config(text, tmp_path / "a", minutes=0.5, **RARELY)
+    first = train(config, StopAt(5))
+    assert first.stopped_by and first.step == 5
+    heard = Heard()
+    result = train(config, heard)
+    planned = int(0.95 * 30)
+    assert planned - 3 <= result.step <= planned and "keeps them" in words(heard)
+    train(small_config(text, tmp_path / "b", max_steps=result.step, **RARELY))
+    same_result(tmp_path / "a", FINAL, tmp_path / "b", FINAL)
+
+
+def test_stop_after_leaves_in_good_order_and_the_same_command_goes_on(text, tmp_path):
+    config = small_config(text, tmp_path / "a", max_steps=20000, stop_after=0.1, **RARELY)
+    began = time.monotonic()
+    first = train(config, heard := Heard())
+    assert first.stopped_by == OUT_OF_TIME and time.monotonic() - began < 8
+    assert verify(first.checkpoint).step == first.step > 0 and "--stop_after" in words(heard)
+    assert train(config).step > first.step
+
+
+def test_minutes_and_steps_are_not_asked_for_together():
+    with pytest.raises(ConfigError, match="--minutes and --max_steps: give one"):
+        colab_train.main(["--minutes", "3", "--max_steps", "5"])
