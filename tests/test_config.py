@@ -77,7 +77,7 @@ def trained_configs(monkeypatch) -> list[RunConfig]:
     import smollm2.training
 
     trained, nothing = [], SimpleNamespace(table=str, stopped_by=None)
-    monkeypatch.setattr(smollm2.training, "train", lambda config: trained.append(config) or nothing)
+    monkeypatch.setattr(smollm2.training, "train", lambda config, **_: trained.append(config) or nothing)
     return trained
 
 

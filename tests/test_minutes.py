@@ -38,9 +38,8 @@ RARELY = {"val_every": 1000, "sample_every": 1000, "save_every": None}
 def test_a_run_of_minutes_ends_in_time_with_the_bits_of_that_many_steps(text, tmp_path):
     began, heard = time.monotonic(), Heard()
     result = train(small_config(text, tmp_path / "a", minutes=0.25, max_steps=9, **RARELY), heard)
-    assert (
-        0.5 * 15 < time.monotonic() - began < 1.3 * 15
-    )  # a machine of two cores that also does other things
+    # a loose bound: a test machine also does other things; docs/log.md has whole processes
+    assert 0.5 * 15 < time.monotonic() - began < 2 * 15
     assert result.step > 9 and f"{result.step:,} steps of" in words(heard)
     state = read_state(verify(tmp_path / "a" / "checkpoints" / FINAL))
     assert state.schedule_total == result.step

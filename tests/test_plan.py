@@ -33,7 +33,7 @@ def test_activations_are_those_that_autograd_keeps():
     layer, _ = planning.activation_bytes(config, length, is_half=False)
     assert 8 * unit < layer < 32 * unit
     longer, _ = planning.activation_bytes(config, 2 * length, is_half=False)
-    assert 2 * layer <= longer <= 4 * layer  # linear but for attention's probabilities
+    assert 1.8 * layer < longer < 4 * layer  # linear but for attention, and for what a layer keeps once
     half, _ = planning.activation_bytes(config, length, is_half=True)
     assert layer / 2 < half < layer
 
