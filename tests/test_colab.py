@@ -176,32 +176,6 @@ def line(height, style="-"):
     return fig, f"A line from zero up to {height} & back <again>"
 
 
-def test_a_figure_is_deterministic_and_a_plain_script_reads_its_words(capsys):
-    first, second = plots.png_bytes(line(3)[0]), plots.png_bytes(line(3)[0])
-    assert first == second and first.startswith(b"\x89PNG")
-    assert 'alt="A line from zero up to 3 &amp; back &lt;again&gt;"' in plots.image_html(*line(3))
-    plots.show(*line(3))
-    widgets.explore(line, height=widgets.slider("height", 0, 9, 4))
-    words = "[figure] A line from zero up to {} & back <again>\n"
-    assert capsys.readouterr().out == words.format(3) + words.format(4) and widgets.live == []
-    with pytest.raises(ValueError, match="alt text"):
-        plots.show(line(3)[0], alt="a plot")
-
-
-def test_a_panel_redraws_at_the_ends_of_every_control_and_hides_no_error():
-    height, style = widgets.slider("height", 0, 9, 3), widgets.choice("style", ["-", "--"], "-")
-    picture = widgets.panel(line, height=height, style=style).children[-1]
-    seen = {picture.value}
-    for control, value in ((height, 0), (height, 9), (style, "--"), (style, "-")):
-        control.value = value
-        seen.add(picture.value)
-    assert len(seen) == 4 and all(value.startswith("<img alt=") for value in seen)
-    part = widgets.slider("part", 0, 1, 0.5, 0.1)
-    widgets.panel(lambda part: line(1) if part < 1 else 1 / 0, part=part)
-    with pytest.raises(ZeroDivisionError):
-        part.value = 1
-
-
 def test_a_live_panel_and_its_figure_are_one_output_so_that_nobody_sees_both(monkeypatch):
     nbformat, nbconvert = pytest.importorskip("nbformat"), pytest.importorskip("nbconvert")
     shown = []

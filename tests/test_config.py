@@ -135,17 +135,6 @@ def test_the_released_config_json_is_read_and_its_theta_kept(test_data):
     assert (config.rope_theta, config.max_position_embeddings, config.hidden_size) == (100000.0, 8192, 576)
 
 
-@pytest.mark.parametrize("theta", [10000.0, 100000.0, 130000.0])
-def test_config_json_keeps_theta_in_both_forms(theta):
-    config = SmolLM2Config(rope_theta=theta, tie_word_embeddings=False, pad_token_id=3)
-    fields = config.to_hf_dict()
-    assert fields["rope_theta"] == fields["rope_parameters"]["rope_theta"] == theta
-    assert SmolLM2Config.from_hf_dict(fields) == config
-    for absent in ("rope_theta", "rope_parameters"):
-        rest = {key: value for key, value in fields.items() if key != absent}
-        assert SmolLM2Config.from_hf_dict(rest).rope_theta == theta
-
-
 def test_a_field_that_config_json_lacks_has_the_default_of_transformers():
     from transformers import LlamaConfig
 

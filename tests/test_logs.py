@@ -11,21 +11,16 @@ import yaml
 from smollm2 import logs, train
 from smollm2.config import RunConfig
 from smollm2.progress import Reporter
-
-ROOT = Path(__file__).parents[1]
+from tests.soak import small_config
 
 
 @pytest.fixture(scope="module")
-def run_dir(tmp_path_factory) -> Path:
+def run_dir(text, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("logs")
-    (folder / "text.txt").write_text((ROOT / "input.txt").read_text()[:30_000])
-    config = RunConfig(
-        model={"vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64},
-        data={"input_file": str(folder / "text.txt"), "sequence_length": 32, "tokenizer_vocab_size": 300},
-        train={"max_steps": 130, "batch_size": 8, "log_every": 10, "val_every": 50, "sample_every": 50, "sample_tokens": 4, "save_every": 50, "precision": "fp32"},
-        run={"output_dir": str(folder / "output"), "drive_dir": str(folder / "drive")},
-    )  # fmt: skip
-    train(config, Reporter())
+    often = {"log_every": 10, "val_every": 50, "sample_every": 50, "save_every": 50}
+    config = small_config(text, folder / "output", max_steps=130, **often)
+    place = config.run.model_copy(update={"drive_dir": str(folder / "drive")})
+    train(config.model_copy(update={"run": place}), Reporter())
     return folder / "output"
 
 
@@ -46,7 +41,7 @@ def test_each_log_holds_what_its_name_says(run_dir):
     found = read(run_dir)
     losses = [event for event in found["training_loss"] if "train_loss" in event]
     assert [int(event["step"]) for event in losses] == [1, *range(10, 131, 10)]
-    assert all(int(e["tokens"]) == int(e["step"]) * 8 * 32 and float(e["lr"]) >= 0 for e in losses)
+    assert all(int(e["tokens"]) == int(e["step"]) * 8 * 16 and float(e["lr"]) >= 0 for e in losses)
     validations = [event for event in found["training_loss"] if "val_loss" in event]
     assert [int(event["step"]) for event in validations] == [50, 100, 130]
     assert all(float(event["val_bits_per_byte"]) > 0 for event in validations)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 from conftest import Heard
 
@@ -41,15 +39,3 @@ def test_a_run_that_learns_its_text_by_heart_says_so_and_keeps_the_best_checkpoi
     assert f"at step {step}, kept in" in result.table()
     (note,) = [line for line in seen.messages if line.startswith("note: 300 steps read this text")]
     assert "about" in note and "steps do better" in note
-
-
-@pytest.mark.parametrize(
-    ("steps", "told"), [(3, "note: 3 steps read .*% of this text; --max_steps"), (30, "")]
-)
-def test_only_a_run_that_reads_little_of_its_text_is_told_how_many_steps_read_it_once(
-    text, tmp_path, steps, told
-):
-    result = train(small_config(text, tmp_path / "output", max_steps=steps), seen := Heard())
-    notes = [line for line in seen.messages if line.startswith("note:") or "by heart" in line]
-    assert len(notes) == bool(told) and re.match(told, "".join(notes))
-    assert told or "best held-out" not in result.table()

@@ -5,13 +5,11 @@ from __future__ import annotations
 import re
 
 import pytest
-import torch
 from tiny_models import tiny_model, tiny_tokenizer
 
 from smollm2.notebook import sampler as sampler_module
-from smollm2.notebook import token_view
 from smollm2.notebook.sampler import Sampler
-from smollm2.sampling import complete, next_token_probabilities
+from smollm2.sampling import complete
 
 
 @pytest.fixture(scope="module")
@@ -90,14 +88,3 @@ def test_no_text_reaches_html_unescaped(panel):
     panel.write()
     for shown in (panel.page.value, panel.picture.value):
         assert "<script" not in shown and "<img src=x" not in shown and "&lt;" in panel.page.value
-
-
-def test_the_bars_show_the_distribution_that_is_drawn_from(model_and_tokenizer):
-    tokenizer = model_and_tokenizer[1]
-    logits = torch.randn(tokenizer.vocab_size, generator=torch.Generator().manual_seed(0))
-    expected = next_token_probabilities(logits, 0.7, 5).sort(descending=True).values[:10].tolist()
-    greedy = [1.0] + [0.0] * 9
-    for options, drawn in (({"temperature": 0.7, "top_k": 5}, expected), ({"temperature": 0.0}, greedy)):
-        fig, alt = token_view.bars(tokenizer, logits, options, "next")
-        assert [bar.get_width() for bar in fig.axes[0].containers[1]] == pytest.approx(drawn)
-        assert f"{sum(share > 0 for share in drawn)} tokens can still be drawn" in alt

@@ -113,14 +113,6 @@ def test_a_long_run_of_one_character_does_not_stop_the_training(run):
     assert tokenizer.decode(tokenizer.encode("x" + run[:5000])) == "x" + run[:5000]
 
 
-def test_padding_and_truncation_stored_in_a_file_are_switched_off(trained):
-    stored = hf.Tokenizer.from_buffer(trained.raw)
-    stored.enable_truncation(3)
-    stored.enable_padding(length=50)
-    text = "the cat sat on the mat"
-    assert Tokenizer(stored.to_str().encode()).encode(text) == trained.encode(text)
-
-
 # --- special tokens, and tokenizers of others -----------------------------------------------------------------
 
 
