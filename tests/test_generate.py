@@ -42,26 +42,16 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def stories(test_data):
-    """A real, trained model of 656,000 parameters, its tokenizer, and what transformers computes with it."""
+    """A real, trained model of 656,000 parameters, and its tokenizer."""
     folder = test_data / "stories-656k"
-    prompts = json.loads((folder / "reference.json").read_text())["prompts"]
-    return SmolLM2.from_pretrained(folder), Tokenizer.from_file(folder), prompts
-
-
-@pytest.mark.parametrize("use_cache", [True, False])
-def test_a_real_model_continues_as_the_reference_does(stories, use_cache):
-    model, tokenizer, prompts = stories
-    for prompt in prompts:
-        ids = torch.tensor([prompt["input_ids"]])
-        said = model.generate(ids, max_new_tokens=48, temperature=0.0, use_cache=use_cache)[0].tolist()
-        assert said == prompt["greedy_ids"] and tokenizer.decode(said) == prompt["greedy_text"]
+    return SmolLM2.from_pretrained(folder), Tokenizer.from_file(folder)
 
 
 def test_a_real_models_prompt_and_text_are_those_of_transformers(stories, test_data):
     """Its tokenizer marks blanks and asks for a begin token: neither may be lost, however long the text."""
     from transformers import AutoTokenizer
 
-    model, tokenizer, _ = stories
+    model, tokenizer = stories
     theirs = AutoTokenizer.from_pretrained(test_data / "stories-656k")
     expected = theirs("The cat", return_tensors="pt")
     assert prompt_ids(model, tokenizer, "The cat") == expected.input_ids[0].tolist() == [1, 80, 247, 476]

@@ -15,11 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from check_export_compat import compare
-from tiny_models import save_folder, tiny_model, tiny_tokenizer
-
-from smollm2 import SmolLM2, SmolLM2Config
-from smollm2.files import dump_json, write_tensors
+from tiny_models import save_folder, tiny_model
 
 ROOT = Path(__file__).parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -168,22 +164,3 @@ def test_the_right_one_is_blamed(fake_hub, environment, tmp_path, variables, kin
     assert failed["kind"] == kind and re.search(words, failed["text"]), failed["text"]
     assert ("is out of reach" in failed["text"]) == (kind == "HubUnreachable")
     assert "hf_a" not in failed["text"]
-
-
-# --- official weights -----------------------------------------------------------------------------------
-
-
-def test_a_folder_laid_out_like_the_official_weights_matches_transformers(tmp_path, test_data):
-    """`config.json` as the Hub's SmolLM2-135M has it (transformers 4's form, theta 100,000, 8,192 positions, bf16)."""
-    read = json.loads((test_data / "official/smollm2-135m_hf_config_dump.json").read_text())
-    small = {"hidden_size": 72, "intermediate_size": 96, "num_hidden_layers": 3, "vocab_size": 400}
-    fields = read.get("config", read) | small
-    model = SmolLM2(SmolLM2Config.from_hf_dict(fields))
-    tiny_tokenizer().save(tmp_path, 8192)
-    half = {name: parameter.detach().bfloat16() for name, parameter in model.named_parameters()}
-    write_tensors(tmp_path / "model.safetensors", half)
-    (tmp_path / "config.json").write_bytes(dump_json(fields))
-    config = SmolLM2.from_pretrained(tmp_path).config
-    assert config.rope_theta == 100000 and config.max_position_embeddings == 8192
-    result = compare(tmp_path, 512)
-    assert result["logits"] <= 1e-5 * max(1.0, result["scale"]) and result["tokens"] == []

@@ -156,20 +156,6 @@ def test_of_many_processes_that_start_at_once_one_runs_and_kill_9_frees_the_fold
         pass
 
 
-def test_in_a_notebook_a_stopped_run_returns_and_the_handlers_are_put_back(text, tmp_path):
-    class Stopping(Reporter):
-        def step(self, step, *rest):
-            if step == 4:
-                os.kill(os.getpid(), signal.SIGINT)
-
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    result = train(small_config(text, tmp_path / "output"), Stopping())
-    assert (result.stopped_by, result.step) == (signal.SIGINT, 4)
-    assert result.checkpoint.name == "step-00000004.ckpt"
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-    assert train(small_config(text, tmp_path / "output", max_steps=10), Reporter()).step == 10
-
-
 def test_training_on_another_thread_works_without_signal_handlers(text, tmp_path):
     with ThreadPoolExecutor() as pool:
         training = pool.submit(train, small_config(text, tmp_path / "output", max_steps=10), Reporter())
