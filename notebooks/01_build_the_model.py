@@ -875,12 +875,14 @@ lesson.score()
 # * Why is the score matrix of RoPE constant along its diagonals?
 # * Why does `repeat` in place of `repeat_interleave` give the right shapes and wrong answers?
 # * What would break if the mask came after the softmax?
+# * Why do `o_proj` and `down_proj` start smaller than the other matrices?
 #
 # <details><summary>Answers</summary>
 #
 # * Both vectors are turned by angles proportional to their positions; a dot product sees only the difference of the angles.
 # * Query heads 0, 1, 2 were trained to read key head 0. `repeat` gives them heads 0, 1, 2: three heads exist either way, only in another order.
 # * The weights left to the past would no longer sum to 1, and how much is missing would tell each position about its future.
+# * They write to the running vector, 2L times in all. Variances add up, so each is divided by √(2L): together they weigh as much as one.
 # </details>
 #
 # ## Next

@@ -144,7 +144,7 @@ def page(notebook) -> str:
     from nbconvert import HTMLExporter
 
     for cell in notebook.cells:
-        cell.metadata.tags = [*cell.metadata.get("tags", []), cell.metadata.get("cellView", "")]
+        cell.metadata.tags = ["form"] if cell.metadata.get("cellView") == "form" else []
     notebook.metadata.pop("widgets", None)  # a page has no kernel: the figure stands in the panel's place
     html, _ = HTMLExporter(config=PAGE).from_notebook_node(notebook)
     return re.sub(r'href="(\d\d_\w+)\.ipynb"', r'href="\1.html"', html)

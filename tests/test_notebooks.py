@@ -14,6 +14,7 @@ import warnings
 from io import StringIO
 from pathlib import Path
 
+import nbformat
 import pytest
 
 pytest.importorskip("jupytext", reason="notebook tests need the dev extra")
@@ -113,7 +114,7 @@ def test_the_setup_cell_fetches_the_project_once_and_finds_it_again_or_says_what
 @each
 def test_badge_and_links_name_the_one_address_and_gpus_are_asked_for_where_they_help(stem):
     notebook = json.loads((NOTEBOOKS / f"{stem}.ipynb").read_text(encoding="utf-8"))
-    assert ("accelerator" in notebook["metadata"]) == stem.startswith(("04", "05"))
+    assert ("accelerator" in notebook["metadata"]) == stem.startswith(("04", "05", "06"))
     assert list(cells(stem))[:3] == ["view-in-github", "title", "setup"]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     address = project["urls"]["Repository"].removeprefix("https://github.com/") + "/blob/main/notebooks/"
@@ -128,6 +129,16 @@ def test_badge_and_links_name_the_one_address_and_gpus_are_asked_for_where_they_
     )
     images = re.findall(r"<img[^>]*>|!\[[^\]]*\]\([^)]*\)", text)
     assert len(images) == 1 and 'alt="Open In Colab"' in images[0], "figures are drawn in code"
+
+
+def test_a_web_page_shows_outputs_and_code_but_no_folded_code_and_links_to_pages():
+    notebook = nbformat.read(NOTEBOOKS / f"{numbered('01')}.ipynb", as_version=4)
+    figure = next(cell for cell in notebook.cells if cell.id == "init-figure")
+    shown = {"text/html": '<img alt="drawn"/>', "text/plain": "text", runner.WIDGET_VIEW: {"model_id": "x"}}
+    figure.outputs = [nbformat.v4.new_output("display_data", shown)]
+    html = runner.page(notebook)
+    assert '<img alt="drawn"/>' in html and "every matrix alike" not in html and "post_attention" in html
+    assert 'href="02_count_every_parameter.html"' in html and "widget-view" not in html
 
 
 @each
