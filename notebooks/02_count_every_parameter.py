@@ -150,8 +150,21 @@ lesson.check("the output matrix is the embedding itself, not a copy", is_copy)
 #
 # Here every parameter has the same area. The column on the left is the vocabulary; each of the 30 thin rows is a block. What strikes you? Keys and
 # values, thanks to sharing, are slivers, and the norms cannot be seen at all: 1,152 numbers a block.
+#
+# **✎ Exercise**, when the section is done. SmolLM2-360M and 1.7B: which share does the vocabulary have there? Why does tying matter less in large models?
+#
+# <details><summary>Solution</summary>
+#
+# 13.0 % and 5.9 %. The vocabulary grows with the width, the blocks with its square.
+# ```python
+# for preset in ("smollm2-360m", "smollm2-1.7b"):
+#     totals = group_totals(parameter_table(load_config(preset).model))
+#     print(preset, f"{totals['embedding'] / sum(totals.values()):.1%}")
+# ```
+# </details>
 
-# %% id="map-figure" tags=["figure"]
+# %% cellView="form" id="map-figure" tags=["figure"]
+# @title Figure: a map of the model { display-mode: "form" }
 fig, ax = plots.figure(7.5, 4.2)
 split, words = embedding / total, {"ha": "center", "va": "center", "fontsize": 9}
 ax.add_patch(Rectangle((0, 0), split, L, facecolor=KINDS["embedding"], edgecolor="white"))
@@ -220,9 +233,20 @@ lesson.check("one gate_proj and all of attention have the same size", C * M - at
 #
 # Each design choice has a price in parameters. Move the controls: what does untying cost, what do nine key/value heads cost instead of three, and how
 # narrow must a 60-layer model be to stay at 135M? (The MLP keeps its width of 8/3 of the hidden size.)
+#
+# **✎ Exercise**, when the section is done. Design a model of 100 million parameters, within 1 %, with the same vocabulary, tied, and head_dim 64. Prove it with `lesson.check`.
+#
+# <details><summary>Solution</summary>
+#
+# For example 20 layers, which leaves the width, and so head_dim, as they are.
+# ```python
+# lesson.check("100M", count_with(num_hidden_layers=20) / 1e8 - 1, 0.01)
+# ```
+# </details>
 
 
-# %% id="counterfactual-widget" tags=["widget", "figure"]
+# %% cellView="form" id="counterfactual-widget" tags=["widget", "figure"]
+# @title Try it: what if? { display-mode: "form" }
 def what_if(heads, width, depth, tied):
     """Bars of SmolLM2-135M and of the model with these choices; heads is 'query:key/value'."""
     query, shared = map(int, heads.split(":"))
@@ -246,7 +270,8 @@ def what_if(heads, width, depth, tied):
     return fig, f"{total:,} parameters, {total / usual:.2f} times SmolLM2-135M: {chosen}."
 
 
-# %% id="counterfactual-show" tags=["widget", "figure"]
+# %% cellView="form" id="counterfactual-show" tags=["widget", "figure"]
+# @title Try it: controls { display-mode: "form" }
 widgets.explore(
     what_if,
     heads=widgets.choice("heads q:kv", ["9:9", "9:3", "9:1", "12:4"], "9:9"),
@@ -275,6 +300,18 @@ lesson.check("60 layers want a width of 432 (relative)", deep / total - 1, 0.05)
 #
 # While a model writes, it keeps keys and values of every earlier token, in every layer. Weights are paid once; this is paid per token and per
 # user. It is the real reason for sharing heads: 9 → 3 saves 9 % of the parameters, but two thirds of the cache.
+#
+# **✎ Exercise**, when the section is done. How long must a conversation with SmolLM2-1.7B be (32 key/value heads) until its cache outweighs its weights?
+#
+# <details><summary>Solution</summary>
+#
+# A token costs 196,608 bytes, so the 3.4 GB of bf16 weights are passed after 17,400 tokens.
+# ```python
+# big = load_config("smollm2-1.7b").model
+# a_token = 2 * big.num_hidden_layers * big.num_key_value_heads * big.head_dim * 2
+# print(f"{a_token:,} bytes a token, {2 * parameter_count(big) / a_token:,.0f} tokens")
+# ```
+# </details>
 
 # %% cellView="form" id="predict-cache" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
@@ -292,7 +329,8 @@ measured, long = cache.keys.nbytes + cache.values.nbytes, 8192 * per_token / 2**
 print(f"cache of 256 tokens: {measured:,} bytes; of 8,192 tokens: {long:.0f} MiB")
 lesson.check("predicted bytes are the cache's bytes", measured - 256 * per_token)
 
-# %% id="cache-figure" tags=["figure"]
+# %% cellView="form" id="cache-figure" tags=["figure"]
+# @title Figure: the cache against the weights { display-mode: "form" }
 fig, ax = plots.figure(7.5, 2.9)
 tokens = [2**n for n in range(7, 18)]
 names = {9: "9 heads (multi-head)", 3: "3 heads (SmolLM2)", 1: "1 head (multi-query)"}
@@ -334,7 +372,8 @@ lesson.check("attention: the count is twice the rule (relative)", ratios[1] / 2 
 # Why twice? Computed plainly, attention multiplies the whole square of scores and throws the future half away. Fused kernels skip that half. The rule
 # counts useful work alone.
 
-# %% id="flops-figure" tags=["figure"]
+# %% cellView="form" id="flops-figure" tags=["figure"]
+# @title Figure: arithmetic a token { display-mode: "form" }
 fig, ax = plots.figure(7.5, 2.7)
 lengths = [2**n for n in range(7, 16)]
 base = [flops_per_token(config, 0) / 1e9] * len(lengths)
@@ -386,12 +425,13 @@ lesson.check("16 bytes a parameter", held / parameter_count(nano) - 16, 1e-9)
 # * four vectors of M: gate, SiLU of gate, up, and their product;
 # * 2 + H single numbers (one a norm, one a head), too few to count.
 #
-# PyTorch tells what it keeps if we hook into it. To see one block alone: measure with two blocks, with one, and subtract. (This is the CPU. A GPU's
+# PyTorch tells what it keeps if we hook into it. To see one block alone: measure with two blocks, with one, and subtract. (This is the CPU, with 512 tokens; up to 256 its
+# attention keeps the weights of the softmax, too. A GPU's
 # fused norms keep one vector of C less each; a T4's attention wants keys and values expanded to all H heads, 2 - 2 K/H vectors more. The two nearly cancel.)
 
 
 # %% id="saved-code" tags=["lesson"]
-def saved_bytes(depth, length=256):
+def saved_bytes(depth, length=512):
     """Bytes that one forward pass keeps for the backward pass, without the model's own."""
     shape = {"num_hidden_layers": depth, "vocab_size": 64, "max_position_embeddings": length}
     net = SmolLM2(SmolLM2Config(**shape))
@@ -413,7 +453,7 @@ def saved_bytes(depth, length=256):
 
 # %% id="saved-check" tags=["check"]
 predicted = 4 * ((8 + 2 * K / H) * C + 4 * M)  # bytes a token and block, fp32
-measured = (saved_bytes(2) - saved_bytes(1)) / 256
+measured = (saved_bytes(2) - saved_bytes(1)) / 512
 print(f"one block keeps {measured:,.0f} bytes a token; predicted {predicted:,.0f}")
 lesson.check("activations are what was predicted (relative)", predicted / measured - 1, 0.005)
 
@@ -438,7 +478,8 @@ lesson.predict(
 )  # fmt: skip
 
 
-# %% id="t4-figure" tags=["figure"]
+# %% cellView="form" id="t4-figure" tags=["figure"]
+# @title Figure: what fits on a T4 { display-mode: "form" }
 def training_gib(shape, rows):
     """GiB of each kind that training holds, in fp32."""
     groups = shape.num_key_value_heads / shape.num_attention_heads
@@ -499,33 +540,6 @@ print(f"SmolLM2-135M's training on one T4, at 30 % of 65 TFLOP/s in fp16: {years
 
 # %% id="score" tags=["check"]
 lesson.score()
-
-# %% [markdown] id="exercises"
-# ## Exercises
-#
-# 1. Design a model of 100 million parameters, within 1 %, with the same vocabulary, tied, and head_dim 64. Prove it with `lesson.check`.
-# 2. SmolLM2-360M and 1.7B: which share does the vocabulary have there? Why does tying matter less in large models?
-# 3. How long must a conversation with SmolLM2-1.7B be (32 key/value heads) until its cache outweighs its weights?
-#
-# <details><summary>Solutions</summary>
-#
-# 1. For example 20 layers, which leaves the width, and so head_dim, as they are.
-#    ```python
-#    lesson.check("100M", count_with(num_hidden_layers=20) / 1e8 - 1, 0.01)
-#    ```
-# 2. 13.0 % and 5.9 %. The vocabulary grows with the width, the blocks with its square.
-#    ```python
-#    for preset in ("smollm2-360m", "smollm2-1.7b"):
-#        totals = group_totals(parameter_table(load_config(preset).model))
-#        print(preset, f"{totals['embedding'] / sum(totals.values()):.1%}")
-#    ```
-# 3. A token costs 196,608 bytes, so the 3.4 GB of bf16 weights are passed after 17,400 tokens.
-#    ```python
-#    big = load_config("smollm2-1.7b").model
-#    a_token = 2 * big.num_hidden_layers * big.num_key_value_heads * big.head_dim * 2
-#    print(f"{a_token:,} bytes a token, {2 * parameter_count(big) / a_token:,.0f} tokens")
-#    ```
-# </details>
 
 # %% [markdown] id="next"
 # ## Next

@@ -116,7 +116,8 @@ lesson.predict(
     "alone; 'unbelievably' is rare and falls apart.",
 )  # fmt: skip
 
-# %% id="token-figure" tags=["figure"]
+# %% cellView="form" id="token-figure" tags=["figure"]
+# @title Figure: tokens { display-mode: "form" }
 fig = data_plots.token_strip(tokenizer, ids, f"{len(ids)} tokens: text (· is a blank) and id")
 alt = f"The sentence cut into {len(ids)} boxes, each with its text and its number; "
 plots.show(fig, alt + "a blank belongs to the word after it.")
@@ -196,6 +197,15 @@ for _ in range(4):
 # The same two functions on real text. It is first cut into words, digits and signs, for no merge may cross from one into the next. A blank stays with the
 # word after it and is written `Ġ`: here every byte needs a sign that can be seen. The package lets the `tokenizers` library do this, in Rust. Do both
 # learn the same merges, in the same order?
+#
+# **✎ Exercise**, when the section is done. Rewrite `best_pair` so that of equally frequent pairs the *last* one wins, and run section 2 again. How many of the 40 merges differ from the library's? How
+# many with `pieces[:10]` in place of `pieces[:150]`?
+#
+# <details><summary>Solution</summary>
+#
+# The key becomes `(-counts[pair], -number[pair[0]], -number[pair[1]])`. With 150 pieces none of the 40 differs: frequent pairs hardly ever tie. With 10
+# pieces counts are small, some tie, and the check fails: about ten merges stand at another place. So a rule that rarely matters still has to be the same.
+# </details>
 
 # %% id="bpe-real" tags=["check"]
 sample = "".join(pieces[:150])  # enough for 40 merges
@@ -241,7 +251,8 @@ lesson.predict(
     "far larger text fills 49,152 entries.",
 )  # fmt: skip
 
-# %% id="size-figure" tags=["figure"]
+# %% cellView="form" id="size-figure" tags=["figure"]
+# @title Figure: what entries bring and cost { display-mode: "form" }
 fig, (left, right) = plots.figure(9, 3.2, columns=2)
 names, entries = [f"{size:,}" for size in SIZES], "entries of the vocabulary"
 few, many = bytes_per_token[257], bytes_per_token[8192]
@@ -328,6 +339,22 @@ lesson.check_fails(
     "a shift by zero", lambda: lesson.check("targets = inputs", wrong, 0, likely)
 )
 
+# %% cellView="form" id="shapes-figure" tags=["figure"]
+# @title Figure: from text to a loss { display-mode: "form" }
+steps = [
+    ("text", f"{train_bytes:,}\nbytes"),
+    ("tokens", f"(N,)\n({len(tokens.train.tokens):,},)"),
+]
+steps += [("rows of\nT + 1", f"(B, T + 1)\n{tuple(batch.shape)}")]
+steps += [("inputs:\nall but the last", f"(B, T)\n{tuple(inputs.shape)}")]
+steps += [("model:\nlogits", f"(B, T, V)\n{(*inputs.shape, tokenizer.vocab_size)}")]
+steps += [("loss against\nthe targets", "one number")]
+alt = "Shapes: " + ", ".join(" ".join(step) for step in steps).replace("\n", " ")
+fig = data_plots.flow(
+    "From text to a loss; the targets, all but the first, go round", steps, [(2, 5)]
+)
+plots.show(fig, f"{alt}. The targets go past the model to the loss.")
+
 # %% [markdown] id="pack"
 # Pieces differ in length, rows do not. **Padding** would give each piece a row of its own and fill it up with a token that teaches nothing. **Packing** lets
 # the pieces follow each other, with `<|endoftext|>` between them. (Attention may look across the border; that token is the only sign of something new, and
@@ -351,7 +378,8 @@ lesson.predict(
     "the price is that a row may begin in mid-piece.",
 )  # fmt: skip
 
-# %% id="pack-figure" tags=["figure"]
+# %% cellView="form" id="pack-figure" tags=["figure"]
+# @title Figure: padded and packed { display-mode: "form" }
 first, width = lengths[:B], max(lengths[:B])  # the first pieces, padded and packed
 starts = np.cumsum([0, *first])  # of each piece in the packed stream
 row = load_config("smollm2-135m").data.sequence_length  # nano's are shorter than most pieces
@@ -371,9 +399,7 @@ for ax, title, bars in zip(axes, titles, (padded, packed), strict=True):
         if right - left > width / 16:  # wide enough for its number
             ax.text((left + right) / 2, y, str(piece + 1), ha="center", va="center", fontsize=8)
     ax.set_yticks(range(B), [f"row {y}" for y in range(B)])
-    ax.set(
-        xlim=(0, max(width, row)), ylim=(B - 0.4, -0.6)
-    )  # one scale, so that areas can be compared
+    ax.set(xlim=(0, max(width, row)), ylim=(B - 0.4, -0.6))  # one scale: areas can be compared
     ax.grid(False)
     plots.label(ax, title, "position in the row (token)", "")
 alt = f"{B} pieces in rows as wide as the longest, {width} tokens: {empty} is padding. "
@@ -429,7 +455,8 @@ lesson.check("first loss = ln V + σ²/2 for four vocabularies", gaps, 0.08, lik
 lesson.check("the same at SmolLM2's width and vocabulary", smol[0] - smol[1], 0.08)
 print(f"ln 49,152 = {math.log(49152):.1f}; SmolLM2, with σ = 1/24 · √576 = 1: {smol[1]:.1f}")
 
-# %% id="first-figure" tags=["figure"]
+# %% cellView="form" id="first-figure" tags=["figure"]
+# @title Figure: the first loss { display-mode: "form" }
 fig, ax = plots.figure(7.5, 3.4)
 small, large = NANO.model.hidden_size, SmolLM2Config().hidden_size
 measured, predicted = zip(*results, strict=True)
@@ -453,6 +480,14 @@ plots.show(fig, alt + f"{measured[-1]:.2f} at width {small}, {smol[0]:.2f} at {l
 # Most training loops shuffle with a stateful loader: to know batch 12,345 you must draw all those before it, and after a crash you hope. Here the rows of
 # batch *n* (counted from 0) are a **pure function of (seed, n)**. A run that died after 5,000 steps asks for batch 5,000 and goes on. An **epoch** is one
 # walk through the whole text; each has an order of its own.
+#
+# **✎ Exercise**, when the section is done. Give `BatchOrder` another seed. How many rows does batch 0 share with the old one? What did you expect?
+#
+# <details><summary>Solution</summary>
+#
+# `set(BatchOrder(len(train), T, B, 1).starts(0)) & set(order.starts(0))` is almost always empty: two draws of 16 rows from
+# about 2,600, and the cut into rows begins at another token besides.
+# </details>
 
 # %% id="order-code" tags=["lesson"]
 train = tokens.train.tokens
@@ -483,7 +518,8 @@ lesson.predict(
     f"{order.epoch_of(steps):.1f} epochs.",
 )  # fmt: skip
 
-# %% id="order-figure" tags=["figure"]
+# %% cellView="form" id="order-figure" tags=["figure"]
+# @title Figure: the order of batches { display-mode: "form" }
 fig, ax = plots.figure(9, 3.2)
 per_epoch = order.rows_per_epoch // B
 looks = ((0, plots.BLUE, ".", "epoch 1"), (per_epoch, plots.ORANGE, "+", "epoch 2"))
@@ -504,6 +540,13 @@ plots.show(fig, alt + "epoch 2 has another order than epoch 1.")
 # **byte** can: all nats of a text, divided by ln 2 (that makes bits), divided by its bytes. A byte has 8 bits; how many does the untrained model need?
 #
 # $$\text{bits per byte} = \frac{\text{nats of all tokens}}{\ln 2 \cdot \text{bytes of the text}}$$
+#
+# **✎ Exercise**, when the section is done. A model has 1.9 bits per byte on a text of 3.1 bytes per token. What is its loss in nats per token?
+#
+# <details><summary>Solution</summary>
+#
+# 1.9 bits · ln 2 · 3.1 bytes = 4.08 nats per token.
+# </details>
 
 # %% id="bpb-check" tags=["check"]
 part = tokens.val.tokens[:1024].astype(np.int64)
@@ -552,7 +595,8 @@ lesson.predict(
     "about 1.8 after a few minutes, on text it never saw.",
 )  # fmt: skip
 
-# %% id="unigram-figure" tags=["figure"]
+# %% cellView="form" id="unigram-figure" tags=["figure"]
+# @title Figure: per token and per byte { display-mode: "form" }
 fig, (left, right) = plots.figure(9, 3.4, columns=2)
 entries = "entries of the vocabulary"
 left.plot(names, [nats for nats, _ in unigrams])
@@ -583,24 +627,6 @@ plots.show(fig, alt + f"to {bits:.2f}; gzip: {packed['gzip -9']:.2f}.")
 
 # %% id="score" tags=["check"]
 lesson.score()
-
-# %% [markdown] id="exercises"
-# ## Exercises
-#
-# 1. Rewrite `best_pair` so that of equally frequent pairs the *last* one wins, and run section 2 again. How many of the 40 merges differ from the library's? How
-#    many with `pieces[:10]` in place of `pieces[:150]`?
-# 2. Give `BatchOrder` another seed. How many rows does batch 0 share with the old one? What did you expect?
-# 3. A model has 1.9 bits per byte on a text of 3.1 bytes per token. What is its loss in nats per token?
-#
-# <details><summary>Solutions</summary>
-#
-# 1. The key becomes `(-counts[pair], -number[pair[0]], -number[pair[1]])`. With 150 pieces none of the 40 differs: frequent pairs hardly ever tie. With 10
-#    pieces counts are small, some tie, and the check fails: about ten merges stand at another place. So a rule that rarely matters still has to be the same.
-# 2. `set(BatchOrder(len(train), T, B, 1).starts(0)) & set(order.starts(0))` is almost always empty: two draws of 16 rows from
-#    about 2,600, and the cut into rows begins at another token besides.
-# 3. 1.9 bits · ln 2 · 3.1 bytes = 4.08 nats per token.
-#
-# </details>
 
 # %% [markdown] id="next"
 # ## Next

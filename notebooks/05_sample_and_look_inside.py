@@ -130,7 +130,8 @@ with torch.inference_mode():
     logits = model(ids)[0, -1]  # (V,) scores of the token after the prompt
 print(f"after '{PROMPT}': {len(logits):,} scores from {logits.min():.1f} to {logits.max():.1f}")
 
-# %% id="temperature-figure" tags=["figure"]
+# %% cellView="form" id="temperature-figure" tags=["figure"]
+# @title Figure: a long tail { display-mode: "form" }
 fig, ax = plots.figure(7.5, 3)
 best = []
 for temperature, color in ((0.5, plots.BLUE), (1.0, plots.BLACK), (2.0, plots.ORANGE)):
@@ -149,6 +150,14 @@ plots.show(fig, alt + f"{', '.join(best)}; the lower T, the thinner the tail.")
 # Each unlikely token is rare, but there are thousands, and one bad choice spoils the rest of the text. So we cut, and share the probability of what is
 # cut among the rest. **top-k** keeps the k likeliest tokens. **top-p** goes down from the likeliest until their sum reaches p. **min-p** keeps each token
 # with at least min-p times the probability of the likeliest. Which of them keeps fewer tokens where the model is sure?
+#
+# **✎ Exercise**, when the section is done. Write `keep_typical(p, n)`: the n tokens whose −log p lies nearest to the entropy (the mean of −log p). When does it remove the likeliest token?
+#
+# <details><summary>Solution</summary>
+#
+# `(-p.log() - entropy).abs().argsort()[:n]` with `entropy = -(p * p.log()).sum()`. It removes the likeliest where much of the probability lies elsewhere:
+# of 0.4 and five times 0.12 (entropy 1.64; −log p 0.92 and 2.12), n = 5 keeps the five. A sure model, 0.9 and a hundred times 0.001, keeps its best.
+# </details>
 
 
 # %% id="filters-code" tags=["lesson"]
@@ -200,7 +209,8 @@ for name, *rest in filters:
     off = torch.stack(list(differences(name, *rest)))
     lesson.check(f"{name} equals the package's and transformers'", off, 1e-6, likely)
 
-# %% id="filters-figure" tags=["figure"]
+# %% cellView="form" id="filters-figure" tags=["figure"]
+# @title Figure: what each filter keeps { display-mode: "form" }
 fig, ax = plots.figure(7.5, 3)
 falling = torch.linspace(0, -1, 60)  # 60 scores in a straight line, steep or flat
 models = {"a sure model": 40 * falling, "an unsure model": 4 * falling}
@@ -225,8 +235,16 @@ plots.show(fig, alt)
 # **Write** streams text; the same seed with more new tokens goes on from there. Every setting moves the bars at once. Grey bars are what the model believes,
 # blue ones what the next token is drawn from. The darker a word, the less likely the model itself found it. Try temperature 0 (greedy: always the likeliest),
 # then 1.5, then 1.5 with min-p 0.1. What is the price of each? To stop early, interrupt (■ in Jupyter, *Runtime → Interrupt execution* in Colab): the text stays.
+#
+# **✎ Exercise**, when the section is done. Batch the prompts: call `model.generate` with two copies of `ids` and temperature 1. Why do the rows differ although the seed is the same?
+#
+# <details><summary>Solution</summary>
+#
+# `model.generate(ids.repeat(2, 1), 20, temperature=1.0, seed=1)`: one generator serves both rows, one after the other, so they get different random numbers.
+# </details>
 
-# %% id="sampler-widget" tags=["widget", "figure"]
+# %% cellView="form" id="sampler-widget" tags=["widget", "figure"]
+# @title Try it: play { display-mode: "form" }
 panel = sampler.show(model, tokenizer, prompt=PROMPT, new_tokens=40)
 
 # %% id="sampler-check" tags=["check"]
@@ -244,7 +262,8 @@ lesson.check("a tiny temperature is greedy", nearly != greedy)
 # The same probabilities can read a text instead of writing one. Below is a piece of the **held-out** text, the end of `input.txt` that no training saw;
 # each token has the colour of the probability it got. Where is it darker: where a word begins, or where it goes on?
 
-# %% id="surprise-view" tags=["figure"]
+# %% cellView="form" id="surprise-view" tags=["figure"]
+# @title Figure: what surprises it { display-mode: "form" }
 held_out = [text for text, _ in documents(read_split(REPO / "input.txt", "val"))]
 passage = held_out[1][:300].rsplit(" ", 1)[0]
 read = torch.tensor([prompt_ids(model, tokenizer, passage)], device=model.device)
@@ -273,7 +292,7 @@ print("hardest:", ", ".join(f"'{words[i + 1]}' (1 in {1 / chances[i]:,.0f})" for
 #
 # To choose token 101, attention compares the query of token 100 with the keys of tokens 1 to 100, and mixes their values. All but the last of these keys and
 # values were computed before, to choose token 100, and nothing changes them. Keep them, and each step reads **one** new token instead of all. But is
-# the answer still the same?
+# the answer still the same? Below the checks, a picture goes through it step by step.
 
 # %% cellView="form" id="predict-cache" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
@@ -300,6 +319,39 @@ lesson.check("every probability is the same with and without cache", off, 1e-4, 
 lesson.check(f"and so are the {new} greedy tokens", written - again, 0, likely)
 
 
+# %% cellView="form" id="cache-steps" tags=["widget", "figure"]
+# @title Try it: the cache, step by step { display-mode: "form" }
+given = ids.shape[1]
+shown = [piece(tokenizer, i) for i in [*ids[0].tolist(), *written[:7].flatten().tolist()]]
+shown = [word.replace("<|endoftext|>", "start") for word in shown]
+
+
+def cache_step(step):
+    """Each step as a row: whose keys and values are computed, whose lie in the cache."""
+    fig, axes = plots.figure(9, 3, columns=2, sharey=True)
+    computed = {"no cache": 0, "KV cache": 0}
+    for ax, name in zip(axes, computed, strict=True):
+        for row, column in ((r, c) for r in range(step + 1) for c in range(given + r)):
+            is_new = name == "no cache" or row == 0 or column == given + row - 1
+            computed[name] += is_new
+            style = {"color": plots.SKY, "hatch": "///", "edgecolor": "white"}
+            ax.barh(row, 0.9, left=column, **{"color": plots.ORANGE} if is_new else style)
+        ax.set_xticks(
+            [c + 0.45 for c in range(len(shown))], shown, rotation=60, parse_math=False
+        )
+        ax.set(xlim=(0, len(shown)), ylim=(7.6, -0.6), yticks=range(8))
+        ax.grid(False)
+        title = f"{name}: {computed[name]} computed so far"
+        plots.label(ax, title, "token", "step" if name == "no cache" else "")
+    fig.suptitle("filled: computed in this step; hatched: kept in the cache", fontsize=10)
+    told = " and ".join(f"with {name} {total}" for name, total in computed.items())
+    alt = "Filled boxes are computed in that step, hatched ones lie in the cache. "
+    return fig, f"{alt}Up to step {step}: {told} keys and values a head."
+
+
+widgets.explore(cache_step, step=widgets.slider("step", 0, 7, 4))
+
+
 # %% id="cache-code" tags=["lesson"]
 @torch.inference_mode()
 def milliseconds(length, use_cache, repeats=5):
@@ -322,7 +374,8 @@ times = {use: [milliseconds(n, use) for n in lengths] for use in (True, False)}
 for n, quick, slow in zip(lengths, times[True], times[False], strict=True):
     print(f"behind {n:4} tokens: {quick:6.1f} ms with the cache, {slow:6.1f} ms without")
 
-# %% id="cache-figure" tags=["figure"]
+# %% cellView="form" id="cache-figure" tags=["figure"]
+# @title Figure: one more token { display-mode: "form" }
 fig, ax = plots.figure(7.5, 3)
 plain, quick = times[False], times[True]
 ax.plot(lengths, plain, "s-", color=plots.ORANGE, label="no cache: read everything again")
@@ -362,7 +415,8 @@ off, likely = attention - torch.stack(theirs), "which key head does a query head
 lesson.check("attention equals transformers', all layers and heads", off, 1e-4, likely)
 
 
-# %% id="attention-widget" tags=["widget", "figure"]
+# %% cellView="form" id="attention-widget" tags=["widget", "figure"]
+# @title Try it: one head { display-mode: "form" }
 def one_head(layer, head):
     weights = inside.attention[layer][0, head].cpu()
     fig, ax = plots.figure(6.5, 4.6)
@@ -392,6 +446,15 @@ widgets.explore(
 # Looking at heads one by one is fun and proves nothing. Measure instead: how much of its attention does each head spend on the token itself, on the one
 # just before, and on the very first? In many models the first gets most although it says nothing: a head with nothing to do must look *somewhere*, since
 # its row sums to 1. This is called an **attention sink**. Does yours have one?
+#
+# **✎ Exercise**, when the section is done. Switch off one head: in a copy of the model set its `head_dim` columns of `o_proj.weight` to zero, and score the passage again. Which head costs most?
+#
+# <details><summary>Solution</summary>
+#
+# `import copy`; for each head in turn `other = copy.deepcopy(model)`, then
+# `other.model.layers[layer].self_attn.o_proj.weight.data[:, head * D : (head + 1) * D] = 0` with `D = config.head_dim`, and
+# `-token_probabilities(other, read).log2().sum()`. Often a head of the first layer costs most, and several cost almost nothing.
+# </details>
 
 # %% id="habits-shares" tags=["lesson"]
 rows = attention[:, 0, :, 2:].cpu()  # (L, H, T - 2, T): those with two tokens before them
@@ -405,7 +468,8 @@ for name, shares in habits.items():
     found.append(f"on {name} most in layer {layer}, head {head}: {shares.max():.0%}")
 print("\n".join(found), f"\n(spread evenly it would be {even:.0%} on each)")
 
-# %% id="habits-figure" tags=["figure"]
+# %% cellView="form" id="habits-figure" tags=["figure"]
+# @title Figure: habits of heads { display-mode: "form" }
 fig, axes = plots.figure(8.5, 1.4 + 0.2 * min(layers, 30), columns=3, sharey=True)
 most = max(shares.max().item() for shares in habits.values())
 for ax, (name, shares) in zip(axes, habits.items(), strict=True):
@@ -484,7 +548,14 @@ plots.show(fig, alt + f"after '{names[-1]}', the model says {told}.")
 #
 # Every checkpoint is a whole model. Give each the same prompt and the same seed, and slide through your own run. A run keeps its newest checkpoints only,
 # but its log also holds what the earlier ones wrote. What comes first: spelling, words, or sense?
-
+#
+# **✎ Exercise**, when the section is done. Train a small run with early checkpoints (one to two minutes on a CPU) and slide through it as in section 8. At which step do words appear?
+#
+# <details><summary>Solution</summary>
+#
+# In section 1 put `checkpoints = own_run(REPO / "input.txt", "early")` in place of the first line. Run that cell, the one in section 2 that makes `ids`, and
+# section 8 again. Its checkpoints are those of steps 50 to 300, beside step 0.
+# </details>
 
 # %% id="time-code" tags=["lesson", "slow"]
 eight = held_out[1:9]
@@ -529,7 +600,8 @@ if start:
     lesson.check("your run learned: it needs fewer bits than at step 0", saved <= 0)
 
 
-# %% id="time-widget" tags=["widget", "figure"]
+# %% cellView="form" id="time-widget" tags=["widget", "figure"]
+# @title Try it: through time { display-mode: "form" }
 def one_moment(moment):
     m = moments[moment]
     step, bits, words = m["step"], m["bits"], " ".join(m["text"].split())
@@ -573,7 +645,8 @@ for prompt in (PROMPT, "The capital of France is"):
         text = complete(each, its_tokenizer, prompt, 30, **settings)
         print(f"{name}: {prompt}{' '.join(('|' + text).split())[:90]}\n")  # | written from here
 
-# %% id="official-figure" tags=["figure"]
+# %% cellView="form" id="official-figure" tags=["figure"]
+# @title Figure: beside the official model { display-mode: "form" }
 fig, ax = plots.figure(7.5, 2)
 costs, size = {}, len(passage.encode())
 for name, (each, its_tokenizer) in pairs.items():
@@ -602,26 +675,6 @@ plots.show(fig, f"Bits per byte for one held-out passage: {told}.")
 
 # %% id="score" tags=["check"]
 lesson.score()
-
-# %% [markdown] id="exercises"
-# ## Exercises
-#
-# 1. Write `keep_typical(p, n)`: the n tokens whose −log p lies nearest to the entropy (the mean of −log p). When does it remove the likeliest token?
-# 2. Batch the prompts: call `model.generate` with two copies of `ids` and temperature 1. Why do the rows differ although the seed is the same?
-# 3. Switch off one head: in a copy of the model set its `head_dim` columns of `o_proj.weight` to zero, and score the passage again. Which head costs most?
-# 4. Train a small run with early checkpoints (one to two minutes on a CPU) and slide through it as in section 8. At which step do words appear?
-#
-# <details><summary>Solutions</summary>
-#
-# 1. `(-p.log() - entropy).abs().argsort()[:n]` with `entropy = -(p * p.log()).sum()`. It removes the likeliest where much of the probability lies elsewhere:
-#    of 0.4 and five times 0.12 (entropy 1.64; −log p 0.92 and 2.12), n = 5 keeps the five. A sure model, 0.9 and a hundred times 0.001, keeps its best.
-# 2. `model.generate(ids.repeat(2, 1), 20, temperature=1.0, seed=1)`: one generator serves both rows, one after the other, so they get different random numbers.
-# 3. `import copy`; for each head in turn `other = copy.deepcopy(model)`, then
-#    `other.model.layers[layer].self_attn.o_proj.weight.data[:, head * D : (head + 1) * D] = 0` with `D = config.head_dim`, and
-#    `-token_probabilities(other, read).log2().sum()`. Often a head of the first layer costs most, and several cost almost nothing.
-# 4. In section 1 put `checkpoints = own_run(REPO / "input.txt", "early")` in place of the first line. Run that cell, the one in section 2 that makes `ids`, and
-#    section 8 again. Its checkpoints are those of steps 50 to 300, beside step 0.
-# </details>
 
 # %% [markdown] id="next"
 # ## Next
