@@ -1,5 +1,6 @@
 # ---
 # jupyter:
+#   accelerator: GPU
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -15,10 +16,11 @@
 # You will be able to
 # * measure a language model in bits per byte, and compare it with a compressor, with counting, and with other people's models;
 # * export it to the format everyone reads, and prove that nothing changed on the way;
+# * make it four times smaller by hand, and say what that costs; tell a base model from an Instruct model;
 # * read a model card critically, publish your own, and choose what to do next.
 #
-# **Time** about 25 minutes to read; to run, 1 minute with a run of yours, 1 to 2 more on a CPU without one · **hardware** any CPU (only the optional
-# fine-tuning of section 9 needs a GPU) · **network** only to score or fine-tune the official model and to publish; everything else runs offline.
+# **Time** about 35 minutes to read; to run, 1 minute with a run of yours, 1 to 2 more on a CPU without one · **hardware** any CPU (only the optional
+# fine-tuning of section 11 needs a GPU) · **network** only to score or fine-tune the official model and to publish; everything else runs offline.
 #
 # *Runtime → Run all* runs everything, and publishes nothing. Each `?` asks you to guess first: type a number in place of `None` and run that cell again.
 # Each `✔` is a check: the largest difference between two things that should be equal, and how much is allowed.
@@ -58,12 +60,15 @@ import hashlib
 import json
 import math
 from collections import Counter
+from copy import deepcopy
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from smollm2 import SmolLM2, load_config, plots, train, widgets
+from smollm2.chat import CHATML, default_template, encode_conversation
+from smollm2.conversation import render_chat
 from smollm2.device import choose_device
 from smollm2.errors import UserError
 from smollm2.evaluate import compression_bits_per_byte, score_file
@@ -75,7 +80,7 @@ from smollm2.notebook.own_run import best_seen, own_run
 from smollm2.notebook.panel import live_panel
 from smollm2.origin import trained_with
 from smollm2.pretrained import load_model_and_tokenizer
-from smollm2.sampling import prompt_ids
+from smollm2.sampling import complete, prompt_ids
 from smollm2.text import documents, read_split
 from smollm2.token_text import spelled, visible
 
@@ -189,7 +194,8 @@ lesson.predict(
 )  # fmt: skip
 
 
-# %% id="counting-widget" tags=["widget", "figure"]
+# %% cellView="form" id="counting-widget" tags=["widget", "figure"]
+# @title Try it: counting { display-mode: "form" }
 def counted(order, context):
     """Left: all orders on the held-out text. Right: what counting expects after `context`."""
     fig, (left, right) = plots.figure(8.5, 3, columns=2)
@@ -295,6 +301,16 @@ plots.show(fig, f"Bits per byte on the held-out text: {told}.")
 # %% [markdown] id="where"
 # **Where** does each of the two win? Take one passage, share each token's bits out evenly among its bytes, and add up yours minus counting's as we read. The
 # curve falls where your model is better and rises where counting is.
+#
+# **✎ Exercise**, when the section is done. Blend: give each byte the mean of both probabilities, your model's and counting's. Is the blend better than
+# either? Then score your model with `block_length=16`: what does it lose, and what does that say about the context it uses?
+#
+# <details><summary>Solution</summary>
+#
+# Compare the means of `per_byte`, `counted_bits` and `-np.log2((2.0**-per_byte + 2.0**-counted_bits) / 2)`. Often better: they are wrong in different places, and the mean
+# of two distributions never costs more than 1 bit above the better one. (A rough figure: your model's bits were shared out evenly among bytes.)
+# `score_file(model, tokenizer, TEXT, "val", block_length=16)`: each block starts without a past; the difference is what longer context is worth.
+# </details>
 
 # %% id="where-bits" tags=["check"]
 passage = [text for text, _ in documents([held_out.decode()])][1]  # its first whole piece
@@ -307,7 +323,8 @@ counted_bits = ngram.bits(passage.encode()[: sizes.sum()], best_order)
 per_byte = np.repeat(bits / sizes, sizes)[: len(counted_bits)]  # some add a blank in front
 lesson.check("no byte was lost on the way to bytes", len(per_byte) - len(counted_bits))
 
-# %% id="where-figure" tags=["figure"]
+# %% cellView="form" id="where-figure" tags=["figure"]
+# @title Figure: where each wins { display-mode: "form" }
 fig, ax = plots.figure(7.5, 3)
 gained = np.cumsum(per_byte - counted_bits)
 ax.plot(gained, color=plots.BLUE, marker="")
@@ -353,7 +370,8 @@ new, _, luck = CARD["WinoGrande"]
 name = f"WinoGrande, {new - luck:.1f} points above luck, is within one standard error"
 lesson.check(f"{name} ({error:.1f})", new - luck > error)
 
-# %% id="published-figure" tags=["figure"]
+# %% cellView="form" id="published-figure" tags=["figure"]
+# @title Figure: published figures { display-mode: "form" }
 fig, ax = plots.figure(7.5, 3.4)
 at = np.arange(len(CARD))
 new, old, luck = np.array(list(CARD.values())).T
@@ -423,12 +441,126 @@ theirs.save_pretrained(folder)
 back = SmolLM2.from_pretrained(folder)
 lesson.check("there and back: saved by transformers, read by us", apart(back, original))
 
+# %% [markdown] id="int8"
+# ## 7 · Smaller: int8 by hand
+#
+# To write one token, a model reads every weight once. So fewer bytes are more speed, on a laptop nearly in proportion. **int8** keeps a whole number from −127 to
+# 127 for each weight, one byte in place of four, and for each row of a matrix one **scale**: its largest value, divided by 127. Read back, a
+# weight is number × scale. Rounding costs at most half a scale. Is that much?
+
+
+# %% id="int8-code" tags=["lesson", "check"]
+def quantise(matrix, bits=8):
+    """(rows, columns) -> whole numbers of the same shape (int8), and a scale (rows, 1)."""
+    top = 2 ** (bits - 1) - 1  # 127: as many steps below zero as above
+    scale = matrix.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / top
+    return (matrix / scale).round().to(torch.int8), scale
+
+
+matrix = original.model.layers[0].mlp.up_proj.weight.detach()
+numbers, scale = quantise(matrix)
+error = numbers * scale - matrix
+for name, row in (
+    ("weights", matrix[0]),
+    ("numbers", numbers[0]),
+    ("read back", (numbers * scale)[0]),
+):
+    print(f"{name:10}", "".join(f"{value:>9.4g}" for value in row[:7].tolist()))
+lesson.check("rounding is off by half a scale at most", (error.abs() / scale).max() > 0.501)
+
+# %% cellView="form" id="predict-int8" tags=["predict"]
+# @title Your prediction { display-mode: "form" }
+guess = None  # @param {type:"raw"}
+usual = [numbers.square().mean().sqrt().item() for numbers in (error, matrix)]
+lesson.predict(
+    "How large is the usual (root mean square) error, in per cent of the usual weight?",
+    guess, 100 * usual[0] / usual[1], within=0.3, unit="%",
+    why="The largest of a row is about three times the usual weight, so a scale is 3/127 of "
+    "it. Errors spread over ± half a scale: their root mean square is a scale / √12.",
+)  # fmt: skip
+
+
+# %% id="int8-model" tags=["check", "slow"]
+def quantised(model, bits=8):
+    """A copy whose matrices went through `quantise` and back, and the bytes they then need."""
+    small, size = deepcopy(model), 0
+    for weight in small.parameters():
+        if weight.dim() == 2:  # the norms' gains stay as they are
+            numbers, scale = quantise(weight.data, bits)
+            weight.data = numbers * scale
+            size += numbers.numel() * bits / 8 + scale.nbytes
+        else:
+            size += weight.nbytes
+    return small, size
+
+
+some = {"block_length": block, "max_tokens": 2048 if SMOKE else 8192}
+whole = sum(p.nbytes for p in model.parameters())
+costs = {32: (score_file(model, tokenizer, TEXT, "val", **some).bits_per_byte, whole)}
+for bits in (8, 6, 5, 4, 3):
+    small, size = quantised(model, bits)
+    costs[bits] = score_file(small, tokenizer, TEXT, "val", **some).bits_per_byte, size
+    print(f"{bits} bits: {size / 1e6:6.2f} MB, {costs[bits][0]:.3f} bits per byte")
+lost = costs[8][0] / costs[32][0] - 1
+print(f"fp32:   {costs[32][1] / 1e6:6.2f} MB, {costs[32][0]:.3f} bits per byte")
+lesson.check("int8 costs less than half a per cent of the bits per byte", lost, 0.005)
+
+# %% id="int8-figure" tags=["figure"]
+fig, ax = plots.figure(7.5, 2.8)
+sizes, bits_needed = zip(*((size / 1e6, bits) for bits, size in costs.values()), strict=True)
+ax.plot(sizes, bits_needed, color=plots.BLUE, marker="o")
+for bits, (needed, size) in costs.items():
+    name = "fp32" if bits == 32 else f"{bits} bits"
+    ax.annotate(name, (size / 1e6, needed), (3, 5), textcoords="offset points", fontsize=9)
+ax.set_xlim(0, 1.1 * max(sizes))
+worst = costs[3][0] / costs[32][0] - 1
+title = f"8 bits cost {lost:.2%} of the bits per byte, 3 bits {worst:.1%}"
+plots.label(ax, title, "weights (MB)", "bits per byte, held out")
+told = ", ".join(f"{bits} bits {needed:.2f}" for bits, (needed, _) in costs.items())
+plots.show(fig, f"Bits per byte against the bits of a weight: {told}.")
+
+# %% [markdown] id="gguf-text"
+# **GGUF** is the file that llama.cpp and Ollama read. Its `q8_0` is the same idea with a scale for every 32 weights: 34 bytes for 32 weights.
+# Then `ollama create my-model -f Modelfile` and `ollama run my-model`, in the folder that the next cell names. (The same from a terminal:
+# `python -m smollm2.export --checkpoint FOLDER --out export --gguf q8_0`.)
+#
+# **✎ Exercise**: give `quantise` one scale for the whole matrix in place of one for each row. What do 8 bits cost then, and 4?
+#
+# <details><summary>Solution</summary>`scale = matrix.abs().max().expand(len(matrix), 1) / top`. The largest weight of the whole matrix now sets the step of every row. At 8
+# bits that still costs little, at 4 much more than before.</details>
+
+# %% id="gguf" tags=["lesson", "check"]
+try:
+    folder = export(checkpoint, Path(place.output_dir) / "export-gguf", gguf="q8_0")
+    gguf_size = (folder / "model-q8_0.gguf").stat().st_size
+    print(f"{folder / 'model-q8_0.gguf'}: {gguf_size:,} bytes, beside a Modelfile for Ollama")
+    expected = 34 / 32 * sum(p.numel() for p in model.parameters())
+    lesson.check("34 bytes for 32 weights, and a vocabulary", gguf_size < expected)
+except UserError as reason:
+    print(f"{reason}.\nSo: no GGUF here; everything else runs.")
+
 # %% [markdown] id="card"
-# ## 7 · The card
+# ## 8 · The card
 #
 # A model without a card is a file of numbers. The export wrote one from the run's own log: nothing in it is typed by hand, and what the log does not know
 # is left out. Read it as a stranger would: what was it trained on, for how long, how good is it, what must it not be used for? Which of these answers is
 # missing, so that you must write it before you publish?
+#
+# **✎ Exercise**, when the section is done: add 1e-3 to one weight of the exported `model.safetensors`. Which checks of sections 6 and 8 notice, and which cannot?
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# from safetensors.torch import load_file, save_file
+#
+# file = out / "model.safetensors"
+# tensors = load_file(file)
+# tensors["model.norm.weight"][0] += 1e-3
+# save_file(tensors, file, metadata={"format": "pt"})
+# ```
+# Run the checks again, not the export. *every weight is the same number* and the hash notice. The probabilities cannot: both programs read the same
+# changed file, and still agree.
+# </details>
 
 # %% id="card-show" tags=["lesson"]
 card = (out / "README.md").read_text(encoding="utf-8")
@@ -448,7 +580,7 @@ for name, entry in receipt["files"].items():
 lesson.check("every file has the hash that the receipt says", len(changed))
 
 # %% [markdown] id="share"
-# ## 8 · Share it (only if you want to)
+# ## 9 · Share it (only if you want to)
 #
 # To publish: make a token with *write* permission at huggingface.co/settings/tokens, put it into Colab's key panel (left edge) as `HF_TOKEN` and switch on *Notebook access*
 # (elsewhere: `hf auth login` in a terminal).
@@ -475,20 +607,53 @@ else:
     api.upload_folder(repo_id=REPOSITORY, folder_path=out, commit_message="Export")
     print(f"published: {address}")
 
+# %% [markdown] id="instruct"
+# ## 10 · Base and Instruct: why yours does not answer
+#
+# A **base** model continues: after "What is gravity?" it may well write the next question of a quiz. **SmolLM2-135M-Instruct** answers. It has the same network, the
+# same shapes, the same number of parameters; its weights went on learning from the base's: first conversations (supervised fine-tuning), then pairs of a
+# better and a worse answer (preference optimisation). What is new is a *form*. A **chat template** writes who speaks between special tokens, the model learns to
+# speak only when it is its turn, and a token that ends a turn stops the writing. Which tokens should the loss count?
+
+# %% id="instruct-form" tags=["lesson", "check"]
+talk = [{"role": "user", "content": "What is gravity?"}]
+answer = "Gravity pulls everything down."
+print(render_chat(CHATML, talk))  # as the Instruct model reads it; it writes what comes next
+talk.append({"role": "assistant", "content": answer})
+template, end_id = default_template(tokenizer)  # your tokenizer may know no <|im_start|>
+names = {"eos_token": tokenizer.token(end_id)}
+ids, _ = encode_conversation(tokenizer, talk, template, names)
+print("read only:", tokenizer.decode([~i for i in ids if i < 0]))
+learned = tokenizer.decode([i for i in ids if i >= 0])
+print("learned:  ", learned)
+lesson.check("only the answer and its end are learned", learned != answer + names["eos_token"])
+
+# %% id="instruct-beside" tags=["lesson", "slow"]
+try:
+    for name in ("HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M-Instruct"):
+        other, other_tokenizer = load_model_and_tokenizer(name, device=model.device)
+        asked = (
+            render_chat(CHATML, talk[:1]) if name.endswith("Instruct") else "What is gravity?"
+        )
+        print(f"{name}: {complete(other, other_tokenizer, asked, 40, temperature=0.0)}\n")
+except UserError as reason:
+    print(f"{reason}.\nSo: online, this cell shows what both make of the same question.")
+
 # %% [markdown] id="next"
-# ## 9 · Where to go next
+# ## 11 · Where to go next
 #
 # * **More text, not more steps.** `input.txt` read a fifth time teaches little. The rule of 20 tokens a parameter (Chinchilla) makes 2.7 billion tokens for
 #   135M; the official model read 2,000 billion. A first step, 2 GB of web text read once, on any GPU; killed and started again, it continues:
 #   ```
-#   python colab_train.py --preset smollm2-135m --dataset HuggingFaceFW/fineweb-edu --set data.dataset_tokens=500000000 --set data.held_out_fraction=0.001 --max_steps 60000
+#   python colab_train.py --preset smollm2-135m --dataset HuggingFaceFW/fineweb-edu \
+#     --set data.dataset_tokens=500000000 --set data.held_out_fraction=0.001 --max_steps 60000
 #   ```
 # * **Start from the official weights**: fine-tuning, a few steps at a low rate. The form below does it where there is a GPU; with a text of yours it is
 #   ```
-#   python colab_train.py --preset smollm2-135m --set run.init_from=HuggingFaceTB/SmolLM2-135M --input_file mine.txt --max_steps 100 --set train.learning_rate=1e-4 --set train.warmup_steps=10
+#   python colab_train.py --preset smollm2-135m --set run.init_from=HuggingFaceTB/SmolLM2-135M \
+#     --input_file mine.txt --max_steps 100 --set train.learning_rate=1e-4 --set train.warmup_steps=10
 #   ```
 # * **Watch it learn.** Notebook [4 · Train](04_train.ipynb) ([open in Colab](https://colab.research.google.com/github/smollm2-from-scratch/smollm2-from-scratch/blob/main/notebooks/04_train.ipynb)) shows a run in a panel.
-# * **On your own machine.** `python -m smollm2.export --checkpoint FOLDER --out export --gguf q8_0` for llama.cpp and Ollama.
 # * **Back to the beginning.** [1 · Build the model](01_build_the_model.ipynb)
 #   ([open in Colab](https://colab.research.google.com/github/smollm2-from-scratch/smollm2-from-scratch/blob/main/notebooks/01_build_the_model.ipynb)), and change something: the checks will tell you what you did.
 
@@ -528,30 +693,16 @@ else:
 # * Why can two losses in nats a token not be compared, and bits per byte can?
 # * Why is counting with long contexts worse than with middle ones, although it knows more?
 # * Which of the nine published figures say something about a 135M model, and which are luck?
+# * What does int8 cost, and what does it bring? How does an Instruct model differ from its base?
 #
 # <details><summary>Answers</summary>
 #
 # * A token is a different piece of text for each tokenizer; a byte is the same for all.
 # * They were seen a few times or never; what a few sightings say is mostly chance.
 # * HellaSwag, ARC, PIQA, CommonsenseQA and OpenBookQA lie well above luck, MMLU somewhat. WinoGrande is luck; GSM8K and TriviaQA are near zero.
+# * A quarter of fp32's bytes, and so faster writing; rounding of about one per cent of a weight, less than half a per cent of the bits per byte.
+#   An Instruct model has the same network. Its weights learned on from conversations: a form, whose turn it is, when to stop.
 # </details>
 
 # %% id="score" tags=["check"]
 lesson.score()
-
-# %% [markdown] id="exercises"
-# ## Exercises
-#
-# 1. Blend: give each byte of the passage of section 4 the mean of both probabilities, your model's and counting's. Is the blend better than either? Why can it be?
-# 2. Score your model with `block_length=16` instead. What does it lose, and what does that say about the context it uses?
-# 3. Change one number of the export: add 1e-3 to one weight of `model.safetensors`. Which checks of sections 6 and 7 notice, and which cannot?
-#
-# <details><summary>Solutions</summary>
-#
-# 1. Compare the means of `per_byte`, `counted_bits` and `-np.log2((2.0**-per_byte + 2.0**-counted_bits) / 2)`. Often better: they are wrong in different places, and the mean
-#    of two distributions never costs more than 1 bit above the better one. (A rough figure: your model's bits were shared out evenly among bytes.)
-# 2. `score_file(model, tokenizer, TEXT, "val", block_length=16)`: each block starts without a past; the difference is what longer context is worth.
-# 3. `from safetensors.torch import load_file, save_file`, `file = out / "model.safetensors"`, `tensors = load_file(file)`,
-#    `tensors["model.norm.weight"][0] += 1e-3`, `save_file(tensors, file, metadata={"format": "pt"})`; then run the checks again, not the export. *every weight is the
-#    same number* and the hash notice. The probabilities cannot: both programs read the same changed file, and still agree.
-# </details>
