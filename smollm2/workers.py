@@ -19,6 +19,7 @@ from .config import PlaceConfig
 from .errors import BusyError, ConfigError
 
 SLACK_SECONDS = 5.0  # clocks of file servers differ a little
+LAUNCHED_BY = "SMOLLM2_LAUNCHED_BY"  # the process that Lightning started the others of this machine from
 
 
 def launcher() -> str:
@@ -54,6 +55,14 @@ def check_workers(place: PlaceConfig, gpus: int) -> None:
     if started != world:
         asked = f"--devices {place.devices} x --num_nodes {place.num_nodes} = {world}"
         raise ConfigError(f"{by} started {started} processes, but {asked}: processes on a machine x machines")
+    if (
+        by == "Lightning" and world > 1
+    ):  # which tells the processes that it starts their rank in this way, too
+        if "LOCAL_RANK" not in os.environ:
+            os.environ[LAUNCHED_BY] = str(os.getpid())
+        elif os.environ.get(LAUNCHED_BY) not in (str(os.getpid()), str(os.getppid())):
+            left = f"environment variable LOCAL_RANK={os.environ['LOCAL_RANK']!r}"
+            raise ConfigError(f"{left} was left behind by another launcher: unset it")
     if 0 < gpus < place.devices:
         raise ConfigError(f"--devices {place.devices}: this machine has {gpus} GPU(s); expected no more")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import signal
 from pathlib import Path
@@ -14,7 +15,7 @@ from smollm2.config import PlaceConfig
 from smollm2.data import BatchOrder, BatchStream
 from smollm2.errors import ConfigError
 from smollm2.logs import CHECKPOINTS, TRAINING, read_log
-from smollm2.workers import check_workers, is_first_worker
+from smollm2.workers import LAUNCHED_BY, check_workers, is_first_worker
 from tests.soak import command_line, small_config
 
 ROOT = Path(__file__).parents[1]
@@ -41,13 +42,13 @@ STRAY = [
     {"OMPI_COMM_WORLD_RANK": "3"},
     SHELL_OF_A_JOB,
 ]
-LIGHTNINGS_CHILD = {"LOCAL_RANK": "1", "NODE_RANK": "0"}
+LIGHTNINGS_CHILD = {"LOCAL_RANK": "1", "NODE_RANK": "0", LAUNCHED_BY: str(os.getppid())}
 
 
 @pytest.fixture
 def launched(monkeypatch):
     def as_if(variables: dict[str, str]) -> None:
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", *TORCHRUN, *SRUN):
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", LAUNCHED_BY, *TORCHRUN, *SRUN):
             monkeypatch.delenv(name, raising=False)
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
@@ -82,6 +83,12 @@ def test_one_worker_is_the_first_however_they_were_started(launched, variables, 
         (TORCHRUN, {}, 0, "torchrun started 4 processes, but --devices 1 x --num_nodes 1 = 1"),
         (SRUN, {"devices": 4}, 0, "srun started 2 processes"),
         ({}, {"devices": 2}, 1, "this machine has 1 GPU(s); expected no more"),
+        (
+            {"LOCAL_RANK": "1"},
+            {"devices": 2},
+            0,
+            "LOCAL_RANK='1' was left behind by another launcher: unset it",
+        ),
         ({"NODE_RANK": "-1"}, {"num_nodes": 2}, 0, "NODE_RANK='-1': expected a whole number"),
     ],
     ids=str,
