@@ -262,7 +262,8 @@ def test_every_end_token_that_the_folder_names_stops_a_text(checkpoint, name, tm
     add_fields(folder, name, eos_token_id=[399, ids[5]])
     stopped = tokenizer.decode(ids[: ids.index(ids[5])], skip_special_tokens=True)
     assert say(folder, *greedy) == stopped + "\n"
-    assert set(stop_ids(folder, tokenizer)) == {0, 399, ids[5]}  # 0: the tokenizer's, and the other file's
+    add_fields(folder, "tokenizer_config.json", eos_token=tokenizer.token(7))
+    assert set(stop_ids(folder, tokenizer)) == {7, 0, 399, ids[5]}  # 0: the other file's
     add_fields(folder, name, eos_token_id="</s>")
     with pytest.raises(CheckpointError, match="eos_token_id"):
         say(folder, *greedy)
