@@ -33,24 +33,62 @@ def can_attend_in_blocks(q: torch.Tensor) -> bool:
 
 def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """q (B, H, T, D); k, v (B, K, T, D), query head h reads key/value head h // (H/K) -> (B, H, T, D)."""
-    return _CausalAttention.apply(q, k, v)
+    with torch.autocast(q.device.type, enabled=False):  # it would make the scores in bf16
+        return _CausalAttention.apply(q, k, v)
 
 
-def _blocks(time: int) -> list[slice]:
-    return [slice(start, min(start + BLOCK, time)) for start in range(0, time, BLOCK)]
+def _blocks(time: int, groups: int):
+    """Of each block: its positions, its rows in (T * groups), and the keys it sees."""
+    for start in range(0, time, BLOCK):
+        stop = min(start + BLOCK, time)
+        yield slice(start, stop), slice(start * groups, stop * groups), slice(0, stop)
 
 
 def _mask(groups: int, like: torch.Tensor) -> torch.Tensor:
-    """(BLOCK * groups, BLOCK): -inf where a key comes after the query, 0 elsewhere."""
-    return like.new_full((BLOCK, BLOCK), -math.inf).triu(1).repeat_interleave(groups, 0)
+    """(BLOCK * groups, BLOCK), added to the scores of a block's own keys: -inf for a key after its query."""
+    wide = torch.promote_types(like.dtype, torch.float32)
+    return like.new_full((BLOCK, BLOCK), -math.inf, dtype=wide).triu(1).repeat_interleave(groups, 0)
 
 
 def _probabilities(q, k, mask) -> torch.Tensor:
-    """Of one block: scaled queries q (B*K, rows, D) of the last positions among keys k (B*K, S, D)."""
-    scores = torch.bmm(q, k.transpose(1, 2))
-    rows, new = q.shape[1], q.shape[1] * BLOCK // mask.shape[0]
-    scores[:, :, -new:] += mask[:rows, :new]
-    return torch.softmax(scores, dim=-1)
+    """Of one block: scaled queries q (N, rows, D) of the last positions among keys k (N, S, D). The scores
+    are made in fp32: rounded to bf16 they would cost the gradients up to a fifth of their exactness."""
+    scores = torch.bmm(q.to(mask.dtype), k.transpose(1, 2).to(mask.dtype))
+    rows = q.shape[1]
+    own = rows * BLOCK // len(mask)  # keys
+    scores[:, :, -own:] += mask[:rows, :own]
+    return torch.softmax(scores, dim=-1).to(q.dtype)
+
+
+def forward_in_blocks(q, k, v, out) -> list[torch.Tensor]:
+    """Fills `out` (B, K, T, G, D) of any layout: q (B*K, T*G, D), already divided by sqrt(D), and k, v
+    (B*K, T, D) are contiguous; the rows of q at one position are the heads of a group. Returns what
+    `backward_in_blocks` wants of the probabilities."""
+    batch, kv_heads, time, groups, dim = out.shape
+    kept, mask = [], _mask(groups, q)
+    for block, rows, seen in _blocks(time, groups):
+        p = _probabilities(q[:, rows], k[:, seen], mask)
+        out[:, :, block] = torch.bmm(p, v[:, seen]).view(batch, kv_heads, -1, groups, dim)
+        if time <= KEPT_LENGTH:
+            kept.append(p)
+    return kept
+
+
+def backward_in_blocks(q, k, v, kept, grad_out) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q (before the division is undone), and of k and v in fp32, all in their shapes."""
+    groups = q.shape[1] // k.shape[1]
+    grad_q = torch.empty_like(q)
+    mask = _mask(groups, q)
+    grad_k, grad_v = (torch.zeros_like(x, dtype=mask.dtype) for x in (k, v))
+    for index, (_, rows, seen) in enumerate(_blocks(k.shape[1], groups)):
+        p = kept[index] if kept else _probabilities(q[:, rows], k[:, seen], mask)
+        grad_v[:, seen] += torch.bmm(p.transpose(1, 2), grad_out[:, rows])
+        grad_p = torch.bmm(grad_out[:, rows], v[:, seen].transpose(1, 2))
+        # p * (grad_p - sum(p * grad_p)), in one pass
+        grad_scores = torch._softmax_backward_data(grad_p, p, -1, p.dtype)
+        grad_k[:, seen] += torch.bmm(grad_scores.transpose(1, 2), q[:, rows])
+        grad_q[:, rows] = torch.bmm(grad_scores, k[:, seen])
+    return grad_q, grad_k, grad_v
 
 
 class _CausalAttention(torch.autograd.Function):
@@ -59,44 +97,22 @@ class _CausalAttention(torch.autograd.Function):
         batch, heads, time, dim = q.shape
         kv_heads = k.shape[1]
         groups = heads // kv_heads
-        # (B, K, T, G, D), contiguous: the rows of a block of positions are those of all heads of its group
         scaled = q.new_empty(batch, kv_heads, time, groups, dim)
         torch.mul(q.unflatten(1, (kv_heads, groups)).transpose(2, 3), dim**-0.5, out=scaled)
         scaled, k, v = scaled.view(-1, time * groups, dim), k.reshape(-1, time, dim), v.reshape(-1, time, dim)
-        mask, kept = _mask(groups, q), []
         out = q.new_empty(batch, time, kv_heads, groups, dim)  # the layout that o_proj reads
-        for block in _blocks(time):
-            rows, seen = slice(block.start * groups, block.stop * groups), slice(0, block.stop)
-            p = _probabilities(scaled[:, rows], k[:, seen], mask)
-            y = torch.bmm(p, v[:, seen]).view(batch, kv_heads, -1, groups, dim)
-            out[:, block] = y.transpose(1, 2)
-            if time <= KEPT_LENGTH:
-                kept.append(p)
-        ctx.save_for_backward(scaled, k, v, mask, *kept)
+        kept = forward_in_blocks(scaled, k, v, out.transpose(1, 2))
+        ctx.save_for_backward(scaled, k, v, *kept)
         return out.flatten(2, 3).transpose(1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
-        q, k, v, mask, *kept = ctx.saved_tensors
+        q, k, v, *kept = ctx.saved_tensors
         batch, heads, time, dim = grad_out.shape
         groups = q.shape[1] // time
-        kv_heads = heads // groups
-        grad_out = grad_out.unflatten(1, (kv_heads, groups)).transpose(2, 3).reshape(q.shape)
-        grad_q = q.new_empty(batch, time, kv_heads, groups, dim)
-        sum_dtype = torch.promote_types(q.dtype, torch.float32)
-        grad_k, grad_v = (torch.zeros_like(x, dtype=sum_dtype) for x in (k, v))
-        for index, block in enumerate(_blocks(time)):
-            rows, seen = slice(block.start * groups, block.stop * groups), slice(0, block.stop)
-            p = kept[index] if kept else _probabilities(q[:, rows], k[:, seen], mask)
-            grad_y = grad_out[:, rows]
-            grad_v[:, seen] += torch.bmm(p.transpose(1, 2), grad_y)
-            grad_p = torch.bmm(grad_y, v[:, seen].transpose(1, 2))
-            # p * (grad_p - sum(p * grad_p)), in one pass
-            grad_scores = torch._softmax_backward_data(grad_p, p, -1, p.dtype)
-            grad_k[:, seen] += torch.bmm(grad_scores.transpose(1, 2), q[:, rows])
-            y = torch.bmm(grad_scores, k[:, seen]).view(batch, kv_heads, -1, groups, dim)
-            grad_q[:, block] = y.transpose(1, 2)
-        grad_q = grad_q.mul_(dim**-0.5).flatten(2, 3).transpose(1, 2)
-        grad_k, grad_v = (x.to(q.dtype).view(batch, kv_heads, time, dim) for x in (grad_k, grad_v))
-        return grad_q, grad_k, grad_v
+        grouped = (batch, heads // groups, time, groups, dim)
+        grad_out = grad_out.unflatten(1, (-1, groups)).transpose(2, 3).reshape(q.shape)
+        grad_q, grad_k, grad_v = backward_in_blocks(q, k, v, kept, grad_out)
+        grad_q = (grad_q * dim**-0.5).view(grouped).transpose(2, 3).flatten(1, 2)
+        return grad_q, *(x.to(q.dtype).view(batch, -1, time, dim) for x in (grad_k, grad_v))

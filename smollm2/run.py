@@ -191,7 +191,9 @@ def _open(config: RunConfig, device: torch.device, reporter: Reporter, is_first:
         tidy(output_dir)
     context, theta = config.model.max_position_embeddings, config.model.rope_theta
     say(f"model: {config.preset}, {count:,} parameters, context {context:,}, RoPE theta {theta:,.0f}")
-    say(f"device: {hardware.device_name(device)}; precision {precision.name}: {precision.reason}")
+    is_by_hand = device.type == "cpu" and not config.train.compile
+    kernels = "; blocks with a backward pass by hand (cpu_block.py)" if is_by_hand else ""
+    say(f"device: {hardware.device_name(device)}; precision {precision.name}: {precision.reason}{kernels}")
     where, way_out = whereabouts(place)
     if place.drive_dir and is_first:
         newest = newest_on_drive(place.drive_dir, checkpoint_dir, say, read_state)
