@@ -20,6 +20,9 @@ IGNORE_INDEX = -100
 # fp32 bytes of a block's logits: 512 rows of 49,152 on a CPU. Fewer rows read the weights more often;
 # measured in docs/log.md.
 BLOCK_BYTES = {"cpu": 96 * 2**20, "cuda": 512 * 2**20}
+# Of the block, the softmax and its gradient are taken over so many bytes at a time: several passes over what
+# stays in a core's cache cost less than one over memory.
+PASS_BYTES = {"cpu": 2 * 2**20, "cuda": 512 * 2**20}
 
 
 def inputs_and_targets(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,29 +48,37 @@ def matmul_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if is_on else x.dtype
 
 
-def _block(hidden, weight, targets, dtype, grad_hidden, grad_weight) -> torch.Tensor:
-    """Summed loss of some rows; gradients (None: unwanted) go into `grad_hidden` and add to `grad_weight`.
+def _block(hidden, weight, targets, dtype, grad_hidden, grad_weight, is_first) -> torch.Tensor:
+    """Summed loss of some rows; gradients (None: unwanted) go into `grad_hidden` and add to `grad_weight`,
+    which the first block fills.
 
     A function of its own: what it makes is gone before the next block is made.
     """
     valid = targets != IGNORE_INDEX
     index = targets.clamp_min(0).unsqueeze(1)  # (rows, 1); -100 is masked out below
-    log_p = (hidden @ weight.T).to(dtype)  # (rows, vocab)
-    # in place on a CPU, where it was checked: a second block would be the peak of the step
-    log_p = torch.log_softmax(log_p, dim=1, out=log_p if log_p.device.type == "cpu" else None)
-    nll = -log_p.gather(1, index).squeeze(1)
+    logits = hidden @ weight.T  # (rows, vocab)
+    nll = torch.empty_like(targets, dtype=dtype)
+    limit = PASS_BYTES.get(logits.device.type, PASS_BYTES["cpu"])
+    step = max(1, limit // (4 * len(weight)))
+    for start in range(0, len(logits), step):
+        part = slice(start, start + step)
+        log_p = torch.log_softmax(logits[part], dim=1, dtype=dtype)
+        nll[part] = -log_p.gather(1, index[part]).squeeze(1)
+        if grad_weight is not None:
+            # d(sum)/d(logits) = softmax - one_hot, built in the same memory, then put where the logits were
+            grad = log_p.exp_()
+            grad.scatter_add_(1, index[part], grad.new_full((1, 1), -1.0).expand_as(index[part]))
+            logits[part] = grad
     if grad_weight is not None:
-        # d(sum)/d(logits) = softmax - one_hot, built in the same memory
-        grad = log_p.exp_()
-        grad.scatter_add_(1, index, grad.new_full((1, 1), -1.0).expand_as(index))
-        grad = grad.to(hidden.dtype)
         # ignored rows have no gradient: zeros in the two narrow factors spare a pass over the wide one
         counted = valid.unsqueeze(1).to(hidden.dtype)
-        grad_hidden.copy_((grad @ weight) * counted)
-        if grad.dtype == grad_weight.dtype:
-            grad_weight.addmm_(grad.T, hidden * counted)
+        grad_hidden.copy_((logits @ weight) * counted)
+        if logits.dtype == grad_weight.dtype:
+            grad_weight.addmm_(logits.T, hidden * counted, beta=0 if is_first else 1)
+        elif is_first:
+            grad_weight.copy_(logits.T @ (hidden * counted))
         else:
-            grad_weight.add_(grad.T @ (hidden * counted))
+            grad_weight.add_(logits.T @ (hidden * counted))
     return torch.where(valid, nll, 0).sum()
 
 
@@ -79,12 +90,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         sum_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         total = torch.zeros((), dtype=sum_dtype, device=hidden.device)
         grad_hidden = torch.empty_like(hidden, dtype=sum_dtype) if wants_grad else None
-        grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if wants_grad else None
+        # filled by the first block; without rows there is none
+        new = torch.empty_like if rows else torch.zeros_like
+        grad_weight = new(weight, dtype=sum_dtype) if wants_grad else None
         step = rows_per_block(rows, vocab_size, hidden.device.type)
         for start in range(0, rows, step):
             block = slice(start, start + step)
             grads = (grad_hidden[block], grad_weight) if wants_grad else (None, None)
-            total += _block(hidden_c[block], weight_c, targets[block], sum_dtype, *grads)
+            total += _block(hidden_c[block], weight_c, targets[block], sum_dtype, *grads, start == 0)
         if wants_grad:
             ctx.save_for_backward(grad_hidden, grad_weight)
             ctx.dtypes = hidden.dtype, weight.dtype
