@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import platform
 from dataclasses import dataclass
@@ -106,6 +107,29 @@ def repeatable_sums(wanted: bool):
     finally:
         torch.set_deterministic_debug_mode(before)
         settings.fill_uninitialized_memory = was_filling
+
+
+@contextlib.contextmanager
+def kept_memory():
+    """Inside it glibc keeps freed memory for the next step and gives it back at the end. Else each step's
+    large tensors are new pages that the kernel clears: a fifth of a step on a CPU (docs/log.md). Other C
+    libraries are left alone.
+    """
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt") or not hasattr(libc, "malloc_trim"):
+        yield
+        return
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # malloc.h
+    libc.mallopt(trim_threshold, -1)  # never
+    libc.mallopt(mmap_max, 0)
+    try:
+        yield
+    finally:
+        # where glibc's own adjustment, now off, would have ended
+        libc.mallopt(trim_threshold, 64 * 2**20)
+        libc.mallopt(mmap_threshold, 32 * 2**20)
+        libc.mallopt(mmap_max, 65536)
+        libc.malloc_trim(0)
 
 
 def choose_preset(requested: str) -> tuple[str, str]:

@@ -22,7 +22,7 @@ from . import logs
 from .checkpoint import step_name
 from .config import RunConfig
 from .data import BatchOrder, BatchStream
-from .device import autocast, plain_defaults, repeatable_sums
+from .device import autocast, kept_memory, plain_defaults, repeatable_sums
 from .errors import MemoryStop, disk_failures_named
 from .evaluate import score_tokens
 from .guard import NumericGuard, make_scaler, update_scale
@@ -285,6 +285,7 @@ def train(config: RunConfig, reporter: Reporter | None = None, began: float | No
         disk_failures_named(config.run.output_dir),
         plain_defaults(),
         repeatable_sums(config.train.deterministic),
+        kept_memory(),
         open_run(config, reporter, began) as run,
         signals,
     ):
