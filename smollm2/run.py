@@ -358,7 +358,7 @@ def _with_steps(
         say(f"--minutes {train.minutes:g}: {total:,} steps of {speed.step:.3g} s, validations and saves")
     else:  # what the first worker has chosen
         chosen = read_yaml(Path(config.run.output_dir, "config.yaml"))["train"]
-        total = chosen["max_steps"] + chosen["continue_steps"]
+        total = int(chosen["max_steps"]) + int(chosen["continue_steps"])
     steps = {"max_steps": max(total - train.continue_steps, 1)}
     return config.model_copy(update={"train": train.model_copy(update=steps)})
 

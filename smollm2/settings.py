@@ -29,7 +29,13 @@ DOTTED = {name.partition(".")[2]: name for name in FIELDS}  # the leaf alone is 
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses aliases (bombs) and duplicate keys (the last one would win silently)."""
+    """SafeLoader that refuses aliases (bombs) and duplicate keys (the last one would win silently). Values
+    stay as they were typed, as with `--set`: YAML 1.1 reads 1:30 as 90, 010 as 8 and `no` as false."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - as PyYAML has it
+        first: [pair for pair in pairs if pair[0].endswith(":null")]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):

@@ -151,3 +151,15 @@ def test_a_token_id_may_be_one_of_a_list_or_none(value, expected):
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         config = SmolLM2Config.from_hf_dict(SmolLM2Config().to_hf_dict() | {key: value})
         assert getattr(config, key) == expected
+
+
+def test_values_of_a_file_are_what_was_typed(tmp_path):
+    """YAML 1.1 reads 010 as 8, 1:30 as 90 and yes as true."""
+    path = tmp_path / "c.yaml"
+    path.write_text("train: {max_steps: 010, learning_rate: 1e-3, prompts: [yes, 2024], compile: off}\n")
+    train = load_config("nano", str(path)).train
+    assert (train.max_steps, train.learning_rate, train.prompts) == (10, 1e-3, ("yes", "2024"))
+    assert train.compile is False and train.micro_batch_size is None
+    path.write_text("train: {batch_size: 1:30}")
+    with pytest.raises(ConfigError, match=r"train\.batch_size.*'1:30'"):
+        load_config("nano", str(path))
