@@ -62,13 +62,15 @@ def _block(hidden, weight, targets, dtype, grad_hidden, grad_weight, is_first) -
     step = max(1, limit // (4 * len(weight)))
     for start in range(0, len(logits), step):
         part = slice(start, start + step)
-        log_p = torch.log_softmax(logits[part], dim=1, dtype=dtype)
-        nll[part] = -log_p.gather(1, index[part]).squeeze(1)
+        scores = logits[part].to(dtype)
+        largest, of_target = scores.amax(dim=1), scores.gather(1, index[part]).squeeze(1)
+        p = torch.softmax(scores, dim=1)
+        # log sum exp from what is at hand: the largest p is exp(largest - it), at least 1 / vocab
+        nll[part] = largest - p.amax(dim=1).log_() - of_target
         if grad_weight is not None:
-            # d(sum)/d(logits) = softmax - one_hot, built in the same memory, then put where the logits were
-            grad = log_p.exp_()
-            grad.scatter_add_(1, index[part], grad.new_full((1, 1), -1.0).expand_as(index[part]))
-            logits[part] = grad
+            # d(sum)/d(logits) = softmax - one_hot, put where the logits were
+            p.scatter_add_(1, index[part], p.new_full((1, 1), -1.0).expand_as(index[part]))
+            logits[part] = p
     if grad_weight is not None:
         # ignored rows have no gradient: zeros in the two narrow factors spare a pass over the wide one
         counted = valid.unsqueeze(1).to(hidden.dtype)
