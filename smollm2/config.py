@@ -130,13 +130,13 @@ class DataConfig(_Section):
     """Where the tokens come from."""
 
     input_file: Annotated[Text, After(os.path.expanduser)] = "input.txt"
-    dataset: Place | None = None  # ID_OR_PATH[:CONFIG][@SPLIT]: of the Hub, a local folder or a file
+    dataset: Place | None = None  # ID[:CONFIG][@SPLIT] of the Hub, a folder, a file; or A=0.7,B=0.3
     dataset_column: Text | None = None  # None: text, or what must be it; see dataset.py
-    dataset_tokens: int = Field(50_000_000, ge=1000)  # stop reading a dataset after about this many
+    dataset_tokens: int | None = Field(None, ge=1000)  # to read; None: enough for every step, once
     tokenizer: Place = "auto"  # or a Hub id, a tokenizer.json, a folder that holds one
     tokenizer_vocab_size: int | None = Field(None, ge=257, le=65536)  # auto: train a BPE of this size
     sequence_length: int = Field(1024, ge=2)  # tokens of one training row
-    held_out_fraction: float = Field(0.1, gt=0, lt=1)  # the end of the text, which is never trained on
+    held_out_fraction: float = Field(0.1, gt=0, lt=1)  # the end of the text, or documents of the dataset
 
 
 class TrainConfig(_Section):

@@ -1,146 +1,429 @@
-"""A dataset of the Hub, or files of one's own -> one text file, streamed until there is enough of it.
+"""Datasets of the Hub, or files of one's own -> token files, streamed until there are as many as wanted.
 
-Preparation only: training reads the token files made from this text, so no network is in the loop and the
-data position stays one integer.
+Notable:
+* one order of documents, and a place in it that three numbers name: a killed process is continued there;
+* a document is trained on or held out by a hash of its text, wherever it stands and how often;
+* a mixture takes the next document from the source that is furthest behind its share of the tokens;
+* a dataset of the Hub is read at one commit, which the run's checkpoints name.
 """
 
 from __future__ import annotations
 
-import glob
+import csv
+import io
+import json
+import math
 import os
 import re
+import shutil
 import sys
-from collections.abc import Callable, Iterator
-from functools import partial
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
-from .errors import DataError
-from .files import fsync_folder, remove_leftovers, sha256_json
-from .text import END_OF_TEXT, SEPARATOR
+import numpy as np
 
-BYTES_PER_TOKEN = 4.5  # of English under the SmolLM2 tokenizer, rounded up
+from . import hub
+from .config import DataConfig, RunConfig
+from .data import (
+    FORMAT,
+    InputFile,
+    Shard,
+    TokenData,
+    TokenFile,
+    encode,
+    open_tokens,
+    text_bytes,
+    write_tokens,
+)
+from .errors import CheckpointError, DataError
+from .files import dump_json, replace_durably, sha256_bytes, sha256_json, strict_json
+from .origin import origin_name
+from .text import SEPARATOR, decoded, documents
+from .tokenizer import Tokenizer
+
 SAMPLE_ROWS = 100  # that tell which columns hold text
-BUILDERS = {  # of the datasets package, by a file's ending; .gz and the like may stand behind it
+BYTES_PER_TOKEN = 4.5  # of English under the SmolLM2 tokenizer, rounded up
+LONGEST_VALUE = 2**26  # characters of one JSON value
+_BETWEEN_VALUES = re.compile(r"[\s,\[\]]*")
+LEAST_TOKENS = 2**20  # read even if a run needs fewer: in a second
+KINDS = {  # by a file's ending; .gz and the like may stand behind it
     ".txt": "text", ".text": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".ndjson": "json",
-    ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow",
+    ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".arrow": "arrow",
 }  # fmt: skip
 
 
-def dataset_to_text(
-    spec: str, folder: Path, tokens: int, column: str | None = None, say: Callable[[str], None] = print
-) -> Path:
-    """Path of a text file in `folder`, a run's `data`, with about `tokens` tokens of the dataset `spec`: a
-    file, a folder, or `ID[:CONFIG][@SPLIT]` of the Hub.
+class Piece(NamedTuple):
+    """Of a document: about 1 MiB of text, or all of it."""
 
-    A row is a document, and so is a text file. Of a local folder every text and table is read, in the order
-    of their names, and what is left out is said. Raises `DataError` that names file and row.
+    text: str
+    ends: bool  # the document
+    key: int  # 64 bits of the hash of the document's beginning
+    place: tuple[int, int, int]  # behind it: file, row, piece
+
+
+def open_text(config: RunConfig, pinned: dict | None) -> InputFile | Dataset:
+    """The text of a run, whose checkpoint says `pinned` of its dataset."""
+    data, train, output = config.data, config.train, Path(config.run.output_dir)
+    if data.dataset is None:
+        return InputFile(data.input_file, data.held_out_fraction, output / "data")
+    once = (train.max_steps + train.continue_steps) * train.batch_size * data.sequence_length
+    needed = max(LEAST_TOKENS, math.ceil(once / (1 - data.held_out_fraction)))
+    return Dataset(data, output, data.dataset_tokens or needed, pinned)
+
+
+class Dataset:
+    """What `--dataset` names: `ID[:CONFIG][@SPLIT]` of the Hub, a file, a folder, or several as `A=0.7,B=0.3`.
+
+    `tokens` is how many to read, held-out ones included. `pinned` is what the checkpoint of a run says of the
+    data it was made with (`TokenData.sidecar["dataset"]`): it wins over `tokens` and the newest commit.
     """
-    from tqdm import tqdm
 
-    remove_leftovers(folder)
-    sources, left_out, facts = _sources(spec, folder.parent.resolve())
-    readable = re.sub(r"[^A-Za-z0-9]+", "-", os.path.basename(os.path.realpath(spec))).strip("-")[-60:]
-    target = folder / f"dataset-{readable}-{sha256_json([spec, facts, column])[:12]}-{tokens}.txt"
-    if target.exists():
-        say(f"dataset: {spec}: using {target.name}, {target.stat().st_size:,} bytes, read from it earlier")
-        return target
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f"{target.name}.tmp-{os.getpid()}")  # see `files.remove_leftovers`
-    count, written, limit = 0, 0, int(tokens * BYTES_PER_TOKEN)
-    hidden = not sys.stderr.isatty()
-    bar = tqdm(total=limit, unit="B", unit_scale=True, desc=f"reading {spec}", disable=hidden)
-    try:
-        with bar, temporary.open("wb") as file:
-            for name, text in _texts(sources, column):
-                document = _document(text, limit - written)
-                raw = document.encode(errors="replace")  # half a surrogate pair is no character
-                file.write(raw)
-                count += f"\n{document}".count(f"\n{SEPARATOR}")
-                written += len(raw)
-                bar.update(len(raw))
-                if written >= limit:
-                    left_out += list(sources)[list(sources).index(name) + 1 :]
+    def __init__(self, data: DataConfig, output_dir: Path, tokens: int, pinned: dict | None = None):
+        self.name, self.fraction, self.output = data.dataset, data.held_out_fraction, output_dir
+        parts = [re.fullmatch(r"(.+)=(\d*\.?\d+)", part) for part in self.name.split(",")]
+        is_mixture = all(parts) and not os.path.exists(self.name)
+        weights = {part[1]: float(part[2]) for part in parts} if is_mixture else {self.name: 1.0}
+        if len(weights) < len(parts) * is_mixture or not all(weights.values()):
+            raise DataError(f"--dataset {self.name}: each name once, each with a share above 0")
+        self.weights = {name: weight / sum(weights.values()) for name, weight in weights.items()}
+        known = pinned["sources"] if pinned else {}
+        self.pinned = pinned if known.keys() == {origin_name(name) for name in weights} else None
+        self.tokens = self.pinned["tokens"] if self.pinned else tokens
+        self._commits = output_dir / "data" / "commits.json"  # of the Hub, that were read at first
+        with suppress(OSError, CheckpointError):
+            known = strict_json(self._commits.read_bytes(), "commits.json") | known
+        folder, column = output_dir.resolve(), data.dataset_column
+        self.sources = {name: Source(name, column, folder, known.get(origin_name(name))) for name in weights}
+
+    # --- documents
+
+    def documents(self, tokenizer: Tokenizer | None, end: int | None, state: dict) -> Iterator[tuple]:
+        """(piece, its tokens or, without a tokenizer, its characters) of the whole mixture, until its first
+        source is used up. `state` says where to begin, and is kept up to date."""
+        streams, sizes = {}, state["sizes"]
+        for name, source in self.sources.items():
+            pieces = source.pieces(*state["places"].get(name, ()))
+            streams[name] = encode(tokenizer, pieces, end) if tokenizer else ((p, p.text) for p in pieces)
+            sizes.setdefault(name, 0)
+        while True:
+            # the one that is furthest behind, unless a document was begun
+            name = state["inside"] or min(streams, key=lambda name: sizes[name] / self.weights[name])
+            for piece, content in streams[name]:
+                state["places"][name], sizes[name] = piece.place, sizes[name] + len(content)
+                state["inside"] = None if piece.ends else name
+                state["documents"] += piece.ends
+                yield piece, content
+                if piece.ends:
                     break
-            file.flush()
-            os.fsync(file.fileno())
-        note = f"; not read: {', '.join(left_out[:20])}{' ...' * (len(left_out) > 20)}" * bool(left_out)
-        if not written:
-            raise DataError(f"--dataset {spec}: no text in files of {', '.join(BUILDERS)}{note}")
-        os.replace(temporary, target)
-        fsync_folder(folder)
-    finally:
-        temporary.unlink(missing_ok=True)
-    say(f"dataset: {spec}: read {count:,} documents, {written:,} bytes, into {target.name}{note}")
-    return target
+            else:
+                return
+
+    @cached_property
+    def _first_two(self) -> list[int]:
+        """Keys of the first two different documents: one is trained on, the other held out, so that no part
+        of a small dataset is empty. Only one, where there is no other."""
+        found: list[int] = []
+        for piece in chain.from_iterable(source.pieces() for source in self.sources.values()):
+            found += [piece.key] * (piece.key not in found)
+            if len(found) == 2:
+                break
+        return found
+
+    def is_held_out(self, key: int) -> bool:
+        if key in self._first_two:
+            return key != self._first_two[0]
+        return key < self.fraction * 2**64
+
+    def training_texts(self, limit: int) -> Iterator[str]:
+        """The first `limit` bytes, at most, of what is trained on."""
+        limit = min(limit, int(self.tokens * BYTES_PER_TOKEN))
+        for piece, text in self.documents(None, None, new_state()):
+            if not self.is_held_out(piece.key):
+                yield text
+                limit -= len(text)
+                if limit <= 0:
+                    return
+
+    # --- tokens
+
+    def prepare(
+        self,
+        tokenizer: Tokenizer,
+        own_end: int | None,
+        check: Callable[[str | None], None],
+        say: Callable[[str], None],
+    ) -> TokenData:
+        """Its token files, read earlier or now, or from where a killed process stopped. Their identity, the
+        hash of what is in them, is for `check` to refuse."""
+        end = tokenizer.end_id(own_end)
+        facts = {name: source.facts for name, source in self.sources.items()}
+        key = {"format": FORMAT, "dataset": facts, "weights": self.weights, "tokens": self.tokens}
+        key |= {"tokenizer": tokenizer.sha256, "end_id": end, "held_out_fraction": self.fraction}
+        readable = re.sub(r"[^A-Za-z0-9]+", "-", origin_name(self.name)).strip("-")[-40:]
+        folder = self.output / "data" / f"dataset-{readable}-{sha256_json(key)[:16]}"
+        data = open_tokens(folder)
+        if data and (not self.pinned or self.pinned == data.sidecar["dataset"]):
+            say(f"dataset: {self.name}: using {folder.name}, read earlier")
+        else:
+            if not self.pinned:
+                check(None)
+            if not self._first_two:  # what cannot be read at all is told before anything is written
+                kinds = f"no text in files of {', '.join(KINDS)}"
+                raise DataError(f"--dataset {self.name}: {kinds}{self._left_out()}")
+            data = self._read(folder, tokenizer, end, say)
+        check(data.sha256)
+        return data
+
+    def _read(self, folder: Path, tokenizer: Tokenizer, end: int | None, say: Callable) -> TokenData:
+        from tqdm import tqdm
+
+        commits = {origin_name(name): source.revision for name, source in self.sources.items()}
+
+        def parts(state: dict | None, shards: dict[str, Shard]) -> Iterator[tuple]:
+            state, count = state or new_state(), sum(shard.tokens for shard in shards.values())
+            look = {"unit": "token", "unit_scale": True, "disable": not sys.stderr.isatty()}
+            with tqdm(None, "tokenising", self.tokens, initial=count, **look) as bar:
+                for piece, ids in self.documents(tokenizer, end, state):
+                    split = "val" if self.is_held_out(piece.key) else "train"
+                    yield split, ids, text_bytes(piece.text, piece.ends), state
+                    bar.update(len(ids))
+                    count += len(ids)
+                    if count >= self.tokens:
+                        break
+            if len(self._first_two) == 1:
+                _hold_out_the_end(shards, self.fraction, tokenizer, end)
+
+        def sidecar(splits: dict, state: dict) -> dict:
+            facts = {"tokenizer": tokenizer.sha256, "dtype": "uint16", "vocab_size": tokenizer.vocab_size}
+            facts["dataset"] = {"tokens": self.tokens, "sources": commits}
+            return facts | {"splits": splits, "read": state}
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._announce(tokenizer, say)
+        if any(commits.values()):
+            replace_durably(self._commits, dump_json(commits))
+        write_tokens(folder, parts, sidecar)
+        data = open_tokens(folder)
+        sizes, state = data.sidecar["read"]["sizes"], data.sidecar["read"]
+        total, size = sum(sizes.values()), data.train.text_bytes + data.val.text_bytes
+        shares = ", ".join(f"{count / total:.1%} {name}" for name, count in sizes.items())
+        rest = self._left_out(state["places"] if total >= self.tokens else None)
+        read = f"read {state['documents']:,} documents, {size:,} bytes"
+        say(f"dataset: {self.name}: {read}{f' ({shares})' * (len(sizes) > 1)}{rest}")
+        return data
+
+    def _announce(self, tokenizer: Tokenizer, say: Callable[[str], None]) -> None:
+        texts, began = [*self.training_texts(2**20)], time.perf_counter()
+        per_token = self.tokens / max(1, sum(map(len, tokenizer.encode_batch(texts))))
+        seconds, size = (time.perf_counter() - began) * per_token, sum(map(len, texts)) * per_token
+        words = f"up to {self.tokens:,} tokens, {size / 1e6:,.0f} MB of text, in about {seconds:,.0f} s"
+        free = shutil.disk_usage(self.output).free
+        disk = f"{2 * self.tokens / 1e6:,.0f} MB on a disk with {free / 1e6:,.0f} MB free"
+        say(f"dataset: {self.name}: reading {words}; {disk}")
+
+    def _left_out(self, places: dict | None = None) -> str:
+        """What is not read: no text, or, where reading stopped at `places`, behind enough of it."""
+        names = [name for source in self.sources.values() for name in source.left_out]
+        for name, (file, *_) in (places or {}).items():
+            names += self.sources[name].files[file + 1 :] if self.sources[name].is_local else []
+        return f"; not read: {', '.join(names[:20])}{' ...' * (len(names) > 20)}" * bool(names)
+
+
+def new_state() -> dict[str, Any]:
+    """Where `Dataset.documents` begins."""
+    return {"places": {}, "sizes": {}, "inside": None, "documents": 0}
+
+
+def _hold_out_the_end(shards: dict[str, Shard], fraction: float, tokenizer: Tokenizer, end: int) -> None:
+    """Of a dataset that is one document."""
+    train = shards["train"]
+    train.facts()
+    ids = np.fromfile(train.file.name, np.uint16)[train.tokens - int(train.tokens * fraction) :]
+    size = sum(len(text.encode()) for text in TokenFile(ids, 0).texts(tokenizer, end))
+    train.file.close()
+    shards["val"].add(ids, size)
+    shards["train"] = Shard(Path(train.file.name), train.tokens - len(ids), train.bytes - size)
 
 
 # --- where rows come from -----------------------------------------------------------------------------------
 
 
-def _sources(spec: str, output: Path) -> tuple[dict[str, Callable], list[str], list]:
-    """({name: function that begins to read its rows}, names of what is not read, what tells a change)."""
-    if not os.path.exists(spec):  # a path may hold the signs : and @ itself
-        pattern = r"(.*?)(?::([^:@/]+))?(?:@([^:@/]+))?"
-        source, config, split = re.fullmatch(pattern, spec, re.DOTALL).groups()
-        if os.path.exists(source) or source.startswith((".", "/")) or source.count("/") > 1:
+class Source:
+    """One dataset: its files, and their documents in order. `pinned` is the commit to read it at."""
+
+    def __init__(self, spec: str, column: str | None, output: Path, pinned: str | None):
+        self.spec, self.column, self.revision, self.left_out = spec, column, pinned, []
+        self.is_local = os.path.exists(spec)  # a path may hold the signs : and @ itself
+        if self.is_local:
+            self.files, self.facts = self._local_files(output), None
+            stats = [(path, os.stat(path)) for path in self.files]
+            self.facts = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+            return
+        self.facts = [spec, column]
+        found = re.fullmatch(r"(.*?)(?::([^:@/]+))?(?:@([^:@/]+))?", spec, re.DOTALL)
+        self.repo, self.config, self.split = found.groups()
+        if os.path.exists(self.repo) or self.repo.startswith((".", "/")) or self.repo.count("/") > 1:
             raise DataError(f"--dataset {spec}: no such file or folder (a local one has no split)")
-        return {spec: partial(_rows, source, split or "train", name=config)}, [], []
-    root = Path(spec).resolve()
-    paths = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
-    own = [output / name for name in ("checkpoints", "data", "logs")]  # what the run itself writes
-    paths = [path for path in paths if not any(path.is_relative_to(folder) for folder in own)]
-    paths = [path for path in paths if "/." not in f"/{path.relative_to(root.parent).as_posix()}"]
-    files = [path for path in paths if _builder(path) and path.stat().st_size]
-    left_out = [str(path.relative_to(root.parent)) for path in paths if path not in {*files}]
-    facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return {str(path): partial(_file_rows, path) for path in files}, left_out, facts
 
+    def _local_files(self, output: Path) -> list[str]:
+        root = Path(self.spec).resolve()
+        paths = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
+        own = [output / name for name in ("checkpoints", "data", "logs")]  # what the run itself writes
+        paths = [path for path in paths if not any(path.is_relative_to(folder) for folder in own)]
+        paths = [path for path in paths if "/." not in f"/{path.relative_to(root.parent).as_posix()}"]
+        files = [path for path in paths if _kind(path.name) and path.stat().st_size]
+        self.left_out = [str(path.relative_to(root.parent)) for path in paths if path not in {*files}]
+        return [str(path) for path in files]
 
-def _builder(path: Path) -> str | None:
-    return BUILDERS.get(Path(re.sub(r"\.(gz|bz2|xz|zst)$", "", path.name.lower())).suffix)
-
-
-def _file_rows(path: Path) -> Iterator[dict]:
-    # a list of one: in a folder the package would guess splits by names, and drop files without a word
-    options = {"sep": "\t"} if ".tsv" in path.name.lower() else {}
-    return _rows(_builder(path), "train", data_files={"train": [glob.escape(str(path))]}, **options)
-
-
-def _rows(builder_name: str, split: str, **options) -> Iterator[dict]:
-    try:
-        from datasets import load_dataset_builder, logging
-    except ImportError:
-        raise DataError("--dataset needs the 'datasets' package: pip install datasets") from None
-    logging.set_verbosity(logging.CRITICAL)  # its errors are told in one line
-    builder = load_dataset_builder(builder_name, **options)
-    if builder.info.builder_name == "text":  # its rows are lines unless asked otherwise
-        builder = load_dataset_builder(builder_name, sample_by="document", **options)
-    return iter(builder.as_streaming_dataset(split=split))
-
-
-# --- from a row to a document -------------------------------------------------------------------------------
-
-
-def _texts(sources: dict[str, Callable], wanted: str | None) -> Iterator[tuple[str, str]]:
-    """(name of the source, text) of every row; an empty cell is an empty text."""
-    for name, begin in sources.items():
-        number = 0
+    @cached_property
+    def files(self) -> list[str]:
+        """Of the Hub: the addresses that the datasets package finds for the configuration and the split."""
         try:
-            rows = map(_flat, begin())
-            first = list(islice(rows, SAMPLE_ROWS))
-            column = _choose(first, wanted)
-            for number, row in enumerate(chain(first, rows), start=1):
-                text = row.get(column) or ""
-                if not isinstance(text, str):
-                    found = type(text).__name__
-                    raise DataError(f"row {number}: column {column!r} holds {found}, expected text")
-                yield name, text.replace("\0", "")
-        except DataError as error:
-            raise DataError(f"--dataset {name}: {error}") from None
-        except Exception as error:  # the library raises many unrelated types for what it cannot read
-            words = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            raise DataError(f"--dataset {name}, after row {number}: {words}") from None
+            from datasets import load_dataset_builder, logging
+        except ImportError:
+            raise DataError("--dataset needs the 'datasets' package: pip install datasets") from None
+        from huggingface_hub import HfApi
+
+        logging.set_verbosity(logging.CRITICAL)  # its errors are told in one line
+        try:
+            self.revision = HfApi().dataset_info(self.repo, revision=self.revision, timeout=10).sha
+            builder = load_dataset_builder(self.repo, name=self.config, revision=self.revision)
+        except (ValueError, FileNotFoundError) as error:
+            raise DataError(f"--dataset {self.spec}: {_in_one_line(error)}") from None
+        except Exception as error:  # connection errors of several libraries share no base class
+            raise hub.explained(error, self.repo) from None
+        splits, split = builder.config.data_files or {}, self.split or "train"
+        if split not in splits:
+            raise DataError(
+                f"--dataset {self.spec}: no split {split!r}; it has {', '.join(map(str, splits))}"
+            )
+        return [str(file) for file in splits[split]]
+
+    def pieces(self, first: int = 0, row: int = 0, piece: int = 0) -> Iterator[Piece]:
+        """Its documents from a place on. Raises `DataError` that names file and row."""
+        for file in range(first, len(self.files)):
+            name, is_empty = self.files[file], not (row or piece)
+            try:
+                for texts in self._rows(name, row):
+                    key = None
+                    for number, (text, ends) in enumerate(_documents(texts), start=1):
+                        key = int(sha256_bytes(text[: 2**16].encode())[:16], 16) if key is None else key
+                        if number > piece:
+                            yield Piece(text, ends, key, (file, row, number))
+                        key, is_empty = None if ends else key, False
+                    row, piece = row + 1, 0
+            except DataError as error:
+                raise DataError(f"--dataset {name}, row {row + 1}: {error}") from None
+            except Exception as error:  # many unrelated types for what cannot be read
+                kept = "; what was read is kept: the same command goes on from there" * (not self.is_local)
+                raise DataError(f"--dataset {name}, after row {row}: {_in_one_line(error)}{kept}") from None
+            if is_empty and name not in self.left_out:
+                self.left_out.append(name)
+            row = piece = 0
+
+    def _rows(self, file: str, start: int) -> Iterator[Iterable[str]]:
+        """The text of each row from `start` on, in pieces; a text file is one row."""
+        if _kind(file) == "text":
+            with _opened(file) as raw:
+                yield (text.replace("\0", "") for text in decoded(raw, "the text"))
+            return
+        sample: list[dict] = []
+        with suppress(Exception):  # it is told where it is met again, below
+            sample.extend(islice(_table(file), SAMPLE_ROWS))
+        column = _choose(sample, self.column)
+        for row in _table(file, start, column):
+            text = row.get(column) or ""
+            if not isinstance(text, str):
+                raise DataError(f"column {column!r} holds {type(text).__name__}, expected text")
+            # half a surrogate pair is no character
+            text = text.replace("\0", "").encode(errors="replace").decode().rstrip("\r\n")
+            yield [f"{text}\n{SEPARATOR}"]
+
+
+def _in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _kind(file: str) -> str | None:
+    return KINDS.get(Path(re.sub(r"\.(gz|bz2|xz|zst)$", "", file.lower())).suffix)
+
+
+def _opened(file: str) -> BinaryIO:
+    """What is in a file, unpacked."""
+    if file.startswith("hf://"):
+        from huggingface_hub import HfFileSystem as FileSystem
+    else:
+        from fsspec.implementations.local import LocalFileSystem as FileSystem
+    return FileSystem().open(file, "rb", compression="infer")
+
+
+def _table(file: str, start: int = 0, column: str | None = None) -> Iterator[dict]:
+    """The rows of a table from `start` on, with all of their columns or at least the one."""
+    kind = _kind(file)
+    with _opened(file) as raw:
+        if kind == "parquet":
+            rows = _parquet_rows(raw, start, column)
+        elif kind == "arrow":
+            import pyarrow
+
+            batches = pyarrow.ipc.open_stream(raw)
+            rows = islice(chain.from_iterable(batch.to_pylist() for batch in batches), start, None)
+        else:
+            lines = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="" if "sv" in kind else None)
+            rows = islice(_json_rows(lines) if kind == "json" else _csv_rows(lines, kind), start, None)
+        for row in rows:
+            if not isinstance(row, dict):
+                raise DataError(f"{type(row).__name__}, expected an object with columns")
+            yield _flat(row)
+        size = getattr(raw, "size", None)
+        if file.startswith("hf://") and kind != "parquet" and size and raw.tell() < size:
+            raise DataError(f"the Hub sent {raw.tell():,} of {size:,} bytes")
+
+
+def _parquet_rows(raw: BinaryIO, start: int, column: str | None) -> Iterator[dict]:
+    import pyarrow.parquet
+
+    # by pages, for a group of rows may be as large as the file
+    file = pyarrow.parquet.ParquetFile(raw, pre_buffer=False, buffer_size=2**20)
+    for group in range(file.num_row_groups):
+        count = file.metadata.row_group(group).num_rows
+        if start < count:
+            batches = file.iter_batches(100, row_groups=[group], columns=column and [column])
+            yield from islice(chain.from_iterable(batch.to_pylist() for batch in batches), start, None)
+        start = max(0, start - count)
+
+
+def _csv_rows(lines: io.TextIOBase, kind: str) -> Iterator[dict]:
+    csv.field_size_limit(sys.maxsize)  # a cell is a document
+    for row in csv.DictReader(lines, delimiter="\t" if kind == "tsv" else ",", strict=True):
+        if None in row:
+            raise DataError(f"{len(row) - 1 + len(row[None])} cells, but the header has {len(row) - 1}")
+        yield row
+
+
+def _json_rows(file: io.TextIOBase) -> Iterator[dict]:
+    """Values, one after the other or in a list."""
+    decoder, text, place = json.JSONDecoder(), "", 0
+    while True:
+        place = _BETWEEN_VALUES.match(text, place).end()
+        try:
+            row, place = decoder.raw_decode(text, place)
+            yield row
+        except ValueError:
+            more = file.read(2**16) if len(text) - place < LONGEST_VALUE else ""
+            if not more and place < len(text):
+                raise
+            if not more:
+                return
+            text, place = text[place:] + more, 0
+
+
+# --- from a row to documents --------------------------------------------------------------------------------
 
 
 def _flat(row: dict, prefix: str = "") -> dict:
@@ -162,11 +445,12 @@ def _choose(rows: list[dict], wanted: str | None) -> str:
     return column
 
 
-def _document(text: str, room: int) -> str:
-    """A text whose last line ends a document; empty for a blank one. Separator lines of its own count."""
-    if len(text) > room:  # a text of gigabytes is not wanted whole
-        text = text[: text.rfind("\n", 0, room) + 1 or room]
-    text = text.removeprefix("\ufeff").rstrip("\r\n")
-    if f"\n{text}".endswith("\n" + END_OF_TEXT):
-        text = text.removesuffix(END_OF_TEXT).rstrip("\r\n")
-    return f"{text}\n{SEPARATOR}" if text.strip() else ""
+def _documents(texts: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """As `documents`, without blank ones; the last one ends too, with a line break."""
+    begins, text = True, ""
+    for text, ends in documents(texts):
+        if text.strip() or not begins:
+            yield text, ends
+            begins = ends
+    if not begins:
+        yield "" if text.endswith("\n") else "\n", True

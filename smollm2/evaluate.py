@@ -102,6 +102,10 @@ def compression_bits_per_byte(path, split: str = "val", held_out_fraction: float
     text = "".join(read_split(path, split, held_out_fraction)).encode()
     if not text:
         raise DataError(f"{path}: nothing to compress in split {split!r}")
+    return compressed_bits_per_byte(text)
+
+
+def compressed_bits_per_byte(text: bytes) -> dict[str, float]:
     packed = {"gzip -9": len(gzip.compress(text, 9, mtime=0)), "xz": len(lzma.compress(text))}
     return {name: 8 * size / len(text) for name, size in packed.items()}
 

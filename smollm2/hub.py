@@ -72,7 +72,7 @@ def fetch_files(
                     raise
         return paths
     except Exception as error:  # connection errors of several libraries share no base class
-        problem = _explained(error, repo_id)
+        problem = explained(error, repo_id)
     if cached.keys() >= set(required):
         print(f"using the copy in the local cache: {problem}", file=sys.stderr)
         return cached
@@ -82,7 +82,7 @@ def fetch_files(
     raise problem
 
 
-def _explained(error: Exception, repo_id: str) -> UserError:
+def explained(error: Exception, repo_id: str) -> UserError:
     """A failed transfer in one line that blames the right one: `HubUnreachable` or, answered, `UserError`."""
     from huggingface_hub import constants, errors, get_token
 

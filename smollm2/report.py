@@ -56,7 +56,7 @@ def draw_report(config: RunConfig, references: dict[str, float]) -> tuple[plots.
     best = min(scored, key=lambda score: score[1])
     style = {"color": plots.RED, "markersize": 9, "markerfacecolor": "none", "linestyle": ""}
     ax.plot(*best[:2], "o", **style, label=f"lowest, at step {best[0]:.0f}: the one to publish")
-    if counted := counting_bits_per_byte(data.input_file, data.held_out_fraction):
+    if not data.dataset and (counted := counting_bits_per_byte(data.input_file, data.held_out_fraction)):
         references = references | {"counting": counted}
     for (name, value), color in zip(references.items(), plots.PALETTE[2:], strict=False):
         style = {"color": color, "linestyle": "--", "linewidth": 1, "marker": ""}
@@ -73,7 +73,7 @@ def draw_report(config: RunConfig, references: dict[str, float]) -> tuple[plots.
     words = [f"{s:,.0f}\n{s * tokens / 1e6:.2f} M\n{t:,.0f} s" for s, t in zip(ticks, at, strict=True)]
     ax.set_xticks(ticks, words)
     x = "steps, tokens and seconds of training"
-    plots.label(ax, f"{config.preset} on {Path(data.input_file).name}", x, "nats per token", legend=True)
+    plots.label(ax, f"{config.preset} on {Path(data.dataset or data.input_file).name}", x, "nats per token", legend=True)
     told = ", ".join(f"{name} {value:.2f}" for name, value in references.items())
     alt = f"Held-out bits per byte fall from {bits[0]:.2f} at step {steps[0]:.0f} to {bits[-1]:.2f} at step "
     alt += f"{steps[-1]:.0f} (lowest {best[2]:.2f} at step {best[0]:.0f})"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .checkpoint import step_name
-from .evaluate import compression_bits_per_byte, score_tokens
+from .evaluate import compressed_bits_per_byte, score_tokens
 from .model import SmolLM2
 from .progress import safe_words
 from .report import save_report
@@ -78,8 +78,8 @@ def complete_result(result: TrainResult, run: Run, stopped_by: int | None, secon
         if best and config.train.val_max_tokens is None:  # else measured on fewer tokens than the last one
             result.best = (best["step"], best["bits_per_byte"])
         if val.text_bytes <= MAX_REFERENCE_BYTES:
-            text = config.data.input_file
-            result.references = compression_bits_per_byte(text, "val", config.data.held_out_fraction)
+            text = "".join(val.texts(run.tokenizer, config.model.eos_token_id))
+            result.references = compressed_bits_per_byte(text.encode())
         with contextlib.suppress(OSError):  # the disk is full: the run is safe, only its picture is not
             result.report = save_report(config, result.references)
     if run.mirror:

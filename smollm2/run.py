@@ -14,7 +14,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,8 +24,8 @@ from . import __version__, weights
 from . import device as hardware
 from .checkpoint import FINAL_NAMES, MANIFEST, Manifest, candidates, newest_usable, verify
 from .config import RunConfig, TrainConfig, problems
-from .data import TokenData, check_length, identity_key, note_on_passes, prepare_tokens
-from .dataset import dataset_to_text
+from .data import InputFile, TokenData, check_length, note_on_passes
+from .dataset import Dataset, open_text
 from .drive import DriveMirror, check_places, newest_on_drive
 from .errors import CheckpointError, ConfigError, DataError, UserError
 from .files import dump_json, load_tensors, replace_durably, sha256_json
@@ -40,11 +40,11 @@ from .progress import Reporter
 from .saver import Saver, check_space
 from .settings import read_yaml
 from .state import TrainState, check_unchanged, fixed_settings, read_state, restore_rng, rng_tensors
-from .text import END_OF_TEXT, documents, read_split, read_text, source_identity
+from .text import END_OF_TEXT, source_identity
 from .tokenizer import Tokenizer, choose_tokenizer
 from .workers import announce_open, check_workers, is_first_worker, wait_until_open
 
-BPE_TRAINING_PIECES = 64  # of about 1 MiB each: enough for any vocabulary
+BPE_TRAINING_CHARACTERS = 2**26  # enough for any vocabulary
 
 Say = Callable[[str], None]
 
@@ -122,6 +122,7 @@ class Run:
         tensors = {"model.safetensors": weights.stored_tensors(model), "optim.safetensors": moments}
         facts = {
             "data_sha256": self.data.sha256,
+            "dataset": self.data.sidecar.get("dataset"),
             "tokenizer_sha256": self.tokenizer.sha256,
             "config_sha256": sha256_json(state.config),
             "fingerprint": hardware.fingerprint(self.device, self.precision, config.train),
@@ -178,7 +179,7 @@ def _open(config: RunConfig, device: torch.device, reporter: Reporter, is_first:
     checkpoint_dir = output_dir / "checkpoints"
     if not is_first:
         wait_until_open(output_dir)
-    config = _with_text(_with_base_model(config), say)
+    config = _with_base_model(config)
     train, count = config.train, parameter_count(config.model)
     hardware.check_memory(config, device)
     precision = hardware.choose_precision(train.precision, device)
@@ -199,13 +200,14 @@ def _open(config: RunConfig, device: torch.device, reporter: Reporter, is_first:
         newest = newest_on_drive(place.drive_dir, checkpoint_dir, say, read_state)
     else:
         newest = newest_usable(candidates(checkpoint_dir), say, read_state)
-    tokenizer = _choose_tokenizer(config, newest, way_out, say)
+    text = open_text(config, newest and newest.facts.get("dataset"))
+    tokenizer = _choose_tokenizer(config, text, newest, way_out, say)
     config = _with_token_ids(config, tokenizer)
     began_with = origin_name(place.init_from) if place.init_from else None
     state = read_state(newest) if newest else TrainState()
     if newest:
         check_unchanged(state, config, began_with, where, way_out)
-    data = _prepare_data(config, tokenizer, newest, way_out, say)
+    data = _prepare_data(config, text, tokenizer, newest, way_out, say)
     if train.minutes:
         config = _with_steps(config, state, device, precision, data, is_first, began, say)
         train = config.train
@@ -267,27 +269,16 @@ def _with_base_model(config: RunConfig) -> RunConfig:
         raise ConfigError(f"run.init_from={source}: {problems(error, RunConfig)}") from None
 
 
-def _with_text(config: RunConfig, say: Say) -> RunConfig:
-    """With `data.dataset`: the text that was read from it as the input file."""
-    data = config.data
-    if data.dataset is None:
-        return config
-    folder = Path(config.run.output_dir) / "data"
-    path = dataset_to_text(data.dataset, folder, data.dataset_tokens, data.dataset_column, say)
-    return config.model_copy(update={"data": data.model_copy(update={"input_file": str(path)})})
+Text = InputFile | Dataset
 
 
-def _choose_tokenizer(config: RunConfig, newest: Manifest | None, way_out: str, say: Say) -> Tokenizer:
+def _choose_tokenizer(
+    config: RunConfig, text: Text, newest: Manifest | None, way_out: str, say: Say
+) -> Tokenizer:
     """The checkpoint's own, that of `init_from`, or what `data.tokenizer` says."""
     data, base = config.data, config.run.init_from
 
-    def texts(pieces: Iterator[str]) -> Iterator[str]:
-        found = documents(islice(pieces, BPE_TRAINING_PIECES))
-        return (text for text, _ in found)  # no entries for the letters of separator lines
-
-    def training_texts() -> Iterator[str]:
-        return texts(read_split(data.input_file, "train", data.held_out_fraction))
-
+    training_texts = partial(text.training_texts, BPE_TRAINING_CHARACTERS)
     own = newest.folder if newest else base and weights.resolve(base)
     is_own = bool(own) and data.tokenizer == "auto"
     spec, size = str(own) if is_own else data.tokenizer, data.tokenizer_vocab_size
@@ -298,10 +289,10 @@ def _choose_tokenizer(config: RunConfig, newest: Manifest | None, way_out: str, 
     if is_own:
         reason = "the checkpoint's own" if newest else f"that of {base}"
     say(f"tokenizer: {reason}")
-    _, lost = tokenizer.not_kept(texts(read_text(data.input_file)))
+    _, lost = tokenizer.not_kept(training_texts())
     if lost:
         cost = "they are not learned, and bits per byte of this run are too good by what they would cost"
-        say(f"note: {data.input_file}: {lost}; {cost}")
+        say(f"note: {text.name}: {lost}; {cost}")
     return tokenizer
 
 
@@ -321,22 +312,26 @@ def _with_token_ids(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
 
 
 def _prepare_data(
-    config: RunConfig, tokenizer: Tokenizer, newest: Manifest | None, way_out: str, say: Say
+    config: RunConfig, text: Text, tokenizer: Tokenizer, newest: Manifest | None, way_out: str, say: Say
 ) -> TokenData:
     """Token files of the text; raises `DataError` when the checkpoint was trained on another one."""
-    path, fraction, end_id = config.data.input_file, config.data.held_out_fraction, config.model.eos_token_id
-    source = source_identity(path)
+    name, end_id = text.name, config.model.eos_token_id
     if end_id is not None and end_id != tokenizer.end_of_text_id:
         end = f"{tokenizer.token(end_id)} (id {end_id})"
         say(f"documents end with {end}, the model's own end, not {END_OF_TEXT}")
-    identity = sha256_json(identity_key(source, tokenizer, fraction, end_id))
-    if newest and newest.facts.get("data_sha256") != identity and not config.run.allow_data_change:
-        wrong = "is not the text this run was trained on (its hash differs from the checkpoint's)"
-        raise DataError(f"{path} {wrong}: restore it, pass --set run.allow_data_change=true, or {way_out}")
-    data = prepare_tokens(path, tokenizer, Path(config.run.output_dir) / "data", fraction, end_id)
-    check_length(data, config.data.sequence_length, path)
-    tokens, held_out = f"{len(data.train.tokens):,} tokens to train on", f"{len(data.val.tokens):,} held out"
-    say(f"data: {path}, {source['bytes']:,} bytes; {tokens}, {held_out} ({data.val.text_bytes:,} bytes)")
+
+    def check(identity: str | None) -> None:
+        if newest and newest.facts.get("data_sha256") != identity and not config.run.allow_data_change:
+            wrong = "is not the text this run was trained on (its hash differs from the checkpoint's)"
+            raise DataError(
+                f"{name} {wrong}: restore it, pass --set run.allow_data_change=true, or {way_out}"
+            )
+
+    data = text.prepare(tokenizer, end_id, check, say)
+    check_length(data, config.data.sequence_length, name)
+    size, held_out = data.train.text_bytes + data.val.text_bytes, f"{len(data.val.tokens):,} held out"
+    tokens = f"{len(data.train.tokens):,} tokens to train on, {held_out} ({data.val.text_bytes:,} bytes)"
+    say(f"data: {name}, {size:,} bytes; {tokens}")
     return data
 
 

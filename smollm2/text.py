@@ -7,11 +7,13 @@ newline) ends a document.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import re
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO
 
 from .errors import DataError
 from .files import CHUNK_BYTES, kind_of
@@ -42,28 +44,36 @@ def read_text(path: str | Path) -> Iterator[str]:
         raise DataError(f"--input_file {path}: {kind_of(path)}, {advice}")
     seen = 0
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            try:
-                while text := file.read(CHUNK_BYTES):
-                    if not seen and sum(map(text.count, CONTROLS)) > len(text) // 1000:
-                        raise _refusal(path, "binary: many control characters")
-                    if "\0" in text:
-                        raise _refusal(path, f"binary: a NUL at character {seen + text.index(chr(0)):,}")
-                    seen += len(text)
-                    yield text
-            except UnicodeDecodeError as error:
-                place = file.buffer.tell() - len(error.object) + error.start
-                found = f"not UTF-8 at byte offset {place:,} (byte 0x{error.object[error.start]:02x})"
-                raise _refusal(path, found) from None
+        with open(path, "rb") as raw:
+            for text in decoded(raw, path):
+                if "\0" in text:
+                    raise _refusal(raw, path, f"binary: a NUL at character {seen + text.index(chr(0)):,}")
+                seen += len(text)
+                yield text
     except OSError as error:
         raise DataError(f"--input_file {path}: {error.strerror}") from None
 
 
-def _refusal(path: str | Path, found: str) -> DataError:
-    with open(path, "rb") as file:
-        head = file.read(4)
+def decoded(raw: BinaryIO, name: str | Path) -> Iterator[str]:
+    """The text of an open UTF-8 file, as `read_text` reads it; the errors say `name`."""
+    file, is_first = io.TextIOWrapper(raw, encoding="utf-8-sig"), True
+    try:
+        while text := file.read(CHUNK_BYTES):
+            if is_first and sum(map(text.count, CONTROLS)) > len(text) // 1000:
+                raise _refusal(raw, name, "binary: many control characters")
+            is_first = False
+            yield text
+    except UnicodeDecodeError as error:
+        place = raw.tell() - len(error.object) + error.start
+        found = f"not UTF-8 at byte offset {place:,} (byte 0x{error.object[error.start]:02x})"
+        raise _refusal(raw, name, found) from None
+
+
+def _refusal(raw: BinaryIO, name: str | Path, found: str) -> DataError:
+    raw.seek(0)
+    head = raw.read(4)
     kinds = [f"; it begins like {kind}" for start, kind in BEGINNINGS.items() if head.startswith(start)]
-    return DataError(f"{path}: {found}{''.join(kinds)}; expected plain UTF-8 text: unpack or convert it")
+    return DataError(f"{name}: {found}{''.join(kinds)}; expected plain UTF-8 text: unpack or convert it")
 
 
 def documents(texts: Iterable[str]) -> Iterator[tuple[str, bool]]:

@@ -1,21 +1,35 @@
-"""A dataset becomes a text with its own documents: nothing is dropped without a word, a changed one is read anew."""
+"""A dataset becomes tokens: every text is read or named, no document is in both parts, and neither a kill, a
+second reading nor a Hub that fails changes a token."""
 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import os
+import random
+import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 import pytest
 
-from smollm2.dataset import dataset_to_text
+from smollm2.config import DataConfig
+from smollm2.data import TokenData
+from smollm2.dataset import Dataset
 from smollm2.errors import DataError
-from smollm2.text import documents, read_text
+from smollm2.tokenizer import END_OF_TEXT, Tokenizer
 
 datasets = pytest.importorskip("datasets", reason="pip install datasets")
+
+
+TOKENIZER = Tokenizer.train(["the king said one two three\n" * 50], 300)
 
 
 @pytest.fixture
@@ -33,13 +47,31 @@ def write(folder: Path, files: dict[str, str | bytes]) -> None:
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
-def read(spec: str = "in", output: str = "out", tokens: int = 10_000, **options) -> tuple[list[str], str]:
-    """(documents, what was said)"""
+def prepare(spec: str = "in", tokens: int = 10_000, say=print, pinned=None, **options) -> TokenData:
+    dataset = Dataset(DataConfig(dataset=spec, **options), Path("out"), tokens, pinned)
+    return dataset.prepare(TOKENIZER, None, lambda identity: None, say)
+
+
+def parts(data: TokenData) -> list[list[str]]:
+    """The documents of both parts."""
+    found = []
+    for part in (data.train, data.val):
+        text = "".join(part.texts(TOKENIZER, 0))
+        assert len(text.encode()) == part.text_bytes
+        found.append(text.split(f"{END_OF_TEXT}\n")[:-1])
+    return found
+
+
+def read(spec: str = "in", tokens: int = 10_000, **options) -> tuple[list[str], str]:
+    """(documents, what was said at the end)"""
     said: list[str] = []
-    path = dataset_to_text(spec, Path(output, "data"), tokens, say=said.append, **options)
-    pieces = list(documents(read_text(path)))
-    assert all(ends for _, ends in pieces) and len(said) == 1
-    return [text for text, _ in pieces], said[0]
+    train, val = parts(prepare(spec, tokens, said.append, **options))
+    assert len(said) <= 2 and not {*train} & {*val}
+    return sorted(train + val), said[-1]
+
+
+def hashes(folder: str = "out") -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in Path(folder).rglob("*.bin")}
 
 
 def jsonl(*rows: dict) -> str:
@@ -48,56 +80,58 @@ def jsonl(*rows: dict) -> str:
 
 def test_a_text_file_is_one_document_and_its_own_separators_count(place):
     write(place / "in", {"a.txt": "one\n\n\ntwo\n", "b.txt": "three\n<|endoftext|>\nfour\n<|endoftext|>\n"})
-    write(
-        place / "in",
-        {"c.txt": "\n", "d.txt": "\ufefffive\r\n<|endoftext|>\r\n", "e.txt": "not <|endoftext|>"},
-    )
+    write(place / "in", {"c.txt": "\n", "d.txt": "\ufefffive\r\n<|endoftext|>\r\n", "e.txt": "six\0"})
     found, said = read()
-    assert found == ["one\n\n\ntwo\n", "three\n", "four\n", "five\n", "not <|endoftext|>\n"]
-    assert "read 5 documents" in said and "not read" not in said
+    assert found == sorted(["one\n\n\ntwo\n", "three\n", "four\n", "five\n", "six\n"])
+    assert "read 5 documents" in said and said.endswith(f"; not read: {place}/in/c.txt")
 
 
 def test_every_text_of_a_folder_is_read_whatever_its_name_and_others_are_named(place):
     """The datasets package drops files without a word where one of them is called test, train or dev."""
-    texts = ["a.txt", "dev.txt", "night-train.txt", "test/A.TXT", "[x]{1}*?.md", "#5%.txt", "__s__/t.txt"]
-    write(
-        place / "in",
-        {name: f"{name}\n" for name in texts} | {"t.csv": "text,n\ncell,1\n", "u.TSV": "n\ttext\n1\ttab\n"},
-    )
-    write(
-        place / "in",
-        {"rows.jsonl": jsonl({"text": "row"}), "z.jsonl.gz": gzip.compress(b'{"text": "packed"}')},
-    )
+    texts = ["a.txt", "dev.txt", "night-train.txt", "test/A.TXT", "[x]{1}*?.md", "#5%.txt", "__s__/t::u.txt"]
+    tables = {"t.csv": "text,n\ncell,1\n", "u.TSV": "n\ttext\n1\ttab\n", "rows.jsonl": jsonl({"text": "row"})}
+    packed = {"z.jsonl.gz": gzip.compress(b'{"text": "packed"}'), "y.txt.gz": gzip.compress(b"y")}
+    lists = {"l.json": '[{"text": "first"},\n {"text": "second"}]', "p.json": '{\n "text": "pretty"\n}\n'}
+    write(place / "in", {name: f"{name}\n" for name in texts} | tables | packed | lists)
     write(place / "in", {"picture.png": "x", "empty.txt": "", "LICENSE": "x", ".git/config.txt": "hidden"})
+    datasets.Dataset.from_dict({"text": ["arrow"]}).save_to_disk(place / "saved")
+    os.rename(next((place / "saved").glob("*.arrow")), place / "in" / "a.arrow")
+    datasets.Dataset.from_dict({"text": ["stored"]}).to_parquet(place / "in" / "a.parquet")
+    rows = ["row", "cell", "tab", "packed", "y", "first", "second", "pretty", "arrow", "stored"]
     found, said = read()
-    assert sorted(found) == sorted(f"{name}\n" for name in [*texts, "row", "cell", "tab", "packed"])
+    assert found == sorted(f"{name}\n" for name in [*texts, *rows])
     assert said.endswith("; not read: in/LICENSE, in/empty.txt, in/picture.png")
 
 
-@pytest.mark.parametrize("name", ["x.jsonl", "A.TXT", "test.md", "a@b:c.txt"])
-def test_a_single_file_is_read(place, name):
-    write(place, {name: '{"text": "one"}' if name == "x.jsonl" else "one"})
-    assert read(name)[0] == ["one\n"]
+@pytest.mark.parametrize("name", ["x.jsonl", "A.TXT", "test.md", "a@b:c.txt", "a=0.5,b=0.5.txt"])
+def test_a_single_document_is_read_and_its_end_held_out(place, name):
+    text = "the king said one. " * 40
+    write(place, {name: json.dumps({"text": text}) if name == "x.jsonl" else text})
+    data = prepare(name)
+    train, val = ("".join(part.texts(TOKENIZER, 0)) for part in (data.train, data.val))
+    assert train + val == f"{text}\n{END_OF_TEXT}\n"
+    assert (data.train.text_bytes, data.val.text_bytes) == (len(train), len(val))
+    assert len(data.val.tokens) == (len(data.train.tokens) + len(data.val.tokens)) // 10
 
 
 def test_what_the_run_itself_writes_is_no_text_of_the_folder_it_lies_in(place):
-    write(place, {"a.txt": "one\n", "out/checkpoints/c/config.json": "{}", "out/logs/training_loss.txt": "x"})
-    for said in ("read 1 documents", "read from it earlier"):
+    write(
+        place, {"a.txt": "1\n<|endoftext|>\n2", "out/checkpoints/c/config.json": "{}", "out/logs/l.txt": "x"}
+    )
+    for said in ("read 2 documents", "read earlier"):
         found, words = read(".")
-        assert found == ["one\n"] and said in words
+        assert found == ["1\n", "2\n"] and said in words
         write(place, {"out/logs/generation_samples.txt": "y"})
 
 
 def test_rows_of_a_table_are_documents_and_empty_ones_are_none(place):
     """A null, an empty cell or a NUL in one row condemns none of the others."""
-    write(
-        place / "in", {"a.jsonl": jsonl(*({"text": t} for t in ("one\ntwo", None, " ", "three\n", "fo\0ur")))}
-    )
+    texts = ("one\ntwo", None, " ", "three\n", "fo\0ur", "half \ud800")
+    write(place / "in", {"a.jsonl": jsonl(*({"text": t} for t in texts))})
     write(place / "in", {"b.csv": 'text,label\nfive,1\n,2\n"six, ""6""\n7",3\n'})
     found, said = read()
-    assert (
-        found == ["one\ntwo\n", "three\n", "four\n", "five\n", 'six, "6"\n7\n'] and "read 5 documents" in said
-    )
+    expected = ["one\ntwo\n", "three\n", "four\n", "half ?\n", "five\n", 'six, "6"\n7\n']
+    assert found == sorted(expected) and "read 6 documents" in said
 
 
 COLUMNS = [
@@ -106,83 +140,226 @@ COLUMNS = [
     (None, [{"meta": {"lang": {"code": "a"}}, "n": 1}], "a\n"), ("body", [{"text": "a"}], "no text column 'body'; it has text"),
     (None, [{"title": "t", "body": "a"}], "no text column 'content'; it has title, body: choose one with --set"),
     (None, [{"id": "x", "t": {"de": "a", "en": "b"}}], "it has id, t.de, t.en"),
-    (None, [{"text": "a"}, {"text": ["b"]}], r"in/rows\.jsonl: row 2: column 'text' holds list, expected text"),
+    (None, [{"text": "a"}, {"text": ["b"]}], r"in/rows\.\w+, row 2: column 'text' holds list, expected text"),
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 @pytest.mark.parametrize(("column", "rows", "expected"), COLUMNS)
-def test_the_column_is_chosen_or_named(place, column, rows, expected):
-    write(place / "in", {"rows.jsonl": jsonl(*rows)})
+def test_the_column_is_chosen_or_named(place, column, rows, expected, kind):
+    if kind == "jsonl":
+        write(place / "in", {"rows.jsonl": jsonl(*rows)})
+    elif "holds list" not in expected:
+        datasets.Dataset.from_list(rows).to_parquet(place / "in/rows.parquet")
+    else:
+        pytest.skip("a column of a Parquet file has one type")
     if expected.endswith("\n"):
-        assert read(column=column)[0] == [expected]
+        write(place / "in", {"z.txt": "other"})
+        assert read(dataset_column=column)[0] == [expected, "other\n"]
     else:
         with pytest.raises(DataError, match=expected):
-            read(column=column)
+            read(dataset_column=column)
 
 
-@pytest.mark.parametrize(
-    "name, content", [("a.txt", b"caf\xe9"), ("a.csv", b"t,n\na,1\nb,c,d\n"), ("a.jsonl", b"{")]
-)
-def test_a_file_that_cannot_be_read_is_named_in_one_line(place, name, content):
-    write(place / "in", {"0.txt": "fine", name: content})
-    with pytest.raises(DataError, match=rf"--dataset .*in/{name}, after row 0: ") as caught:
+PACKED = gzip.compress(jsonl(*({"text": str(random.Random(n).random())} for n in range(20_000))).encode())
+BROKEN = [
+    ("a.txt", b"x" * 300 + b"caf\xe9", r"row 1: the text: not UTF-8 at byte offset 303 \(byte 0xe9\)"),
+    ("a.csv", b"text,n\na,1\nb,2\nb,c,d\n", "row 3: 3 cells, but the header has 2"),
+    ("a.jsonl", b'{"text": "a"}\n' * 500 + b'{"text": \n{"text": "b"}', "after row 500: JSONDecodeError"),
+    ("a.jsonl", b'{"text": "a"}\n"b"\n', "row 2: str, expected an object"),
+    ("a.jsonl.gz", PACKED[: len(PACKED) // 2], r"after row \d\d+: EOFError"),
+    ("a.jsonl.gz", b"no gzip", "after row 0: BadGzipFile"),
+    ("a.parquet", b"PAR1 and then nothing", "after row 0: ArrowInvalid"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, content, words", BROKEN)
+def test_a_file_that_cannot_be_read_is_named_with_its_row_in_one_line(place, name, content, words):
+    write(place / "in", {"0.txt": "fine\n<|endoftext|>\nalso", name: content})
+    with pytest.raises(DataError, match=rf"^--dataset .*in/{name}, {words}[^\n]*$"):
         read()
-    assert "\n" not in str(caught.value)
-    assert not list((place / "out/data").iterdir())
 
 
-@pytest.mark.parametrize("config", [None, "sample-10BT"])
-@pytest.mark.parametrize("split", [None, "validation"])
-def test_configuration_and_split_are_part_of_the_name(monkeypatch, place, config, split):
-    class Builder:
-        info = datasets.DatasetInfo(builder_name="parquet")
-
-        def as_streaming_dataset(self, split):
-            return [{"text": f"split {split}"}]
-
-    asked = []
-    monkeypatch.setattr(
-        datasets, "load_dataset_builder", lambda *args, **kw: asked.append((args, kw)) or Builder()
-    )
-    spec = "a/b" + (f":{config}" if config else "") + (f"@{split}" if split else "")
-    assert read(spec)[0] == [f"split {split or 'train'}\n"]
-    assert asked == [(("a/b",), {"name": config})]
+def test_a_table_without_rows_is_named(place):
+    write(place / "in", {"0.txt": "fine\n<|endoftext|>\nalso", "a.csv": "text\n"})
+    datasets.Dataset.from_dict({"text": []}).to_parquet(place / "in/b.parquet")
+    found, said = read()
+    assert found == ["also\n", "fine\n"]
+    assert said.endswith(f"; not read: {place}/in/a.csv, {place}/in/b.parquet")
 
 
 @pytest.mark.parametrize("spec", ["./absent", "/a/b/c", "a/b/c", "in@train", "in/a.pdf", "in/none"])
-def test_what_is_not_there_is_said(place, spec):
+def test_what_is_not_there_is_said_and_nothing_is_written(place, spec):
     write(place / "in", {"a.pdf": "%PDF", "none/a.html": "<p>"})
-    with pytest.raises(
-        DataError, match=rf"--dataset {spec}: no (such file or folder|text in files of \.txt, )"
-    ):
+    words = r"no (such file or folder|text in files of \.txt, )"
+    with pytest.raises(DataError, match=rf"--dataset {spec}: {words}"):
         read(spec)
+    assert not (place / "out").exists()
 
 
 def test_a_changed_folder_is_read_anew_and_an_unchanged_one_is_not(place):
-    write(place / "in", {"a.txt": "one\n"})
-    assert "read 1 documents" in read()[1] and "read from it earlier" in read()[1]
-    write(place / "in", {"b.txt": "two\n"})
-    assert read()[0] == ["one\n", "two\n"]  # another file
+    write(place / "in", {"a.txt": "one\n", "b.txt": "two\n"})
+    assert "read 2 documents" in read()[1] and "read earlier" in read()[1]
+    write(place / "in", {"c.txt": "three\n"})
+    assert read()[0] == ["one\n", "three\n", "two\n"]  # another file
     write(place / "in", {"b.txt": "six\n"})  # the same size
     os.utime(place / "in/b.txt", (1, 1))
-    assert read()[0] == ["one\n", "six\n"]
+    assert read()[0] == ["one\n", "six\n", "three\n"]
     for name in ("my_ds", "my-ds", "資料", "данные"):  # names that differ only in their signs
-        write(place, {f"{name}/a.txt": name})
-        assert read(name)[0] == [f"{name}\n"]
+        write(place, {f"{name}/a.txt": f"{name}\n<|endoftext|>\nb"})
+        assert read(name)[0] == sorted([f"{name}\n", "b\n"])
+
+
+def stories(count: int, seed: int = 0) -> list[str]:
+    """Distinct documents."""
+    draw = random.Random(seed)
+    words = ["the", "king", "said", "one", "two", "three", "stone", "river", "moon"]
+    return [f"{n} {' '.join(draw.choices(words, k=draw.randrange(1, 60)))}" for n in range(count)]
 
 
 def test_reading_stops_when_there_is_enough_and_says_what_was_not_read(place):
-    write(place / "in", {f"f{i}.txt": "123456789\n" * 300 for i in range(4)})
-    found, said = read(tokens=1000)
-    assert "".join(found) == "123456789\n" * 448 and len(found) == 2  # 4,500 bytes, separators and all
-    assert said.endswith(f"; not read: {place}/in/f2.txt, {place}/in/f3.txt")
+    write(place / "in", {f"f{i}.jsonl": jsonl(*({"text": t} for t in stories(100, i))) for i in range(4)})
+    whole = sum(len(t) for t in map(TOKENIZER.encode, stories(100, 0)))
+    data = prepare(tokens=whole + 500)
+    assert whole + 500 <= len(data.train.tokens) + len(data.val.tokens) < whole + 900
+    assert read(tokens=whole + 499)[1].endswith(f"; not read: {place}/in/f2.jsonl, {place}/in/f3.jsonl")
 
 
-def test_what_a_killed_process_has_half_read_goes_at_the_next_start(place):
-    write(place / "in", {"a.txt": "one"})
-    code = "import os, smollm2.dataset as d, pathlib as p; d._document = lambda *_: os._exit(9); "
-    code += "d.dataset_to_text('in', p.Path('out/data'), 1000)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
-    assert [path.suffixes[-1][:5] for path in (place / "out/data").iterdir()] == [".tmp-"]
-    read()
-    assert [path.suffix for path in (place / "out/data").iterdir()] == [".txt"]
+# --- the two parts --------------------------------------------------------------------------------------------
+
+
+def test_a_document_is_in_one_part_wherever_and_how_often_it_stands(place):
+    texts = stories(3000)
+    write(place / "in", {"a.jsonl": jsonl(*({"text": t} for t in texts * 2)), "b.txt": texts[7]})
+    train, val = parts(prepare(tokens=10**6))
+    assert not {*train} & {*val} and len(train) + len(val) == 6001
+    assert 0.08 < len(val) / 6001 < 0.12
+    texts.reverse()
+    write(place / "in", {"a.jsonl": jsonl(*({"text": t} for t in texts))})
+    assert len({*parts(prepare(tokens=10**6))[1]} ^ {*val}) <= 4  # of the first two documents alone
+
+
+def test_a_tokenizer_sees_training_documents_only(place):
+    write(place / "in", {"a.jsonl": jsonl(*({"text": t} for t in stories(2000)))})
+    dataset = Dataset(DataConfig(dataset="in"), Path("out"), 10**6)
+    assert [*dataset.training_texts(10**9)] == parts(prepare(tokens=10**6))[0]
+    assert 5000 <= sum(map(len, dataset.training_texts(5000))) < 6000
+
+
+def test_a_mixture_has_its_shares_of_tokens_and_ends_with_its_first_source(place):
+    write(place, {"a.jsonl": jsonl(*({"text": t} for t in stories(1500)))})
+    write(place, {"b.jsonl": jsonl(*({"text": f"B {t} {t} {t}"} for t in stories(1500, 1)))})
+    said: list[str] = []
+    data = prepare("a.jsonl=0.7,b.jsonl=0.3", 40_000, said.append)
+    sizes = Counter()
+    for text in chain(*parts(data)):
+        sizes[text[0] == "B"] += len(TOKENIZER.encode(text)) + 1
+    assert sizes.total() == len(data.train.tokens) + len(data.val.tokens)
+    assert abs(sizes[False] / sizes.total() - 0.7) < 0.005
+    assert re.search(r"\((69\.[5-9]|70\.[0-5])% a\.jsonl, (29\.[5-9]|30\.[0-5])% b\.jsonl\)$", said[-1])
+    assert sizes.total() < 41_000 < len(prepare("a.jsonl=7,b.jsonl=3", 10**9).train.tokens)
+    for spec in ("a.jsonl=0.7,a.jsonl=0.3", "a.jsonl=1,b.jsonl=0"):
+        with pytest.raises(DataError, match="each name once, each with a share above 0"):
+            prepare(spec)
+
+
+# --- nothing is lost ------------------------------------------------------------------------------------------
+
+CHILD = """
+import sys, resource
+from pathlib import Path
+from smollm2 import data, dataset
+from smollm2.config import DataConfig
+from smollm2.tokenizer import Tokenizer
+data.RECORD_SECONDS = 0.02
+if len(sys.argv) > 2:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+made = dataset.Dataset(DataConfig(dataset=sys.argv[1]), Path("out"), 10**9)
+made.prepare(Tokenizer.from_file("tokenizer.json"), None, lambda identity: None, print)
+"""
+
+
+def child(*args: str) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", CHILD, *args], env=environment, **pipes)
+
+
+SPEC = "in=0.8,e.jsonl.gz=0.2"
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> tuple[Path, dict[str, str]]:
+    """Every kind of file, a long document among them, in a folder; and the hashes of their shards."""
+    place = tmp_path_factory.mktemp("sources")
+    rows = [{"text": text} for text in stories(700, 1)]
+    long = {"b.txt": "".join(f"{text}.\n" for text in stories(8000, 5))}
+    write(place / "in", long | {"a.jsonl": jsonl(*rows), "c.csv": "text\n" + "\n".join(stories(700, 2))})
+    datasets.Dataset.from_list(rows[::-1]).to_parquet(place / "in/d.parquet", batch_size=100)
+    write(place, {"e.jsonl.gz": gzip.compress(jsonl(*({"text": t} for t in stories(1500, 3))).encode(), 1)})
+    TOKENIZER.save(place, 64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        prepare(SPEC, 10**9)
+        return place, hashes()
+
+
+@pytest.fixture
+def expected(sources, monkeypatch) -> dict[str, str]:
+    """The hashes; the folder is current, and nothing has been read."""
+    monkeypatch.chdir(sources[0])
+    shutil.rmtree("out")
+    return sources[1]
+
+
+def record() -> dict | None:
+    """Of how far a process that was ended on the way has come."""
+    path = next(Path("out").glob("data/*/progress.json"), None)
+    return path and json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_it_goes_on_to_the_same_shards(expected, kills):
+    draw, went_on = random.Random(kills), 0
+    for _ in range(kills):
+        before, process = record(), child(SPEC)
+        while process.poll() is None and record() == before:
+            time.sleep(0.002)
+        time.sleep(draw.uniform(0, 0.1))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        went_on += bool(before and before["place"])
+        if hashes() == expected:
+            shutil.rmtree("out")
+    assert child(SPEC).wait(100) == 0
+    assert hashes() == expected and went_on
+    assert {path.suffix for path in Path("out").glob("data/*/*")} == {".bin", ".json"} and not record()
+
+
+@pytest.mark.parametrize("damage", [None, "train.bin", "val.bin", "progress.json"])
+def test_after_a_full_disk_or_a_damaged_record_the_shards_are_the_same(expected, damage, capsys):
+    """What was written before the disk was full is gone on from, unless it differs from its record."""
+    process = child(SPEC, "300000")
+    assert process.communicate()[1].strip().endswith("[Errno 27] File too large") and record()["place"]
+    if damage:
+        path = next(Path("out").glob(f"data/*/{damage}"))
+        raw = bytearray(path.read_bytes())
+        raw[min(len(raw) // 2, 1000)] ^= 1
+        path.write_bytes(raw)
+    prepare(SPEC, 10**9)
+    assert hashes() == expected
+
+
+def test_what_a_killed_process_left_goes_when_other_tokens_are_wanted(expected):
+    assert child(SPEC, "300000").wait(60)
+    prepare("e.jsonl.gz", 1000)
+    assert len([*Path("out").glob("data/dataset-*")]) == 1
+
+
+def test_a_run_that_goes_on_reads_as_much_as_it_began_with(place):
+    write(place / "in", {"a.jsonl": jsonl(*({"text": t} for t in stories(2000)))})
+    first = prepare(tokens=5000)
+    assert prepare(tokens=50_000, pinned=first.sidecar["dataset"]).sha256 == first.sha256
+    assert prepare(tokens=50_000).sha256 != first.sha256
+    write(place, {"copy/in/a.jsonl": (place / "in/a.jsonl").read_text()})  # on another machine
+    assert prepare("copy/in", tokens=1000, pinned=first.sidecar["dataset"]).sha256 == first.sha256
