@@ -22,7 +22,7 @@ FLAGS = {
     "resume": ("run.resume", str, "auto (default): continue what is there; never: move it aside, start anew"),
     "seed": ("train.seed", int, "seed of weights and data order"),
     "tokenizer": ("data.tokenizer", str, "auto (default), a Hub id, or the path of a tokenizer.json"),
-    "dataset": ("data.dataset", str, "a Hub dataset ID[:CONFIG][@SPLIT], or its files, not --input_file"),
+    "dataset": ("data.dataset", str, "ID[:CONFIG][@SPLIT] of the Hub, a folder, a file, or A=0.7,B=0.3"),
     "devices": ("run.devices", int, "GPUs or processes on this machine"),
     "num_nodes": ("run.num_nodes", int, "machines (with torchrun or SLURM)"),
 }

@@ -42,7 +42,6 @@ from .data import (
 )
 from .errors import CheckpointError, DataError
 from .files import dump_json, replace_durably, sha256_bytes, sha256_json, strict_json
-from .origin import origin_name
 from .text import SEPARATOR, decoded, documents
 from .tokenizer import Tokenizer
 
@@ -51,6 +50,7 @@ BYTES_PER_TOKEN = 4.5  # of English under the SmolLM2 tokenizer, rounded up
 LONGEST_VALUE = 2**26  # characters of one JSON value
 _BETWEEN_VALUES = re.compile(r"[\s,\[\]]*")
 LEAST_TOKENS = 2**20  # read even if a run needs fewer: in a second
+TOKENS_PER_MINUTE = 1_200_000  # read ahead of `--minutes`, whose steps are not known yet
 KINDS = {  # by a file's ending; .gz and the like may stand behind it
     ".txt": "text", ".text": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".ndjson": "json",
     ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".arrow": "arrow",
@@ -72,7 +72,8 @@ def open_text(config: RunConfig, pinned: dict | None) -> InputFile | Dataset:
     if data.dataset is None:
         return InputFile(data.input_file, data.held_out_fraction, output / "data")
     once = (train.max_steps + train.continue_steps) * train.batch_size * data.sequence_length
-    needed = max(LEAST_TOKENS, math.ceil(once / (1 - data.held_out_fraction)))
+    once = max(once, LEAST_TOKENS, int(TOKENS_PER_MINUTE * (train.minutes or 0)))
+    needed = math.ceil(once / (1 - data.held_out_fraction))
     return Dataset(data, output, data.dataset_tokens or needed, pinned)
 
 
@@ -92,13 +93,13 @@ class Dataset:
             raise DataError(f"--dataset {self.name}: each name once, each with a share above 0")
         self.weights = {name: weight / sum(weights.values()) for name, weight in weights.items()}
         known = pinned["sources"] if pinned else {}
-        self.pinned = pinned if known.keys() == {origin_name(name) for name in weights} else None
+        self.pinned = pinned if known.keys() == {title(name) for name in weights} else None
         self.tokens = self.pinned["tokens"] if self.pinned else tokens
         self._commits = output_dir / "data" / "commits.json"  # of the Hub, that were read at first
         with suppress(OSError, CheckpointError):
             known = strict_json(self._commits.read_bytes(), "commits.json") | known
         folder, column = output_dir.resolve(), data.dataset_column
-        self.sources = {name: Source(name, column, folder, known.get(origin_name(name))) for name in weights}
+        self.sources = {name: Source(name, column, folder, known.get(title(name))) for name in weights}
 
     # --- documents
 
@@ -164,7 +165,7 @@ class Dataset:
         facts = {name: source.facts for name, source in self.sources.items()}
         key = {"format": FORMAT, "dataset": facts, "weights": self.weights, "tokens": self.tokens}
         key |= {"tokenizer": tokenizer.sha256, "end_id": end, "held_out_fraction": self.fraction}
-        readable = re.sub(r"[^A-Za-z0-9]+", "-", origin_name(self.name)).strip("-")[-40:]
+        readable = re.sub(r"[^A-Za-z0-9]+", "-", title(self.name)).strip("-")[-40:]
         folder = self.output / "data" / f"dataset-{readable}-{sha256_json(key)[:16]}"
         data = open_tokens(folder)
         if data and (not self.pinned or self.pinned == data.sidecar["dataset"]):
@@ -182,7 +183,7 @@ class Dataset:
     def _read(self, folder: Path, tokenizer: Tokenizer, end: int | None, say: Callable) -> TokenData:
         from tqdm import tqdm
 
-        commits = {origin_name(name): source.revision for name, source in self.sources.items()}
+        commits = {title(name): source.revision for name, source in self.sources.items()}
 
         def parts(state: dict | None, shards: dict[str, Shard]) -> Iterator[tuple]:
             state, count = state or new_state(), sum(shard.tokens for shard in shards.values())
@@ -232,6 +233,11 @@ class Dataset:
         for name, (file, *_) in (places or {}).items():
             names += self.sources[name].files[file + 1 :] if self.sources[name].is_local else []
         return f"; not read: {', '.join(names[:20])}{' ...' * (len(names) > 20)}" * bool(names)
+
+
+def title(name: str) -> str:
+    """What a checkpoint says of a source: a Hub id, or a file's or a folder's name. Where it lay is private."""
+    return Path(name).resolve().name if os.path.exists(name) else name
 
 
 def new_state() -> dict[str, Any]:

@@ -73,7 +73,8 @@ def draw_report(config: RunConfig, references: dict[str, float]) -> tuple[plots.
     words = [f"{s:,.0f}\n{s * tokens / 1e6:.2f} M\n{t:,.0f} s" for s, t in zip(ticks, at, strict=True)]
     ax.set_xticks(ticks, words)
     x = "steps, tokens and seconds of training"
-    plots.label(ax, f"{config.preset} on {Path(data.dataset or data.input_file).name}", x, "nats per token", legend=True)
+    text = Path(data.dataset or data.input_file).name
+    plots.label(ax, f"{config.preset} on {text}", x, "nats per token", legend=True)
     told = ", ".join(f"{name} {value:.2f}" for name, value in references.items())
     alt = f"Held-out bits per byte fall from {bits[0]:.2f} at step {steps[0]:.0f} to {bits[-1]:.2f} at step "
     alt += f"{steps[-1]:.0f} (lowest {best[2]:.2f} at step {best[0]:.0f})"
