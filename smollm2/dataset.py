@@ -78,7 +78,7 @@ def open_text(config: RunConfig, pinned: dict | None) -> InputFile | Dataset:
 
 
 class Dataset:
-    """What `--dataset` names: `ID[:CONFIG][@SPLIT]` of the Hub, a file, a folder, or several as `A=0.7,B=0.3`.
+    """What `--dataset` names: `ID[:CONFIG][@SPLIT]` of the Hub, a file, a folder, or `A=0.7,B=0.3` of such.
 
     `tokens` is how many to read, held-out ones included. `pinned` is what the checkpoint of a run says of the
     data it was made with (`TokenData.sidecar["dataset"]`): it wins over `tokens` and the newest commit.
@@ -236,7 +236,7 @@ class Dataset:
 
 
 def title(name: str) -> str:
-    """What a checkpoint says of a source: a Hub id, or a file's or a folder's name. Where it lay is private."""
+    """What a checkpoint says of a source: a Hub id, or the name of a file or folder without its path."""
     return Path(name).resolve().name if os.path.exists(name) else name
 
 
@@ -266,11 +266,11 @@ class Source:
         self.spec, self.column, self.revision, self.left_out = spec, column, pinned, []
         self.is_local = os.path.exists(spec)  # a path may hold the signs : and @ itself
         if self.is_local:
-            self.files, self.facts = self._local_files(output), None
+            self.files = self._local_files(output)
             stats = [(path, os.stat(path)) for path in self.files]
-            self.facts = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+            self.facts = [column, [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]]
             return
-        self.facts = [spec, column]
+        self.facts = [column, spec]
         found = re.fullmatch(r"(.*?)(?::([^:@/]+))?(?:@([^:@/]+))?", spec, re.DOTALL)
         self.repo, self.config, self.split = found.groups()
         if os.path.exists(self.repo) or self.repo.startswith((".", "/")) or self.repo.count("/") > 1:

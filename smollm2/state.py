@@ -26,7 +26,9 @@ CHANGEABLE = {
         "save_every_seconds", "keep_last",
     },
     # identified by their hashes instead
-    "data": {"input_file", "dataset", "dataset_column", "dataset_tokens", "tokenizer", "tokenizer_vocab_size"},
+    "data": {
+        "input_file", "dataset", "dataset_column", "dataset_tokens", "tokenizer", "tokenizer_vocab_size",
+    },
 }  # fmt: skip
 
 # it goes into a table of the card

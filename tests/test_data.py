@@ -327,7 +327,9 @@ def test_a_damaged_cache_is_noticed_and_rebuilt(text_file, tokenizer, tmp_path, 
     assert capsys.readouterr().out == "", "the new one is whole"
 
 
-def test_a_failure_and_a_bad_text_leave_nothing_behind(text_file, tokenizer, tmp_path, monkeypatch):
+def test_a_bad_text_leaves_nothing_behind_and_a_failure_what_the_next_start_completes(
+    text_file, tokenizer, tmp_path, monkeypatch
+):
     for content, wrong in (
         (b"", "input.txt: empty"),
         (b"\xef\xbb\xbf", "input.txt: empty"),
@@ -336,10 +338,13 @@ def test_a_failure_and_a_bad_text_leave_nothing_behind(text_file, tokenizer, tmp
         with pytest.raises(DataError, match=wrong):
             prepare_tokens(text_file(content), tokenizer, tmp_path / "c", 0.1)
     assert not (tmp_path / "c").exists()
-    monkeypatch.setattr("smollm2.files.write_durably", lambda *args: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        prepare_tokens(text_file(TEXT), tokenizer, tmp_path / "c", 0.1)
-    assert list((tmp_path / "c").iterdir()) == []
+    with monkeypatch.context() as patch:
+        patch.setattr("smollm2.files.write_durably", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare_tokens(text_file(TEXT), tokenizer, tmp_path / "c", 0.1)
+    made = prepare_tokens(text_file(TEXT), tokenizer, tmp_path / "c", 0.1)
+    assert list((tmp_path / "c").iterdir()) == [made.folder]
+    assert {path.name for path in made.folder.iterdir()} == {"train.bin", "val.bin", "tokens.json"}
 
 
 @pytest.mark.parametrize("text", ["a few words only", "x"])

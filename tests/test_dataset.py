@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import json
 import os
 import random
@@ -13,17 +14,21 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain
 from pathlib import Path
+from urllib.parse import parse_qs, unquote
 
 import pytest
 
 from smollm2.config import DataConfig
 from smollm2.data import TokenData
 from smollm2.dataset import Dataset
-from smollm2.errors import DataError
+from smollm2.errors import DataError, UserError
+from smollm2.folder import absent_folders, clear
 from smollm2.tokenizer import END_OF_TEXT, Tokenizer
 
 datasets = pytest.importorskip("datasets", reason="pip install datasets")
@@ -336,7 +341,10 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_shards(expected, kills):
     assert {path.suffix for path in Path("out").glob("data/*/*")} == {".bin", ".json"} and not record()
 
 
-@pytest.mark.parametrize("damage", [None, "train.bin", "val.bin", "progress.json"])
+ALSO = [pytest.param(name, marks=pytest.mark.slow) for name in ("val.bin", "progress.json")]
+
+
+@pytest.mark.parametrize("damage", [None, "train.bin", *ALSO])
 def test_after_a_full_disk_or_a_damaged_record_the_shards_are_the_same(expected, damage, capsys):
     """What was written before the disk was full is gone on from, unless it differs from its record."""
     process = child(SPEC, "300000")
@@ -356,6 +364,16 @@ def test_what_a_killed_process_left_goes_when_other_tokens_are_wanted(expected):
     assert len([*Path("out").glob("data/dataset-*")]) == 1
 
 
+def test_what_was_read_survives_a_mistake_elsewhere(expected, tmp_path):
+    """A start that came to nothing is cleared away, but for hours of reading."""
+    made = absent_folders(Path("out"))
+    prepare("e.jsonl.gz", 1000)
+    write(Path("out"), {"data/tokens-1/train.bin": "", "logs/l.txt": ""})
+    clear(Path("out"), made)
+    assert {path.name for path in Path("out").rglob("*.bin")} == {"train.bin", "val.bin"}
+    assert not Path("out/logs").exists() and not Path("out/data/tokens-1").exists()
+
+
 def test_a_run_that_goes_on_reads_as_much_as_it_began_with(place):
     write(place / "in", {"a.jsonl": jsonl(*({"text": t} for t in stories(2000)))})
     first = prepare(tokens=5000)
@@ -363,3 +381,201 @@ def test_a_run_that_goes_on_reads_as_much_as_it_began_with(place):
     assert prepare(tokens=50_000).sha256 != first.sha256
     write(place, {"copy/in/a.jsonl": (place / "in/a.jsonl").read_text()})  # on another machine
     assert prepare("copy/in", tokens=1000, pinned=first.sidecar["dataset"]).sha256 == first.sha256
+
+
+# --- of the Hub -----------------------------------------------------------------------------------------------
+
+FIRST, SECOND = "1" * 40, "2" * 40
+
+
+class FakeDatasetHub(ThreadingHTTPServer):
+    """A loopback Hub with the dataset "owner/set" at two commits; how it behaves is for the test to set."""
+
+    daemon_threads = True
+
+    def __init__(self, commits: dict[str, dict[str, bytes]]):
+        self.commits, self.newest, self.behaviour, self.stop = commits, FIRST, "serve", threading.Event()
+        self.ranges: list[str] = []
+        super().__init__(("127.0.0.1", 0), FakeDatasetHandler)
+        self.address = f"http://127.0.0.1:{self.server_address[1]}"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def handle_error(self, *_):
+        pass  # a client that has gone
+
+
+class FakeDatasetHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def reply(
+        self, body: bytes | list | dict, status: int = 200, headers: dict | None = None, length=None
+    ) -> None:
+        raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        own = {
+            "Content-Length": str(len(raw) if length is None else length),
+            "X-Repo-Commit": self.server.newest,
+        }
+        for key, value in (own | (headers or {})).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(raw)
+
+    def do_GET(self):
+        path, query = unquote(self.path).split("?")[0], unquote(self.path)
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        hub, is_data = self.server, "/resolve/" in path and "/data/" in path
+        if hub.behaviour == "stall":
+            return hub.stop.wait(100)
+        if hub.behaviour.isdigit():
+            return self.reply(b"", int(hub.behaviour))
+        if "owner/set" not in path:
+            return self.reply(b"", 404, {"X-Error-Code": "RepoNotFound"})
+        commit = next((c for c in (FIRST, SECOND) if c in path), hub.newest)
+        files = hub.commits[commit]
+        if "/resolve/" in path:
+            data = files.get(path.split(f"{commit}/")[-1])
+            if data is None:
+                return self.reply(b"", 404, {"X-Error-Code": "EntryNotFound"})
+            first, last = 0, len(data) - 1
+            if asked := self.headers.get("Range"):
+                first, last = (int(n) for n in asked.removeprefix("bytes=").split("-"))
+                hub.ranges.append(path.split("/")[-1])
+            if is_data and hub.behaviour == "stall body":
+                self.reply(data[first : first + 100], 206, length=last + 1 - first)
+                return hub.stop.wait(100)
+            if is_data and hub.behaviour == "truncate" and first > 0:
+                return self.reply(b"", 206)
+            headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "Accept-Ranges": "bytes"}
+            return self.reply(data[first : last + 1], 206 if asked else 200, headers)
+        facts = [
+            {"type": "file", "path": name, "size": len(raw), "oid": hashlib.sha1(raw).hexdigest()}
+            for name, raw in files.items()
+        ]
+        folders = [{"type": "directory", "path": "data", "oid": "0" * 40}]
+        if "/paths-info/" in path:
+            wanted = json.loads(body)["paths"] if body.startswith(b"{") else parse_qs(body.decode())["paths"]
+            return self.reply([entry for entry in facts + folders if entry["path"] in wanted])
+        if "/tree/" in path:
+            below = path.split(f"/tree/{commit}")[1].strip("/")
+            deep = "recursive=True" in query or "recursive=true" in query
+            inside = [e for e in facts + folders if e["path"].startswith(f"{below}/" * bool(below))]
+            return self.reply(
+                [e for e in inside if deep or "/" not in e["path"][len(below) + 1 * bool(below) :]]
+            )
+        siblings = [{"rfilename": name} for name in files]
+        self.reply(
+            {
+                "id": "owner/set",
+                "sha": commit,
+                "private": False,
+                "tags": [],
+                "downloads": 0,
+                "siblings": siblings,
+            }
+        )
+
+    do_HEAD = do_POST = do_GET
+
+
+def parquet(texts: list[str]) -> bytes:
+    raw = io.BytesIO()
+    datasets.Dataset.from_dict({"id": list(range(len(texts))), "text": texts}).to_parquet(raw, batch_size=200)
+    return raw.getvalue()
+
+
+CARD = b"""---
+configs:
+- config_name: plain
+  data_files: [{split: train, path: "data/train-*"}, {split: validation, path: "data/val-0.parquet"}]
+- config_name: other
+  data_files: [{split: train, path: "data/val-0.parquet"}]
+---
+"""
+
+
+@pytest.fixture
+def fake_hub(place, monkeypatch):
+    files = {
+        "README.md": CARD, "data/val-0.parquet": parquet(["v", "w"]),
+        "data/train-0.parquet": parquet(stories(1000)), "data/train-1.parquet": parquet(stories(1000, 1)),
+    }  # fmt: skip
+    hub = FakeDatasetHub({FIRST: files, SECOND: files | {"data/train-0.parquet": parquet(stories(1000, 2))}})
+    for name, value in {
+        "ENDPOINT": hub.address,
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DOWNLOAD_TIMEOUT": 1,
+    }.items():
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+        hub.address + "/{repo_id}/resolve/{revision}/{filename}",
+    )
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(place / "cache"))
+    for name, value in {
+        "HF_ENDPOINT": hub.address,
+        "HF_HUB_OFFLINE": False,
+        "HUB_DATASETS_URL": hub.address + "/datasets/{repo_id}/resolve/{revision}/{path}",
+    }.items():
+        monkeypatch.setattr(f"datasets.config.{name}", value)
+    yield hub
+    hub.stop.set()
+    hub.shutdown()
+    hub.server_close()
+
+
+def test_a_dataset_of_the_hub_is_streamed_at_the_commit_that_was_read_first(fake_hub):
+    said = []
+    first = prepare("owner/set:plain", 10**9, said.append)
+    assert sorted(chain(*parts(first))) == sorted(f"{t}\n" for t in stories(1000) + stories(1000, 1))
+    assert (
+        first.sidecar["dataset"]["sources"] == {"owner/set:plain": FIRST}
+        and "read 2,000 documents" in said[-1]
+    )
+    found = hashes()
+    fake_hub.newest = SECOND
+    fake_hub.behaviour = "500"
+    assert prepare("owner/set:plain", 10**9).sha256 == first.sha256  # what is here needs no network
+    fake_hub.behaviour = "serve"
+    shutil.rmtree("out")
+    assert prepare("owner/set:plain", 1000, pinned=first.sidecar["dataset"]).sha256 == first.sha256
+    assert hashes() == found
+    shutil.rmtree("out")
+    assert prepare("owner/set:plain", 10**9).sha256 != first.sha256
+
+
+def test_configuration_and_split_are_chosen_or_those_that_are_there_named(fake_hub):
+    for spec in ("owner/set:plain@validation", "owner/set:other"):
+        assert read(spec)[0] == ["v\n", "w\n"]
+    with pytest.raises(DataError, match="no split 'dev'; it has train, validation"):
+        read("owner/set:plain@dev")
+    with pytest.raises(DataError, match=r"'none' not found\. Available: .'plain', 'other'."):
+        read("owner/set:none")
+    with pytest.raises(UserError, match=r"^owner/absent on .*: check the spelling"):
+        read("owner/absent")
+
+
+FAULTS = [
+    ("stall", "owner/set on .* is out of reach"), ("503", "owner/set on .* is out of reach"),
+    ("403", "owner/set on .*: check the spelling, or set HF_TOKEN"),
+    ("stall body", "rows-0.jsonl, after row 0: .*Timeout.*; what was read is kept"),
+    ("truncate", r"rows-0.jsonl, after row \d{4}: JSONDecodeError.*; what was read is kept"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("behaviour, words", FAULTS)
+def test_a_hub_that_fails_is_named_and_the_next_start_goes_on(fake_hub, monkeypatch, behaviour, words):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the attempts
+    fake_hub.commits[FIRST] = {
+        "data/rows-0.jsonl": jsonl(*({"text": f"{t} " * 9} for t in stories(4500))).encode()
+    }
+    fake_hub.behaviour = behaviour
+    with pytest.raises(UserError, match=words) as caught:
+        read("owner/set", 10**9)
+    assert "\n" not in str(caught.value)
+    fake_hub.behaviour = "serve"
+    assert "read 4,500 documents" in read("owner/set", 10**9)[1]
