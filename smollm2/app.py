@@ -12,7 +12,9 @@ import json
 import os
 import tempfile
 
+from .config import DECODING_DTYPES
 from .errors import ArgumentParser, ConfigError, UserError, run_command
+from .signals import loading
 from .weights import resolve
 
 MIN_PASSWORD_CHARACTERS = 8
@@ -104,16 +106,17 @@ def build_page(gr, models):
     return page.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
 
 
-def launch(checkpoint: str, port: int | None = None, share: bool = False, auth: str | None = None):
+def launch(checkpoint: str, port: int | None = None, share=False, auth: str | None = None, dtype="auto"):
     """Start the server in a thread and return (page, address). `page.close()` ends it. Raises `UserError`."""
     header = basic_auth(auth, share)
     folder = resolve(checkpoint)  # before the proxies are set aside: a Hub id may need them
     # only Gradio's start writes there: nothing that the gate lets through makes it write a file
     with tempfile.TemporaryDirectory() as scratch:
-        gr = import_gradio(scratch, share)
-        from .serving import Models, app_options
+        with loading():
+            gr = import_gradio(scratch, share)
+            from .serving import Models, app_options
 
-        models = Models(folder, None if os.path.isdir(checkpoint) else checkpoint)
+        models = Models(folder, None if os.path.isdir(checkpoint) else checkpoint, dtype)
         models.get()  # a checkpoint that cannot be read is told now
         page = build_page(gr, models)
         page.models = models
@@ -135,8 +138,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
     parser.add_argument("--share", action="store_true", help="a public address for some days; needs --auth")
     parser.add_argument("--auth", metavar="USER:PASSWORD", help="ask everyone for this user and password")
+    parser.add_argument("--dtype", choices=DECODING_DTYPES, default="auto", help="of the weights")
     page, address = launch(**vars(parser.parse_args(argv)))
-    print(f"the page is at {address} (Ctrl-C ends it)", flush=True)
+    print(f"the page is at {address} (Ctrl-C ends it), {page.models.why}", flush=True)
     page.block_thread()
     return 0
 

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from .config import SamplingOptions
 from .errors import CheckpointError, UserError
-from .sampling import SamplingOptions, document_ids, stream_continuation
 from .tokenizer import Tokenizer
 from .weights import read_end_ids, read_table
 
@@ -89,6 +89,8 @@ class Conversation:
 
     def _ids(self, messages: list[dict]) -> list[int]:
         if self.template is None:
+            from .sampling import document_ids  # with PyTorch: the first words are said before
+
             return document_ids(self.model, self.tokenizer, "".join(said["content"] for said in messages))
         return self.tokenizer.encode(render_chat(self.template, messages, self.special_tokens))
 
@@ -109,6 +111,8 @@ class Conversation:
 
     def stream(self, ids: list[int], options: SamplingOptions) -> Iterator[str]:
         """The answer to `ask`'s ids, piece by piece; what was written of it is kept, also where it stops."""
+        from .sampling import stream_continuation
+
         said = {"role": "assistant", "content": ""}
         self.messages.append(said)
         settings = options.model_dump() | {"stop_ids": self.stop_ids}

@@ -68,6 +68,26 @@ def inference_dtype(device: torch.device) -> torch.dtype:
     return choose_precision("auto", device).autocast_dtype if device.type == "cuda" else torch.float32
 
 
+def choose_decoding(requested: str | None, device: torch.device) -> tuple[str, str]:
+    """Number format of the weights that write, and why. `auto`: the fastest that costs less than 0.5 % in
+    bits per byte (docs/log.md); None: what is compared with others, fp32 on a CPU. Raises `ConfigError` for
+    one that the device does not multiply."""
+    if device.type == "cuda":
+        own = str(inference_dtype(device)).replace("torch.bfloat16", "bf16").replace("torch.float16", "fp16")
+        if requested == "int8" or (requested == "bf16" and own != "bf16"):
+            raise ConfigError(f"--dtype {requested}: not on {device_name(device)}; expected {own} or fp32")
+        return (own, "its half precision") if requested in (None, "auto") else (requested, "as asked")
+    # the plain C++ product of other CPUs is slower than fp32
+    has_int8 = torch.backends.cpu.get_cpu_capability() != "DEFAULT" or platform.machine() == "arm64"
+    if requested == "int8" and not hasattr(torch, "_weight_int8pack_mm"):
+        raise ConfigError("--dtype int8: this PyTorch has no int8 product; expected fp32 or bf16")
+    if requested != "auto":
+        return requested or "fp32", "as asked"
+    if hasattr(torch, "_weight_int8pack_mm") and has_int8:
+        return "int8", "fastest here; costs less than 0.5 % in bits per byte"
+    return ("bf16", "this CPU multiplies it in hardware") if cpu_has_bf16() else ("fp32", "no int8 here")
+
+
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)

@@ -15,19 +15,19 @@ import math
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 from .data import encode_documents
-from .device import choose_device
 from .errors import ArgumentParser, DataError, run_command
-from .model import SmolLM2
 from .origin import trained_with
-from .pretrained import load_model_and_tokenizer
+from .signals import loading
 from .text import documents, read_split
 from .weights import resolve
+
+if TYPE_CHECKING:  # a wrong flag is answered before torch is imported
+    from .model import SmolLM2
 
 TOKENS_PER_BATCH = 8192
 MAX_LOST_SHARE = 0.001  # of a text's bytes: unknown ones cost next to nothing instead of some 10 bits each
@@ -43,7 +43,6 @@ class Score:
     bytes: int
 
 
-@torch.inference_mode()
 def score_tokens(
     model: SmolLM2,
     tokens: np.ndarray,
@@ -57,6 +56,9 @@ def score_tokens(
     `block_length` defaults to the model's context. `max_tokens` scores only the beginning (bytes are scaled
     in proportion). `autocast()` gives a context manager for the forward passes. Sums are kept in float64.
     """
+    import torch
+    import torch.nn.functional as F
+
     count = min(max_tokens or len(tokens), len(tokens))
     if count == 0:
         raise DataError("nothing to evaluate: the text has no tokens")
@@ -73,7 +75,7 @@ def score_tokens(
         row = min(length, new)
         pad = (0, -new % row)  # the last row of the text
         inputs, targets = F.pad(part[:-1], pad), F.pad(part[1:], pad, value=-100)
-        with autocast():
+        with torch.inference_mode(), autocast():
             loss = model.loss(inputs.view(-1, row), targets.view(-1, row))
         total += float(loss) * new
     model.train(was_training)
@@ -121,6 +123,9 @@ def main(argv: list[str] | None = None) -> int:
     # an unusable text is reported before a model is loaded
     next(iter(read_split(args.input_file, args.split)), None)
     folder = resolve(args.checkpoint)
+    with loading():
+        from .device import choose_device
+        from .pretrained import load_model_and_tokenizer
     model, tokenizer = load_model_and_tokenizer(folder, device=choose_device())
     # the rows and the held-out part of the run's own validation, so that both give the same figure
     run = trained_with(folder)

@@ -15,8 +15,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .card import model_card
 from .config import SmolLM2Config
 from .conversation import chat_template, render_chat, special_tokens
@@ -24,11 +22,11 @@ from .errors import ArgumentParser, CheckpointError, ConfigError, OutputLost, ru
 from .files import commit_folder, dump_json, kind_of, sha256_file, write_tensors
 from .gguf_file import GGUF_TYPES, write_gguf
 from .origin import published_base, recorded
-from .pretrained import load_model_and_tokenizer
+from .signals import loading
 from .tokenizer import Tokenizer
 from .weights import model_files, read_end_ids, read_weights, resolve, stored_tensors
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 RECEIPT = "export.json"  # names every file of an export: what makes a folder ours to replace
 TURN, ANSWER = "<|im_start|>{}\n{}<|im_end|>\n", "<|im_start|>assistant\n"  # ChatML
 
@@ -120,17 +118,24 @@ def export(
     check_out(target, folder)
     if gguf not in (None, *GGUF_TYPES):
         raise ConfigError(f"--gguf {gguf}: expected one of {', '.join(GGUF_TYPES)}")
+    with loading():
+        import torch
+
+        from .pretrained import load_model_and_tokenizer
+
     model, tokenizer = load_model_and_tokenizer(folder)  # fp32; a checkpoint of ours is verified
     state, template, ends = recorded(folder), chat_template(folder), read_end_ids(folder)
     config, tensors = exported_config(model.config, state), stored_tensors(model)
     if dtype is None:  # an export loses nothing unless asked to
         stored = {tensor.dtype for tensor in read_weights(folder, config).values()}
         dtype = "bf16" if stored == {torch.bfloat16} else "fp32"
-    rounded = {name: tensor.to(DTYPES[dtype]).contiguous() for name, tensor in tensors.items()}
+    rounded = {
+        name: tensor.to(getattr(torch, DTYPES[dtype])).contiguous() for name, tensor in tensors.items()
+    }
     title = folder.name.removesuffix(".ckpt") if os.path.exists(checkpoint) else str(checkpoint)
     base, gguf_file = published_base(checkpoint, folder), f"model-{gguf}.gguf" if gguf else None
     card = model_card(title, folder, config, sum(p.numel() for p in tensors.values()), dtype, gguf_file, base)
-    files = model_files(config, str(DTYPES[dtype]).removeprefix("torch."), ends)
+    files = model_files(config, DTYPES[dtype], ends)
     files |= tokenizer_files(tokenizer, config, template)
     fields = json.loads(files["tokenizer_config.json"])
     recipe = modelfile(f"./{gguf_file}" if gguf else ".", tokenizer, ends, fields)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 from pydantic import ValidationError
 
-from .config import problems
+from .config import DECODING_DTYPES, SamplingOptions, problems
 from .conversation import Conversation, read_prompt, talk, utf8
-from .device import choose_device, inference_dtype
 from .errors import ArgumentParser, UserError, run_command
-from .pretrained import load_model_and_tokenizer
-from .sampling import SamplingOptions, prompt_ids
+from .signals import loading
 from .weights import resolve
 
 
@@ -19,6 +19,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompt", help="text to continue (default: standard input)")
     parser.add_argument("--interactive", action="store_true", help="go on turn by turn")
     parser.add_argument("--chat", action="store_true", help="through the chat template of an Instruct model")
+    default = "of the weights (default: fp32 on a CPU, half precision on a GPU; auto: the fastest)"
+    parser.add_argument("--dtype", choices=DECODING_DTYPES, help=default)
     for name, field in SamplingOptions.model_fields.items():
         parser.add_argument(f"--{name}", default=field.default, help=field.description)
     parser.set_defaults(max_new_tokens=200, temperature=0.8)
@@ -30,8 +32,14 @@ def main(argv: list[str] | None = None) -> int:
     prompt = args.prompt if args.prompt is None else utf8(args.prompt, "--prompt")
     if prompt is None and not args.interactive:
         prompt = read_prompt()
-    device, folder = choose_device(), resolve(args.checkpoint)
-    model, tokenizer = load_model_and_tokenizer(folder, dtype=inference_dtype(device), device=device)
+    folder = resolve(args.checkpoint)
+    with loading():
+        from .pretrained import load_to_write
+        from .sampling import prompt_ids
+
+    model, tokenizer, why = load_to_write(folder, args.dtype)
+    if args.dtype == "auto":
+        print(why, file=sys.stderr)
     conversation = Conversation(model, tokenizer, folder, args.chat)
     if args.interactive:
         return talk(conversation, prompt, options)

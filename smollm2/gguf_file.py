@@ -12,25 +12,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import tokenizers
-import torch
 
 from .config import SmolLM2Config
 from .errors import ConfigError, UserError
 from .tokenizer import Tokenizer
+from .weights import halves_to_pairs
+
+if TYPE_CHECKING:
+    import torch
 
 GGUF_TYPES = ("f16", "q8_0")
 Q8_0_BLOCK = 32
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 SMOLLM_SPLIT = [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL]
-
-
-def halves_to_pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Reorder the rows of a (heads * D, in) projection: rows i and i + D/2 of a head become neighbours."""
-    rows, width = weight.shape
-    return weight.view(heads, 2, rows // heads // 2, width).transpose(1, 2).reshape(rows, width)
 
 
 def vocabulary(tokenizer: Tokenizer, size: int) -> tuple[list[str], list[int], list[str]]:

@@ -259,6 +259,10 @@ class SmolLM2(nn.Module):
         """
         return self.lm_head(self.model(input_ids, cache))
 
+    def next_logits(self, input_ids: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """As `forward`, but only of what follows each row: fp32 logits (B, V)."""
+        return self.lm_head(self.model(input_ids, cache)[:, -1]).float()
+
     def loss(self, input_ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Mean cross-entropy in nats a token (scalar, fp32).
 

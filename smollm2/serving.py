@@ -27,11 +27,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from .checkpoint import candidates
+from .config import SamplingOptions
 from .conversation import stop_ids
-from .device import choose_device, inference_dtype
 from .errors import UserError
-from .pretrained import load_model_and_tokenizer
-from .sampling import SamplingOptions, StreamDecoder, prompt_ids, stream
+from .pretrained import load_to_write
+from .sampling import StreamDecoder, prompt_ids, stream
 from .token_text import piece
 
 MAX_BODY_BYTES = 64 * 1024
@@ -82,8 +82,9 @@ def parse(body: bytes | str) -> Ask:
 class Models:
     """A checkpoint and its neighbours, to choose from by name; they write one text at a time."""
 
-    def __init__(self, folder: Path, name: str | None = None):
+    def __init__(self, folder: Path, name: str | None = None, dtype: str = "auto"):
         """`name` is what the folder is called where its own name says nothing."""
+        self.dtype, self.why = dtype, ""
         self.default = name or folder.name
         self.folders = {self.default: folder} | {path.name: path for path in candidates(folder.parent)}
         self.waiting = 0  # requests in line, the one that is being written included
@@ -97,8 +98,8 @@ class Models:
             raise Refused(f"checkpoint: not one of {', '.join(sorted(self.folders))}", 404)
         if name not in self._loaded:
             self._loaded.clear()  # two may not fit
-            device, folder = choose_device(), self.folders[name]
-            model, tokenizer = load_model_and_tokenizer(folder, inference_dtype(device), device)
+            folder = self.folders[name]
+            model, tokenizer, self.why = load_to_write(folder, self.dtype)
             self._loaded[name] = model, tokenizer, stop_ids(folder, tokenizer)
         return self._loaded[name]
 

@@ -40,6 +40,15 @@ def leaving_at_once() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """Around a command's import of PyTorch, which takes seconds: a terminal is told, Ctrl-C ends it."""
+    if "torch" not in sys.modules and sys.stderr.isatty():
+        print("loading PyTorch ...", file=sys.stderr, flush=True)
+    with leaving_at_once():
+        yield
+
+
 class StopSignals:
     """Context manager that turns the first stopping signal into `received`; a second Ctrl-C interrupts at
     once.

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from .config import SmolLM2Config
 from .errors import CheckpointError
 from .files import dump_json, kind_of, load_tensors, strict_json
 from .hub import fetch_files
+
+if TYPE_CHECKING:  # a wrong checkpoint is named before torch is imported
+    import torch
+    from torch import nn
 
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
@@ -85,7 +86,7 @@ def read_weights(folder: Path, config: SmolLM2Config) -> dict[str, torch.Tensor]
     else:
         raise CheckpointError(f"{folder}: no model.safetensors (pickled weights are never opened)")
     head = tensors.pop("lm_head.weight", None) if config.tie_word_embeddings else None
-    if head is not None and not torch.equal(tensors.setdefault("model.embed_tokens.weight", head), head):
+    if head is not None and not head.equal(tensors.setdefault("model.embed_tokens.weight", head)):
         raise CheckpointError(f"{folder}: tie_word_embeddings is true, but there are two different matrices")
     return {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
 
@@ -103,11 +104,16 @@ def check_shapes(model: nn.Module, tensors: dict[str, torch.Tensor], where: str)
 def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], where: str) -> None:
     """Copy tensors into a model; raises `CheckpointError` when they do not fit or are no finite numbers."""
     check_shapes(model, tensors, where)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if not tensors[name].is_floating_point() or not torch.isfinite(tensors[name]).all():
-                raise CheckpointError(f"{where}: {name} holds integers or numbers that are not finite")
-            parameter.copy_(tensors[name])
+    for name, parameter in model.named_parameters():
+        if not tensors[name].is_floating_point() or not tensors[name].isfinite().all():
+            raise CheckpointError(f"{where}: {name} holds integers or numbers that are not finite")
+        parameter.detach().copy_(tensors[name])
+
+
+def halves_to_pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Reorder the rows of a (heads * D, in) projection: rows i and i + D/2 of a head become neighbours."""
+    rows, width = weight.shape
+    return weight.view(heads, 2, rows // heads // 2, width).transpose(1, 2).reshape(rows, width)
 
 
 def model_files(config: SmolLM2Config, dtype: str = "float32", end_ids: tuple = ()) -> dict[str, bytes]:

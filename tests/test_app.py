@@ -23,7 +23,7 @@ gradio = pytest.importorskip("gradio", reason="pip install gradio")
 httpx = pytest.importorskip("httpx", reason="pip install httpx")
 
 from smollm2 import app, serving  # noqa: E402 - they need gradio
-from smollm2.pretrained import load_model_and_tokenizer  # noqa: E402
+from smollm2.pretrained import load_to_write  # noqa: E402
 from smollm2.sampling import complete  # noqa: E402
 
 JSON = {"content-type": "application/json"}
@@ -58,11 +58,11 @@ def client(page):
 
 
 @pytest.fixture
-def slow_model(page):
+def slow_model(page, monkeypatch):
     """Every token of the server's model takes 30 ms for as long as the test runs."""
-    hook = page.models.get()[0].model.register_forward_pre_hook(lambda *_: time.sleep(0.03))
-    yield
-    hook.remove()
+    model = page.models.get()[0]
+    real = model.next_logits
+    monkeypatch.setattr(model, "next_logits", lambda *inputs: time.sleep(0.03) or real(*inputs))
 
 
 def ask(client, **fields) -> httpx.Response:
@@ -105,7 +105,7 @@ def test_a_script_gets_text_tokens_and_what_could_come_next(client, checkpoint):
     answer = ask(client).json()
     assert answer["tokens"] == 8 and answer["reason"] == "length reached" and len(answer["next"]) == 10
     assert answer == ask(client).json() != ask(client, seed=2).json()
-    model, tokenizer = load_model_and_tokenizer(checkpoint)
+    model, tokenizer, _ = load_to_write(checkpoint, "auto")
     assert answer["text"] == complete(model, tokenizer, "The king", 8, temperature=0.8, seed=1)
     assert 0 < sum(row["probability"] for row in answer["next"]) <= 1.0001
 

@@ -18,7 +18,6 @@ from conftest import random_ids, tiny_model, transformers_twin
 from tiny_models import CHAT_TEMPLATE, instruct, save_folder, tiny_tokenizer
 from tiny_models import tiny_model as wide_model  # of 400 entries, as `tiny_tokenizer`
 
-from smollm2 import conversation
 from smollm2.checkpoint import commit
 from smollm2.conversation import (
     Conversation,
@@ -289,7 +288,7 @@ def test_ctrl_c_stops_an_answer_and_then_the_program(checkpoint, say, monkeypatc
         signal.raise_signal(signal.SIGINT)
 
     typed = iter(["The king"])
-    monkeypatch.setattr(conversation, "stream_continuation", answer)
+    monkeypatch.setattr("smollm2.sampling.stream_continuation", answer)
     monkeypatch.setattr("builtins.input", lambda _: next(typed, None) or signal.raise_signal(signal.SIGINT))
     with pytest.raises(SystemExit) as end:
         run_command(lambda: say(checkpoint, *INTERACTIVE, stdin=b""))

@@ -13,6 +13,7 @@ import ipywidgets
 import torch
 
 from .. import plots, widgets
+from ..decoding import fast_decoder
 from ..errors import UserError
 from ..sampling import prompt_ids, stream
 from .token_view import bars, coloured
@@ -23,8 +24,9 @@ REDRAW_SECONDS = 0.1  # between two updates of the text while it streams
 class Sampler:
     """`box` is the widget, `tokens` the page as (id, probability); those of the prompt have None."""
 
-    def __init__(self, model, tokenizer, prompt: str = "Once upon a time", new_tokens: int = 40):
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model, tokenizer, prompt="Once upon a time", new_tokens: int = 40, dtype="auto"):
+        self.model, self.how = fast_decoder(model, dtype)
+        self.tokenizer = tokenizer
         self.prompt = widgets.text("prompt", prompt)
         self.settings = {
             "temperature": widgets.slider("temperature (0: greedy)", 0.0, 2.0, 0.8, 0.05),
@@ -79,7 +81,7 @@ class Sampler:
         except KeyboardInterrupt:
             reason = "stopped by you"
         count, seconds = len(self.tokens) - given, time.monotonic() - began
-        self.status.value = f"{count} tokens in {seconds:.1f} s; {reason}."
+        self.status.value = f"{count} tokens in {seconds:.1f} s; {reason}. ({self.how})"
         self.draw()
 
     def _ids(self) -> torch.Tensor:

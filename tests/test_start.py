@@ -1,0 +1,75 @@
+"""Every command answers at once: flags, mistakes and Ctrl-C do not wait for PyTorch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_models import save_folder, tiny_model
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = [
+    "smollm2.generate",
+    "smollm2.evaluate",
+    "smollm2.export",
+    "smollm2.app",
+    "colab_train",
+    "benchmarks",
+]
+NO_TORCH = "raise AssertionError('PyTorch is imported')"
+SIGINT_THEN_WAIT = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(30)"
+
+
+def run(folder: Path, torch: str, *words: str) -> subprocess.CompletedProcess:
+    """A Python whose `torch` is this text."""
+    (folder / "torch.py").write_text(torch)
+    environment = os.environ | {"PYTHONPATH": f"{folder}:{ROOT}", "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(
+        [sys.executable, *words], env=environment, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_flags_and_mistakes_are_answered_without_torch(command, tmp_path):
+    shown = run(tmp_path, NO_TORCH, "-m", command, "--help")
+    assert shown.returncode == 0 and "--help" in shown.stdout and not shown.stderr
+    needed = {"benchmarks": ["decode"], "smollm2.evaluate": ["--input_file=x"], "smollm2.export": ["--out=x"]}
+    words = needed.get(command, []) + ["--checkpoint=x"] * command.startswith("smollm2.") + ["--dtpye=x"]
+    wrong = run(tmp_path, NO_TORCH, "-m", command, *words)
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: unknown argument '--dtpye=x'")
+    assert wrong.stderr.count("\n") == 1 and not wrong.stdout
+
+
+def test_a_value_out_of_range_and_a_missing_checkpoint_are_named_without_torch(tmp_path):
+    for command, words, message in [
+        ("smollm2.generate", ["--checkpoint", "x", "--temperature", "-1"], "error: --temperature: "),
+        ("smollm2.generate", ["--checkpoint", "./x", "--prompt", "a"], "error: ./x: "),
+        ("smollm2.app", ["--checkpoint", "./x"], "error: ./x: "),
+        ("smollm2.export", ["--checkpoint", "./x", "--out", "y"], "error: ./x: "),
+        ("colab_train", ["--set", "train.learning_rat=1"], "error: "),
+        ("benchmarks", ["decode", "--peers", "lama"], "error: --peers 'lama': expected some of "),
+        ("benchmarks", ["train", "--dtype", "int8"], "error: --dtype int8: "),
+    ]:
+        done = run(tmp_path, NO_TORCH, "-m", command, *words)
+        assert done.returncode == 2 and done.stderr.startswith(message), done.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_ctrl_c_while_torch_is_imported_ends_the_command(command, tmp_path):
+    model = f"--checkpoint={save_folder(tmp_path / 'model', tiny_model())}"
+    (tmp_path / "text").write_text("Once upon a time.\n" * 99)
+    words = {
+        "smollm2.generate": [model, "--prompt=a"], "smollm2.evaluate": [model, f"--input_file={tmp_path / 'text'}"],
+        "smollm2.export": [model, f"--out={tmp_path / 'out'}"], "smollm2.app": [model],
+        "benchmarks": ["decode"], "colab_train": [f"--output_dir={tmp_path / 'run'}"],
+    }  # fmt: skip
+    done = run(tmp_path, SIGINT_THEN_WAIT, "-m", command, *words[command])
+    assert done.returncode == 130 and done.stderr == "\nstopped\n"
+
+
+def test_the_package_alone_is_imported_in_an_instant(tmp_path):
+    code = "import time; began = time.perf_counter(); import smollm2; print(time.perf_counter() - began)"
+    assert float(run(tmp_path, NO_TORCH, "-c", code).stdout) < 0.2
