@@ -7,20 +7,33 @@ library's own KV cache. A contender is a function that does one unit of that wor
 from __future__ import annotations
 
 import contextlib
+import json
+import tempfile
 import time
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from smollm2.config import SmolLM2Config, TrainConfig
+from smollm2.decoding import FastDecoder
+from smollm2.device import choose_decoding, choose_precision
 from smollm2.errors import ConfigError
 from smollm2.model import SmolLM2
 from smollm2.optim import make_optimizer
+from smollm2.sampling import stream
+from smollm2.tokenizer import Tokenizer
 
-OURS = "smollm2"
-PEERS = ("transformers",)
+from . import LLAMA_CPP, OURS
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | {"int8": 1}
+PEER_DTYPES = {
+    "transformers": tuple(DTYPES),
+    LLAMA_CPP: ("int8", "fp16"),
+}  # the first where asked for another
 SEED = 0
 
 
@@ -54,12 +67,17 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def plain_model(job: Job) -> SmolLM2:
+    torch.manual_seed(SEED)
+    return SmolLM2(job.config)
+
+
 def build(name: str, job: Job, state: dict[str, torch.Tensor] | None = None) -> torch.nn.Module:
     """A contender's model on the device, with the weights of `state` (None: freshly drawn)."""
-    torch.manual_seed(SEED)
-    if name == OURS:
-        model = SmolLM2(job.config)
+    if name in (OURS, LLAMA_CPP):
+        model = plain_model(job)
     else:
+        torch.manual_seed(SEED)
         from transformers import LlamaConfig, LlamaForCausalLM
 
         model = LlamaForCausalLM(LlamaConfig(**job.config.to_hf_dict()))
@@ -67,7 +85,7 @@ def build(name: str, job: Job, state: dict[str, torch.Tensor] | None = None) -> 
         model.generation_config.pad_token_id = 0
     if state is not None:
         model.load_state_dict(state)
-    if job.task == "decode":
+    if job.task == "decode" and name != LLAMA_CPP and job.dtype != "int8":
         model = model.to(DTYPES[job.dtype])
     return model.to(job.device).train(job.task == "train")
 
@@ -127,10 +145,12 @@ def decode(
     """Continue the prompt; returns (ids (batch, length + new), seconds between the first and the last new
     token). `options` go to transformers' `generate`."""
     ids = job.input_ids()
+    if name == LLAMA_CPP:
+        return llama_cpp(model, ids, job)
+    if name == OURS and job.device.type == "cpu":
+        model = FastDecoder(model, job.dtype, take=True)
 
     def ours() -> tuple[torch.Tensor, float]:
-        from smollm2.sampling import stream
-
         times, tokens = [], []
         for token, _ in stream(model, ids, job.new_tokens, stop_ids=()):
             synchronize(job.device)
@@ -148,10 +168,59 @@ def decode(
     return ours if name == OURS else transformers
 
 
-def contender_names(peers: str) -> list[str]:
-    """Ours and the peers of `--peers a,b`; raises `ConfigError` for one that is not known."""
-    names = [name for name in peers.split(",") if name]
-    for name in names:
-        if name not in PEERS:
-            raise ConfigError(f"--peers {name!r}: expected some of {', '.join(PEERS)}")
-    return [OURS, *names]
+def llama_cpp(model: SmolLM2, ids: torch.Tensor, job: Job) -> Callable[[], tuple[torch.Tensor, float]]:
+    """llama.cpp's server in this process, on as many threads; it times its own tokens."""
+    import xllamacpp
+
+    from smollm2.gguf_file import write_gguf
+    from smollm2.weights import stored_tensors
+
+    kind = {"int8": "q8_0", "fp16": "f16"}[job.dtype]
+    tokenizer = Tokenizer.train(["Once upon a time. " * 20], 260)  # a formality: the prompt is given as ids
+    params = xllamacpp.CommonParams()
+    params.n_ctx, params.n_parallel, params.warmup, params.verbosity = (
+        job.length + job.new_tokens + 8,
+        1,
+        False,
+        0,
+    )
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        params.model.path = f"{folder}/model.gguf"
+        write_gguf(Path(params.model.path), job.config, stored_tensors(model), tokenizer, kind, "model", None)
+        server = xllamacpp.Server(params)
+    asked = {
+        "prompt": ids[0].tolist(),
+        "n_predict": job.new_tokens,
+        "temperature": 0.0,
+        "return_tokens": True,
+    }
+    asked |= {"ignore_eos": True, "cache_prompt": False}
+    header = {"Content-Type": "application/json"}
+
+    def work() -> tuple[torch.Tensor, float]:
+        address = f"{server.listening_address}/completion"  # named here, the server lives as long as `work`
+        request = urllib.request.Request(address, json.dumps(asked).encode(), header)
+        with urllib.request.urlopen(request) as answer:
+            told = json.load(answer)
+        return torch.tensor([ids[0].tolist() + told["tokens"]]), told["timings"]["predicted_ms"] / 1000
+
+    return work
+
+
+def own_dtypes(task: str, asked: list[str], device: torch.device) -> list[str]:
+    """What was asked for, `auto` replaced by what a user gets here. Raises `ConfigError`."""
+    if "fp16" in asked and device.type == "cpu":
+        raise ConfigError("--dtype fp16: a CPU trains in fp32 or bf16 and writes in fp32, bf16 or int8")
+    if task == "train":
+        return [choose_precision(dtype, device).name for dtype in asked]
+    return list(dict.fromkeys(choose_decoding(dtype, device)[0] for dtype in asked))
+
+
+def contenders(task: str, dtypes: list[str], peers: list[str]) -> list[tuple[str, str]]:
+    """(name, dtype) of each row, ours first; a peer without a dtype takes its usual one."""
+    rows = [(OURS, dtype) for dtype in dtypes]
+    for name in peers:
+        has = PEER_DTYPES[name]
+        rows += [(name, dtype if dtype in has else has[0]) for dtype in dtypes]
+    return list(dict.fromkeys(rows))

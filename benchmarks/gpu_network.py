@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import statistics
@@ -22,7 +23,8 @@ from smollm2.model import apply_rope
 from smollm2.optim import make_optimizer
 from smollm2.parameters import flops_per_token, parameter_count
 
-from .contenders import DTYPES, OURS, Job, build, decode, logits_of, loss_of, targets_of, train_step
+from . import OURS
+from .contenders import DTYPES, Job, build, decode, logits_of, loss_of, targets_of, train_step
 from .gpu_bench import Bench
 from .measure import alternating, best_rate, gemm_roof, seconds_of
 
@@ -328,7 +330,7 @@ def decoding(bench: Bench) -> None:
     job = job_of(bench, "decode", (1, prompt), dtype, new)
     models = build_all((OURS, THEIRS), job)
     works = {
-        OURS: decode(OURS, models[OURS], job),
+        OURS: decode(OURS, copy.deepcopy(models[OURS]), job),
         f"{OURS}, one CUDA graph": graph_decode(models[OURS], job),
         THEIRS: decode(THEIRS, models[THEIRS], job),
     }

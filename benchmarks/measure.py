@@ -102,6 +102,6 @@ def roofs(job: Job) -> dict[str, float]:
     """GEMM FLOP/s in fp32 and in the job's dtype, and the memory bandwidth in bytes/s."""
     rates = {
         f"gemm_{dtype}_flops_per_second": gemm_roof(job.device, dtype)
-        for dtype in dict.fromkeys(("fp32", job.dtype))
+        for dtype in dict.fromkeys(("fp32", job.dtype if job.task == "train" else "fp32"))
     }
     return rates | {"memory_bytes_per_second": bandwidth_roof(job.device)}

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import gpu
+from benchmarks import beside, gpu
 from smollm2.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -124,11 +124,13 @@ def test_without_a_gpu_or_with_a_mistake_one_line_says_so_and_nothing_is_written
 
 @pytest.mark.parametrize("task", ["train", "decode"])
 def test_every_row_beside_a_peer_has_its_speed_ours_first(task, monkeypatch, capsys):
-    monkeypatch.setattr(benchmarks, "in_fresh_process", lambda arguments: {"peak_memory_bytes": 1})
+    monkeypatch.setattr(beside, "in_fresh_process", lambda arguments: {"peak_memory_bytes": 1})
     roofs = dict.fromkeys(("gemm_fp32_flops_per_second", "memory_bytes_per_second"), 1e9)
-    monkeypatch.setattr(benchmarks, "roofs", lambda job: roofs)
+    monkeypatch.setattr(beside, "roofs", lambda job: roofs)
+    dtypes = ["fp32"] if task == "train" else ["fp32", "bf16", "int8"]
     small = ["--preset", "nano", "--length", "16", "--new_tokens", "4", "--windows", "2", "--json"]
-    assert benchmarks.main([task, *small]) == 0
+    assert benchmarks.main([task, *small, "--dtype", ",".join(dtypes)]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
-    assert [row["name"] for row in rows] == ["smollm2", "transformers"]
+    expected = [("smollm2", dtype) for dtype in dtypes] + [("transformers", dtype) for dtype in dtypes[:2]]
+    assert [(row["name"], row["dtype"]) for row in rows] == expected
     assert all(row["tokens_per_second"] > 0 for row in rows)
