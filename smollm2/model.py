@@ -98,7 +98,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask=None) -> torc
         grouped = q.reshape(batch, kv_heads, heads // kv_heads, dim)
         return F.scaled_dot_product_attention(grouped, k, v).reshape(batch, heads, 1, dim)
     if mask is None and can_attend_in_blocks(q):
-        return causal_attention(q, k, v)
+        return causal_attention(q, k.to(q.dtype), v.to(q.dtype))  # a cache is fp32 under autocast
     gqa = heads != kv_heads
     if gqa and not fused_gqa(q.device, q.dtype, mask is not None):
         k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))

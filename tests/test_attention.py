@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_models import tiny_model
 
 import smollm2.attention as attention
 import smollm2.model as network
@@ -87,3 +88,11 @@ def test_long_rows_never_hold_the_whole_matrix(monkeypatch):
     monkeypatch.setattr(torch, "bmm", lambda *x: largest.append(original(*x)) or largest[-1])
     values_and_gradients(network.attend, *random_case(time=640))
     assert max(x.numel() for x in largest) <= 2 * 2 * 3 * attention.BLOCK * 640
+
+
+def test_a_run_in_bf16_samples_behind_a_cache():
+    """Under autocast the queries are bf16 and a new cache holds the weights' fp32."""
+    model, ids = tiny_model(), torch.arange(12)[None]
+    with torch.autocast("cpu", torch.bfloat16):
+        cached, plain = (model.generate(ids, 4, use_cache=use) for use in (True, False))
+    assert torch.equal(cached, plain)
