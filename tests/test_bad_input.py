@@ -180,14 +180,15 @@ BAD_FILES = {
     "not valid YAML": [
         "model:\n\thidden_size: 5\n", "model: {hidden_size: 5", "a\0b", "train: {seed: 5}\n---\na: {}",
         "!!python/object/apply:os.system ['touch canary']", "train: !!python/name:os.system",
-        "data: " + "[" * 2000 + "]" * 2000, "train:\n  <<: {seed: 1}\n", "x: !!timestamp 2001-99-99\n",
+        "data: " + "[" * 2000 + "]" * 2000, "x: !!timestamp 2001-99-99\n",
     ],
     "aliases": ["a: &a [1, 2]\nb: *a", "a: &a [x,x]\nb: &b [*a,*a]\nc: &c [*b,*b]\nd: [*c,*c]"],
-    "not a word": ["? [a]\n: b", "1: 2", "yes: 1"], "appears twice": ["train: {seed: 5, seed: 6}", "train: {}\ntrain: {}"],
+    "not a word": ["? [a]\n: b"], "appears twice": ["train: {seed: 5, seed: 6}", "train: {}\ntrain: {}"],
     "did you mean 'train'": ["trian: {max_steps: 5}"], "did you mean 'max_steps'": ["train: {max_stepss: 5}"],
-    "train: ": ["train:", "train: 5", "train: [1]"], "a boolean is no value for it": ["train: {max_steps: no}"],
+    "train: ": ["train:", "train: 5", "train: [1]"], "train.max_steps": ["train: {max_steps: no}"],
     "unknown preset": ["preset: huge", "preset: smollm2-135", "preset: [nano]"],
-    "5000 digits": [f"train: {{max_steps: {'9' * 5000}}}"], "unknown key": ["model: {hidden: 5}"],
+    "valid integer": [f"train: {{max_steps: {'9' * 5000}}}"],
+    "unknown key": ["model: {hidden: 5}", "1: 2", "yes: 1", "train:\n  <<: {seed: 1}\n"],
     "not a multiple": [
         "train: {batch_size: 6, micro_batch_size: 4}", "model: {num_key_value_heads: 2, num_attention_heads: 3}",
         "model: {hidden_size: 15, num_attention_heads: 2}",
@@ -197,7 +198,7 @@ BAD_FILES = {
 BAD_VALUES = {
     "train.max_steps": [".nan", "1.5", "0", "-5", "1e99", "2020-01-01", "[1]", "{a: 1}", "9" * 50],
     "train.learning_rate": [".nan", "-.inf", "fast", "-1", "1e999", "[1e-3]", "!!python/name:os.getcwd []"],
-    "train.prompts": ["[]", "hello", "[1]", "[" * 18 + "]" * 18], "train.batch_size": ["0", "null", "1e12"],
+    "train.prompts": ["[]", "hello", "[" * 18 + "]" * 18], "train.batch_size": ["0", "null", "1e12"],
     "model.num_hidden_layers": ["0", "1000000000"], "train.precision": ["int4"],
     "train.seed": ["-1", "99999999999999999999"], "train.compile": ["3"],
     "run.resume": ["null"], "model.vocab_size": ["70000"], "model.rope_theta": ["0"],
