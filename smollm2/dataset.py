@@ -47,6 +47,7 @@ from .tokenizer import Tokenizer
 
 SAMPLE_ROWS = 100  # that tell which columns hold text
 BYTES_PER_TOKEN = 4.5  # of English under the SmolLM2 tokenizer, rounded up
+LONGEST_TOKEN = 16  # characters, on average over any text
 LONGEST_VALUE = 2**26  # characters of one JSON value
 _BETWEEN_VALUES = re.compile(r"[\s,\[\]]*")
 LEAST_TOKENS = 2**20  # read even if a run needs fewer: in a second
@@ -127,11 +128,12 @@ class Dataset:
     @cached_property
     def _first_two(self) -> list[int]:
         """Keys of the first two different documents: one is trained on, the other held out, so that no part
-        of a small dataset is empty. Only one, where there is no other."""
-        found: list[int] = []
+        of a small dataset is empty. Only one, where what is read has no other."""
+        found, room = [], self.tokens * LONGEST_TOKEN
         for piece in chain.from_iterable(source.pieces() for source in self.sources.values()):
             found += [piece.key] * (piece.key not in found)
-            if len(found) == 2:
+            room -= len(piece.text)
+            if len(found) == 2 or room < 0:
                 break
         return found
 
