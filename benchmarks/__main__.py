@@ -10,7 +10,7 @@ from smollm2.errors import ArgumentParser, ConfigError, run_command
 from smollm2.settings import load_config
 from smollm2.signals import loading
 
-from . import LLAMA_CPP, OURS, PEERS
+from . import OF_ONE_TASK, OURS, PEERS
 
 
 def parse(argv: list[str] | None):
@@ -30,6 +30,7 @@ def parse(argv: list[str] | None):
     parser.add_argument("--peers", default="transformers", help=f"some of {', '.join(PEERS)}; empty: none")
     parser.add_argument("--steps", type=int, help="train: steps of a window (default 1, on a GPU 10)")
     parser.add_argument("--windows", type=int, default=6, help="of each contender, alternating A B B A")
+    parser.add_argument("--name", help="train: write results/NAME.json, NAME.png (bars) and README's table")
     parser.add_argument("--json", action="store_true", help="one JSON line on standard output")
     parser.add_argument("--memory_of", choices=(OURS, *PEERS), help="only its peak memory, in this process")
     args = parser.parse_args(argv)
@@ -59,8 +60,8 @@ def parse(argv: list[str] | None):
             raise ConfigError(f"--dtype {','.join(args.dtype)}: expected {expected}")
     args.peers = [name for name in args.peers.split(",") if name]
     for name in args.peers:
-        if name not in PEERS or (training and name == LLAMA_CPP):
-            peers = [peer for peer in PEERS if not training or peer != LLAMA_CPP]
+        peers = [peer for peer in PEERS if OF_ONE_TASK.get(peer, args.task) == args.task]
+        if name not in peers:
             raise ConfigError(f"--peers {name!r}: expected some of {', '.join(peers)}")
         if not find_spec(PEERS[name]):
             raise ConfigError(f"--peers {name}: needs the package {PEERS[name]}")
@@ -87,6 +88,10 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(beside.memory(args.memory_of, job)))
         return 0
     result = beside.report(args, job, contenders(args.task, dtypes, args.peers))
+    if args.name:
+        from .publish import publish
+
+        publish(args.name, result)
     if args.json:
         print(json.dumps(result))
     else:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
+import time
 from dataclasses import replace
 from importlib.metadata import version
 
 import torch
 
 from smollm2.config import SmolLM2Config
-from smollm2.device import device_name
+from smollm2.device import device_name, kept_memory
 from smollm2.parameters import flops_per_token, parameter_count
 
-from . import LLAMA_CPP, OURS
-from .contenders import BYTES, Job, build, decode, plain_model, synchronize, train_step
+from . import LLAMA_CPP, NANOGPT, OURS
+from .contenders import BYTES, Job, build, decode, own_job, plain_model, synchronize, train_step
 from .measure import PeakMemory, alternating, in_fresh_process, roofs, seconds_of, spread
+from .nanogpt import NanoGPT
 
 
 def memory(name: str, job: Job) -> dict:
@@ -43,18 +46,29 @@ def measure_train(names: list[str], job: Job, steps: int, windows: int) -> dict[
     state = {key: value.cpu().clone() for key, value in first.state_dict().items()}
     models = {OURS: first} | {name: build(name, job, state) for name in names if name != OURS}
     works = {name: train_step(name, model, job) for name, model in models.items()}
-    losses = {
-        name: [float(work()), float(work())] for name, work in works.items()
-    }  # warm-up, and proof of equal work
+    # warm-up, which takes a compiled one minutes, and proof of equal work
+    losses, warm_up = {}, {}
+    for name, work in works.items():
+        began = time.monotonic()
+        losses[name] = [float(work()), float(work())]
+        warm_up[name] = time.monotonic() - began
     tolerance = 1e-4 if job.dtype == "fp32" else 0.05
     for name, values in losses.items():
-        if max(abs(a - b) for a, b in zip(values, losses[OURS], strict=True)) > tolerance:
+        if name != NANOGPT and max(abs(a - b) for a, b in zip(values, losses[OURS], strict=True)) > tolerance:
             raise RuntimeError(f"{name} computes something else: losses {values}, ours {losses[OURS]}")
     rates: dict[str, list[float]] = {name: [] for name in names}
     for name in alternating(names, windows):
-        seconds = seconds_of(lambda work=works[name]: [work() for _ in range(steps)], job.device)
-        rates[name].append(job.batch * job.length * steps / seconds)
-    return {name: {"speed": spread(rates[name]), "first_losses": losses[name]} for name in names}
+        own, count = own_job(name, job), steps * (20 if name == NANOGPT else 1)  # its steps are short
+        # ours as `train` runs it, the peers with the C library's own habits; the first step after the change
+        # is not timed
+        with kept_memory() if name == OURS else contextlib.nullcontext():
+            works[name]()
+            seconds = seconds_of(lambda work=works[name], n=count: [work() for _ in range(n)], job.device)
+        rates[name].append(own.batch * own.length * count / seconds)
+    return {
+        name: {"speed": spread(rates[name]), "first_losses": losses[name], "warm_up_seconds": warm_up[name]}
+        for name in names
+    }
 
 
 def measure_decode(contenders: list[tuple[str, str]], job: Job, windows: int) -> dict[tuple, dict]:
@@ -96,7 +110,8 @@ def report(args, job: Job, contenders: list[tuple[str, str]]) -> dict:
     memories = {
         (name, dtype): in_fresh_process([job.task, *passed_on, f"--dtype={dtype}", f"--memory_of={name}"])
         for name, dtype in contenders
-        if name != LLAMA_CPP  # it maps its file: resident is what was read last
+        # llama.cpp maps its file: resident is what was read last
+        if name not in (LLAMA_CPP, NANOGPT)
     }
     limits = roofs(job)
     if job.task == "train":
@@ -113,14 +128,16 @@ def report(args, job: Job, contenders: list[tuple[str, str]]) -> dict:
         row |= {"tokens_per_second_range": [speed["lowest"], speed["highest"]]}
         row |= memories.get((name, dtype), {}) | facts
         if job.task == "train":
-            flops = speed["median"] * flops_per_token(job.config, job.length)
+            by_token = flops_per_token(job.config, job.length)
+            flops = speed["median"] * (NanoGPT().flops_per_token() if name == NANOGPT else by_token)
             row["model_flops_per_second"] = flops
             row["share_of_gemm_roof"] = flops / limits[f"gemm_{dtype}_flops_per_second"]
         else:
             read = parameter_count(job.config) * BYTES[dtype] * speed["median"] / job.batch
             row["share_of_bandwidth_roof"] = read / limits["memory_bytes_per_second"]
         if rows:
-            row["ours_is_faster_by"] = rows[0]["tokens_per_second"] / row["tokens_per_second"]
+            unit = "model_flops_per_second" if name == NANOGPT else "tokens_per_second"  # its work is another
+            row["ours_is_faster_by"] = rows[0][unit] / row[unit]
             if "peak_memory_bytes" in row:
                 row["ours_needs_memory"] = rows[0]["peak_memory_bytes"] / row["peak_memory_bytes"]
         rows.append(row)

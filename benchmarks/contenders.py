@@ -12,7 +12,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,12 +26,14 @@ from smollm2.optim import make_optimizer
 from smollm2.sampling import stream
 from smollm2.tokenizer import Tokenizer
 
-from . import LLAMA_CPP, OURS
+from . import COMPILED, LLAMA_CPP, NANOGPT, OURS, nanogpt
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | {"int8": 1}
 PEER_DTYPES = {
     "transformers": tuple(DTYPES),
+    COMPILED: tuple(DTYPES),
+    NANOGPT: ("fp32",),
     LLAMA_CPP: ("int8", "fp16"),
 }  # the first where asked for another
 SEED = 0
@@ -62,6 +64,14 @@ class Job:
         return contextlib.nullcontext()
 
 
+def own_job(name: str, job: Job) -> Job:
+    """What this contender trains: nanoGPT's own configuration, the common one for all others."""
+    if name != NANOGPT:
+        return job
+    vocab = job.config.model_copy(update={"vocab_size": nanogpt.VOCAB})
+    return replace(job, config=vocab, batch=nanogpt.BATCH, length=nanogpt.LENGTH, dtype="fp32")
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -74,6 +84,9 @@ def plain_model(job: Job) -> SmolLM2:
 
 def build(name: str, job: Job, state: dict[str, torch.Tensor] | None = None) -> torch.nn.Module:
     """A contender's model on the device, with the weights of `state` (None: freshly drawn)."""
+    if name == NANOGPT:
+        torch.manual_seed(SEED)
+        return nanogpt.NanoGPT().to(job.device)
     if name in (OURS, LLAMA_CPP):
         model = plain_model(job)
     else:
@@ -87,7 +100,8 @@ def build(name: str, job: Job, state: dict[str, torch.Tensor] | None = None) -> 
         model.load_state_dict(state)
     if job.task == "decode" and name != LLAMA_CPP and job.dtype != "int8":
         model = model.to(DTYPES[job.dtype])
-    return model.to(job.device).train(job.task == "train")
+    model = model.to(job.device).train(job.task == "train")
+    return torch.compile(model, dynamic=False) if name == COMPILED else model
 
 
 def targets_of(ids: torch.Tensor) -> torch.Tensor:
@@ -96,9 +110,9 @@ def targets_of(ids: torch.Tensor) -> torch.Tensor:
 
 
 def loss_of(name: str, model: torch.nn.Module, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return (
-        model.loss(ids, targets) if name == OURS else model(input_ids=ids, labels=ids, use_cache=False).loss
-    )
+    if name in (OURS, NANOGPT):
+        return model.loss(ids, targets)
+    return model(input_ids=ids, labels=ids, use_cache=False).loss
 
 
 def logits_of(name: str, model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -107,6 +121,7 @@ def logits_of(name: str, model: torch.nn.Module, ids: torch.Tensor) -> torch.Ten
 
 def train_step(name: str, model: torch.nn.Module, job: Job) -> Callable[[], torch.Tensor]:
     """One optimizer step on batch x length tokens; returns the loss before it."""
+    job = own_job(name, job)
     ids = job.input_ids()
     targets = targets_of(ids)
     optimizer = make_optimizer(model, TrainConfig())

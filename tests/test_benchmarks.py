@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -11,9 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import beside, gpu
+from benchmarks import beside, gpu, nanogpt, publish
 from smollm2.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -123,14 +125,36 @@ def test_without_a_gpu_or_with_a_mistake_one_line_says_so_and_nothing_is_written
 
 
 @pytest.mark.parametrize("task", ["train", "decode"])
-def test_every_row_beside_a_peer_has_its_speed_ours_first(task, monkeypatch, capsys):
+def test_every_row_beside_a_peer_has_its_speed_ours_first(task, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(beside, "in_fresh_process", lambda arguments: {"peak_memory_bytes": 1})
     roofs = dict.fromkeys(("gemm_fp32_flops_per_second", "memory_bytes_per_second"), 1e9)
     monkeypatch.setattr(beside, "roofs", lambda job: roofs)
     dtypes = ["fp32"] if task == "train" else ["fp32", "bf16", "int8"]
     small = ["--preset", "nano", "--length", "16", "--new_tokens", "4", "--windows", "2", "--json"]
+    monkeypatch.setattr(publish, "ROOT", tmp_path)
+    monkeypatch.setattr(publish, "RESULTS", tmp_path)
+    (tmp_path / "README.md").write_text("a\n<!-- x: made by a benchmark -->\nold\n<!-- end of x -->\nz")
+    if task == "train":
+        small += ["--peers", "transformers,nanogpt-model", "--name", "x"]
     assert benchmarks.main([task, *small, "--dtype", ",".join(dtypes)]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     expected = [("smollm2", dtype) for dtype in dtypes] + [("transformers", dtype) for dtype in dtypes[:2]]
+    if task == "train":
+        expected.append(("nanogpt-model", "fp32"))
+        assert json.loads((tmp_path / "x.json").read_text())["rows"] == rows
+        text = (tmp_path / "README.md").read_text()
+        assert (
+            "old" not in text and "| nanogpt-model, fp32 |" in text and text.endswith("<!-- end of x -->\nz")
+        )
+        assert 'alt="Training nano, ' in text and (tmp_path / "x.png").read_bytes()[1:4] == b"PNG"
     assert [(row["name"], row["dtype"]) for row in rows] == expected
     assert all(row["tokens_per_second"] > 0 for row in rows)
+
+
+def test_nanogpt_has_the_size_and_the_work_that_its_readme_tells():
+    model = nanogpt.NanoGPT()
+    matrices = sum(p.numel() for p in model.parameters()) - model.wpe.weight.numel()
+    assert round(matrices / 1e6, 2) == 0.80  # "number of parameters: 0.80M"
+    assert model.flops_per_token() == pytest.approx(4.97e6, rel=0.01)
+    ids = torch.arange(2 * nanogpt.LENGTH).view(2, -1) % nanogpt.VOCAB
+    assert model.loss(ids, ids.roll(-1, 1)).item() == pytest.approx(math.log(nanogpt.VOCAB), abs=0.2)
