@@ -23,6 +23,7 @@ FLAGS = {
     "seed": ("train.seed", int, "seed of weights and data order"),
     "tokenizer": ("data.tokenizer", str, "auto (default), a Hub id, or the path of a tokenizer.json"),
     "dataset": ("data.dataset", str, "ID[:CONFIG][@SPLIT] of the Hub, a folder, a file, or A=0.7,B=0.3"),
+    "chat_file": ("data.chat_file", str, "conversations (.jsonl with messages) whose answers are learned"),
     "devices": ("run.devices", int, "GPUs or processes on this machine"),
     "num_nodes": ("run.num_nodes", int, "machines (with torchrun or SLURM)"),
 }
@@ -77,7 +78,7 @@ def with_shipped_text(config):
     """Called from another folder: the `input.txt` beside this program, where none was named or is there."""
     shipped = os.path.join(os.path.dirname(os.path.abspath(__file__)), "input.txt")
     data = config.data
-    is_chosen = "input_file" in data.model_fields_set or data.dataset
+    is_chosen = "input_file" in data.model_fields_set or data.dataset or data.chat_file
     if is_chosen or os.path.exists(data.input_file) or not os.path.exists(shipped):
         return config
     print(f"text: {shipped}, which lies beside this program: no {data.input_file} is here", flush=True)

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from .conversation import render_chat
+from .conversation import chat_template, render_chat
+from .data import FORMAT, TokenData, TokenFile
 from .errors import DataError
-from .text import documents, read_text
+from .files import sha256_json
+from .text import documents, read_text, source_identity
 from .tokenizer import Tokenizer
 
 CHATML = (
@@ -117,3 +120,60 @@ def encode_conversation(
         ids += answer[:learned] + [~token for token in answer[learned:]]
         done, answer_bytes = after, answer_bytes + len(said["content"].encode())
     return np.array(ids, dtype=np.int32), answer_bytes
+
+
+@dataclass(frozen=True)
+class ChatFile:
+    """The text of `--chat_file`, with what `data.InputFile` has, too. `model_folder`: the checkpoint or base
+    model whose chat template goes on."""
+
+    name: str
+    held_out: float
+    model_folder: Path | None
+
+    def template_and_end(self, tokenizer: Tokenizer, own_end: int | None = None) -> tuple[str, int]:
+        """(chat template, id that ends an answer)."""
+        own = self.model_folder and chat_template(self.model_folder)
+        if own and own_end is not None:
+            return own, own_end
+        template, end = default_template(tokenizer)
+        return own or template, end
+
+    def training_texts(self, limit: int) -> Iterator[str]:
+        """About `limit` characters of what is said, to train a tokenizer on."""
+        conversations = list(read_conversations(self.name))
+        for messages in conversations[: self._trained(len(conversations))]:
+            yield (text := "\n".join(said["content"] for said in messages))
+            limit -= len(text)
+            if limit <= 0:
+                return
+
+    def _trained(self, count: int) -> int:
+        return count - max(1, round(count * self.held_out))
+
+    def prepare(self, tokenizer: Tokenizer, own_end: int | None, check, say) -> TokenData:
+        """Tokens in memory, made anew at each start; the last conversations are held out."""
+        template, end = self.template_and_end(tokenizer, own_end)
+        key = {
+            "format": FORMAT,
+            "source": source_identity(self.name),
+            "chat_template": template,
+            "end_id": end,
+        }
+        identity = sha256_json(key | {"tokenizer": tokenizer.sha256, "held_out_fraction": self.held_out})
+        check(identity)
+        special_tokens = {"eos_token": tokenizer.token(end)}
+        encoded = [
+            encode_conversation(tokenizer, messages, template, special_tokens)
+            for messages in read_conversations(self.name)
+        ]
+        cut = self._trained(len(encoded))
+        if cut < 1:
+            raise DataError(f"--chat_file {self.name}: {len(encoded)} conversations; expected at least 2")
+        train, val = (
+            TokenFile(np.concatenate([ids for ids, _ in part]), sum(size for _, size in part))
+            for part in (encoded[:cut], encoded[cut:])
+        )
+        learned = sum(int((part.tokens >= 0).sum()) for part in (train, val))
+        say(f"chat: {len(encoded):,} conversations, {cut:,} to train on; {learned:,} tokens are answers")
+        return TokenData(train, val, identity, Path(self.name).parent, {"chat_template": template})

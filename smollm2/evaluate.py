@@ -51,13 +51,15 @@ def score_tokens(
     max_tokens=None,
     autocast=nullcontext,
 ) -> Score:
-    """Score (count,) token ids that stand for `text_bytes` bytes of text.
+    """Score (count,) token ids that stand for `text_bytes` bytes of text; ~id is read and not scored.
 
     `block_length` defaults to the model's context. `max_tokens` scores only the beginning (bytes are scaled
     in proportion). `autocast()` gives a context manager for the forward passes. Sums are kept in float64.
     """
     import torch
     import torch.nn.functional as F
+
+    from .loss import IGNORE_INDEX, inputs_and_targets
 
     count = min(max_tokens or len(tokens), len(tokens))
     if count == 0:
@@ -66,7 +68,7 @@ def score_tokens(
     length = block_length or model.config.max_position_embeddings
     batch = max(1, TOKENS_PER_BATCH // length) * length
     tokens, previous = tokens[:count], model.config.bos_token_id or 0
-    total, was_training = 0.0, model.training
+    total, scored, was_training = 0.0, 0, model.training
     model.eval()
     for start in range(0, count, batch):
         part = np.concatenate(([previous], tokens[start : start + batch])).astype(np.int64)
@@ -74,12 +76,14 @@ def score_tokens(
         new = len(part) - 1
         row = min(length, new)
         pad = (0, -new % row)  # the last row of the text
-        inputs, targets = F.pad(part[:-1], pad), F.pad(part[1:], pad, value=-100)
+        inputs, targets = inputs_and_targets(part)
+        learned = int((targets != IGNORE_INDEX).sum())
+        inputs, targets = F.pad(inputs, pad), F.pad(targets, pad, value=IGNORE_INDEX)
         with torch.inference_mode(), autocast():
             loss = model.loss(inputs.view(-1, row), targets.view(-1, row))
-        total += float(loss) * new
+        total, scored = total + float(loss) * learned, scored + learned
     model.train(was_training)
-    return Score(total / count, total / (math.log(2) * text_bytes), count, round(text_bytes))
+    return Score(total / max(scored, 1), total / (math.log(2) * text_bytes), scored, round(text_bytes))
 
 
 def score_file(model: SmolLM2, tokenizer, path, split="all", held_out_fraction=0.1, **options) -> Score:

@@ -32,6 +32,11 @@ def inputs_and_targets(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.where(inputs < 0, ~inputs, inputs), torch.where(targets < 0, IGNORE_INDEX, targets)
 
 
+def count_learned(rows: torch.Tensor) -> torch.Tensor:
+    """Of (..., T + 1) the targets that count, at least 1."""
+    return (rows[..., 1:] >= 0).sum().clamp_min(1).float()
+
+
 def rows_per_block(rows: int, vocab_size: int, device_type: str) -> int:
     """Equal blocks, as few as fit: a last one of a few rows would read the weights as often as a full one."""
     limit = BLOCK_BYTES.get(device_type, BLOCK_BYTES["cpu"])

@@ -247,6 +247,12 @@ class SmolLM2(nn.Module):
                 writes_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 parameter.normal_(0.0, residual_std if writes_residual else std)
 
+    def compile_blocks(self) -> None:
+        """One graph serves all blocks. Not dynamic: a second size would make graphs that no resumed process
+        has."""
+        for layer in self.model.layers:
+            layer.compile(dynamic=False)
+
     @property
     def device(self) -> torch.device:
         return self.model.embed_tokens.weight.device

@@ -168,8 +168,7 @@ def measure(config: RunConfig, device: torch.device, precision: Precision, secon
         model = SmolLM2(config.model).to(device)
         ids = torch.randint(config.model.vocab_size, (micro, length + 1), device=device)
     if train.compile:
-        for layer in model.model.layers:
-            layer.compile(dynamic=False)
+        model.compile_blocks()
     optimizer = make_optimizer(model, train)
 
     def step() -> None:

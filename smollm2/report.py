@@ -56,7 +56,9 @@ def draw_report(config: RunConfig, references: dict[str, float]) -> tuple[plots.
     best = min(scored, key=lambda score: score[1])
     style = {"color": plots.RED, "markersize": 9, "markerfacecolor": "none", "linestyle": ""}
     ax.plot(*best[:2], "o", **style, label=f"lowest, at step {best[0]:.0f}: the one to publish")
-    if not data.dataset and (counted := counting_bits_per_byte(data.input_file, data.held_out_fraction)):
+    if not (data.dataset or data.chat_file) and (
+        counted := counting_bits_per_byte(data.input_file, data.held_out_fraction)
+    ):
         references = references | {"counting": counted}
     for (name, value), color in zip(references.items(), plots.PALETTE[2:], strict=False):
         style = {"color": color, "linestyle": "--", "linewidth": 1, "marker": ""}

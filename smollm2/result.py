@@ -42,7 +42,8 @@ class TrainResult:
         rows = []
         if self.bits_per_byte is not None:
             others = ", ".join(f"{name} {value:.3f}" for name, value in self.references.items())
-            rows.append(("held-out bits per byte", f"{self.bits_per_byte:.3f}  (the same bytes: {others})"))
+            beside = f"  (the same bytes: {others})" * bool(others)
+            rows.append(("held-out bits per byte", f"{self.bits_per_byte:.3f}{beside}"))
             if self.best and self.best[1] * NOTICEABLE < self.bits_per_byte:
                 step, score = self.best
                 kept = self.checkpoint.with_name(step_name(step))
@@ -77,7 +78,7 @@ def complete_result(result: TrainResult, run: Run, stopped_by: int | None, secon
         best = read_state(newest).best
         if best and config.train.val_max_tokens is None:  # else measured on fewer tokens than the last one
             result.best = (best["step"], best["bits_per_byte"])
-        if val.text_bytes <= MAX_REFERENCE_BYTES:
+        if val.text_bytes <= MAX_REFERENCE_BYTES and not run.chat_template:
             text = "".join(val.texts(run.tokenizer, config.model.eos_token_id))
             result.references = compressed_bits_per_byte(text.encode())
         with contextlib.suppress(OSError):  # the disk is full: the run is safe, only its picture is not

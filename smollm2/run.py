@@ -22,8 +22,10 @@ from pydantic import ValidationError
 
 from . import __version__, weights
 from . import device as hardware
+from .chat import ChatFile
 from .checkpoint import FINAL_NAMES, MANIFEST, Manifest, candidates, newest_usable, verify
 from .config import RunConfig, TrainConfig, problems
+from .conversation import render_chat
 from .data import InputFile, TokenData, check_length, note_on_passes
 from .dataset import Dataset, open_text
 from .drive import DriveMirror, check_places, newest_on_drive
@@ -74,6 +76,18 @@ class Run:
         return self.reporter.message
 
     @property
+    def chat_template(self) -> str | None:
+        """Of a run that learns answers."""
+        return self.data.sidecar.get("chat_template")
+
+    def asked(self, prompt: str) -> str:
+        """What the model reads when it is asked to go on from `prompt`."""
+        if not self.chat_template:
+            return prompt
+        end = {"eos_token": self.tokenizer.token(self.config.model.eos_token_id)}
+        return render_chat(self.chat_template, [{"role": "user", "content": prompt}], end)
+
+    @property
     def world_size(self) -> int:
         return self.config.run.devices * self.config.run.num_nodes
 
@@ -117,6 +131,8 @@ class Run:
         state.log_lines, state.config = dict(self.logs.counts), fixed_settings(config)
         ids = shape.bos_token_id, shape.eos_token_id
         files = weights.model_files(shape) | self.tokenizer.files(shape.max_position_embeddings, *ids)
+        if self.chat_template:
+            files["chat_template.jinja"] = self.chat_template.encode()
         files["state.json"] = dump_json(state.to_json())
         moments = moments_by_name(model, optimizer) | rng_tensors(self.device)
         tensors = {"model.safetensors": weights.stored_tensors(model), "optim.safetensors": moments}
@@ -154,7 +170,7 @@ def open_run(config: RunConfig, reporter: Reporter, began: float) -> Iterator[Ru
     `time.monotonic()` when its minutes began. Raises `UserError`."""
     place, output_dir, device = config.run, Path(config.run.output_dir), hardware.choose_device()
     if not config.data.dataset:
-        source_identity(config.data.input_file)
+        source_identity(config.data.chat_file or config.data.input_file)
     check_places(output_dir, place.drive_dir, place.resume)
     check_workers(place, torch.cuda.device_count() if device.type == "cuda" else 0)
     is_first = is_first_worker(place)
@@ -200,9 +216,14 @@ def _open(config: RunConfig, device: torch.device, reporter: Reporter, is_first:
         newest = newest_on_drive(place.drive_dir, checkpoint_dir, say, read_state)
     else:
         newest = newest_usable(candidates(checkpoint_dir), say, read_state)
-    text = open_text(config, newest and newest.facts.get("dataset"))
+    if config.data.chat_file:
+        base = place.init_from and weights.resolve(place.init_from)
+        fraction = config.data.held_out_fraction
+        text = ChatFile(config.data.chat_file, fraction, newest.folder if newest else base)
+    else:
+        text = open_text(config, newest and newest.facts.get("dataset"))
     tokenizer = _choose_tokenizer(config, text, newest, way_out, say)
-    config = _with_token_ids(config, tokenizer)
+    config = _with_token_ids(config, tokenizer, text)
     began_with = origin_name(place.init_from) if place.init_from else None
     state = read_state(newest) if newest else TrainState()
     if newest:
@@ -269,7 +290,7 @@ def _with_base_model(config: RunConfig) -> RunConfig:
         raise ConfigError(f"run.init_from={source}: {problems(error, RunConfig)}") from None
 
 
-Text = InputFile | Dataset
+Text = InputFile | Dataset | ChatFile
 
 
 def _choose_tokenizer(
@@ -296,7 +317,7 @@ def _choose_tokenizer(
     return tokenizer
 
 
-def _with_token_ids(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
+def _with_token_ids(config: RunConfig, tokenizer: Tokenizer, text: Text) -> RunConfig:
     """One source for each id: what documents begin and end with is what config.json, generation and exports
     say.
 
@@ -306,6 +327,8 @@ def _with_token_ids(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
     model = config.model
     given = model.model_dump(include={"bos_token_id", "eos_token_id"} & model.model_fields_set)
     end = tokenizer.end_id(given.get("eos_token_id"))
+    if isinstance(text, ChatFile):
+        _, end = text.template_and_end(tokenizer, given.get("eos_token_id"))
     begin = given.get("bos_token_id", tokenizer.begin_ids[-1] if tokenizer.begin_ids else end)
     ids = {"bos_token_id": begin, "eos_token_id": end}
     return config.model_copy(update={"model": model.model_copy(update=ids)})
@@ -371,7 +394,7 @@ def load(run: Run) -> tuple[SmolLM2, TrainState, dict[str, torch.Tensor]]:
         saver.newest = newest_usable(candidates(saver.folder), run.say, read_state)
     model = SmolLM2(config.model)
     if saver.newest is None:
-        text = origin_name(config.data.dataset or config.data.input_file)
+        text = origin_name(config.data.chat_file or config.data.dataset or config.data.input_file)
         state = TrainState(
             schedule_total=run.total_steps,
             micro_batch_size=min(train.micro_batch_size or rows, rows),

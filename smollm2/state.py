@@ -27,7 +27,8 @@ CHANGEABLE = {
     },
     # identified by their hashes instead
     "data": {
-        "input_file", "dataset", "dataset_column", "dataset_tokens", "tokenizer", "tokenizer_vocab_size",
+        "input_file", "dataset", "chat_file", "dataset_column", "dataset_tokens", "tokenizer",
+        "tokenizer_vocab_size",
     },
 }  # fmt: skip
 

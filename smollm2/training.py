@@ -26,6 +26,7 @@ from .device import autocast, kept_memory, plain_defaults, repeatable_sums
 from .errors import MemoryStop, disk_failures_named
 from .evaluate import score_tokens
 from .guard import NumericGuard, make_scaler, update_scale
+from .loss import count_learned, inputs_and_targets
 from .model import SmolLM2
 from .optim import load_moments, make_optimizer, set_learning_rate
 from .progress import Reporter, TerminalReporter
@@ -139,13 +140,17 @@ class TrainingLoop(pl.LightningModule):
     def accumulate(self, batch: torch.Tensor) -> torch.Tensor:
         rows, micro = batch.shape[0], self.state.micro_batch_size
         total = torch.zeros((), device=batch.device)
+        answers = None  # in a chat the mean is over those of all workers together, else over rows
+        if self.run.chat_template:
+            answers = self.trainer.strategy.reduce(count_learned(batch), reduce_op="mean")
         for start in range(0, rows, micro):
             part = batch[start : start + micro]
+            share = len(part) / rows if answers is None else count_learned(part) / answers
             # workers exchange gradients once a step, with the last micro-batch
             is_early = self.run.world_size > 1 and start + micro < rows
             with self.trainer.strategy.block_backward_sync() if is_early else contextlib.nullcontext():
                 with autocast(self.run.precision, self.run.device):
-                    loss = self.model.loss(part[:, :-1], part[:, 1:]) * (len(part) / rows)
+                    loss = self.model.loss(*inputs_and_targets(part)) * share
                 self.manual_backward(self.scaler.scale(loss))
             total += loss.detach().float()
         return total
@@ -233,7 +238,7 @@ class TrainingLoop(pl.LightningModule):
         for index, prompt in enumerate(train.prompts):
             options = {"temperature": 0.8, "top_k": 50, "seed": train.seed + index}
             with autocast(run.precision, run.device):
-                text = complete(self.model, run.tokenizer, prompt, train.sample_tokens, **options)
+                text = complete(self.model, run.tokenizer, run.asked(prompt), train.sample_tokens, **options)
             self.record(logs.SAMPLES, prompt=prompt, text=text)
             run.reporter.sample(step, prompt, text)
         self.model.train()
@@ -257,8 +262,7 @@ def run_phase(run: Run, target: int, final_name: str, signals: StopSignals, resu
     """Train from the newest checkpoint (or from nothing) to step `target` with a fresh trainer."""
     model, state, moments = load(run)
     if run.config.train.compile:
-        for layer in model.model.layers:
-            layer.compile(dynamic=False)  # else a second size makes graphs that no resumed process has
+        model.compile_blocks()
     loop = TrainingLoop(run, model, state, moments, target, final_name, signals, result)
     trainer = make_trainer(run.config.run, run.device)
     rank, world = trainer.global_rank, run.world_size

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +12,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from smollm2 import chat
 from smollm2.config import SmolLM2Config
+from smollm2.conversation import Conversation
 from smollm2.errors import DataError
 from smollm2.loss import inputs_and_targets
 from smollm2.model import SmolLM2
+from smollm2.sampling import SamplingOptions
 from smollm2.tokenizer import Tokenizer
+from smollm2.training import train
+from tests.soak import small_config
 
 TALK = [
     {"role": "system", "content": "You are kind."},
@@ -110,3 +115,58 @@ def test_the_pieces_of_a_text_become_pairs(tmp_path):
         ("Explain: Why Rain Falls", "It is heavy."),
         ("Tell me the story called The Hat", "Once.\n\nTwice."),
     ]
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("chat") / "talk.jsonl"
+    asked = [("What is {} and {}?", a, b) for a in range(2, 14) for b in range(2, 14)]
+    lines = [
+        {
+            "messages": [
+                {"role": "user", "content": ask.format(a, b)},
+                {"role": "assistant", "content": f"It is {a + b}."},
+            ]
+        }
+        for ask, a, b in asked
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def chatting(path: Path, folder: Path, **train):
+    config = small_config(path, folder, **train)
+    return config.model_copy(update={"data": config.data.model_copy(update={"chat_file": str(path)})})
+
+
+def test_a_run_on_conversations_resumes_bit_for_bit_and_its_folder_answers(pairs, tmp_path):
+    whole = train(chatting(pairs, tmp_path / "a", max_steps=30, val_every=10, sample_every=10))
+    parts = train(
+        chatting(pairs, tmp_path / "b", max_steps=20, continue_steps=10, val_every=10, sample_every=10)
+    )
+    for file in ("model.safetensors", "optim.safetensors", "state.json", "chat_template.jinja"):
+        assert (whole.checkpoint / file).read_bytes() == (parts.checkpoint / file).read_bytes(), file
+    first, last = whole.validations[0][1], whole.validations[-1][1]
+    assert last < 0.75 * first  # nats a token of held-out answers
+    model = SmolLM2.from_pretrained(whole.checkpoint)
+    talk = Conversation(model, Tokenizer.from_file(whole.checkpoint), whole.checkpoint, chat=True)
+    assert talk.stop_ids == (model.config.eos_token_id,)
+    answer = "".join(
+        talk.stream(talk.ask("What is 2 and 3?"), SamplingOptions(max_new_tokens=12, temperature=0))
+    )
+    assert answer and "Question" not in answer
+
+
+def test_micro_batches_and_the_whole_batch_give_the_same_mean_over_answers(pairs, tmp_path):
+    """Rows hold different numbers of answer tokens: a mean of means would weigh them wrongly."""
+    whole = train(chatting(pairs, tmp_path / "a", max_steps=5))
+    parts = train(chatting(pairs, tmp_path / "b", max_steps=5, micro_batch_size=2))
+    assert np.allclose([loss for _, loss in whole.losses], [loss for _, loss in parts.losses], rtol=2e-5)
+
+
+def test_a_chat_file_of_one_conversation_is_refused_and_nothing_is_left(tmp_path):
+    path = tmp_path / "one.jsonl"
+    path.write_text(json.dumps({"messages": TALK}))
+    with pytest.raises(DataError, match="1 conversations; expected at least 2"):
+        train(chatting(path, tmp_path / "a"))
+    assert not (tmp_path / "a").exists()
