@@ -149,7 +149,7 @@ def test_a_run_on_conversations_resumes_bit_for_bit_and_its_folder_answers(pairs
     first, last = whole.validations[0][1], whole.validations[-1][1]
     assert last < 0.75 * first  # nats a token of held-out answers
     model = SmolLM2.from_pretrained(whole.checkpoint)
-    talk = Conversation(model, Tokenizer.from_file(whole.checkpoint), whole.checkpoint, chat=True)
+    talk = Conversation(model, Tokenizer.from_file(whole.checkpoint), whole.checkpoint, chat=True, room=16)
     assert talk.stop_ids == (model.config.eos_token_id,)
     answer = "".join(
         talk.stream(talk.ask("What is 2 and 3?"), SamplingOptions(max_new_tokens=12, temperature=0))
