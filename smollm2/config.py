@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator as After
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import CheckpointError, did_you_mean
 
@@ -32,14 +32,6 @@ Place = Annotated[Text, Field(min_length=1), After(os.path.expanduser)]  # a pat
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_boolean_as_number(cls, value: Any, info):
-        """pydantic reads True as 1, and YAML `yes` as True; in a configuration that is always a mistake."""
-        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
-            raise ValueError("a boolean is no value for it")
-        return value
 
 
 class SmolLM2Config(_Section):

@@ -100,9 +100,7 @@ class TrainingLoop(pl.LightningModule):
             self.log_skip(reason)
         self.log_epoch(loss, is_applied)
         is_last = state.step >= self.target
-        improved = False
-        if is_applied and (is_last or state.step % train.val_every == 0):
-            improved = self.validate()
+        improved = is_applied and (is_last or state.step % train.val_every == 0) and self.validate()
         if is_applied and (is_last or state.step % train.sample_every == 0):
             self.sample()
         if run.world_size == 1:
