@@ -274,7 +274,8 @@ print(f"loss {minute[0]:.2f} -> {minute[-1]:.2f} in {updates} updates; it writes
 written = PROMPT + complete(own, tokenizer, PROMPT, 40, temperature=0.8, top_k=50, seed=1)
 print(" ".join(written.split()))
 
-# %% id="minute-figure" tags=["figure"]
+# %% cellView="form" id="minute-figure" tags=["figure"]
+# @title Figure: a minute of your loop { display-mode: "form" }
 fig, (left, right) = plots.figure(8, 2.8, columns=2)
 left.plot(range(1, updates + 1), minute, marker="")
 plots.label(left, "Your own loop trains nano", "update", "loss (nats per token)")

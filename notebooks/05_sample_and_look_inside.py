@@ -523,7 +523,8 @@ print(f"(the rows of those never seen are {long:.1f} long on average, all others
 there = ", ".join(f"block {block} {agreement[block]:.0%}" for block in shown)
 print(f"share of the passage's final answers already there:\n  {there}")
 
-# %% id="lens-figure" tags=["figure"]
+# %% cellView="form" id="lens-figure" tags=["figure"]
+# @title Figure: the logit lens { display-mode: "form" }
 fig, ax = plots.figure(9, 1.2 + 0.34 * len(shown))
 scale = sureness[1:].max().item()  # row 0 repeats the token and is nearly sure of it
 picture = ax.imshow(sureness, cmap="Blues", vmin=0, vmax=scale, aspect="auto")

@@ -286,7 +286,8 @@ if official:
     rows["SmolLM2-135M, official" + (" (beginning)" if limit else "")] = official
 rows = dict(sorted(rows.items(), key=lambda row: -row[1]))
 
-# %% id="all-figure" tags=["figure"]
+# %% cellView="form" id="all-figure" tags=["figure"]
+# @title Figure: everybody on the same text { display-mode: "form" }
 fig, ax = plots.figure(7.5, 0.9 + 0.32 * len(rows))
 colors = [plots.ORANGE if name == "YOURS" else plots.BLUE for name in rows]
 drawn = ax.barh(list(rows), list(rows.values()), color=colors)
@@ -505,7 +506,8 @@ lost = costs[8][0] / costs[32][0] - 1
 print(f"fp32:   {costs[32][1] / 1e6:6.2f} MB, {costs[32][0]:.3f} bits per byte")
 lesson.check("int8 costs less than half a per cent of the bits per byte", lost, 0.005)
 
-# %% id="int8-figure" tags=["figure"]
+# %% cellView="form" id="int8-figure" tags=["figure"]
+# @title Figure: what fewer bits cost { display-mode: "form" }
 fig, ax = plots.figure(7.5, 2.8)
 sizes, bits_needed = zip(*((size / 1e6, bits) for bits, size in costs.values()), strict=True)
 ax.plot(sizes, bits_needed, color=plots.BLUE, marker="o")
@@ -651,7 +653,8 @@ except UserError as reason:
 # * **Start from the official weights**: fine-tuning, a few steps at a low rate. The form below does it where there is a GPU; with a text of yours it is
 #   ```
 #   python colab_train.py --preset smollm2-135m --set run.init_from=HuggingFaceTB/SmolLM2-135M \
-#     --input_file mine.txt --max_steps 100 --set train.learning_rate=1e-4 --set train.warmup_steps=10
+#     --input_file mine.txt --max_steps 100 \
+#     --set train.learning_rate=1e-4 --set train.warmup_steps=10
 #   ```
 # * **Watch it learn.** Notebook [4 · Train](04_train.ipynb) ([open in Colab](https://colab.research.google.com/github/smollm2-from-scratch/smollm2-from-scratch/blob/main/notebooks/04_train.ipynb)) shows a run in a panel.
 # * **Back to the beginning.** [1 · Build the model](01_build_the_model.ipynb)

@@ -145,8 +145,11 @@ def test_a_web_page_shows_outputs_and_code_but_no_folded_code_and_links_to_pages
 def test_cells_are_short_and_narrow(stem):
     code = cells(stem, "code")
     lines = {name: [line for line in text.splitlines() if line.strip()] for name, text in code.items()}
-    assert [line for each in lines.values() for line in each if len(line) > 96] == []
+    shown = re.findall(r"```.*?```", "\n".join(cells(stem, "markdown").values()), re.S)
+    assert [line for text in (*code.values(), *shown) for line in text.splitlines() if len(line) > 96] == []
     assert [name for name, each in lines.items() if len(each) > 30] == [] and len(cells(stem)) <= 60
+    figures = re.findall(r"^# %% (.*\bfigure\b.*)$", (NOTEBOOKS / f"{stem}.py").read_text("utf-8"), re.M)
+    assert [figure for figure in figures if 'cellView="form"' not in figure] == [], "fold a figure's code"
     tokens = [tokenize.generate_tokens(StringIO(text).readline) for text in code.values()]
     statements = [sum(token.type == tokenize.NEWLINE for token in each) for each in tokens]
     assert statistics.median(statements) <= 8, dict(zip(code, statements, strict=True))
@@ -160,7 +163,7 @@ def test_lesson_has_checks_figures_predictions_a_widget_and_folded_answers(stem)
     assert "lesson.score()" in code
     assert len(shown) >= 3 and "widgets.explore(" in shown
     assert text.count("<details>") == text.count("</details>") >= 2
-    assert text.count("**✎ Exercise") >= 3 or "## Exercises" in text
+    assert text.count("**✎ Exercise") >= 3, "beside their sections"
     assert "Each `?`" in title and "Each `✔`" in title, "whoever begins here meets both signs without a word"
     assert "You will be able to" in text and re.search(r"\bminutes?\b.*\b(CPU|GPU|T4)\b", text, re.S)
     assert stem == "06_evaluate_and_share" or "## Next" in text
