@@ -232,10 +232,10 @@ plots.show(fig, alt + "all close to 1 after it.")
 # %% [markdown] id="rope"
 # ## 4 · RoPE: position as a rotation
 #
-# Attention (section 5) compares vectors of one head, 64 numbers. Without a mask it cannot tell *dog bites man* from *man bites dog*. With the causal mask
-# *one* layer knows only who came before a token, not in which order; several layers can work the order out (deep causal models learn to, with no position
-# given at all: [arXiv 2203.16634](https://arxiv.org/abs/2203.16634)), but that costs layers. RoPE (rotary position embedding) gives it for nothing: it takes the
-# numbers in pairs and turns each pair, like a clock hand, by an angle that grows with the position: the first pair by one radian a token, the last hardly at
+# Attention (section 5) compares vectors of one head, 64 numbers. Without a mask it cannot tell *dog bites man* from *man bites dog*. With the causal
+# mask *one* layer knows who came before a token, but not in which order. Several layers can work the order out
+# ([arXiv 2203.16634](https://arxiv.org/abs/2203.16634)), but that costs layers. RoPE (rotary position embedding) gives it for nothing. It takes the numbers
+# in pairs and turns each pair, like a clock hand, by an angle that grows with the position: the first pair by one radian a token, the last hardly at
 # all. A pair (a, b), turned by an angle, is (a cos − b sin, a sin + b cos). Why should turning be better than adding a position vector? Watch what the
 # dot product does.
 
@@ -813,9 +813,12 @@ lesson.check("the 12 greedy tokens are transformers'", mine - other)
 # %% [markdown] id="bugs"
 # ## 9 · Bug hunt
 #
-# Three colleagues wrote attention too. Their code runs, has the right shapes, and even trains. It is wrong. Each made one of three classic
-# mistakes: in `q` (RoPE pairs neighbours instead of halves), in `shared k` (heads repeated as 0 1 2 0 1 2 … instead of 0 0 0 1 1 1 …), or in
-# `scores` (no division by √head_dim). The chart shows at which step each begins to differ from yours. Who did what?
+# Three colleagues wrote attention too. Their code runs, has the right shapes, and even trains. It is wrong. Each made one classic mistake:
+# * in `q`: RoPE pairs neighbours instead of halves;
+# * in `shared k`: heads repeated as 0 1 2 0 1 2 … instead of 0 0 0 1 1 1 …;
+# * in `scores`: no division by √head_dim.
+#
+# The chart shows at which step each begins to differ from yours. Who did what?
 
 
 # %% id="bugs-code" tags=["lesson"]

@@ -446,7 +446,7 @@ lesson.check("there and back: saved by transformers, read by us", apart(back, or
 # ## 7 · Smaller: int8 by hand
 #
 # To write one token, a model reads every weight once. So fewer bytes are more speed, on a laptop nearly in proportion. **int8** keeps a whole number from −127 to
-# 127 for each weight, one byte in place of four, and for each row of a matrix one **scale**: its largest value, divided by 127. Read back, a
+# 127 for each weight: one byte in place of four. Each row of a matrix has one **scale**, its largest value divided by 127. Read back, a
 # weight is number × scale. Rounding costs at most half a scale. Is that much?
 
 
@@ -614,8 +614,8 @@ else:
 #
 # A **base** model continues: after "What is gravity?" it may well write the next question of a quiz. **SmolLM2-135M-Instruct** answers. It has the same network, the
 # same shapes, the same number of parameters; its weights went on learning from the base's: first conversations (supervised fine-tuning), then pairs of a
-# better and a worse answer (preference optimisation). What is new is a *form*. A **chat template** writes who speaks between special tokens, the model learns to
-# speak only when it is its turn, and a token that ends a turn stops the writing. Which tokens should the loss count?
+# better and a worse answer (preference optimisation). What is new is a *form*. A **chat template** writes, between special tokens, who speaks. The model learns to
+# speak when it is its turn, and a token that ends a turn stops the writing. Which tokens should the loss count?
 
 # %% id="instruct-form" tags=["lesson", "check"]
 talk = [{"role": "user", "content": "What is gravity?"}]

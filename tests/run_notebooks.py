@@ -140,11 +140,14 @@ def run_notebook(stem: str, folder: Path, env: dict[str, str], timeout: int = 60
 
 
 def page(notebook) -> str:
-    """An executed notebook as one HTML file, without the code that Colab folds away."""
+    """An executed notebook as one HTML file, without the code that Colab folds away but for answers."""
     from nbconvert import HTMLExporter
 
     for cell in notebook.cells:
-        cell.metadata.tags = ["form"] if cell.metadata.get("cellView") == "form" else []
+        is_folded = cell.metadata.get("cellView") == "form" and "solution" not in cell.metadata.get(
+            "tags", []
+        )
+        cell.metadata.tags = ["form"] if is_folded else []
     notebook.metadata.pop("widgets", None)  # a page has no kernel: the figure stands in the panel's place
     html, _ = HTMLExporter(config=PAGE).from_notebook_node(notebook)
     return re.sub(r'href="(\d\d_\w+)\.ipynb"', r'href="\1.html"', html)
