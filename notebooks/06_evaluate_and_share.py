@@ -498,7 +498,7 @@ def quantised(model, bits=8):
 some = {"block_length": block, "max_tokens": 2048 if SMOKE else 8192}
 whole = sum(p.nbytes for p in model.parameters())
 costs = {32: (score_file(model, tokenizer, TEXT, "val", **some).bits_per_byte, whole)}
-for bits in (8, 6, 5, 4, 3):
+for bits in (8, 5, 4, 3, 2):
     small, size = quantised(model, bits)
     costs[bits] = score_file(small, tokenizer, TEXT, "val", **some).bits_per_byte, size
     print(f"{bits} bits: {size / 1e6:6.2f} MB, {costs[bits][0]:.3f} bits per byte")
@@ -514,11 +514,14 @@ ax.plot(sizes, bits_needed, color=plots.BLUE, marker="o")
 for bits, (needed, size) in costs.items():
     name = "fp32" if bits == 32 else f"{bits} bits"
     ax.annotate(name, (size / 1e6, needed), (3, 5), textcoords="offset points", fontsize=9)
-ax.set_xlim(0, 1.1 * max(sizes))
-worst = costs[3][0] / costs[32][0] - 1
-title = f"8 bits cost {lost:.2%} of the bits per byte, 3 bits {worst:.1%}"
+ax.set(xscale="log", xlim=(0.7 * min(sizes), 1.4 * max(sizes)))
+ax.set_xticks(sizes, [f"{size:.1f}" for size in sizes], minor=False)
+ax.minorticks_off()
+ax.margins(y=0.15)
+worst = costs[2][0] / costs[32][0] - 1
+title = f"8 bits cost {lost:.3%} of the bits per byte, 2 bits {worst:.0%}"
 plots.label(ax, title, "weights (MB)", "bits per byte, held out")
-told = ", ".join(f"{bits} bits {needed:.2f}" for bits, (needed, _) in costs.items())
+told = ", ".join(f"{bits} bits {needed:.3f}" for bits, (needed, _) in costs.items())
 plots.show(fig, f"Bits per byte against the bits of a weight: {told}.")
 
 # %% [markdown] id="gguf-text"
