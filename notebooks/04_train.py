@@ -263,7 +263,7 @@ lesson.check(f"the likeliest token is the right one, at all {targets.numel()} po
 
 # %% id="minute-run" tags=["lesson", "slow"]
 # about a minute on two CPU cores: your loop trains nano, each batch in 4 parts
-T, B, updates = (64, 4, 12) if SMOKE else (NANO.data.sequence_length, ADAMW.batch_size, 200)
+T, B, updates = (64, 4, 12) if SMOKE else (NANO.data.sequence_length, ADAMW.batch_size, 150)
 rate = Schedule(ADAMW.learning_rate, ADAMW.warmup_steps, ADAMW.decay_fraction, 0, updates)
 order = BatchOrder(len(tokens), T, B, ADAMW.seed)  # notebook 3, section 7
 torch.manual_seed(ADAMW.seed)
