@@ -195,8 +195,9 @@ lesson.check("clipping is one factor, PyTorch's", off, 1e-6)
 #
 # **✎ Exercise**: set `beta1` to 0 in `adamw`, then `beta2` to 0, and run this cell and the next again. Which check fails, and which loop still learns the batch by heart?
 #
-# <details><summary>Solution</summary>The comparison with `torch.optim.AdamW` fails both times (take it out, to go on). Without β₁ the loop still learns the batch: here all gradients
-# come from the same rows, there is nothing to average. Without β₂ each weight is divided by its gradient of this very moment: it mostly moves by ± the rate, and the loss jumps about.</details>
+# <details><summary>Solution</summary>The comparison with `torch.optim.AdamW` fails both times (take it out, to go on). Without β₁ the loop still learns the batch,
+# but slowly: 0.2 nats after 60 updates in place of 0.001. Each zigzag counts, nothing adds up. Without β₂ the loss jumps to thousands of nats: where a gradient
+# happens to be near zero, the average is divided by next to nothing.</details>
 
 
 # %% id="adamw" tags=["lesson", "check"]
