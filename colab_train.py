@@ -35,7 +35,7 @@ def prepare(argv: list[str] | None):
     from smollm2.errors import ArgumentParser, ConfigError
 
     parser = ArgumentParser(description="Train SmolLM2 from scratch; run it again to continue.")
-    presets = "auto, nano, smollm2-135m, smollm2-360m or smollm2-1.7b"
+    presets = "auto, nano, smollm2-10m, -30m, -135m, -360m or -1.7b"
     parser.add_argument("--preset", default="auto", help=presets)
     parser.add_argument("--config", metavar="FILE.yaml", help="sections model, data, train, run")
     repeated = {"dest": "overrides", "action": "append", "default": [], "metavar": "key=value"}

@@ -77,7 +77,7 @@ from smollm2.notebook import lesson
 from smollm2.notebook.panel import live_panel
 from smollm2.notebook.steadfast import keep_training, kept
 from smollm2.optim import Schedule
-from smollm2.parameters import parameter_count
+from smollm2.parameters import parameter_count, training_bytes
 from smollm2.progress import Reporter
 from smollm2.report import draw_report
 from smollm2.sampling import complete
@@ -96,7 +96,7 @@ lesson.quiet()
 
 # %% cellView="form" id="knobs" tags=["parameters"]
 # @title Six knobs { display-mode: "form" }
-PRESET = "auto"  # @param ["auto", "nano", "smollm2-135m", "smollm2-360m"]
+PRESET = "auto"  # @param ["auto", "nano", "smollm2-10m", "smollm2-30m", "smollm2-135m"]
 STEPS = 0  # @param {type:"integer"}
 MORE_STEPS = 0  # @param {type:"integer"}
 TEXT = ""  # @param {type:"string"}
@@ -362,7 +362,9 @@ plots.show(fig, alt + "{}; of a batch known by heart {}.".format(*shares.values(
 # %% [markdown] id="schedule"
 # ## 5 · The learning rate, drawn before it is used
 #
-# **Warm-up, stable, decay**, as SmolLM2 was trained: a linear rise while AdamW's averages settle, a long plateau, a linear fall to zero. The rate is a
+# **Warm-up, stable, decay**, as SmolLM2 was trained: a linear rise while the averages settle, a long plateau, a linear fall to zero. SmolLM2's optimizer is
+# AdamW. The preset `nano` takes **Muon** for the matrices of its blocks (their momentum, with all singular values set to about 1: every direction learns, not
+# only the few that dominate the gradient) and AdamW for embedding and norms, with a rate for each; both follow the same curve. The rate is a
 # *function of the step*, so a resumed run cannot get it wrong; and both phases of your run share one curve. At which step of the decay is it half of its peak?
 #
 # **Try it**, below. Move the end of phase one: what happens to the curve? And how much of the peak is lost, on average, if all steps are decay?
@@ -387,7 +389,8 @@ config = load_config("nano", **settings | TINY) if SMOKE else load_config(preset
 train, total = config.train, steps + more
 schedule = Schedule(train.learning_rate, train.warmup_steps, train.decay_fraction, 0, total)
 print(f"{steps} + {more} steps of {train.batch_size} x {config.data.sequence_length} tokens")
-print(f"peak learning rate {train.learning_rate}")
+muon = f", Muon's {train.muon_learning_rate}" if train.optimizer == "muon" else ""
+print(f"peak learning rates: AdamW's {train.learning_rate}{muon}")
 
 # %% cellView="form" id="schedule-predict" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
@@ -633,9 +636,7 @@ if steps + 1 in dict(result.losses):  # phase two began in this session
 
 # %% cellView="form" id="run-figure" tags=["figure"]
 # @title Figure: your run { display-mode: "form" }
-plots.show(
-    *draw_report(config, result.references)
-)  # the same lies in the run's folder: report.png
+plots.show(*draw_report(config, result.references))  # also in the run's folder: report.png
 
 # %% [markdown] id="stop"
 # ## 8 · The stop button stops gracefully
@@ -682,7 +683,7 @@ same_bytes("stopped")
 # ## 10 · What lies where
 #
 # A checkpoint is an ordinary Hugging Face folder that also holds the optimizer's state: AdamW keeps two averages for every weight. All are fp32, four bytes
-# each. How large is a checkpoint of your model?
+# each, except that Muon, which trains the matrices of nano's blocks, needs only one. How large is a checkpoint of your model?
 
 # %% id="kept-rows" tags=["lesson"]
 places = [("this machine", place.output_dir / "checkpoints")]
@@ -698,8 +699,8 @@ guess = None  # @param {type:"raw"}
 lesson.predict(
     f"The model has {parameters:,} parameters. How many megabytes has one checkpoint?",
     guess, size, unit="MB",
-    why="12 bytes per parameter. For SmolLM2-135M: 1.61 GB, so Drive gets the newest few only, "
-    "and a free 15 GB Drive is not filled.",
+    why="12 bytes per parameter, 8 where Muon trains it. For SmolLM2-135M with AdamW: 1.61 GB, "
+    "so Drive gets the newest few only, and a free 15 GB Drive is not filled.",
 )  # fmt: skip
 
 # %% id="kept-check" tags=["check"]
@@ -708,8 +709,8 @@ for row in rows[:12]:
     print(f"{row['place']:<13}{row['name'][:44]:<45}{facts}")
 damaged = [row for row in here if row["state"] != "whole"]
 lesson.check("every checkpoint on this machine is whole", len(damaged))
-ratio = size / (12e-6 * parameters)
-lesson.check("a checkpoint has 12 bytes per parameter (and a tokenizer)", ratio - 1, 0.05)
+ratio = 1e6 * size / training_bytes(config.model, train.optimizer)
+lesson.check("a checkpoint has 8 or 12 bytes per parameter (and a tokenizer)", ratio - 1, 0.1)
 print(f"\ntalk to it: {result.table().splitlines()[-1].removeprefix('talk to it').strip()}")
 
 # %% [markdown] id="end"
@@ -743,7 +744,7 @@ lesson.score()
 #
 # <details><summary>Why fp16 and not bf16 on a T4, and what does it need?</summary>It has no bf16 units. fp16 lacks range, so the loss is scaled.</details>
 #
-# <details><summary>What must a checkpoint hold, beside the weights, for a bit-exact resume?</summary>Both averages of the optimizer, the step, the data position, random
+# <details><summary>What must a checkpoint hold, beside the weights, for a bit-exact resume?</summary>The averages of the optimizer, the step, the data position, random
 # states, the schedule's plan, the scaler's state.</details>
 #
 # <details><summary>nano ends with a training loss near 3.9 and a held-out loss near 4.3. Why do they differ?</summary>Its 800 steps read the same 1.2 MB five

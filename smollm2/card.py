@@ -34,6 +34,7 @@ def training_table(state: dict[str, Any], figures: dict[str, float]) -> str:
     run = state.get("config") or {}
     data, train = run.get("data") or {}, run.get("train") or {}
     sizes = [state.get("step"), train.get("batch_size"), data.get("sequence_length")]
+    is_muon = train.get("optimizer") == "muon"
     rows = {
         "preset": state.get("preset") or None,
         "text": f"`{state['text']}`" if state.get("text") else None,
@@ -41,7 +42,9 @@ def training_table(state: dict[str, Any], figures: dict[str, float]) -> str:
         "tokens seen": math.prod(sizes) if all(sizes) else None,
         "rows of one step": train.get("batch_size"),
         "tokens of a row": data.get("sequence_length"),
+        "optimizer": train.get("optimizer"),
         "peak learning rate": train.get("learning_rate"),
+        "peak learning rate of Muon": train.get("muon_learning_rate") if is_muon else None,
         "seed": train.get("seed"),
         "started from": state.get("init_from"),
         "last training loss (nats a token)": figures.get("train_loss"),

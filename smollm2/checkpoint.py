@@ -3,7 +3,7 @@
 A checkpoint is a Hugging Face model folder that is also a resume point:
 
     config.json generation_config.json tokenizer.json tokenizer_config.json model.safetensors   for everyone
-    optim.safetensors   AdamW moments by parameter name, torch RNG states
+    optim.safetensors   optimizer moments by parameter name, torch RNG states
     state.json          step, data position, schedule, scaler, skips, best score
     manifest.json       size and sha256 of every other file; written last
 

@@ -9,12 +9,12 @@ from conftest import tiny_config, tiny_model
 from smollm2.config import SmolLM2Config
 from smollm2.model import SmolLM2
 from smollm2.parameters import flops_per_token, group_totals, parameter_count, parameter_table
-from smollm2.settings import load_config
+from smollm2.settings import load_config, preset_names
 
 PUBLISHED = {"smollm2-135m": 134_515_008, "smollm2-360m": 361_821_120, "smollm2-1.7b": 1_711_376_384}
 
 
-@pytest.mark.parametrize("preset", [*PUBLISHED, "nano"])
+@pytest.mark.parametrize("preset", preset_names())
 def test_every_preset_has_as_many_parameters_as_was_published_and_as_transformers_counts(preset):
     from transformers import LlamaConfig, LlamaForCausalLM
 
