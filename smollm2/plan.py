@@ -43,6 +43,7 @@ PROBE_SECONDS = 4.0  # of measured steps, after two that warm up
 MINUTES = (10, 20, 60, 480)
 SHARE_PLANNED = 0.95  # of the time that is left: neighbours and disks are not always equally fast
 DISK_BYTES_PER_SECOND = 150e6
+LAUNCH_SECONDS = 1e-5
 PACKED_BYTES_PER_SECOND = 0.7e6  # gzip -9 and xz together, on one core
 
 
@@ -221,10 +222,16 @@ def steps_within(
 
 
 def estimate(config: RunConfig, gpu: Gpu) -> Speed:
-    """Speed on a card that is not here: arithmetic, no measurement."""
-    tokens = config.train.batch_size * config.data.sequence_length
-    step = tokens * flops_per_token(config.model, config.data.sequence_length) / (gpu.tflops * 1e12)
-    return Speed(step, step / tokens / 3, 1 / 100)  # a forward pass is a third; some 100 tokens/s eager
+    """Speed on a card that is not here: arithmetic, no measurement. A small model waits for its kernels to be
+    launched: about 40 a layer forward, 65 backward, at 10 microseconds each on the CPU of a Colab machine."""
+    train, length, layers = config.train, config.data.sequence_length, config.model.num_hidden_layers
+    tokens, parts = (
+        train.batch_size * length,
+        train.batch_size // (train.micro_batch_size or train.batch_size),
+    )
+    computing = tokens * flops_per_token(config.model, length) / (gpu.tflops * 1e12)
+    step = max(computing, parts * (105 * layers + 150) * LAUNCH_SECONDS)
+    return Speed(step, step / tokens / 3, (40 * layers + 50) * LAUNCH_SECONDS)  # a forward pass is a third
 
 
 # --- the command --------------------------------------------------------------------------------------------
