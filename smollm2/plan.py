@@ -71,9 +71,10 @@ GPUS = {
 # --- memory -------------------------------------------------------------------------------------------------
 
 
-def _kept_bytes(config: SmolLM2Config, length: int, is_half: bool) -> int:
+def _kept_bytes(config: SmolLM2Config, length: int, is_half: bool, device_type: str) -> int:
     """Bytes that a forward pass over one row keeps for the backward pass, the weights left out."""
-    model = SmolLM2(config)
+    # a CPU trains a block by one function, which casts the weights for one product; see cpu_block.py
+    model = SmolLM2(config).train(device_type == "cpu")
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, torch.Tensor] = {}  # by address; holding the tensor keeps its address from being reused
 
@@ -84,15 +85,16 @@ def _kept_bytes(config: SmolLM2Config, length: int, is_half: bool) -> int:
     context = torch.autocast("cpu", torch.bfloat16) if is_half else nullcontext()
     with context, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         model.model(torch.zeros(1, length, dtype=torch.int64))
-    copies = 2 * sum(p.numel() for p in model.model.layers.parameters() if p.dim() > 1) if is_half else 0
+    copies = 2 * sum(p.numel() for p in model.model.layers.parameters() if p.dim() > 1)
+    copies *= is_half and not model.training
     return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in own) - copies
 
 
-def activation_bytes(config: SmolLM2Config, length: int, is_half: bool) -> tuple[int, int]:
+def activation_bytes(config: SmolLM2Config, length: int, is_half: bool, device_type: str) -> tuple[int, int]:
     """Bytes of one row of `length` tokens: (of each layer, around the layers)."""
     small = {"vocab_size": 64, "max_position_embeddings": length, "bos_token_id": 0, "eos_token_id": 0}
     one, two = (
-        _kept_bytes(config.model_copy(update=small | {"num_hidden_layers": n}), length, is_half)
+        _kept_bytes(config.model_copy(update=small | {"num_hidden_layers": n}), length, is_half, device_type)
         for n in (1, 2)
     )
     return two - one, max(2 * one - two, 0)
@@ -102,12 +104,12 @@ def memory_parts(config: RunConfig, rows: int, is_half: bool, device_type: str) 
     """Bytes that training holds at its peak with micro-batches of `rows`, by what they are for."""
     model, length = config.model, config.data.sequence_length
     count, tokens = parameter_count(model), rows * length
-    layer, around = activation_bytes(model, length, is_half)
+    layer, around = activation_bytes(model, length, is_half, device_type)
     block = rows_per_block(tokens, model.vocab_size, device_type) * model.vocab_size
     return {
         "weights, moments": training_bytes(model, config.train.optimizer),
         "gradients": 4 * count,
-        "half-precision weights": 2 * count if is_half else 0,
+        "half-precision weights": 2 * count if is_half and device_type != "cpu" else 0,
         "activations": rows * (layer * model.num_hidden_layers + around),
         # logits of a block in fp32 and in half, gradients of its two factors in fp32
         "loss": block * (6 if is_half else 4) + 4 * model.hidden_size * (model.vocab_size + tokens),
