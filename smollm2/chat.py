@@ -134,10 +134,14 @@ class ChatFile:
     def template_and_end(self, tokenizer: Tokenizer, own_end: int | None = None) -> tuple[str, int]:
         """(chat template, id that ends an answer)."""
         own = self.model_folder and chat_template(self.model_folder)
-        if own and own_end is not None:
-            return own, own_end
-        template, end = default_template(tokenizer)
-        return own or template, end
+        if not own:
+            return default_template(tokenizer)
+        # what the template writes there: a base model may carry one beside another end of its documents
+        end = default_template(tokenizer)[1] if own_end is None else own_end
+        talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        said = render_chat(own, talk, {"eos_token": tokenizer.token(end)}, asks_for_answer=False)
+        ends = [token for token in tokenizer.encode(said) if tokenizer.is_special(token)]
+        return own, (ends or [end])[-1]
 
     def training_texts(self, limit: int) -> Iterator[str]:
         """About `limit` characters of what is said, to train a tokenizer on."""

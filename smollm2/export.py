@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .card import model_card
+from .chat import PLAIN
 from .config import SmolLM2Config
 from .conversation import chat_template, render_chat, special_tokens
 from .errors import ArgumentParser, CheckpointError, ConfigError, OutputLost, run_command
@@ -29,6 +30,9 @@ from .weights import model_files, read_end_ids, read_weights, resolve, stored_te
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 RECEIPT = "export.json"  # names every file of an export: what makes a folder ours to replace
 TURN, ANSWER = "<|im_start|>{}\n{}<|im_end|>\n", "<|im_start|>assistant\n"  # ChatML
+# chat.PLAIN in Ollama's language, around the end of an answer
+PLAIN_ANSWER = '{{- range .Messages }}{{ if eq .Role "assistant" }}{{ .Content }}'
+PLAIN_QUESTION = "{{ else }}Question: {{ .Content }}\nAnswer: {{ end }}{{ end }}"
 
 
 def exported_config(config: SmolLM2Config, state: dict[str, Any]) -> SmolLM2Config:
@@ -81,6 +85,8 @@ def modelfile(weights: str, tokenizer: Tokenizer, ends: tuple, fields: dict) -> 
     system = chatml_system(template, special_tokens(fields)) if template else None
     if not template:
         lines.append('TEMPLATE """{{ .Prompt }}"""')
+    elif template == PLAIN:
+        lines.append(f'TEMPLATE """{PLAIN_ANSWER}{fields["eos_token"]}{PLAIN_QUESTION}"""')
     elif system is None:
         lines.append("# No TEMPLATE: the model's chat template is not ChatML, the one kind translated here.")
         lines.append("# Ollama takes the one in the model's own files where it knows it; else write one.")

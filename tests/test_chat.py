@@ -80,6 +80,14 @@ def test_a_tokenizer_without_turns_gets_a_template_of_plain_words():
     assert ids[-1] == end
 
 
+def test_an_answer_ends_as_the_models_own_template_ends_it(tokenizer, tmp_path):
+    """Also where documents end otherwise, as those of a base model do."""
+    (tmp_path / "chat_template.jinja").write_text(chat.CHATML)
+    talks = chat.ChatFile("talk.jsonl", 0.1, tmp_path)
+    end = tokenizer.token_id("<|im_end|>")
+    assert talks.template_and_end(tokenizer, tokenizer.end_of_text_id) == (chat.CHATML, end)
+
+
 def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
     last_only = "{% for m in messages[-2:] %}{{ m['content'] }}<|im_end|>{% endfor %}"
     with pytest.raises(DataError, match="rewrites earlier turns"):

@@ -23,6 +23,7 @@ from tiny_models import (
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from smollm2 import SmolLM2, Tokenizer
+from smollm2.chat import PLAIN
 from smollm2.errors import ConfigError, UserError
 from smollm2.export import export, main
 from smollm2.files import dump_json
@@ -122,6 +123,21 @@ def test_ollamas_recipe_follows_the_models_own_template_or_says_that_it_cannot(
     else:
         turn = "{{- range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}"
         assert f'TEMPLATE """{turn}<|im_start|>assistant\n"""' in recipe
+
+
+def test_ollamas_recipe_says_the_template_of_plain_words_in_its_own_language(tmp_path):
+    source = instruct(tmp_path / "in", PLAIN, "<|start|>", "<|end|>")
+    recipe = (export(source, tmp_path / "out") / "Modelfile").read_text()
+    jinja = re.search('TEMPLATE """(.*?)"""', recipe, re.DOTALL)[1]
+    words = {
+        "{{- range .Messages }}": "{% for message in messages %}",
+        '{{ if eq .Role "assistant" }}': "{% if message['role'] == 'assistant' %}",
+        "{{ .Content }}": "{{ message['content'] }}", "{{ else }}": "{% else %}",
+        "{{ end }}{{ end }}": "{% endif %}{% endfor %}", "<|end|>": "{{ eos_token }}",
+    }  # fmt: skip
+    for go, word in words.items():
+        jinja = jinja.replace(go, word)
+    assert jinja == PLAIN
 
 
 @pytest.mark.parametrize("name", ["generation_config.json", "config.json"])

@@ -13,8 +13,8 @@ TINTS = ["#cfe6f5", "#fde7c2", "#cdebdf", "#f8d5c2", "#ead9e6"]  # pale: black t
 CHARACTERS_PER_LINE = 72
 
 
-def token_strip(tokenizer, ids: list[int], title: str) -> plots.Figure:
-    """Every token as a box: its text above, its id below, in reading order."""
+def token_strip(tokenizer, ids: list[int], title: str, tints: list[str] = TINTS) -> plots.Figure:
+    """Every token as a box: its text above, its id below, in reading order; `tints` repeat."""
     fig, ax = plots.figure(9, 1)
     style = {"ha": "center", "va": "center", "parse_math": False}
     left, row = 0, 0
@@ -23,7 +23,7 @@ def token_strip(tokenizer, ids: list[int], title: str) -> plots.Figure:
         width = max(len(text), len(name)) + 1
         if left and left + width > CHARACTERS_PER_LINE:
             left, row = 0, row + 1
-        ax.add_patch(Rectangle((left, -row - 0.9), width - 0.15, 0.8, color=TINTS[number % len(TINTS)]))
+        ax.add_patch(Rectangle((left, -row - 0.9), width - 0.15, 0.8, color=tints[number % len(tints)]))
         middle = left + width / 2 - 0.07
         ax.text(middle, -row - 0.35, text, fontsize=9, family="monospace", **style)
         ax.text(middle, -row - 0.7, name, fontsize=7, color="#444444", **style)
