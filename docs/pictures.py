@@ -25,6 +25,7 @@ CHOSEN = {
     "04_train": ("kill-figure", True),
     "05_sample_and_look_inside": ("lens-figure", False),
     "06_evaluate_and_share": ("all-figure", False),
+    "07_make_it_useful": ("mask-figure", True),
 }
 BEGIN, END = "<!-- gallery: made by docs/pictures.py -->\n", "<!-- end of gallery -->"
 LIMIT = 120_000  # bytes of a picture

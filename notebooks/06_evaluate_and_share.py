@@ -660,8 +660,8 @@ except UserError as reason:
 #     --set train.learning_rate=1e-4 --set train.warmup_steps=10
 #   ```
 # * **Watch it learn.** Notebook [4 · Train](04_train.ipynb) ([open in Colab](https://colab.research.google.com/github/smollm2-from-scratch/smollm2-from-scratch/blob/main/notebooks/04_train.ipynb)) shows a run in a panel.
-# * **Back to the beginning.** [1 · Build the model](01_build_the_model.ipynb)
-#   ([open in Colab](https://colab.research.google.com/github/smollm2-from-scratch/smollm2-from-scratch/blob/main/notebooks/01_build_the_model.ipynb)), and change something: the checks will tell you what you did.
+# * **Make it answer.** [7 · Make it useful in ten minutes](07_make_it_useful.ipynb)
+#   ([open in Colab](https://colab.research.google.com/github/smollm2-from-scratch/smollm2-from-scratch/blob/main/notebooks/07_make_it_useful.ipynb)): the loss on the answers of section 10, trained.
 
 # %% cellView="form" id="fine-tune" tags=["parameters", "slow"]
 # @title Fine-tune the official SmolLM2-135M on input.txt (a GPU and the network: 270 MB)

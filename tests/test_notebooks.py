@@ -114,7 +114,7 @@ def test_the_setup_cell_fetches_the_project_once_and_finds_it_again_or_says_what
 @each
 def test_badge_and_links_name_the_one_address_and_gpus_are_asked_for_where_they_help(stem):
     notebook = json.loads((NOTEBOOKS / f"{stem}.ipynb").read_text(encoding="utf-8"))
-    assert ("accelerator" in notebook["metadata"]) == stem.startswith(("04", "05", "06"))
+    assert ("accelerator" in notebook["metadata"]) == stem.startswith(("04", "05", "06", "07"))
     assert list(cells(stem))[:3] == ["view-in-github", "title", "setup"]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     address = project["urls"]["Repository"].removeprefix("https://github.com/") + "/blob/main/notebooks/"
