@@ -458,6 +458,7 @@ ax.bar(places + 0.2, cost["after"], 0.4, color=plots.BLUE, label="after")
 ax.set_xticks(places, words, rotation=45, ha="right", fontsize=8, parse_math=False)
 dearest = words[int(cost["after"].argmax())]
 title = f"After training, '{dearest}' costs most"
+ax.set_ylim(0, 1.3 * float(max(cost["before"].max(), cost["after"].max())))
 ax.grid(axis="x", visible=False)
 plots.label(ax, title.replace("$", ""), "token of the answer", "nats", legend=True)
 means = f"{cost['before'].mean():.2f} to {cost['after'].mean():.2f} nats a token"
