@@ -325,6 +325,7 @@ settings = {
     "run.init_from": source,
     "run.output_dir": str(folder),
     "data.chat_file": str(path),
+    "train.optimizer": "adamw",  # also where the base was trained with Muon
     "train.max_steps": steps,
     "train.learning_rate": rate,
     "train.warmup_steps": 10,
