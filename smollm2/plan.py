@@ -14,6 +14,7 @@ import re
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +75,10 @@ GPUS = {
 def _kept_bytes(config: SmolLM2Config, length: int, is_half: bool, device_type: str) -> int:
     """Bytes that a forward pass over one row keeps for the backward pass, the weights left out."""
     # a CPU trains a block by one function, which casts the weights for one product; see cpu_block.py
-    model = SmolLM2(config).train(device_type == "cpu")
+    with torch.device("meta"):  # what the weights are does not matter: none are drawn
+        model = SmolLM2(config).train(device_type == "cpu")
+    model = model.to_empty(device="cpu")
+    model.model.reset_rope()
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, torch.Tensor] = {}  # by address; holding the tensor keeps its address from being reused
 
@@ -90,6 +94,7 @@ def _kept_bytes(config: SmolLM2Config, length: int, is_half: bool, device_type: 
     return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in own) - copies
 
 
+@lru_cache
 def activation_bytes(config: SmolLM2Config, length: int, is_half: bool, device_type: str) -> tuple[int, int]:
     """Bytes of one row of `length` tokens: (of each layer, around the layers)."""
     small = {"vocab_size": 64, "max_position_embeddings": length, "bos_token_id": 0, "eos_token_id": 0}

@@ -187,7 +187,7 @@ BAD_FILES = {
     "did you mean 'train'": ["trian: {max_steps: 5}"], "did you mean 'max_steps'": ["train: {max_stepss: 5}"],
     "train: ": ["train:", "train: 5", "train: [1]"], "train.max_steps": ["train: {max_steps: no}"],
     "unknown preset": ["preset: huge", "preset: smollm2-135", "preset: [nano]"],
-    "valid integer": [f"train: {{max_steps: {'9' * 5000}}}"],
+    "as an integer": [f"train: {{max_steps: {'9' * 5000}}}"],
     "unknown key": ["model: {hidden: 5}", "1: 2", "yes: 1", "train:\n  <<: {seed: 1}\n"],
     "not a multiple": [
         "train: {batch_size: 6, micro_batch_size: 4}", "model: {num_key_value_heads: 2, num_attention_heads: 3}",
