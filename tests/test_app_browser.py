@@ -29,16 +29,20 @@ def go_on():
 def address(tmp_path_factory, go_on):
     pytest.importorskip("gradio", reason="pip install gradio")
     from smollm2 import app
+    from smollm2.decoding import FastDecoder
 
-    def wait(*_) -> None:
+    write = FastDecoder.next_logits
+
+    def write_slowly(*arguments):
         go_on.wait(0.5)
+        return write(*arguments)
 
-    with patch.dict(os.environ):  # what the app changes for itself ends with these tests
+    # what the app changes for itself ends with these tests
+    with patch.dict(os.environ), patch.object(FastDecoder, "next_logits", write_slowly):
         checkpoint = two_checkpoints(tmp_path_factory.mktemp("run"), eos_token_id=None)
         for file in checkpoint.parent.glob("*/tokenizer_config.json"):
             file.write_text("{}")  # no token ends a text: a random model would draw it anywhere
         page, address = app.launch(str(checkpoint))
-        page.models.get()[0].model.register_forward_pre_hook(wait)
         yield address
         page.close()
 
