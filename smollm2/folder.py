@@ -49,7 +49,7 @@ def locked_folder(path: Path, locks: bool = True) -> Iterator[None]:
 def tidy(path: Path) -> None:
     """Remove what a killed run left half-way."""
     (path / "checkpoints").mkdir(exist_ok=True)
-    for folder in (path, path / "checkpoints", path / "logs", path / "data"):
+    for folder in (path, path / "checkpoints", path / "logs", path / "data", *path.glob("data/*")):
         remove_leftovers(folder)
 
 
