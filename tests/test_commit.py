@@ -24,6 +24,7 @@ from smollm2 import files, saver
 from smollm2.checkpoint import Manifest, candidates, newest_usable, prune, step_name, verify
 from smollm2.errors import OutputLost
 from smollm2.files import remove_leftovers
+from smollm2.folder import tidy
 from smollm2.progress import Reporter
 from smollm2.training import train
 from tests.commit_child import FINAL, NEW_STEP, SCENARIOS, save
@@ -276,3 +277,11 @@ def test_a_disk_that_cannot_hold_the_checkpoints_is_told_before_training(text, s
 
 
 # --- the same with a real run -----------------------------------------------------------------------------------------
+
+
+def test_what_a_kill_left_half_written_goes_at_the_next_start(tmp_path):
+    for place in (".", "checkpoints", "logs", "data", "data/tokens-1"):
+        (tmp_path / place).mkdir(exist_ok=True)
+        (tmp_path / place / ".x.tmp-1").touch()
+    tidy(tmp_path)
+    assert not list(tmp_path.rglob("*.tmp-*"))
