@@ -6,8 +6,6 @@ Prints one line of figures; ends with 1 when logits differ by more than 1e-5 (fp
 needs torch, transformers, pydantic and pyyaml only, so it runs in a bare environment of any version of them.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 python -m tests.commit_child FOLDER SCENARIO
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What the tests share: one thread, tiny configurations, transformers' twin of a model, and real artefacts where they are at hand."""
 
-from __future__ import annotations
-
 import os
 import signal
 from pathlib import Path

@@ -7,8 +7,6 @@ first. On top of that come bursts of errno 107 and 5, files that read as 0 bytes
 turn up as "name (1)", a quota, and a trash that counts. The clock moves with every call, and with `advance`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import io

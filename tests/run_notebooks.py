@@ -7,8 +7,6 @@ The set-up cell's clone is redirected to a snapshot of this working tree by SMOL
 warning, no long output, checks and pictures present) are asserted on the executed copy.
 """
 
-from __future__ import annotations
-
 import argparse
 import base64
 import os

@@ -15,8 +15,6 @@ commit protocol broken on purpose it must find a difference.
 In the forked runs every batch loses some tokens at random, so that the generators' states decide the result, too.
 """
 
-from __future__ import annotations
-
 import argparse
 import mmap
 import os

@@ -1,7 +1,5 @@
 """The web app answers anyone and suffers nobody: limits, a queue that can be full, no way around them."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

@@ -4,8 +4,6 @@ Needs Chromium or Chrome with its chromedriver (Debian: chromium, chromium-drive
 SMOLLM2_SCREENSHOTS=DIR keeps the pictures. The model writes at the test's pace, not at the machine's.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import threading

@@ -4,8 +4,6 @@ The cases run in this process, through the same `run_command` as the real progra
 and bad things, the shop.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

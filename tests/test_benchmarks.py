@@ -1,7 +1,5 @@
 """The benchmarks' promises: rows beside a peer, and a script for a borrowed GPU that cannot fail there only."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

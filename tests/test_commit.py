@@ -3,8 +3,6 @@
 strace kills a small process (`commit_child.py`) before every call of a save and of the sweep behind it, or lets it fail.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import itertools

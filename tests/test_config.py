@@ -1,7 +1,5 @@
 """A configuration is what was written, or one clear error: nothing is guessed, nothing is dropped."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What the README promises about `input.txt`: its size, its form, that it does not repeat itself, that it is original."""
 
-from __future__ import annotations
-
 import gzip
 import re
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """Damaged checkpoints: none is loaded, each is named with its cause, and an older good one is used."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Text -> tokens -> batches: nothing lost, nothing changed by streaming, and an order that is a pure function."""
 
-from __future__ import annotations
-
 import bz2
 import gzip
 import itertools

@@ -1,8 +1,6 @@
 """A dataset becomes tokens: every text is read or named, no document is in both parts, and neither a kill, a
 second reading nor a Hub that fails changes a token."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import io

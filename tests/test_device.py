@@ -1,7 +1,5 @@
 """What a machine can hold, and settings of the process that are put back."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 from types import SimpleNamespace

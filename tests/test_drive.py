@@ -1,7 +1,5 @@
 """The Drive tier against a Drive that lies: training never stops, and a fresh machine continues exactly."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

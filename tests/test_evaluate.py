@@ -1,7 +1,5 @@
 """Bits per byte: every token once, every byte counted, one figure for models with different tokenizers."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import lzma

@@ -1,7 +1,5 @@
 """An export is read alike by transformers, llama.cpp and Ollama, and never overwrites what is not its own."""
 
-from __future__ import annotations
-
 import json
 import re
 import urllib.request

@@ -1,7 +1,5 @@
 """What a real trained model says, with the cache and without; and the terminal: once, in turns, as a chat."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

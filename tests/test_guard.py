@@ -1,7 +1,5 @@
 """Numbers that go wrong and memory that runs out: skipped or redone, bounded, and never on disk."""
 
-from __future__ import annotations
-
 import json
 import math
 import random

@@ -4,8 +4,6 @@ Each payload would create a canary file if anything unpickled, evaluated or impo
 refused for a test to pass, but nothing may run.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os

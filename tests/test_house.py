@@ -1,7 +1,5 @@
 """The order of the house: imports go one way, as README's table has the modules, in no circle, and files stay readable."""
 
-from __future__ import annotations
-
 import ast
 import re
 from graphlib import TopologicalSorter

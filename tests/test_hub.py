@@ -1,8 +1,6 @@
 """A Hub that is slow, broken, gone or refuses never hangs a command: it ends in the file, in the cached copy, or in
 one clear line that blames the right one. Each download runs in a process of its own, with a person's variables."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

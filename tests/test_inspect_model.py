@@ -1,7 +1,5 @@
 """Looking inside changes nothing: the logits are the model's own, attention and hidden states are transformers'."""
 
-from __future__ import annotations
-
 import torch
 from conftest import random_ids, tiny_model, transformers_twin
 

@@ -1,7 +1,5 @@
 """The five text logs and TensorBoard of a real run: each holds what its name says, one parseable line an event."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The loss is the cross-entropy, computed in blocks: its value, its gradients, its memory, what it ignores."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """The network equals transformers' `LlamaForCausalLM`, sees no future, and each classical mistake is caught."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

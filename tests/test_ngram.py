@@ -1,7 +1,5 @@
 """The byte n-gram is a proper distribution and equals the plain dictionary version, written out from the formula."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 import numpy as np

@@ -1,7 +1,5 @@
 """A fine-tuned model says what it was made from: in its state, on its card, through an export of an export."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

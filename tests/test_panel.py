@@ -1,7 +1,5 @@
 """The live panel: one display, at most once a second, from the training thread only; plain lines without a notebook."""
 
-from __future__ import annotations
-
 import re
 import threading
 

@@ -1,7 +1,5 @@
 """134,515,008, row by row."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from conftest import tiny_config, tiny_model

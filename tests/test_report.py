@@ -1,7 +1,5 @@
 """The picture of a run: drawn at its end, from its logs alone, and never in the way."""
 
-from __future__ import annotations
-
 import pytest
 
 from smollm2 import report

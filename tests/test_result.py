@@ -1,7 +1,5 @@
 """What a run says at its end: the figures, the best checkpoint where it is not the last, and how to go on."""
 
-from __future__ import annotations
-
 import pytest
 from conftest import Heard
 

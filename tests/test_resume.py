@@ -3,8 +3,6 @@
 `python -m tests.soak` is the long version of this file.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

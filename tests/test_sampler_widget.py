@@ -1,7 +1,5 @@
 """The sampling panel: every callback at its extremes, the same seed the same text, ■ keeps the text, nothing unescaped."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

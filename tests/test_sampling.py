@@ -1,7 +1,5 @@
 """Samples follow the distribution they claim, options have bounds, and tokens stream as whole characters."""
 
-from __future__ import annotations
-
 import random
 
 import pytest

@@ -1,7 +1,5 @@
 """Ctrl-C, SIGTERM, a second process, and the lock after kill -9: the command line as a person uses it."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """Every command answers at once: flags, mistakes and Ctrl-C do not wait for PyTorch."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """A notebook's run with a Drive that dies or lies: it says so, goes on, and touches nothing there."""
 
-from __future__ import annotations
-
 import pytest
 
 from smollm2.checkpoint import commit

@@ -1,7 +1,5 @@
 """The stop button of a notebook: an interrupt in mid-training leaves a saved run and a notebook that goes on."""
 
-from __future__ import annotations
-
 import os
 import re
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """Text comes back unchanged, and the real SmolLM2 tokenizer gives the real ids."""
 
-from __future__ import annotations
-
 import json
 import random
 import time

@@ -1,7 +1,5 @@
 """Several processes train the same batches in the same order as one, and stop together; one alone is always the first."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

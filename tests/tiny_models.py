@@ -1,7 +1,5 @@
 """Small random models with real tokenizers, for tests that need a folder to load and not a good text."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path
