@@ -20,9 +20,9 @@
 # * kill a run with no warning, resume it, and get the *same bits* as a run that was never killed;
 # * train SmolLM2-135M in two phases with one live panel, stop it, go on, and find every checkpoint with its hash.
 #
-# About 35 minutes to read. The run itself: about 3 minutes on two quiet CPU cores (the small `nano` model); on a GPU such as Colab's free T4 it is the 135M
-# model, which nobody has timed there yet: the panel tells after a few steps. Works offline, with or without Google Drive. **Runtime > Run all** is always
-# safe: a second one continues.
+# About 35 minutes to read. The run itself: about 3 minutes on two quiet CPU cores (the small `nano` model, on `input.txt`); on a GPU such as Colab's free T4
+# the 135M model, on children's stories of the Hub, for 20 minutes or as many as you say. Works offline, with or without Google Drive. **Runtime > Run all** is
+# always safe: a second one continues.
 #
 # Each `?` asks you to guess first: type a number in place of `None` and run that cell again. Each `✔` is a check: the largest difference between
 # two things that should be equal, and how much is allowed.
@@ -70,8 +70,11 @@ import torch
 
 import smollm2
 from smollm2 import SmolLM2, Tokenizer, load_config, plots, widgets
+from smollm2 import plan as planning
 from smollm2.data import BatchOrder, BatchStream, prepare_tokens
+from smollm2.dataset import Source
 from smollm2.device import choose_device, choose_precision, choose_preset
+from smollm2.errors import UserError
 from smollm2.logs import CHECKPOINTS, TRAINING, read_log
 from smollm2.notebook import lesson
 from smollm2.notebook.panel import live_panel
@@ -81,27 +84,49 @@ from smollm2.parameters import parameter_count, training_bytes
 from smollm2.progress import Reporter
 from smollm2.report import draw_report
 from smollm2.sampling import complete
-from smollm2.text import documents, read_split, split_bytes
+from smollm2.text import documents, read_split
 
 SMOKE = colab.is_smoke()
 device = choose_device()
 lesson.quiet()
 
 # %% [markdown] id="knobs-text"
-# ## 1 · Six knobs
+# ## 1 · Seven knobs
 #
-# Everything you may want to change. A **preset** is a model and its training settings. A run has two phases: `STEPS` steps, then `MORE_STEPS` that
-# continue it, as one does when the first were not enough. `0` leaves it to the preset: four fifths of its steps, then the last fifth. `TEXT` is a path to a
-# text file of yours; empty means `input.txt`. Which preset will `auto` choose on this machine?
+# Everything you may want to change. **MODEL** is a preset: a model and its training settings. `auto` is the 135M on a GPU and nano without one; `fits` tries the
+# sizes, some seconds each, and takes the largest that the minutes suffice for. `smollm2-10m` wants 10 MB of text or more, `smollm2-30m` 30 MB. **TEXT**: empty
+# means TinyStories on a GPU, else `input.txt`. You may type a file or folder of yours (txt, jsonl, csv, parquet) or the id of a dataset of the Hub. **MINUTES**
+# is how long to train; `input.txt` is so small that steps are counted instead: more would only teach it by heart.
+#
+# A run has two phases: `STEPS` steps, then `MORE_STEPS` that continue it, as one does when the first were not enough. `0` means four fifths of what the minutes
+# (or, with `MINUTES = 0`, the preset) give, then the last fifth. Which model and which text will be chosen on this machine?
 
 # %% cellView="form" id="knobs" tags=["parameters"]
-# @title Six knobs { display-mode: "form" }
-PRESET = "auto"  # @param ["auto", "nano", "smollm2-10m", "smollm2-30m", "smollm2-135m"]
+# @title Seven knobs { display-mode: "form" }
+MODEL = "auto"  # @param ["auto", "fits", "nano", "smollm2-10m", "smollm2-30m", "smollm2-135m"]
+TEXT = ""  # @param ["input.txt", "TinyStories", "FineWeb-Edu", "Cosmopedia"] {allow-input:true}
+MINUTES = 20  # @param {type:"number"}
 STEPS = 0  # @param {type:"integer"}
 MORE_STEPS = 0  # @param {type:"integer"}
-TEXT = ""  # @param {type:"string"}
 PROMPT = "Once upon a time"  # @param {type:"string"}
 USE_DRIVE = True  # @param {type:"boolean"}
+
+# %% id="text" tags=["setup"]
+SETS = {
+    "TinyStories": "roneneldan/TinyStories",  # CDLA-Sharing-1.0
+    "FineWeb-Edu": "HuggingFaceFW/fineweb-edu:sample-10BT",  # ODC-By
+    "Cosmopedia": "HuggingFaceTB/cosmopedia:stories",  # Apache-2.0
+}
+text = TEXT or ("TinyStories" if device.type == "cuda" else "input.txt")
+is_here = any(Path("output").glob(f"*-{text}/data/*/tokens.json"))
+if text in SETS and not is_here:
+    try:  # does the Hub answer?
+        Source(SETS[text], None, Path(), None).files
+    except UserError as reason:
+        print(f"{text}: {reason}.\nSo: input.txt")
+        text = "input.txt"
+dataset = None if text == "input.txt" else SETS.get(text, text)
+print(f"text: {text}")
 
 # %% [markdown] id="storage-text"
 # ## 2 · Where the run is kept
@@ -111,12 +136,12 @@ USE_DRIVE = True  # @param {type:"boolean"}
 # run works all the same. What does the banner say about *your* run?
 
 # %% id="storage" tags=["setup"]
-preset, why = choose_preset(PRESET)
-text = Path(TEXT) if TEXT else REPO / "input.txt"
-NANO = load_config("nano")
-print(f"preset: {preset} ({why})\ntext: {text.name}, {sum(split_bytes(text)):,} bytes")
-place = colab.storage(use_drive=USE_DRIVE, output_dir=Path("output") / preset)
-drive_dir = place.drive_dir / preset if place.drive_dir else None
+fits = MODEL == "fits"
+preset, why = planning.preset_that_fits(MINUTES) if fits else choose_preset(MODEL)
+print(f"preset: {preset} ({why})")
+name = preset if dataset is None else f"{preset}-{Path(text).stem}"  # each text its own run
+place = colab.storage(use_drive=USE_DRIVE, output_dir=Path("output") / name)
+drive_dir = place.drive_dir / name if place.drive_dir else None
 
 # %% [markdown] id="overfit"
 # ## 3 · A training loop you can read
@@ -126,6 +151,7 @@ drive_dir = place.drive_dir / preset if place.drive_dir else None
 # to zero. We take nano (seconds on any machine), a tokenizer like its own, and 4 rows of 64 tokens. Where does the loss begin?
 
 # %% id="overfit-batch" tags=["lesson", "check"]
+NANO = load_config("nano")
 pieces = [piece for piece, _ in documents(read_split(REPO / "input.txt", "train"))]
 tokenizer = Tokenizer.train(pieces, NANO.data.tokenizer_vocab_size)
 tokens = torch.tensor(tokenizer.encode("\n".join(pieces)))
@@ -376,20 +402,36 @@ TINY = {  # the model of the drills below
     "model.intermediate_size": 256, "model.num_hidden_layers": 3, "data.sequence_length": 64,
     "train.batch_size": 8, "train.warmup_steps": 5,
 }  # fmt: skip
-fifth = load_config(preset).train.max_steps // 5
-steps, more = (30, 15) if SMOKE else (STEPS or 4 * fifth, MORE_STEPS or fifth)
-often = max(1, (steps + more) // 8)
+by_clock = dataset and MINUTES and not (STEPS or SMOKE)
 settings = {
-    "data.input_file": str(text), "run.output_dir": str(place.output_dir),
-    "run.drive_dir": drive_dir and str(drive_dir), "train.max_steps": steps,
-    "train.continue_steps": more, "train.prompts": (PROMPT, "The", "Why does"),
-    "train.sample_every": often, "train.val_every": often,
-    "train.val_max_tokens": 2**14 if SMOKE or TEXT else None,
+    "data.input_file": str(REPO / "input.txt"), "data.dataset": dataset,
+    "run.output_dir": str(place.output_dir), "run.drive_dir": drive_dir and str(drive_dir),
+    "train.prompts": (PROMPT, "The", "Why does"),
+    "train.minutes": MINUTES if by_clock else None,
+    "train.val_max_tokens": 2**14 if SMOKE or dataset else None,
+    "data.held_out_fraction": 0.01 if text in SETS else None,  # of 100 MB
 }  # fmt: skip
-config = load_config("nano", **settings | TINY) if SMOKE else load_config(preset, **settings)
-train, total = config.train, steps + more
+settings |= TINY if SMOKE else {}
+
+# %% id="run-plan" tags=["lesson"]
+config = load_config("nano" if SMOKE else preset, **settings)
+planned = config.train.max_steps
+if by_clock or SMOKE:  # what they buy: some steps are tried
+    facts = planning.plan(config, minutes=(MINUTES,), seconds=0 if SMOKE else 4)
+    print(planning.table(facts), end="\n\n")
+    planned = facts["buys"][0]["steps"]
+
+# %% id="run-steps" tags=["lesson"]
+steps, more = (30, 15) if SMOKE else (STEPS or 4 * planned // 5, MORE_STEPS or planned // 5)
+total, often = steps + more, max(1, (steps + more) // 8)
+settings |= {"train.max_steps": steps, "train.continue_steps": more}
+settings |= {"train.sample_every": often, "train.val_every": often}
+config = load_config("nano" if SMOKE else preset, **settings)
+train = config.train
 schedule = Schedule(train.learning_rate, train.warmup_steps, train.decay_fraction, 0, total)
-print(f"{steps} + {more} steps of {train.batch_size} x {config.data.sequence_length} tokens")
+about = "about " if by_clock else ""  # the run itself measures again, and keeps its number
+length = config.data.sequence_length
+print(f"{about}{steps} + {more} steps of {train.batch_size} x {length} tokens")
 muon = f", Muon's {train.muon_learning_rate}" if train.optimizer == "muon" else ""
 print(f"peak learning rates: AdamW's {train.learning_rate}{muon}")
 
@@ -595,12 +637,11 @@ plots.show(fig, alt + "run left alone.")
 #
 # Two phases, as on the command line (`python colab_train.py --max_steps N --continue_steps M`): the first ends with `final_model.ckpt`, a **fresh trainer resumes
 # from that file** for the second. The panel shows loss, rate, speed, memory, time left, the last safe step here and on Drive, and what the model makes of your
-# prompt as it learns. To stop: ■, once. At which step do the samples become words? And when does the held-out curve turn up? From there the model learns its
-# text by heart: 135 million weights against 300,000 tokens can do that.
+# prompt as it learns. To stop: ■, once. At which step do the samples become words? And does the held-out curve turn up? From there the model would learn its
+# text by heart: 135 million weights against the 300,000 tokens of `input.txt` can do that.
 # If you press ■, the run finishes its step, saves, and the notebook goes on.
 #
-# **✎ Exercise**, when your run has ended: ask for 100 steps more. Section 5 printed two numbers of steps; set `MORE_STEPS` to the second plus 100 and run all. What
-# happens to the learning rate?
+# **✎ Exercise**, when your run has ended: ask for 100 steps more. Run all once more: the cell below says what to set. What happens to the learning rate?
 #
 # <details><summary>Solution</summary>A run that had ended had decayed to 0. A new cycle begins: a short warm-up, a plateau, a decay to 0 at the new end; a
 # message says so.</details>
@@ -609,6 +650,8 @@ plots.show(fig, alt + "run left alone.")
 panel = live_panel(logs=place.output_dir / "logs")
 result = keep_training(config, lambda config: smollm2.train(config, reporter=panel))
 panel.end()  # shown once more: the last copy to Drive lands after the last step
+done = load_config(None, place.output_dir / "config.yaml").train  # with its number of steps
+steps, total = done.max_steps, done.max_steps + done.continue_steps
 
 # %% id="run-after"
 if result.stopped_by:
@@ -619,7 +662,7 @@ else:
     print(result.table())
     if not result.losses:
         print("\nNothing was left to train: this run has had all its steps. For more, set")
-        print(f"MORE_STEPS (section 1) to {more + 100}, say, and run all.")
+        print(f"STEPS (section 1) to {steps}, MORE_STEPS to {more + 100}, say, and run all.")
 
 # %% id="run-check" tags=["check"]
 logs = place.output_dir / "logs"

@@ -22,6 +22,7 @@ import psutil
 import torch
 
 from .config import RunConfig, SmolLM2Config
+from .dataset import open_text
 from .device import (
     Precision,
     autocast,
@@ -43,6 +44,7 @@ from .settings import load_config
 PROBE_SECONDS = 4.0  # of measured steps, after two that warm up
 MINUTES = (10, 20, 60, 480)
 SHARE_PLANNED = 0.95  # of the time that is left: neighbours and disks are not always equally fast
+TOKENS_PER_PARAMETER = 1.5  # the presets of 10M and 30M parameters read 1.5 and 1.7
 DISK_BYTES_PER_SECOND = 150e6
 LAUNCH_SECONDS = 1e-5
 PACKED_BYTES_PER_SECOND = 0.7e6  # gzip -9 and xz together, on one core
@@ -244,7 +246,7 @@ def estimate(config: RunConfig, gpu: Gpu) -> Speed:
 # --- the command --------------------------------------------------------------------------------------------
 
 
-def plan(config: RunConfig, gpu: str | None = None, minutes=MINUTES) -> dict:
+def plan(config: RunConfig, gpu: str | None = None, minutes=MINUTES, seconds=PROBE_SECONDS) -> dict:
     """What the command tells, as JSON values. Raises `ConfigError` where not even one row at a time fits."""
     train, length = config.train, config.data.sequence_length
     if gpu:
@@ -268,9 +270,11 @@ def plan(config: RunConfig, gpu: str | None = None, minutes=MINUTES) -> dict:
         )
     micro = min(micro, train.micro_batch_size or micro)
     config = config.model_copy(update={"train": train.model_copy(update={"micro_batch_size": micro})})
-    speed = estimate(config, GPUS[gpu]) if gpu else measure(config, device, precision)
+    speed = estimate(config, GPUS[gpu]) if gpu else measure(config, device, precision, seconds)
     per_step, text = train.batch_size * length, Path(config.data.input_file)
     in_text = text.stat().st_size / bytes_per_token(config.model.vocab_size) if text.is_file() else 0
+    if config.data.dataset:
+        in_text = open_text(config, None).tokens
     held_out = int(in_text * config.data.held_out_fraction)
     steps = {m: steps_within(config, speed, held_out, 0, 60 * m) for m in minutes}
     buys = [{"minutes": m, "steps": n, "tokens": n * per_step} for m, n in steps.items()]
@@ -281,6 +285,18 @@ def plan(config: RunConfig, gpu: str | None = None, minutes=MINUTES) -> dict:
         "tokens_per_second": per_step / speed.step, "is_measured": gpu is None,
         "measured_peak_bytes": speed.peak_bytes or None, "text_tokens": int(in_text), "buys": buys,
     }  # fmt: skip
+
+
+def preset_that_fits(minutes: float) -> tuple[str, str]:
+    """The largest preset to which these minutes on this device give the tokens it needs, and why."""
+    chosen, needed = "nano", f"{TOKENS_PER_PARAMETER} tokens a parameter"
+    for preset in ("smollm2-10m", "smollm2-30m", "smollm2-135m"):
+        facts = plan(load_config(preset), minutes=(minutes,))
+        share = facts["buys"][0]["tokens"] / (TOKENS_PER_PARAMETER * facts["parameters"])
+        if share < 1:
+            return chosen, f"{minutes:g} minutes give {preset} {share:.0%} of its {needed}"
+        chosen = preset
+    return chosen, f"{minutes:g} minutes give it its {needed}"
 
 
 def bytes_per_token(vocab_size: int) -> float:

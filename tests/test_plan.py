@@ -11,6 +11,7 @@ from smollm2 import plan as planning
 from smollm2.config import RunConfig, SmolLM2Config
 from smollm2.device import choose_precision
 from smollm2.errors import ConfigError
+from smollm2.parameters import parameter_count
 from smollm2.settings import load_config
 
 BF16 = choose_precision("bf16", torch.device("cpu"))
@@ -61,6 +62,31 @@ def test_a_model_too_large_for_the_card_is_refused_with_figures():
         ConfigError, match=r"smollm2-1.7b needs .* GiB with one row of 512 .* 14.5 GiB: choose"
     ):
         planning.plan(load_config("smollm2-1.7b"), gpu="t4")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "preset"), [(1e6, "nano"), (2e7, "smollm2-10m"), (4.5e7, "smollm2-30m"), (1e9, "smollm2-135m")]
+)
+def test_the_largest_model_is_chosen_for_which_the_minutes_suffice(monkeypatch, tokens, preset):
+    tried = []
+
+    def plan(config, minutes):
+        tried.append(config.preset)
+        (asked,) = minutes
+        return {"buys": [{"tokens": tokens * asked / 20}], "parameters": parameter_count(config.model)}
+
+    monkeypatch.setattr(planning, "plan", plan)
+    chosen, why = planning.preset_that_fits(20)
+    assert chosen == preset and "20 minutes give" in why
+    assert preset in (["nano", *tried])[-2:], "nothing beyond the first that is too large is tried"
+
+
+def test_passes_over_a_dataset_count_what_will_be_read_of_it(tmp_path):
+    (tmp_path / "a.txt").write_text("A story. " * 1000)
+    settings = {"data.dataset": str(tmp_path), "data.dataset_tokens": 50_000}
+    settings["run.output_dir"] = str(tmp_path / "output")
+    facts = planning.plan(load_config("smollm2-10m", **settings), gpu="t4", minutes=(1,))
+    assert facts["text_tokens"] == 50_000
 
 
 def test_steps_leave_time_for_what_else_a_run_does():
