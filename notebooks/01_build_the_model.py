@@ -142,7 +142,7 @@ lesson.check("one score per vocabulary entry, at every position", wrong)
 #
 # An embedding is a table: row *i* is the vector of token *i*. Looking up a row is the same as multiplying by a one-hot vector (zeros, and
 # a single 1 at *i*). The last line of the skeleton multiplies by the *transposed* table: a token scores high when its row points where the hidden
-# vector points. Using one matrix for both ends is called **tying**. How much does it save?
+# vector points. Using one matrix for both ends is called [**tying**](https://arxiv.org/abs/1608.05859). How much does it save?
 
 # %% id="embedding-check" tags=["check"]
 table = nn.Embedding(tiny.vocab_size, tiny.hidden_size)
@@ -165,7 +165,8 @@ lesson.predict(
 # ## 3 · RMSNorm: keep the direction, drop the size
 #
 # Thirty blocks each add something to the same vector. Nothing keeps it from growing, and large inputs make every softmax after it too sure.
-# So each block first divides its input by its **root mean square**. Take five numbers; what is left after dividing? Then write it.
+# So each block first divides its input by its **root mean square**. (The older LayerNorm also subtracts the mean.
+# [RMSNorm](https://arxiv.org/abs/1910.07467) saves that and learns as well.) Take five numbers; what is left after dividing? Then write it.
 
 # %% id="rmsnorm-numbers" tags=["lesson"]
 x = torch.tensor([3.0, 4.0, 0.0, 0.0, 0.0])
@@ -234,8 +235,8 @@ plots.show(fig, alt + "all close to 1 after it.")
 #
 # Attention (section 5) compares vectors of one head, 64 numbers. Without a mask it cannot tell *dog bites man* from *man bites dog*. With the causal
 # mask *one* layer knows who came before a token, but not in which order. Several layers can work the order out
-# ([arXiv 2203.16634](https://arxiv.org/abs/2203.16634)), but that costs layers. RoPE (rotary position embedding) gives it for nothing. It takes the numbers
-# in pairs and turns each pair, like a clock hand, by an angle that grows with the position: the first pair by one radian a token, the last hardly at
+# ([arXiv 2203.16634](https://arxiv.org/abs/2203.16634)), but that costs layers. [RoPE](https://arxiv.org/abs/2104.09864) (rotary position
+# embedding) gives it for nothing. It takes the numbers in pairs and turns each pair, like a clock hand, by an angle that grows with the position: the first pair by one radian a token, the last hardly at
 # all. A pair (a, b), turned by an angle, is (a cos − b sin, a sin + b cos). Why should turning be better than adding a position vector? Watch what the
 # dot product does.
 
@@ -331,6 +332,9 @@ lesson.check("a rotation keeps lengths", mine.norm(dim=-1) - q.norm(dim=-1), 1e-
 # **The point of it.** Give every position the *same* query `q` and key `k`, rotate both, and take all dot products. The score of query position *m*
 # with key position *n* then depends on *m − n* alone: the table is constant along its diagonals. The model learns "three tokens back" once, for
 # the whole context. Then move *m* and *n* by the same amount: what turns on the left, and what stays on the right?
+#
+# Only queries and keys are turned, for only their comparison asks *where*; the values say *what*. A larger θ slows the hands down. SmolLM2
+# learned with 10,000 on 2,048 tokens, then with 100,000 on 8,192: its slow hands turn no further over the longer text.
 
 # %% id="rope-relative-check" tags=["check"]
 q, k = torch.randn(2, tiny.head_dim)
@@ -380,9 +384,11 @@ widgets.explore(
 # Each position asks a question (*query*) of itself and all earlier ones, compares it with their *keys*, and collects their *values*. It asks nine at
 # once, each with its own 64 numbers: a *head*. SmolLM2 has 9 query heads but only 3 key/value heads: heads 0, 1, 2 share the first, 3, 4, 5 the
 # second, 6, 7, 8 the third. While generating, keys and values of all earlier tokens stay in memory; how much of that does sharing save?
+# (In quality it costs [little](https://arxiv.org/abs/2305.13245).)
 #
 # Two details. The scores are divided by √head_dim: a sum of 64 products of numbers of spread 1 has spread √64 = 8, and a softmax over
 # such numbers would pick one token and ignore the rest. And the future is set to −∞ *before* the softmax, so that it gets weight exactly 0.
+# First three tokens and one head, by numbers: which token does each row read most?
 #
 # **✎ Exercise**, when the section is done: give `attention_steps` a window, so that a position sees itself and only the 4 before it.
 # Which line changes, and what shows that you are right?
@@ -401,6 +407,17 @@ widgets.explore(
 # lesson.check("a window of 5", (attention(x) - attention(y))[:, 5:])
 # ```
 # </details>
+
+# %% id="attention-numbers" tags=["lesson"]
+q = torch.tensor([[1.0, 0.0], [0.0, 2.0], [2.0, 2.0]])  # three tokens, two numbers each
+k = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+v = torch.tensor([[10.0], [20.0], [30.0]])
+scores = q @ k.T / 2**0.5  # row: who asks; column: who is asked
+past = scores.masked_fill(torch.tensor([[0, 1, 1], [0, 0, 1], [0, 0, 0]]).bool(), -torch.inf)
+weights = past.softmax(-1)
+for name, table in {"scores": scores, "past": past, "weights": weights}.items():
+    print(f"{name:8}", *[[round(n, 2) for n in row] for row in table.tolist()])
+print("mixed   ", [round(n, 1) for n in (weights @ v).flatten().tolist()])
 
 # %% cellView="form" id="predict-kv" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
@@ -517,8 +534,6 @@ from_library = library(x, position_embeddings=angles, attention_mask=None)[0]
 likely = "the order of heads and numbers in `project`"
 lesson.check("attention equals the package's", mine(x) - from_package, 1e-5, likely)
 lesson.check("attention equals transformers'", mine(x) - from_library, 1e-5, likely)
-
-# %% id="causal-check" tags=["check"]
 changed = x.clone()
 changed[:, 6:] = torch.randn(2, 4, tiny.hidden_size)  # another future from position 6 on
 lesson.check("positions 0 to 5 do not see the future", (mine(x) - mine(changed))[:, :6])
@@ -565,7 +580,8 @@ plots.show(fig, alt + "Right: attention weights fill the lower triangle, zero ab
 #
 # Attention moves information between positions; the MLP works on each position alone. `up` computes 1,536 features, `gate` decides how far each
 # is let through, `down` brings them back to 576. The gate's curve is SiLU, x · sigmoid(x): almost 0 far below zero, almost x far above. So
-# there are **three** matrices, not two.
+# there are **three** matrices, not two. Older MLPs had two, four times as wide as the model; three of 8/3 (1,536 = 8/3 · 576) hold as many
+# numbers. [Trained alike](https://arxiv.org/abs/2002.05202), the gated one learned better; the paper offers no reason.
 
 
 # %% id="swiglu-turn" tags=["exercise"]
@@ -623,7 +639,8 @@ plots.show(fig, alt + "close to x on the right; ReLU for comparison.")
 # ## 7 · The block, and the whole model
 #
 # A block takes each token's running vector (the *residual stream*), adds what attention found, then adds what the MLP made of it. Both read through
-# a norm and *add*: the straight line from input to output stays open, which is what makes 30 blocks trainable. Now the placeholders go.
+# a norm and *add*, so each token keeps what it was. What happens without the plus? The last check of this section shows it. Now the
+# placeholders go.
 #
 # **✎ Exercise**, when the section is done: let `Block.forward` add the MLP first, attention second. Which check fails, and at which layer does the
 # chart of section 8 jump?
@@ -691,14 +708,14 @@ def initialise(model, config, residual):
             nn.init.normal_(weight, std=config.initializer_range * (residual if writes else 1))
 
 
-def sizes_on_the_way(residual, depth=30):
-    """Root mean square of the running vector after each block of a fresh, deep model."""
+def thirty_blocks(residual, block=Block):
+    """The running vector after the embedding and after each block of a fresh, deep model."""
     spread = tiny.hidden_size**-0.5
-    changes = {"num_hidden_layers": depth + 1, "initializer_range": spread}  # + 1: see [:-1]
+    changes = {"num_hidden_layers": 31, "initializer_range": spread}
     deep = tiny.model_copy(update=changes)
-    fresh = Skeleton(deep, Block, RMSNorm)
+    fresh = Skeleton(deep, block, RMSNorm)
     initialise(fresh, deep, residual)
-    return torch.stack([x.square().mean().sqrt() for x in hidden_states(fresh, ids)[:-1]])
+    return torch.stack(hidden_states(fresh, ids)[:-1])  # (31, B, T, C); the 32nd is normed
 
 
 torch.manual_seed(1)
@@ -709,7 +726,8 @@ off = max(
     lesson.largest(p - q) for p, q in zip(model.parameters(), package.parameters(), strict=True)
 )
 lesson.check("the start is the package's, number by number", off)
-plain, scaled = sizes_on_the_way(1), sizes_on_the_way(60**-0.5)
+states = thirty_blocks(1), thirty_blocks(60**-0.5)
+plain, scaled = (x.square().mean((1, 2, 3)).sqrt() for x in states)  # root mean squares
 gained = [(x[-1] ** 2 - x[0] ** 2).item() for x in (plain, scaled)]  # variance, by 60 additions
 print(f"60 additions gain a variance of {gained[0]:.1f}, scaled {gained[1]:.3f}")
 lesson.check("scaled, they gain about a 60th (relative)", gained[0] / gained[1] / 60 - 1, 0.3)
@@ -726,6 +744,22 @@ alt = f"Size of the running vector over 30 blocks: from {plain[0]:.2f} to {plain
 plots.show(
     fig, alt + f"with every matrix alike, to {scaled[-1]:.2f} with the two divided by √60."
 )
+
+
+# %% id="plus-check" tags=["check"]
+# and without the plus? Attention is a mean; after 30 of them nothing tells tokens apart
+class NoPlus(Block):
+    def forward(self, x):
+        x = self.self_attn(self.input_layernorm(x))
+        return self.mlp(self.post_attention_layernorm(x))
+
+
+alike = {}
+for name, block in (("with the plus", Block), ("without", NoPlus)):
+    vectors = F.normalize(thirty_blocks(60**-0.5, block)[-1], dim=-1)  # (B, T, C), length 1
+    alike[name] = (vectors @ vectors.mT).mean().item()
+    print(f"{name}: cosine between two tokens of a row, on average {alike[name]:.6f}")
+lesson.check("without the plus, all tokens of a row are alike", alike["without"] - 1, 1e-3)
 
 # %% [markdown] id="official"
 # ## 8 · The official weights in this model
@@ -868,8 +902,6 @@ for name, steps in wrong.items():
 step = right_steps
 off = attend(step["q"], step["k"], attention.project(x)[2]) - step["output"]
 lesson.check("and without a mistake the check passes", off, 1e-5)
-
-# %% id="score" tags=["check"]
 lesson.score()
 
 # %% [markdown] id="self-test"
@@ -879,6 +911,7 @@ lesson.score()
 # * Why does `repeat` in place of `repeat_interleave` give the right shapes and wrong answers?
 # * What would break if the mask came after the softmax?
 # * Why do `o_proj` and `down_proj` start smaller than the other matrices?
+# * What does the plus around attention and MLP keep?
 #
 # <details><summary>Answers</summary>
 #
@@ -886,6 +919,7 @@ lesson.score()
 # * Query heads 0, 1, 2 were trained to read key head 0. `repeat` gives them heads 0, 1, 2: three heads exist either way, only in another order.
 # * The weights left to the past would no longer sum to 1, and how much is missing would tell each position about its future.
 # * They write to the running vector, 2L times in all. Variances add up, so each is divided by √(2L): together they weigh as much as one.
+# * Each token's own vector. Attention alone is a mean, and a mean of means makes all tokens of a row the same.
 # </details>
 #
 # ## Next

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import DataError, UserError
+from .errors import DataError, UserError, is_terminal
 from .files import (
     CHUNK_BYTES,
     dump_json,
@@ -165,7 +165,7 @@ def prepare_tokens(
     if data := open_tokens(folder, identity):
         return data
     sizes = dict(zip(("train", "val"), split_bytes(path, held_out), strict=True))
-    hidden = sum(sizes.values()) < 2**24 or not sys.stderr.isatty()
+    hidden = sum(sizes.values()) < 2**24 or not is_terminal(sys.stderr)
 
     def parts(done: int | None, shards: dict) -> Iterator[tuple]:
         pieces = ((*piece, s) for s in sizes for piece in documents(read_split(path, s, held_out)))

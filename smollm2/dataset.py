@@ -40,7 +40,7 @@ from .data import (
     text_bytes,
     write_tokens,
 )
-from .errors import CheckpointError, DataError
+from .errors import CheckpointError, DataError, is_terminal
 from .files import dump_json, replace_durably, sha256_bytes, sha256_json, strict_json
 from .text import SEPARATOR, decoded, documents
 from .tokenizer import Tokenizer
@@ -189,7 +189,7 @@ class Dataset:
 
         def parts(state: dict | None, shards: dict[str, Shard]) -> Iterator[tuple]:
             state, count = state or new_state(), sum(shard.tokens for shard in shards.values())
-            look = {"unit": "token", "unit_scale": True, "disable": not sys.stderr.isatty()}
+            look = {"unit": "token", "unit_scale": True, "disable": not is_terminal(sys.stderr)}
             with tqdm(None, "tokenising", self.tokens, initial=count, **look) as bar:
                 for piece, ids in self.documents(tokenizer, end, state):
                     split = "val" if self.is_held_out(piece.key) else "train"

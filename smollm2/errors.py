@@ -107,6 +107,14 @@ class ArgumentParser(argparse.ArgumentParser):
         raise ConfigError(f"{message} (--help lists the flags)")
 
 
+def is_terminal(stream) -> bool:
+    """Of standard output or error, which may also be None, closed, or any object with `write` and `flush`."""
+    try:
+        return getattr(stream, "isatty", bool)()
+    except ValueError:  # closed
+        return False
+
+
 def run_command(main: Callable[[], int | None]) -> None:
     """Run `main` as a program: user errors become one line on standard error and an exit code."""
     for name in ("stdout", "stderr"):

@@ -6,9 +6,12 @@ A `Reporter` is told what happens; a notebook passes its own (a live panel), the
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import sys
 import time
+
+from .errors import is_terminal
 
 SECONDS_BETWEEN_LINES, SECONDS_BETWEEN_SAFE_LINES = 10.0, 60.0
 
@@ -65,8 +68,10 @@ class _Output:
             self.stream.flush()
         except (OSError, ValueError) as error:  # ValueError: a closed file
             self.stream, self.is_lost = None, getattr(error, "errno", None) in (errno.EPIPE, errno.EIO)
+            words = f"standard output takes no more ({error}); the run goes on without it"
             if not self.is_lost and sys.stderr is not None:
-                print(f"standard output takes no more ({error}); the run goes on without it", file=sys.stderr)
+                with contextlib.suppress(OSError, ValueError):  # it may be closed, too
+                    print(words, file=sys.stderr)
 
     def flush(self) -> None:
         """Every write is flushed."""
@@ -92,7 +97,7 @@ class TerminalReporter(Reporter):
 
     def start(self, step: int, total: int, tokens_per_step: int) -> None:
         self._first, self._total, self._began = step, total, time.monotonic()
-        if self.output.stream is not None and self.output.stream.isatty():
+        if is_terminal(self.output.stream):
             from tqdm import tqdm
 
             shape = {"total": total, "initial": step, "unit": "step", "dynamic_ncols": True}

@@ -9,6 +9,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
+from .errors import is_terminal
+
 HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
 STOPPING = [number for number in (signal.SIGINT, signal.SIGTERM, HANGUP) if number]
 OUT_OF_TIME = 14  # SIGALRM, which nobody sends: train.stop_after has passed
@@ -43,7 +45,7 @@ def leaving_at_once() -> Iterator[None]:
 @contextlib.contextmanager
 def loading() -> Iterator[None]:
     """Around a command's import of PyTorch, which takes seconds: a terminal is told, Ctrl-C ends it."""
-    if "torch" not in sys.modules and sys.stderr.isatty():
+    if "torch" not in sys.modules and is_terminal(sys.stderr):
         print("loading PyTorch ...", file=sys.stderr, flush=True)
     with leaving_at_once():
         yield

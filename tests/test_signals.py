@@ -1,5 +1,6 @@
 """Ctrl-C, SIGTERM, a second process, and the lock after kill -9: the command line as a person uses it."""
 
+import io
 import os
 import signal
 import subprocess
@@ -7,14 +8,15 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from smollm2.checkpoint import candidates, newest_usable
-from smollm2.errors import BusyError
+from smollm2.errors import BusyError, is_terminal
 from smollm2.folder import locked_folder
 from smollm2.logs import CHECKPOINTS, read_log
-from smollm2.progress import Reporter
+from smollm2.progress import Reporter, TerminalReporter
 from smollm2.signals import StopSignals
 from smollm2.training import train
 from tests.soak import Blackboard, command_line, compare, kill, reference, small_config, start, wait
@@ -103,6 +105,20 @@ def test_when_the_reader_of_its_lines_leaves_the_step_is_saved(text, undisturbed
     assert 1 < step < config.train.max_steps, "a line could not be written, and that step was saved"
     assert wait(start(config, Blackboard(), tmp_path / "log", drop_tokens=False)) == 0
     compare(tmp_path / "output", undisturbed.expected)
+
+
+def test_standard_streams_may_be_objects_with_write_and_flush_alone_none_or_closed(monkeypatch):
+    closed, lines = io.StringIO(), []
+    closed.close()
+    for stream in (SimpleNamespace(write=lines.append, flush=lambda: None), closed, None):
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(sys, "stderr", stream)
+        reporter = TerminalReporter()
+        reporter.start(0, 9, 64)
+        reporter.step(1, 2.5, 1e-3, 100.0)
+        reporter.end()
+        assert not reporter.is_lost and not is_terminal(stream)
+    assert lines == ["step 1/9  loss 2.500  lr 1.0e-03  100 tokens/s  ETA 0 s\n"]
 
 
 def test_under_nohup_a_lost_terminal_is_ignored(monkeypatch):
