@@ -83,13 +83,14 @@ lesson.quiet()
 # %% [markdown] id="your-run"
 # ## 1 · Your run
 #
-# This notebook looks at a model that *you* trained: the newest run in the folder `output`, as notebook 4 leaves it. Tick the box to look on your
-# Google Drive too (Colab asks for permission). Where there is no run, a small one is trained now: 300 steps, one to two minutes on a CPU, seconds on a GPU.
+# This notebook looks at a model that *you* trained: the newest run in the folder `output`, as notebook 4 leaves it, or on your
+# Google Drive, where a machine that is gone has left it (Colab asks for permission). Where there is no run, a small one is trained now: 300 steps,
+# one to two minutes on a CPU, seconds on a GPU.
 
 # %% cellView="form" id="find-run" tags=["parameters"]
 # @title Where to look for your run
-USE_DRIVE = False  # @param {type:"boolean"}
-place = colab.storage(use_drive=USE_DRIVE)
+USE_DRIVE = True  # @param {type:"boolean"}
+place = colab.run_places(USE_DRIVE)
 places_on_drive = [place.drive_dir] if place.drive_dir else []
 
 # %% id="load-run" tags=["slow", "lesson"]

@@ -91,13 +91,13 @@ lesson.quiet()
 # %% [markdown] id="your-run"
 # ## Your run
 #
-# As in notebook 5: the newest run in the folder `output` is measured, on your Google Drive too if you tick the box. Where there is none, a small one is
+# As in notebook 5: the newest run in the folder `output` or on your Google Drive is measured. Where there is none, a small one is
 # trained now: 300 steps, one to two minutes on a CPU.
 
 # %% cellView="form" id="find-run" tags=["parameters"]
 # @title Where to look for your run
-USE_DRIVE = False  # @param {type:"boolean"}
-place = colab.storage(use_drive=USE_DRIVE)
+USE_DRIVE = True  # @param {type:"boolean"}
+place = colab.run_places(USE_DRIVE)
 places_on_drive = [place.drive_dir] if place.drive_dir else []
 
 # %% id="load-run" tags=["slow", "lesson"]

@@ -93,13 +93,13 @@ lesson.quiet()
 # %% cellView="form" id="find-base" tags=["parameters"]
 # @title Which weights
 BASE = "auto"  # @param ["auto", "official", "own run"]
-USE_DRIVE = False  # @param {type:"boolean"}
-place = colab.storage(use_drive=USE_DRIVE)
+USE_DRIVE = True  # @param {type:"boolean"}
+device = choose_device()
+is_official = BASE == "official" or (BASE == "auto" and device.type == "cuda")
+place = colab.Storage(Path("output"), None) if is_official else colab.run_places(USE_DRIVE)
 places_on_drive = [place.drive_dir] if place.drive_dir else []
 
 # %% id="load-base" tags=["slow", "lesson"]
-device = choose_device()
-is_official = BASE == "official" or (BASE == "auto" and device.type == "cuda")
 if is_official:
     try:
         source, name, base = OFFICIAL, "official", resolve(OFFICIAL)

@@ -86,7 +86,9 @@ def doctor() -> dict[str, str]:
         "precision": f"{precision.name}: {precision.reason}",
         "disk": f"{disk.free / 2**30:.1f} of {disk.total / 2**30:.1f} GiB free",
         "Colab": f"yes ({os.environ['COLAB_RELEASE_TAG']})" if is_colab() else "no",
-        "Drive": "mounted" if os.path.ismount(MOUNT_POINT) else "not mounted (notebook 04 asks)",
+        "Drive": "mounted"
+        if os.path.ismount(MOUNT_POINT)
+        else "not mounted (a cell below asks, where it is of use)",
         "smollm2": __version__ + (", smoke mode: long work is shrunk" if is_smoke() else ""),
     }
     print("\n".join(f"{name:>17}  {value}" for name, value in rows.items()))
@@ -115,9 +117,8 @@ def mount_drive() -> Path:
     return folder
 
 
-def storage(use_drive: bool = True, output_dir: str | Path = "output") -> Storage:
-    """Choose where a run is kept and say so: always on the local disk, with Drive as verified copies in
-    `MyDrive/smollm2`, too. A failure of Drive is told in plain words, and the local folder stays."""
+def _drive_folder(use_drive: bool) -> tuple[Path | None, str]:
+    """`MyDrive/smollm2`, or None, and why. A failure of Drive is told in plain words."""
     folder, reason = None, "this is not Colab, so there is no Drive to mount"
     if not use_drive:
         reason = "you chose not to use Drive"
@@ -131,10 +132,25 @@ def storage(use_drive: bool = True, output_dir: str | Path = "output") -> Storag
             print(f"Drive: {reason}.")
             if is_final(error):
                 break
+    return folder, reason
+
+
+def storage(use_drive: bool = True, output_dir: str | Path = "output") -> Storage:
+    """Choose where a run is kept and say so: always on the local disk, with Drive as verified copies in
+    `MyDrive/smollm2`, too. Where Drive fails, the local folder stays."""
+    folder, reason = _drive_folder(use_drive)
     place, kept = f"ON THIS MACHINE ONLY  {Path(output_dir).resolve()}", "it stays until you delete it"
     if folder:
         place, kept = f"ON DRIVE  {folder}", "a copy counts when drive.google.com shows it, minutes later"
     elif is_colab():
         kept = "when Colab takes this machine back, the files are gone; this cell asks for Drive again"
     print(f"KEPT {place}\n  why: {reason}\n  how long: {kept}")
+    return Storage(Path(output_dir), folder)
+
+
+def run_places(use_drive: bool = True, output_dir: str | Path = "output") -> Storage:
+    """Where to look for runs, said in a line: on this machine, and on Drive where it can be had."""
+    folder, reason = _drive_folder(use_drive)
+    drive = f"and on Drive ({folder})" if folder else f"and not on Drive ({reason})"
+    print(f"looking for your run in the folder {output_dir} {drive}")
     return Storage(Path(output_dir), folder)

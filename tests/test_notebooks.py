@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -213,10 +214,26 @@ def test_source_runs_as_a_plain_script(stem, tmp_path, repository):
 def test_notebook_runs_on_a_colab_with_drive(stem, tmp_path, repository):
     env = runner.environment(repository, tmp_path / "home", drive="ok")
     notebook = runner.run_notebook(stem, tmp_path / "empty", env)
-    said, asks = printed(notebook), stem == numbered("04")
+    said, trains = printed(notebook), stem == numbered("04")
     assert runner.faults(notebook) == [] and "Colab  yes" in said
-    assert ("KEPT ON DRIVE" in said) == asks, "notebook 04 asks for Drive; no other does"
-    assert not asks or "copied to Drive: step 45" in said
+    assert ("KEPT ON DRIVE" in said) == trains == ("copied to Drive: step 45" in said)
+    assert ("your run in the folder output and on Drive (" in said) == stem.startswith(("05", "06", "07"))
+
+
+@pytest.mark.slow
+@pytest.mark.colab
+def test_of_a_lost_machine_nothing_but_drive_is_needed(tmp_path, repository):
+    env = runner.environment(repository, tmp_path / "home", drive="ok")
+    lost = printed(runner.run_notebook(numbered("04"), tmp_path / "lost", env))
+    shutil.rmtree(tmp_path / "lost")
+    found = runner.run_notebook(numbered("05"), tmp_path / "fresh", env)
+    assert runner.faults(found) == [] and "training a small one" not in printed(found)
+    mine = re.search(r"your run: .* to 45, the last saved .* in (.*)", printed(found))[1]
+    assert mine == str(tmp_path / "home/content/drive/MyDrive/smollm2/nano")
+    again = runner.run_notebook(numbered("04"), tmp_path / "replaced", env)
+    assert runner.faults(again) == [] and "Nothing was left to train" in printed(again)
+    bits = r"held-out bits per byte +([0-9.]+)"
+    assert re.search(bits, printed(again))[1] == re.search(bits, lost)[1]
 
 
 @pytest.mark.slow

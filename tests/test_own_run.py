@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
 from tiny_models import tiny_model, tiny_tokenizer
 
 from smollm2.checkpoint import commit
-from smollm2.notebook.own_run import best_seen, own_checkpoints
+from smollm2.notebook.own_run import best_seen, own_checkpoints, own_run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -49,6 +51,34 @@ def test_the_run_saved_to_last_comes_oldest_first_one_a_step_without_what_is_dam
     assert len(said) == 1 and "step-00000003.ckpt: left out" in said[0]
     assert [c.run_id for c in own_checkpoints([output, drive])] == ["new"]
     assert own_checkpoints([tmp_path / "nothing"]) == []
+
+
+def test_what_this_machine_has_is_not_read_from_drive_and_a_drive_that_is_gone_is_told(
+    save, tmp_path, monkeypatch
+):
+    save("output/checkpoints/final_model.ckpt", 10, age_seconds=5)
+    for step in (5, 10):
+        save(f"drive/nano/step-{step:08d}.ckpt", step)
+    (tmp_path / "drive/nano/step-00000010.ckpt/model.safetensors").write_bytes(b"")  # nobody looks at it
+    folders, said = [tmp_path / "output", tmp_path / "drive"], []
+    found = [checkpoint.folder.parent.name for checkpoint in own_checkpoints(folders, said.append)]
+    assert found == ["nano", "checkpoints"] and said == []
+    glob = Path.glob
+
+    def gone(path, pattern):
+        if path.name == "drive":
+            raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+        return glob(path, pattern)
+
+    monkeypatch.setattr(Path, "glob", gone)
+    assert [checkpoint.step for checkpoint in own_checkpoints(folders, said.append)] == [10]
+    assert len(said) == 1 and "drive: out of reach (Drive is mounted but no longer connected" in said[0]
+
+
+def test_it_is_said_which_run_was_found_and_of_when(save, tmp_path, capsys):
+    save("drive/nano/step-00000050.ckpt", 50, age_seconds=time.time())
+    own_run("no text is needed", tmp_path / "output", [tmp_path / "drive"])
+    assert "steps 50 to 50, the last saved 01 January 1970, 00:00 UTC, in" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("best", "step"), [({"step": 2}, 2), ({"step": 4}, 10), ({}, 10), (None, 10)])

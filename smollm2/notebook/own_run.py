@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from ..checkpoint import MANIFEST, Manifest, verify
+from ..checkpoint import MANIFEST, Manifest, read_manifest, verify
 from ..config import RunConfig
+from ..drive_errors import explain
 from ..errors import CheckpointError
 from ..origin import recorded
 from ..settings import load_config
@@ -24,17 +26,37 @@ def own_checkpoints(folders: Iterable[Place], say: Callable[[str], None] = print
     """The verified checkpoints of the run that was saved to last, one a step, oldest first; perhaps none.
 
     Looks for `*.ckpt` in each folder, in its subfolders (`checkpoints/`), and in the `checkpoints/` of those.
-    A damaged one is named and left out.
+    What one folder has is not read from the next. What is damaged or out of reach is named and left out.
     """
-    files = {file for folder in folders for place in PLACES for file in Path(folder).glob(place)}
-    whole = []
-    for file in sorted(files, key=lambda file: file.lstat().st_mtime):
+    found: list[tuple[float, Manifest]] = []
+    for folder in folders:
         try:
-            whole.append(verify(file.parent, only=MODEL_FILES))
-        except (CheckpointError, OSError) as error:
-            say(f"{file.parent.name}: left out ({error})")
-    by_step = {manifest.step: manifest for manifest in whole if manifest.run_id == whole[-1].run_id}
-    return [by_step[step] for step in sorted(by_step)]
+            files = sorted(file for place in PLACES for file in Path(folder).glob(place))
+        except OSError as error:
+            say(f"{folder}: out of reach ({explain(error)})")
+            continue
+        for file in files:
+            try:
+                found.append((saved_at(file.parent), read_manifest(file.parent)))
+            except (CheckpointError, OSError) as error:
+                say(f"{file.parent.name}: left out ({error})")
+    newest_first = sorted(found, key=lambda pair: pair[0], reverse=True)
+    for run_id in dict.fromkeys(manifest.run_id for _, manifest in newest_first):
+        by_step: dict[int, Manifest] = {}
+        for _, manifest in found:
+            if manifest.run_id == run_id and manifest.step not in by_step:
+                try:
+                    by_step[manifest.step] = verify(manifest.folder, only=MODEL_FILES)
+                except (CheckpointError, OSError) as error:
+                    say(f"{manifest.folder.name}: left out ({error})")
+        if by_step:
+            return [by_step[step] for step in sorted(by_step)]
+    return []
+
+
+def saved_at(folder: Path) -> float:
+    """Seconds since 1970."""
+    return (folder / MANIFEST).stat().st_mtime
 
 
 def small_run(input_file: Place, output_dir: Place = "output", smoke: bool = False) -> RunConfig:
@@ -55,8 +77,10 @@ def own_run(input_file: Place, output_dir: Place = "output", others=(), smoke=Fa
         print(f"no run of yours is here yet: training a small one, {config.train.max_steps} steps ...")
         train(config, live_panel(Path(config.run.output_dir) / "logs"))
         checkpoints = own_checkpoints(folders)
-    steps = f"steps {checkpoints[0].step} to {checkpoints[-1].step}"
-    print(f"your run: {len(checkpoints)} checkpoints, {steps}, in {checkpoints[0].folder.parent}")
+    first, last = checkpoints[0], checkpoints[-1]
+    saved = time.strftime("%d %B %Y, %H:%M UTC", time.gmtime(saved_at(last.folder)))
+    steps = f"steps {first.step} to {last.step}, the last saved {saved}"
+    print(f"your run: {len(checkpoints)} checkpoints, {steps}, in {last.folder.parent}")
     return checkpoints
 
 
