@@ -1,19 +1,16 @@
 """Text -> tokens -> batches: nothing lost, nothing changed by streaming, and an order that is a pure function."""
 
-import bz2
-import gzip
 import itertools
 import json
-import os
 import random
-import zipfile
+import re
 
 import numpy as np
 import pytest
 from tiny_models import metaspace_tokenizer, save_folder, tiny_model
 
 import smollm2.text as text_module
-from smollm2.data import BatchOrder, BatchStream, check_length, encode_documents, identity_key, prepare_tokens
+from smollm2.data import BatchOrder, BatchStream, encode_documents, identity_key, prepare_tokens
 from smollm2.errors import DataError
 from smollm2.files import sha256_file
 from smollm2.progress import Reporter
@@ -67,15 +64,6 @@ def test_pieces_crlf_cr_and_a_byte_order_mark_make_no_difference(monkeypatch, te
     assert "".join(read_text(text_file("a\r\r\n\n\r"))) == "a\n\n\n\n"
 
 
-def refusal(path) -> str:
-    with pytest.raises(DataError) as caught:
-        for _ in read_text(path):
-            pass
-    message = str(caught.value)
-    assert "\n" not in message and str(path) in message
-    return message
-
-
 NOT_UTF8 = [
     (b"abc\xffdef", 3), ("é".encode() * 9 + b"\xc3(", 18), ("日本".encode()[:-1], 3), (b"x\xed\xa0\x80", 1),
     ("größe\n".encode("latin-1"), 2),
@@ -90,19 +78,8 @@ def test_text_that_is_not_utf8_is_refused_with_its_byte_offset(
 ):
     set_chunk(monkeypatch, chunk)
     place = f"not UTF-8 at byte offset {len(before) + offset:,} (byte 0x{content[offset]:02x})"
-    assert place in refusal(text_file(before + content))
-
-
-KINDS = [
-    ("text".encode("utf-16"), "begins like UTF-16"), ("text".encode("utf-16-be"), "a NUL"), (bz2.compress(b"text"), "begins like bzip2"),
-    (gzip.compress(b"text"), "begins like gzip"), (b"%PDF-1.7 \xff", "begins like PDF"),
-    (b"\x89PNG\r\n", "not UTF-8"), (bytes(range(1, 32)) * 9, "binary: many control"), (b"PAR1\0\0", "which --dataset reads"), (b"good text\0bad", "binary: a NUL at character 9"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("content, kind", KINDS, ids=range(len(KINDS)))
-def test_a_file_that_is_no_text_is_refused_by_its_kind(text_file, content, kind):
-    assert kind in refusal(text_file(content))
+    with pytest.raises(DataError, match=re.escape(place)):
+        list(read_text(text_file(before + content)))
 
 
 @pytest.mark.parametrize(
@@ -110,19 +87,6 @@ def test_a_file_that_is_no_text_is_refused_by_its_kind(text_file, content, kind)
 )
 def test_text_may_begin_with_the_letters_of_another_kind(text_file, text):
     assert "".join(read_text(text_file(text))) == text
-
-
-def test_a_zip_a_folder_a_pipe_and_nothing_are_refused(tmp_path):
-    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
-        file.writestr("a.txt", "text")
-    assert "begins like zip" in refusal(tmp_path / "a.zip")
-    assert "a folder, expected a text file" in refusal(tmp_path)
-    assert "no such file or folder" in refusal(tmp_path / "absent.txt")
-    os.mkfifo(tmp_path / "pipe")
-    assert "a pipe" in refusal(tmp_path / "pipe")  # and it does not wait for a writer
-    (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    assert "symbolic links" in refusal(tmp_path / "loop")
-    assert "File name too long" in refusal(tmp_path / ("x" * 300))
 
 
 def test_markup_is_learned_but_not_without_a_word(text_file, tokenizer, tmp_path, capsys):
@@ -177,13 +141,6 @@ def test_streamed_tokens_of_the_real_tokenizer_equal_those_of_the_whole_text(mon
     text = text.replace(END_OF_TEXT, "")
     set_chunk(monkeypatch, chunk)
     assert tokens_of(real, in_pieces(text, chunk)) == real.encode(text)
-
-
-def test_a_cut_at_any_place_would_change_tokens(monkeypatch, tokenizer):
-    """Cutting where the pieces happen to end must turn the comparisons above red."""
-    set_chunk(monkeypatch, 33)
-    monkeypatch.setattr(text_module, "_UP_TO_LAST_BREAK", text_module.re.compile(r"(?s).*"))
-    assert tokens_of(tokenizer, in_pieces(TEXT, 33)) != tokenizer.encode(TEXT)
 
 
 def test_paragraphs_of_a_chinese_novel_are_cut_into_pieces(monkeypatch, tokenizer):
@@ -325,17 +282,7 @@ def test_a_damaged_cache_is_noticed_and_rebuilt(text_file, tokenizer, tmp_path, 
     assert capsys.readouterr().out == "", "the new one is whole"
 
 
-def test_a_bad_text_leaves_nothing_behind_and_a_failure_what_the_next_start_completes(
-    text_file, tokenizer, tmp_path, monkeypatch
-):
-    for content, wrong in (
-        (b"", "input.txt: empty"),
-        (b"\xef\xbb\xbf", "input.txt: empty"),
-        (b"abc\xff", "not UTF-8"),
-    ):
-        with pytest.raises(DataError, match=wrong):
-            prepare_tokens(text_file(content), tokenizer, tmp_path / "c", 0.1)
-    assert not (tmp_path / "c").exists()
+def test_what_a_failure_leaves_the_next_start_completes(text_file, tokenizer, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("smollm2.files.write_durably", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -343,13 +290,6 @@ def test_a_bad_text_leaves_nothing_behind_and_a_failure_what_the_next_start_comp
     made = prepare_tokens(text_file(TEXT), tokenizer, tmp_path / "c", 0.1)
     assert list((tmp_path / "c").iterdir()) == [made.folder]
     assert {path.name for path in made.folder.iterdir()} == {"train.bin", "val.bin", "tokens.json"}
-
-
-@pytest.mark.parametrize("text", ["a few words only", "x"])
-def test_a_text_shorter_than_a_row_is_one_clear_error(text_file, tokenizer, tmp_path, text):
-    path = text_file(text)
-    with pytest.raises(DataError, match=f"{path}: .*one row needs 65"):
-        check_length(prepare_tokens(path, tokenizer, tmp_path / "c", 0.1), 64, path)
 
 
 # --- batches --------------------------------------------------------------------------------------------------
@@ -408,5 +348,6 @@ def test_the_global_batch_does_not_depend_on_the_number_of_workers(workers):
     tokens = np.arange(500, dtype=np.uint16)
     order = BatchOrder(500, 16, 4, seed=5)
     parts = [BatchStream(tokens, order, 0, rank, workers).batch(7).tolist() for rank in range(workers)]
+    assert all(len(part) == 4 // workers for part in parts)
     alone = BatchStream(tokens, order, 0).batch(7).tolist()
     assert sorted(row for part in parts for row in part) == sorted(alone)

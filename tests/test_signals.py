@@ -131,27 +131,6 @@ def test_under_nohup_a_lost_terminal_is_ignored(monkeypatch):
         signal.signal(signal.SIGHUP, before)
 
 
-def interrupted_start(environment: dict, until: str, seconds: float, folder: Path) -> tuple[int, str]:
-    """(exit code, what stands on standard error) of a command that gets Ctrl-C `seconds` after it said `until`."""
-    command = [sys.executable, "-u", str(ROOT / "colab_train.py"), "--output_dir", str(folder / "output")]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, **pipes)
-    read_until(process, until)
-    time.sleep(seconds)
-    process.send_signal(signal.SIGINT)
-    try:
-        _, said = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    return process.returncode, said
-
-
-@pytest.mark.parametrize("seconds", [0.0, 0.4])
-def test_ctrl_c_while_modules_are_loaded_is_one_word_and_130(seconds, tmp_path):
-    assert interrupted_start({}, "loading PyTorch", seconds, tmp_path) == (130, "\nstopped\n")
-    assert not (tmp_path / "output").exists()
-
-
 def test_of_many_processes_that_start_at_once_one_runs_and_kill_9_frees_the_folder(text, tmp_path):
     config = small_config(text, tmp_path / "output", max_steps=10_000)
     boards = [Blackboard() for _ in range(4)]
