@@ -413,11 +413,10 @@ q = torch.tensor([[1.0, 0.0], [0.0, 2.0], [2.0, 2.0]])  # three tokens, two numb
 k = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
 v = torch.tensor([[10.0], [20.0], [30.0]])
 scores = q @ k.T / 2**0.5  # row: who asks; column: who is asked
-past = scores.masked_fill(torch.tensor([[0, 1, 1], [0, 0, 1], [0, 0, 0]]).bool(), -torch.inf)
+past = scores + torch.full((3, 3), -torch.inf).triu(1)
 weights = past.softmax(-1)
-for name, table in {"scores": scores, "past": past, "weights": weights}.items():
-    print(f"{name:8}", *[[round(n, 2) for n in row] for row in table.tolist()])
-print("mixed   ", [round(n, 1) for n in (weights @ v).flatten().tolist()])
+for table in (scores, past, weights, weights @ v):  # a line each; in it a bracket a token
+    print(*[[round(n, 2) for n in row] for row in table.tolist()])
 
 # %% cellView="form" id="predict-kv" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
@@ -828,10 +827,10 @@ name = "this model against transformers (0 drawn as 1e-9)"
 ax.semilogy([max(value, 1e-9) for value in gaps], color=plots.BLUE, marker="o", label=name)
 ax.axhline(1e-4, color=plots.RED, ls="--", label="tolerance")
 ax.set_ylim(5e-10, 1e-3)
-title, unit = "Layer by layer: rounding, nothing else", "max|difference|, relative"
-plots.label(ax, title, "layer (0 = embedding)", unit, legend=True)
-alt = f"Relative difference after each layer: at most {max(gaps):.0e}, "
-plots.show(fig, alt + "against a tolerance of 1e-4.")
+title = "Layer by layer: rounding, nothing else"
+plots.label(ax, title, "layer (0 = embedding)", "max|difference|, relative", legend=True)
+alt = "Relative difference after each layer: at most {:.0e}, against a tolerance of 1e-4."
+plots.show(fig, alt.format(max(gaps)))
 
 # %% id="greedy-check" tags=["check"]
 mine = ids
@@ -840,8 +839,7 @@ with torch.no_grad():
     for _ in range(12):  # always take the likeliest next token
         mine = torch.cat((mine, model(mine)[:, -1:].argmax(-1)), dim=1)
     other = library.generate(ids, attention_mask=torch.ones_like(ids), **greedy)
-written = mine[0].tolist()
-print("12 tokens:", tokenizer.decode(written) if tokenizer else written[len(prompt) :])
+print("12 tokens:", tokenizer.decode(mine[0].tolist()) if tokenizer else mine[0, -12:].tolist())
 lesson.check("the 12 greedy tokens are transformers'", mine - other)
 
 # %% [markdown] id="bugs"
