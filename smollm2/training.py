@@ -15,7 +15,6 @@ import math
 import time
 from collections import deque
 
-import pytorch_lightning as pl
 import torch
 
 from . import logs
@@ -35,9 +34,10 @@ from .run import Run, load, open_run, schedule_of
 from .sampling import complete
 from .signals import LOST_READER, OUT_OF_TIME, StopSignals
 from .state import TrainState
-from .workers import make_trainer
+from .workers import import_lightning, make_trainer
 
 SPEED_WINDOW = 20  # steps that tokens/s is the mean of
+pl = import_lightning()
 
 
 class TrainingLoop(pl.LightningModule):

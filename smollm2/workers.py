@@ -87,9 +87,21 @@ def wait_until_open(output_dir: Path, timeout_seconds: float = 1800) -> None:
         time.sleep(0.1)
 
 
+def import_lightning():
+    """PyTorch Lightning. Settings of its trainer come from here alone, and a rank that is no number, which it
+    would read while it is imported, from nobody."""
+    for name, value in list(os.environ.items()):
+        is_rank = name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+        if name.startswith("PL_TRAINER_") or (is_rank and not value.isdecimal()):
+            del os.environ[name]
+    import pytorch_lightning
+
+    return pytorch_lightning
+
+
 def make_trainer(place: PlaceConfig, device):
     """A bare Lightning trainer: what happens at a step is the loop's business alone."""
-    import pytorch_lightning as pl
+    pl = import_lightning()
     from pytorch_lightning.plugins import environments
     from pytorch_lightning.strategies import DDPStrategy
 

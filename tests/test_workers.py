@@ -23,6 +23,8 @@ STRAY = [
     {"RANK": "-1"},
     {"OMPI_COMM_WORLD_RANK": "3"},
     SHELL_OF_A_JOB,
+    {"RANK": "", "LOCAL_RANK": "", "SLURM_PROCID": "", "NODE_RANK": "", "JSM_NAMESPACE_RANK": "x"},
+    {"PL_TRAINER_FAST_DEV_RUN": "1", "PL_TRAINER_OVERFIT_BATCHES": "1"},
 ]
 LIGHTNINGS_CHILD = {"LOCAL_RANK": "1", "NODE_RANK": "0", LAUNCHED_BY: str(os.getppid())}
 
@@ -82,10 +84,13 @@ def test_processes_that_would_train_the_whole_run_each_or_wait_are_refused(
 def test_a_process_alone_trains_and_saves_whatever_a_launcher_left_behind(
     text, tmp_path, launched, variables
 ):
+    from lightning_fabric.utilities.rank_zero import _get_rank
+
     from smollm2.training import train
 
     launched(variables)
     assert train(small_config(text, tmp_path, max_steps=3)).checkpoint.is_dir()
+    _get_rank()  # what Lightning calls when it is imported: no error
 
 
 @pytest.mark.slow
