@@ -33,12 +33,16 @@ def basic_auth(text: str | None, share: bool) -> str | None:
 
 def import_gradio(folder: str, share: bool):
     """Gradio, whatever proxies and other users this machine has; raises `ConfigError`."""
+    for name in [name for name in os.environ if name.startswith("GRADIO_")]:
+        del os.environ[name]  # the settings of another page: its port, its name, what it tries at its start
     os.environ["GRADIO_TEMP_DIR"] = folder  # it must write at its start; /tmp/gradio may be another user's
-    # Gradio calls its own address, and without --share nobody else: no proxy of any kind matters
+    # Gradio calls its own address, and without --share nobody else: no proxy and no certificate matters
     os.environ["no_proxy"] = "127.0.0.1" if share else "*"
+    for name in () if share else ("SSL_CERT_FILE", "SSL_CERT_DIR"):
+        os.environ.pop(name, None)
     try:
         import gradio
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         raise ConfigError(f"the web page needs a working gradio>=6.24,<7 (extra: app): {error}") from None
     return gradio
 
@@ -134,7 +138,7 @@ def launch(checkpoint: str, port: int | None = None, share=False, auth: str | No
 
 def main(argv: list[str] | None = None) -> int:
     parser = ArgumentParser(prog="python -m smollm2.app", description="A page to write with a trained model.")
-    parser.add_argument("--checkpoint", required=True, help="folder or Hub id; its run may have others")
+    parser.add_path("--checkpoint", help="folder or Hub id; its run may have others")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
     parser.add_argument("--share", action="store_true", help="a public address for some days; needs --auth")
     parser.add_argument("--auth", metavar="USER:PASSWORD", help="ask everyone for this user and password")

@@ -236,11 +236,12 @@ PROXIES = {
     "NO_PROXY": "fe80::/10,[::1",
 }
 SOCKS = {"ALL_PROXY": "socks5://127.0.0.1:9"}  # socksio is not installed
+OTHER_PAGE = {"GRADIO_SERVER_PORT": "x", "GRADIO_ROOT_PATH": "/x", "SSL_CERT_FILE": "FOLDER/none"}
 OTHER_USER = {"TMPDIR": "FOLDER", "GRADIO_TEMP_DIR": "FOLDER/gradio"}
 
 
-@pytest.mark.parametrize("surroundings", [PROXIES | OTHER_USER, SOCKS], ids=len)
-def test_the_page_starts_behind_a_proxy_and_beside_another_users_folder(checkpoint, tmp_path, surroundings):
+@pytest.mark.parametrize("surroundings", [PROXIES | OTHER_USER, SOCKS | OTHER_PAGE], ids=len)
+def test_the_page_starts_behind_a_proxy_and_whatever_others_left_behind(checkpoint, tmp_path, surroundings):
     (tmp_path / "gradio").touch()
     clean = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
     clean |= {name: value.replace("FOLDER", str(tmp_path)) for name, value in surroundings.items()}
