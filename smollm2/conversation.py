@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from .config import SamplingOptions
-from .errors import CheckpointError, UserError
+from .errors import CheckpointError, UserError, is_terminal, tell
 from .tokenizer import Tokenizer
 from .weights import read_end_ids, read_table
 
@@ -143,8 +143,8 @@ def standard_input() -> TextIO:
 
 def read_prompt() -> str:
     """Standard input up to its end, without the line break that a shell adds."""
-    if standard_input().isatty():
-        print("type the text to continue, then Ctrl-D:", file=sys.stderr)
+    if is_terminal(standard_input()):
+        tell("type the text to continue, then Ctrl-D:")
     return utf8(sys.stdin.read(), "standard input").removesuffix("\n")
 
 
@@ -153,7 +153,7 @@ def talk(conversation: Conversation, first: str | None, options: SamplingOptions
     standard_input()
     with contextlib.suppress(ImportError):  # line editing, where the platform has it
         import readline  # noqa: F401
-    print("Empty line: go on. /new: forget all. Ctrl-C: stop an answer. Ctrl-D: leave.", file=sys.stderr)
+    tell("Empty line: go on. /new: forget all. Ctrl-C: stop an answer. Ctrl-D: leave.")
     while True:
         try:
             line = first if first is not None else utf8(input("> "), "standard input")
@@ -167,13 +167,13 @@ def talk(conversation: Conversation, first: str | None, options: SamplingOptions
         try:
             ids = conversation.ask(line)
             if conversation.forgotten:
-                print("(the context is full: the oldest part is forgotten)", file=sys.stderr)
+                tell("(the context is full: the oldest part is forgotten)")
             for piece in conversation.stream(ids, options):
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:
             print(" [stopped]", end="")
         except UserError as error:
-            print(error, file=sys.stderr)
+            tell(error)
             continue
         print(flush=True)
         options = options.next_seed()  # the next answer draws anew, yet the whole talk repeats

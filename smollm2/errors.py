@@ -115,6 +115,23 @@ def is_terminal(stream) -> bool:
         return False
 
 
+def tell(words: object) -> None:
+    """A line on standard error, where that takes one."""
+    try:
+        if sys.stderr is not None:
+            print(words, file=sys.stderr, flush=True)
+    except (OSError, ValueError):  # a full disk, a closed stream
+        _discard("stderr")
+
+
+def _discard(name: str) -> None:
+    """Nothing more goes to a standard stream that failed: at exit Python would flush it, and change the code."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), getattr(sys, name).fileno())
+    except (AttributeError, OSError, ValueError):  # it is no file
+        setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - it lives as long as the process
+
+
 def run_command(main: Callable[[], int | None]) -> None:
     """Run `main` as a program: user errors become one line on standard error and an exit code."""
     for name in ("stdout", "stderr"):
@@ -148,7 +165,7 @@ def run_command(main: Callable[[], int | None]) -> None:
         else:
             raise
         if not error.filename:  # and none at exit, when Python flushes it
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _discard("stdout")
     if words:
-        print(words, file=sys.stderr)
+        tell(words)
     sys.exit(code)

@@ -12,7 +12,6 @@ import gzip
 import json
 import lzma
 import math
-import sys
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .data import encode_documents
-from .errors import ArgumentParser, DataError, run_command
+from .errors import ArgumentParser, DataError, run_command, tell
 from .origin import trained_with
 from .signals import loading
 from .text import documents, read_split
@@ -95,7 +94,7 @@ def score_file(model: SmolLM2, tokenizer, path, split="all", held_out_fraction=0
     if share > MAX_LOST_SHARE:
         raise DataError(f"{path}: {lost}, expected at most {MAX_LOST_SHARE:.1%}")
     if lost:
-        print(f"note: {path}: {lost}; bits per byte are too good by what they would cost", file=sys.stderr)
+        tell(f"note: {path}: {lost}; bits per byte are too good by what they would cost")
     arrays = list(encode_documents(tokenizer, texts, tokenizer.end_id(model.config.eos_token_id)))
     if not any(map(len, arrays)):
         raise DataError(f"{path}: nothing to evaluate in split {split!r}")

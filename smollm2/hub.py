@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .errors import UserError
+from .errors import UserError, tell
 
 # Commits of the official repositories, as many public projects that pin them name them (the 135M's weights
 # have sha256 80521b40281d6ce74e35c9282c22539e75aa0ac8578892b2a59955ef78d55da1). Others follow `main`.
@@ -74,7 +73,7 @@ def fetch_files(
     except Exception as error:  # connection errors of several libraries share no base class
         problem = explained(error, repo_id)
     if cached.keys() >= set(required):
-        print(f"using the copy in the local cache: {problem}", file=sys.stderr)
+        tell(f"using the copy in the local cache: {problem}")
         return cached
     if isinstance(problem, HubUnreachable):
         missing = f"{', '.join(required)} is not in the local cache {constants.HF_HUB_CACHE}"

@@ -6,12 +6,11 @@ A `Reporter` is told what happens; a notebook passes its own (a live panel), the
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import sys
 import time
 
-from .errors import is_terminal
+from .errors import is_terminal, tell
 
 SECONDS_BETWEEN_LINES, SECONDS_BETWEEN_SAFE_LINES = 10.0, 60.0
 
@@ -68,10 +67,8 @@ class _Output:
             self.stream.flush()
         except (OSError, ValueError) as error:  # ValueError: a closed file
             self.stream, self.is_lost = None, getattr(error, "errno", None) in (errno.EPIPE, errno.EIO)
-            words = f"standard output takes no more ({error}); the run goes on without it"
-            if not self.is_lost and sys.stderr is not None:
-                with contextlib.suppress(OSError, ValueError):  # it may be closed, too
-                    print(words, file=sys.stderr)
+            if not self.is_lost:
+                tell(f"standard output takes no more ({error}); the run goes on without it")
 
     def flush(self) -> None:
         """Every write is flushed."""

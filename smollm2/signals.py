@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
-from .errors import is_terminal
+from .errors import is_terminal, tell
 
 HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
 STOPPING = [number for number in (signal.SIGINT, signal.SIGTERM, HANGUP) if number]
@@ -46,7 +46,7 @@ def leaving_at_once() -> Iterator[None]:
 def loading() -> Iterator[None]:
     """Around a command's import of PyTorch, which takes seconds: a terminal is told, Ctrl-C ends it."""
     if "torch" not in sys.modules and is_terminal(sys.stderr):
-        print("loading PyTorch ...", file=sys.stderr, flush=True)
+        tell("loading PyTorch ...")
     with leaving_at_once():
         yield
 
