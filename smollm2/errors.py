@@ -98,6 +98,10 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
+    def add_path(self, name: str, **options) -> None:
+        """A path that must be given, or a Hub id: `~` means what it means in a shell, also behind `=`."""
+        self.add_argument(name, type=os.path.expanduser, required=True, **options)
+
     def error(self, message: str):
         if message.startswith("unrecognized arguments: "):
             word = (message.split(": ", 1)[1].split() or [""])[0]

@@ -117,8 +117,8 @@ def compressed_bits_per_byte(text: bytes) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = ArgumentParser("python -m smollm2.evaluate", description="Bits per byte of a model on a text")
-    parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or a Hub id")
-    parser.add_argument("--input_file", required=True)
+    parser.add_path("--checkpoint", help="checkpoint folder, or a Hub id")
+    parser.add_path("--input_file")
     held_out = "val = what the checkpoint's run held out, else the last 10 %%"
     parser.add_argument("--split", choices=("all", "val", "train"), default="all", help=held_out)
     parser.add_argument("--json", action="store_true", help="one JSON line")

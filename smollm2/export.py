@@ -161,8 +161,8 @@ def export(
 def main(argv: list[str] | None = None) -> int:
     about = "Write a checkpoint as a folder that other programs read."
     parser = ArgumentParser(prog="python -m smollm2.export", description=about)
-    parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or a Hub id")
-    parser.add_argument("--out", required=True, help="folder: new, empty, or an export to replace")
+    parser.add_path("--checkpoint", help="checkpoint folder, or a Hub id")
+    parser.add_path("--out", help="folder: new, empty, or an export to replace")
     parser.add_argument("--dtype", choices=DTYPES, help="of model.safetensors (default: as stored)")
     parser.add_argument("--gguf", choices=GGUF_TYPES, help="also write a GGUF file for llama.cpp and Ollama")
     args = parser.parse_args(argv)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-
 from pydantic import ValidationError
 
 from .config import DECODING_DTYPES, SamplingOptions, problems
 from .conversation import Conversation, read_prompt, talk, utf8
-from .errors import ArgumentParser, UserError, run_command
+from .errors import ArgumentParser, UserError, run_command, tell
 from .signals import loading
 from .weights import resolve
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = ArgumentParser("python -m smollm2.generate", description="Continue a text with a trained model")
-    parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or a Hub id")
+    parser.add_path("--checkpoint", help="checkpoint folder, or a Hub id")
     parser.add_argument("--prompt", help="text to continue (default: standard input)")
     parser.add_argument("--interactive", action="store_true", help="go on turn by turn")
     parser.add_argument("--chat", action="store_true", help="through the chat template of an Instruct model")
@@ -39,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
 
     model, tokenizer, why = load_to_write(folder, args.dtype)
     if args.dtype == "auto":
-        print(why, file=sys.stderr)
+        tell(why)
     conversation = Conversation(model, tokenizer, folder, args.chat)
     if args.interactive:
         return talk(conversation, prompt, options)

@@ -1,12 +1,16 @@
 """Every command answers at once: flags, mistakes and Ctrl-C do not wait for PyTorch."""
 
+import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiny_models import save_folder, tiny_model
+
+from smollm2.errors import run_command
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = [
@@ -53,6 +57,38 @@ def test_a_value_out_of_range_and_a_missing_checkpoint_are_named_without_torch(t
     ]:
         done = run(tmp_path, NO_TORCH, "-m", command, *words)
         assert done.returncode == 2 and done.stderr.startswith(message), done.stderr
+
+
+def test_a_path_means_what_it_means_in_a_shell_in_every_command(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").mkdir()
+    for file in ("model/config.json", "taken"):
+        (tmp_path / file).touch()
+    for command, words, message in [
+        ("smollm2.generate", ["--checkpoint=~/x", "--prompt=a"], f"error: {tmp_path}/x: "),
+        ("smollm2.app", ["--checkpoint=~/x"], f"error: {tmp_path}/x: "),
+        ("smollm2.evaluate", ["--checkpoint=x", "--input_file=~/y"], f"error: --input_file {tmp_path}/y: "),
+        ("smollm2.export", ["--checkpoint=~/model", "--out=~/taken"], f"error: --out {tmp_path}/taken: "),
+    ]:
+        done = run(tmp_path, NO_TORCH, "-m", command, *words)
+        assert done.returncode == 2 and done.stderr.startswith(message), done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")
+def test_a_full_disk_behind_standard_error_changes_no_exit_code(tmp_path):
+    for words, code in [("--max_step=3", 2), ("--max_steps=3 >/dev/full", 7)]:
+        command = f"exec {sys.executable} {ROOT}/colab_train.py {words} 2>/dev/full"
+        assert subprocess.run(["sh", "-c", command], cwd=tmp_path).returncode == code
+
+
+def test_output_that_fails_and_is_no_file_is_an_exit_code(monkeypatch):
+    def fail(text: str = "") -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=fail, flush=fail))
+    with pytest.raises(SystemExit) as left:
+        run_command(lambda: print("a"))
+    assert left.value.code == 141
 
 
 @pytest.mark.parametrize("command", COMMANDS)
