@@ -129,7 +129,7 @@ def tell(words: object) -> None:
 
 
 def _discard(name: str) -> None:
-    """Nothing more goes to a standard stream that failed: at exit Python would flush it, and change the code."""
+    """Nothing more goes to a standard stream that failed: flushing it at exit would change the exit code."""
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), getattr(sys, name).fileno())
     except (AttributeError, OSError, ValueError):  # it is no file
