@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from .checkpoint import Manifest, candidates, commit, prune
@@ -107,7 +108,9 @@ def _copy(tensors: dict[str, torch.Tensor], memory: dict[str, torch.Tensor]) -> 
 def _write_finite(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """A safetensors file; refuses numbers that are not finite."""
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        # by NumPy: torch would start threads for this thread, too, and with more of them than cores OpenMP no
+        # longer spins while it waits: from the first save on, each step of nano took 0.20 s instead of 0.145
+        if tensor.is_floating_point() and not np.isfinite(tensor.numpy()).all():
             what = f"{name} holds numbers that are not finite"
             raise NumericStop(f"{what}: not saved; earlier checkpoints stay as they are")
     write_tensors(path, tensors)

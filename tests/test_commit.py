@@ -15,7 +15,9 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import pytest
+import torch
 from conftest import Heard
 
 from smollm2 import files, saver
@@ -190,6 +192,21 @@ def test_a_last_save_that_fails_is_not_called_a_finished_run(text, tmp_path, mon
             train(short(text, tmp_path / "output"), Reporter())
     train(short(text, tmp_path / "output"), Reporter())
     compare(tmp_path / "output", undisturbed)
+
+
+def test_a_save_leaves_no_threads_behind_that_slow_down_the_next_steps(tmp_path):
+    """More OpenMP threads than cores, and OpenMP's waiting threads sleep instead of spinning."""
+    weights, threads = torch.ones(2**20), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        weights.add_(1)  # torch's own threads are there
+        before = psutil.Process().num_threads()
+        keeper = saver.Saver(tmp_path, "run", 3)
+        keeper.save(step_name(1), 1, {}, {"model.safetensors": {"weights": weights}}, {}, None)
+        keeper.wait(for_step=1)
+        assert psutil.Process().num_threads() <= before + 1  # the one that saves
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_an_output_directory_that_vanishes_ends_the_run_with_exit_code_7(text, tmp_path):
