@@ -232,7 +232,8 @@ lesson.check("one gate_proj and all of attention have the same size", C * M - at
 # ## 5 · What if?
 #
 # Each design choice has a price in parameters. Move the controls: what does untying cost, what do nine key/value heads cost instead of three, and how
-# narrow must a 60-layer model be to stay at 135M? (The MLP keeps its width of 8/3 of the hidden size.)
+# narrow must a 60-layer model be to stay at 135M? (The MLP keeps its width of 8/3 of the hidden size: three such matrices are as many numbers as the
+# two of width 4 in older models.)
 #
 # **✎ Exercise**, when the section is done. Design a model of 100 million parameters, within 1 %, with the same vocabulary, tied, and head_dim 64. Prove it with `lesson.check`.
 #
@@ -349,8 +350,8 @@ plots.show(fig, alt + "with 1; the weights, 257 MiB, are passed at 11,700.")
 # ## 7 · FLOPs: how much arithmetic is a token?
 #
 # A FLOP is one addition or multiplication of floating-point numbers. A matrix entry costs two a token, one of each. Training does it three times:
-# forward, for the gradient of the input, for the gradient of the weight. So 6 FLOPs a parameter and token, plus attention, which grows with the
-# distance looked back. PyTorch can count what it executes, even on `meta` tensors that hold no numbers. Do rule and count agree?
+# forward, for the gradient of the input, for the gradient of the weight. So [6 FLOPs a parameter](https://arxiv.org/abs/2001.08361) and token, plus
+# attention, which grows with the distance looked back. PyTorch can count what it executes, even on `meta` tensors that hold no numbers. Do rule and count agree?
 
 # %% id="flops-check" tags=["check"]
 length = load_config("smollm2-135m").data.sequence_length  # tokens of a row in training
@@ -441,10 +442,8 @@ def saved_bytes(depth, is_plain=True, length=512):
 
     def remember(tensor):
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = (
-            storage.nbytes(),
-            tensor,
-        )  # held, so its address stays its own
+        # the tensor is held, so that its address stays its own
+        kept[storage.data_ptr()] = (storage.nbytes(), tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
@@ -505,16 +504,14 @@ for y, preset in enumerate(presets):
     needed.append(f"{start:.1f}")
 ax.axvline(T4_GIB, color=plots.BLACK, ls="--", label=f"T4: {T4_GIB} GiB")
 ax.set(yticks=range(3), yticklabels=presets, xlim=(0, 40), ylim=(2.6, -0.6))
-title, unit = (
-    "135M and 360M train on a T4, 1.7B does not",
-    "GPU memory (GiB), everything in fp32",
-)
-plots.label(ax, title, unit, "", legend=True)
+title = "135M and 360M train on a T4, 1.7B does not"
+plots.label(ax, title, "GPU memory (GiB), everything in fp32", "", legend=True)
 alt = f"Training memory in fp32 with 4 rows of {length} tokens: {', '.join(needed)} GiB "
 plots.show(fig, alt + f"for 135M, 360M, 1.7B; a T4 has {T4_GIB}.")
 
 # %% [markdown] id="how-long"
-# Memory decides whether a model trains at all; FLOPs decide how long. What would the real training, 2 trillion tokens, take on that one T4?
+# Memory decides whether a model trains at all; FLOPs decide how long. What would the real training, 2 trillion tokens, take on that one T4? (Its data
+# sheet says 65 TFLOP/s in fp16; 30 % of that is a guess.)
 
 # %% id="speed" tags=["lesson", "slow"]
 ids = torch.randint(nano.vocab_size, (4, 128))
