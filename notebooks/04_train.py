@@ -212,7 +212,7 @@ off = clip_factor(in_four, 0.1) * in_four - gradient(model)
 lesson.check("clipping is one factor, PyTorch's", off, 1e-6)
 
 # %% [markdown] id="adamw-text"
-# **AdamW** keeps two averages for each weight. β₁ = 0.9: the average of its *gradient* over about the last 1 / (1 − β₁) = 10 updates. What changes sign from
+# **[AdamW](https://arxiv.org/abs/1711.05101)** keeps two averages for each weight. β₁ = 0.9: the average of its *gradient* over about the last 1 / (1 − β₁) = 10 updates. What changes sign from
 # batch to batch cancels, what stays adds up. β₂ = 0.95: the average of its *square* over about the last 20, so the usual size. A β nearer to 1 remembers longer:
 # steadier, but slower to follow. The step is the one divided by the root of the other, times the rate. Both begin at 0 and would be too small at first; dividing by 1 − βᵗ
 # mends that.
@@ -317,7 +317,7 @@ plots.show(fig, alt + "per token, while the learning rate rises, stays and falls
 # %% [markdown] id="dtype"
 # ## 4 · Which number format, and why
 #
-# On a GPU, numbers of half the size are several times faster. **bf16** keeps the range of the usual fp32 and gives up digits; **fp16** keeps more digits and
+# On a GPU, numbers of half the size are several times faster (a T4's data sheet: 8 TFLOP/s in fp32, 65 in fp16). **bf16** keeps the range of the usual fp32 and gives up digits; **fp16** keeps more digits and
 # gives up range. A T4 has units for fp16 only (it *emulates* bf16, slowly, which is why `torch.cuda.is_bf16_supported()` says yes there). Which format does
 # this machine get, and how small can a number be in each?
 
@@ -342,7 +342,7 @@ lesson.predict(
 )  # fmt: skip
 
 # %% [markdown] id="dtype-scale"
-# The cure is **loss scaling**: multiply the loss by 65,536 before the backward pass, and all gradients grow with it, into fp16's range. Divide in fp32 before
+# The cure is [**loss scaling**](https://arxiv.org/abs/1710.03740): multiply the loss by 65,536 before the backward pass, and all gradients grow with it, into fp16's range. Divide in fp32 before
 # the update. Should one overflow to infinity, the update is skipped and the scale halved. The weights themselves stay fp32, always.
 #
 # **Are real gradients small enough to need this?** The figure below looks at the last update of your loop; beside it stand the gradients of the batch that the model knows by
@@ -389,8 +389,11 @@ plots.show(fig, alt + "{}; of a batch known by heart {}.".format(*shares.values(
 # %% [markdown] id="schedule"
 # ## 5 · The learning rate, drawn before it is used
 #
-# **Warm-up, stable, decay**, as SmolLM2 was trained: a linear rise while the averages settle, a long plateau, a linear fall to zero. SmolLM2's optimizer is
-# AdamW. The preset `nano` takes **Muon** for the matrices of its blocks (their momentum, with all singular values set to about 1: every direction learns, not
+# **Warm-up, stable, decay** ([MiniCPM](https://arxiv.org/abs/2404.06395)), as [SmolLM2](https://arxiv.org/abs/2502.02737) was trained. The rate *rises* while
+# the averages know little yet: full steps would go anywhere. On the *plateau* the model moves fast, but every batch pulls it about. The *fall* to zero lets it
+# settle, and the loss drops once more. A cosine curve must know its end from the first step; a plateau goes on for as long as you like, and only the fall needs an end.
+#
+# SmolLM2's optimizer is AdamW. The preset `nano` takes [**Muon**](https://kellerjordan.github.io/posts/muon/) for the matrices of its blocks (their momentum, with all singular values set to about 1: every direction learns, not
 # only the few that dominate the gradient) and AdamW for embedding and norms, with a rate for each; both follow the same curve. The rate is a
 # *function of the step*, so a resumed run cannot get it wrong; and both phases of your run share one curve. At which step of the decay is it half of its peak?
 #
@@ -802,6 +805,9 @@ lesson.score()
 #
 # <details><summary>What do AdamW's betas do, and what does weight decay?</summary>β₁ averages the gradient (direction), β₂ its square (size), each over about 1 / (1 − β) updates;
 # decay pulls every matrix towards 0, beside the gradient.</details>
+#
+# <details><summary>Why a warm-up, a plateau and a decay?</summary>Averages that know little yet make wild steps, so the rate rises. The plateau moves fast and needs no planned end.
+# The decay lets the noise of single batches die down: the loss drops once more.</details>
 #
 # <details><summary>Why does accumulation equal a large batch?</summary>The gradient of a mean is the mean of the gradients: parts, each with its share, add up to the same sum.</details>
 #

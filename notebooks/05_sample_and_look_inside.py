@@ -149,7 +149,7 @@ plots.show(fig, alt + f"{', '.join(best)}; the lower T, the thinner the tail.")
 # ## 3 · Cut the tail: top-k, top-p, min-p
 #
 # Each unlikely token is rare, but there are thousands, and one bad choice spoils the rest of the text. So we cut, and share the probability of what is
-# cut among the rest. **top-k** keeps the k likeliest tokens. **top-p** goes down from the likeliest until their sum reaches p. **min-p** keeps each token
+# cut among the rest. **top-k** keeps the k likeliest tokens. [**top-p**](https://arxiv.org/abs/1904.09751) goes down from the likeliest until their sum reaches p. [**min-p**](https://arxiv.org/abs/2407.01082) keeps each token
 # with at least min-p times the probability of the likeliest. Which of them keeps fewer tokens where the model is sure?
 #
 # **✎ Exercise**, when the section is done. Write `keep_typical(p, n)`: the n tokens whose −log p lies nearest to the entropy (the mean of −log p). When does it remove the likeliest token?
@@ -293,7 +293,7 @@ print("hardest:", ", ".join(f"'{words[i + 1]}' (1 in {1 / chances[i]:,.0f})" for
 #
 # To choose token 101, attention compares the query of token 100 with the keys of tokens 1 to 100, and mixes their values. All but the last of these keys and
 # values were computed before, to choose token 100, and nothing changes them. Keep them, and each step reads **one** new token instead of all. But is
-# the answer still the same? Below the checks, a picture goes through it step by step.
+# the answer still the same? The price is memory (notebook 2, section 6). Below the checks, a picture goes through it step by step.
 
 # %% cellView="form" id="predict-cache" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
@@ -446,7 +446,7 @@ widgets.explore(
 # %% [markdown] id="habits"
 # Looking at heads one by one is fun and proves nothing. Measure instead: how much of its attention does each head spend on the token itself, on the one
 # just before, and on the very first? In many models the first gets most although it says nothing: a head with nothing to do must look *somewhere*, since
-# its row sums to 1. This is called an **attention sink**. Does yours have one?
+# its row sums to 1. This is called an [**attention sink**](https://arxiv.org/abs/2309.17453). Does yours have one?
 #
 # **✎ Exercise**, when the section is done. Switch off one head: in a copy of the model set its `head_dim` columns of `o_proj.weight` to zero, and score the passage again. Which head costs most?
 #

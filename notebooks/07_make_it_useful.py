@@ -18,7 +18,7 @@
 # * compute the loss on the answers alone by hand, and prove it equal to the package's and to transformers';
 # * turn a base model into one that answers, measure what that changed, and take it to Ollama.
 #
-# **Time** about 25 minutes to read; to run, about 3 minutes on a CPU with a run of yours (1 to 2 more without one), about 10 on a T4 with the official weights ·
+# **Time** about 25 minutes to read; to run, about 3 minutes on a CPU with a run of yours (1 to 2 more without one), under 10 on a T4 with the official weights (planned, not timed yet) ·
 # **hardware** T4 or any CPU · **network** only for the official weights; offline your own run learns to answer.
 #
 # *Runtime → Run all* runs everything. Each `?` asks you to guess first: type a number in place of `None` and run that cell again. Each `✔`
@@ -546,6 +546,6 @@ lesson.score()
 # You built it, counted it, fed it, trained it, looked inside, measured it, and made it answer. What next?
 # * **Conversations of yours.** A few hundred good ones change more than ten thousand poor ones. Section 4 takes the file.
 # * **More of the base.** What it knows, it read before: a longer run on more text (notebook 6, *Where to go next*), then this notebook again.
-# * **Better and worse answers.** The Instruct model then learned from pairs of answers, one preferred (DPO, Rafailov et al. 2023): the next thing to write by hand.
+# * **Better and worse answers.** The Instruct model then learned from pairs of answers, one preferred ([DPO](https://arxiv.org/abs/2305.18290)): the next thing to write by hand.
 # * **Back to the beginning.** [1 · Build the model](01_build_the_model.ipynb)
 #   ([open in Colab](https://colab.research.google.com/github/smollm2-from-scratch/smollm2-from-scratch/blob/main/notebooks/01_build_the_model.ipynb)), and change something: the checks will tell you what you did.
