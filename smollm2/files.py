@@ -1,5 +1,4 @@
-"""Small file helpers: hashing, durable writes (of tensors too), and a clear word about paths that cannot be
-used."""
+"""Durable writes: a file, a file of tensors, a whole folder in one atomic step; hashes and strict JSON."""
 
 from __future__ import annotations
 

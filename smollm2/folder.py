@@ -1,5 +1,4 @@
-"""The folder a run writes to: made and locked when the run opens, tidied of what a kill left, cleared after a
-bad start."""
+"""The folder a run writes to: made, locked, tidied of what a kill left, cleared after a bad start."""
 
 from __future__ import annotations
 

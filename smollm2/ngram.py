@@ -1,5 +1,4 @@
-"""A byte n-gram model with Witten-Bell smoothing: what counting alone can do, the neighbour a network must
-beat.
+"""A byte n-gram model with Witten-Bell smoothing: counting alone, the rival that a network must beat.
 
 After a context c of k bytes,  P(s | c) = (count(c s) + kinds(c) * P(s | c without its first byte)) /
 (count(c) + kinds(c)), where kinds(c) is how many different bytes followed c: the more of them, the likelier

@@ -1,5 +1,4 @@
-"""Figures: one look, readable in dark mode and by colour-blind readers, with a text twin for those who see
-none.
+"""Figures: one look, readable in dark mode and by the colour-blind, each with a text for those who see none.
 
 Figures are made without pyplot, so nothing depends on a backend and no notebook shows a picture twice.
 """

@@ -1,7 +1,7 @@
-"""Sampling with a KV cache: from logits to tokens, from tokens to text. It takes any model with
-`new_cache` and `next_logits`: `SmolLM2`, or a `FastDecoder` of it.
+"""Sampling with a KV cache: from logits to tokens, from tokens to text.
 
-The filters are applied in transformers' order: temperature, top-k, top-p, min-p.
+It takes any model with `new_cache` and `next_logits`: `SmolLM2`, or a `FastDecoder` of it. The filters come
+in transformers' order: temperature, top-k, top-p, min-p.
 """
 
 from __future__ import annotations

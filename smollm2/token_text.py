@@ -1,5 +1,4 @@
-"""A token as text: the bytes it stands for, and a word that can be shown. No figures, so a web page can use
-it too."""
+"""A token as text: the bytes it stands for, and a word that can be shown."""
 
 from __future__ import annotations
 

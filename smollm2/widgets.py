@@ -1,5 +1,4 @@
-"""Controls that redraw a figure. Only what ipywidgets 7.7 and 8 share; callbacks are plain functions that
-tests call.
+"""Controls that redraw a figure, of what ipywidgets 7.7 and 8 share; callbacks are plain functions.
 
 `explore` shows the live panel where there is a kernel; a static page or a plain script shows the figure of
 the default settings in its place.

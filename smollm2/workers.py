@@ -1,5 +1,4 @@
-"""Several workers (`--devices`, torchrun, SLURM): which is the first, and how the others wait until it has
-opened the run.
+"""Several workers (`--devices`, torchrun, SLURM): which is the first, and how the others wait for it.
 
 Only the first worker writes: data, checkpoints, logs. The others read what it wrote. What launchers leave
 behind in an environment is believed only where it belongs to this very start: one process alone is always the

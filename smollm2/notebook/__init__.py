@@ -1,2 +1,1 @@
-"""What only the notebooks use: checks and predictions, live panels, pictures of the inside of a model, the
-reader's own run."""
+"""What only the notebooks use: checks and predictions, live panels, a look inside, the reader's own run."""

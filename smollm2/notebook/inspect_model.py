@@ -1,5 +1,4 @@
-"""Look inside a model: attention probabilities, the running vector after every block, and what it would say
-there.
+"""Look inside a model: attention probabilities, the vector after every block, what it would say there.
 
 Hooks listen while the model itself runs, so the logits are the model's own, bit for bit; only the attention
 probabilities, which the fused kernel never shows, are computed again beside it.

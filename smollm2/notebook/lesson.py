@@ -1,5 +1,4 @@
-"""What makes a notebook a lesson: visible checks and predictions that are scored. Plain text, so it works
-everywhere."""
+"""What makes a notebook a lesson: visible checks and predictions that are scored, in plain text."""
 
 from __future__ import annotations
 

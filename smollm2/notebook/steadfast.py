@@ -1,4 +1,4 @@
-"""A notebook's run and its Drive: go on here when Drive is gone, list what is kept.
+"""A notebook trains on when its Drive is gone, and lists what is kept where.
 
 `train` refuses to guess: it stops with an error when Drive cannot be read and might hold a newer checkpoint.
 A notebook left alone by its reader trains on this machine only and says so; what lies on Drive stays.
