@@ -93,7 +93,8 @@ class SmolLM2Config(_Section):
             found = ", ".join(f"{key} is {str(fields[key])[:60]!r}" for key in wrong)
             raise CheckpointError(f"{where}: {found}; expected a plain Llama: SiLU, default RoPE, no biases")
         known = {name: fields[name] for name in cls.model_fields}
-        known["rope_theta"] = rope["rope_parameters"].get("rope_theta", fields["rope_theta"])
+        table = rope["rope_scaling"] or rope["rope_parameters"]  # transformers' order
+        known["rope_theta"] = table.get("rope_theta", fields["rope_theta"])
         if known["num_key_value_heads"] is None:
             known["num_key_value_heads"] = known["num_attention_heads"]
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):

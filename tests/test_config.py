@@ -141,6 +141,21 @@ def test_a_field_that_config_json_lacks_has_the_default_of_transformers():
     assert ours == {name: theta if name == "rope_theta" else getattr(theirs, name) for name in ours}
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_theta": 7000.0, "rope_scaling": {"rope_type": "default", "rope_theta": 5000.0}},
+        {"rope_theta": 7000.0, "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}},
+        {"rope_theta": 7000.0, "rope_scaling": {"type": "default"}},
+    ],
+)
+def test_theta_stands_where_transformers_reads_it(fields):
+    from transformers import LlamaConfig
+
+    ours = SmolLM2Config.from_hf_dict({"model_type": "llama"} | fields)
+    assert ours.rope_theta == LlamaConfig(**fields).rope_parameters["rope_theta"]
+
+
 IDS = [(2, 2), ([5, 6], 5), ([], None), (None, None), (-1, None), ([-1], None)]
 
 
