@@ -27,6 +27,7 @@ from .attention import can_attend_in_blocks, causal_attention
 from .checkpoint import MANIFEST, verify
 from .config import SmolLM2Config
 from .cpu_block import cpu_block, trains_in_one_function
+from .device import plain_defaults
 from .errors import CheckpointError
 from .files import write_durably, write_tensors
 from .loss import linear_cross_entropy, matmul_dtype
@@ -288,6 +289,7 @@ class SmolLM2(nn.Module):
         return generate(self, input_ids, max_new_tokens, temperature=temperature, **options)
 
     @classmethod
+    @plain_defaults()
     def from_pretrained(
         cls, source: str | Path, dtype: torch.dtype = torch.float32, device="cpu", revision: str | None = None
     ) -> SmolLM2:

@@ -55,7 +55,9 @@ def draw(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tenso
     if probabilities.device.type != "cpu":
         return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
     summed = probabilities.double().cumsum(-1)
-    height = torch.rand(len(summed), 1, generator=generator, dtype=torch.float64) * summed[:, -1:]
+    height = (
+        torch.rand(len(summed), 1, generator=generator, dtype=torch.float64, device="cpu") * summed[:, -1:]
+    )
     return torch.searchsorted(summed, height, right=True).squeeze(1)
 
 
