@@ -104,6 +104,7 @@ def fingerprint(device: torch.device, precision: Precision, train: TrainConfig) 
         "cudnn": str(torch.backends.cudnn.version()) if cuda else "none",
         "precision": precision.name,
         "compiled": str(train.compile).lower(),
+        "float32_matmul": torch.get_float32_matmul_precision(),
         "deterministic": str(train.deterministic or not cuda).lower(),
         # AVX2 and AVX-512 kernels add in different orders
         "cpu_capability": "none" if cuda else torch.backends.cpu.get_cpu_capability(),

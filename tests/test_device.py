@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from smollm2 import device as device_module
-from smollm2.device import check_memory, memory_bytes, repeatable_sums
+from smollm2.config import TrainConfig
+from smollm2.device import check_memory, choose_precision, fingerprint, memory_bytes, repeatable_sums
 from smollm2.errors import ConfigError
 from smollm2.settings import load_config
 
@@ -72,3 +73,14 @@ def test_repeatable_sums_leave_the_process_as_it_was_and_fill_no_memory():
     with pytest.raises(ZeroDivisionError), repeatable_sums(True):
         raise ZeroDivisionError
     assert settings() == before == (False, True)
+
+
+def test_a_coarser_matrix_product_is_told_when_a_run_goes_on():
+    """Set in an earlier cell, "medium" multiplies fp32 as bf16, on some CPUs as well."""
+    facts = (torch.device("cpu"), choose_precision("fp32", torch.device("cpu")), TrainConfig())
+    before = fingerprint(*facts)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert fingerprint(*facts) == before | {"float32_matmul": "medium"} != before
+    finally:
+        torch.set_float32_matmul_precision("highest")
