@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import platform
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,7 +137,7 @@ def kept_memory():
     large tensors are new pages that the kernel clears: a fifth of a step on a CPU (docs/log.md). Other C
     libraries are left alone.
     """
-    libc = ctypes.CDLL(None)
+    libc = None if sys.platform == "win32" else ctypes.CDLL(None)  # Windows takes no None
     if not hasattr(libc, "mallopt") or not hasattr(libc, "malloc_trim"):
         yield
         return

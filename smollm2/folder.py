@@ -30,11 +30,14 @@ def locked_folder(path: Path, locks: bool = True) -> Iterator[None]:
         path.mkdir(parents=True, exist_ok=True)
         lock.__enter__()
         if locks:
-            file.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+            with contextlib.suppress(PermissionError):  # Windows lets nobody write or read a locked file
+                file.write_text(f"process {os.getpid()} on {socket.gethostname()}")
     except Timeout:
-        owner = file.read_text() or "another process"
+        owner = ""
+        with contextlib.suppress(PermissionError):
+            owner = file.read_text()
         advice = "wait for it, stop it, or choose another --output_dir"
-        raise BusyError(f"{path} is being written by {owner}; {advice}") from None
+        raise BusyError(f"{path} is being written by {owner or 'another process'}; {advice}") from None
     except (OSError, NotImplementedError) as error:  # NotImplementedError: a file system without locks
         reason = getattr(error, "strerror", None) or error
         expected = "expected a folder that can be written and locked"

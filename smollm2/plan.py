@@ -158,7 +158,7 @@ def _peak_bytes(device: torch.device) -> int:
     """Most memory so far: of the GPU, or of this process (0 where the system does not tell)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, TypeError):  # no such file, or (gVisor) no such line
         found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
         return int(found[1]) * 1024
     return 0

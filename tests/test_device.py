@@ -10,7 +10,14 @@ import torch
 
 from smollm2 import device as device_module
 from smollm2.config import TrainConfig
-from smollm2.device import check_memory, choose_precision, fingerprint, memory_bytes, repeatable_sums
+from smollm2.device import (
+    check_memory,
+    choose_precision,
+    fingerprint,
+    kept_memory,
+    memory_bytes,
+    repeatable_sums,
+)
 from smollm2.errors import ConfigError
 from smollm2.settings import load_config
 
@@ -84,3 +91,10 @@ def test_a_coarser_matrix_product_is_told_when_a_run_goes_on():
         assert fingerprint(*facts) == before | {"float32_matmul": "medium"} != before
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_memory_is_kept_only_where_there_is_a_c_library_to_ask(monkeypatch):
+    monkeypatch.setattr("sys.platform", "win32")
+    monkeypatch.setattr("ctypes.CDLL", lambda name: name.lower())  # as there, no None
+    with kept_memory():
+        pass

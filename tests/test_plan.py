@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -118,3 +120,9 @@ def test_the_command_prints_a_table_or_one_json_object():
     assert row["tokens"] == row["steps"] * facts["tokens_per_step"] == row["steps"] * 8192
     training = row["tokens"] / facts["tokens_per_second"]  # the rest: validations, samples, saves
     assert 0.75 * 20 * 60 < training < 0.95 * 20 * 60
+
+
+def test_peak_memory_is_0_where_the_system_does_not_tell(monkeypatch):
+    for status in ("VmRSS: 1 kB\n", OSError()):
+        monkeypatch.setattr(Path, "read_text", Mock(side_effect=[status]))
+        assert planning._peak_bytes(torch.device("cpu")) == 0

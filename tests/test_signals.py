@@ -1,5 +1,6 @@
 """Ctrl-C, SIGTERM, a second process, and the lock after kill -9: the command line as a person uses it."""
 
+import errno
 import io
 import os
 import signal
@@ -146,6 +147,19 @@ def test_of_many_processes_that_start_at_once_one_runs_and_kill_9_frees_the_fold
         pass
     kill(winner)
     with locked_folder(tmp_path / "output"):
+        pass
+
+
+def test_a_locked_file_may_be_one_that_nobody_reads_or_writes(tmp_path, monkeypatch):
+    """As on Windows, where its owner may not either."""
+
+    def forbidden(path, *_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", forbidden)
+    monkeypatch.setattr(Path, "write_text", forbidden)
+    busy = pytest.raises(BusyError, match="written by another process")
+    with locked_folder(tmp_path), busy, locked_folder(tmp_path):
         pass
 
 
