@@ -345,7 +345,8 @@ class Source:
             sample.extend(islice(_table(file), SAMPLE_ROWS))
         column = _choose(sample, self.column)
         for row in _table(file, start, column):
-            text = row.get(column) or ""
+            text = row.get(column)
+            text = "" if text is None or text != text else text  # NaN, which is what pandas writes for none
             if not isinstance(text, str):
                 raise DataError(f"column {column!r} holds {type(text).__name__}, expected text")
             # half a surrogate pair is no character
@@ -407,11 +408,17 @@ def _parquet_rows(raw: BinaryIO, start: int, column: str | None) -> Iterator[dic
 
 
 def _csv_rows(lines: io.TextIOBase, kind: str) -> Iterator[dict]:
-    csv.field_size_limit(sys.maxsize)  # a cell is a document
-    for row in csv.DictReader(lines, delimiter="\t" if kind == "tsv" else ",", strict=True):
-        if None in row:
-            raise DataError(f"{len(row) - 1 + len(row[None])} cells, but the header has {len(row) - 1}")
-        yield row
+    csv.field_size_limit(2**31 - 1)  # a cell is a document; more is no C long on Windows
+    first = next(lines, "")
+    delimiter = "\t" if kind == "tsv" else max(",;\t", key=first.count)  # spreadsheets choose by language
+    rows = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
+    header = next(rows, [])
+    if len(set(header)) < len(header):
+        raise DataError(f"the header names a column twice: {', '.join(header)}")
+    for row in filter(None, rows):  # but for empty lines
+        if len(row) != len(header):
+            raise DataError(f"{len(row)} cells, but the header has {len(header)}")
+        yield dict(zip(header, row, strict=True))
 
 
 def _json_rows(file: io.TextIOBase) -> Iterator[dict]:
