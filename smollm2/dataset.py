@@ -44,6 +44,7 @@ from .errors import CheckpointError, DataError, is_terminal
 from .files import dump_json, replace_durably, sha256_bytes, sha256_json, strict_json
 from .text import SEPARATOR, decoded, documents
 from .tokenizer import Tokenizer
+from .workers import OPENED
 
 SAMPLE_ROWS = 100  # that tell which columns hold text
 BYTES_PER_TOKEN = 4.5  # of English under the SmolLM2 tokenizer, rounded up
@@ -54,8 +55,13 @@ LEAST_TOKENS = 2**20  # read even if a run needs fewer: in a second
 TOKENS_PER_MINUTE = 1_200_000  # read ahead of `--minutes`, whose steps are not known yet
 KINDS = {  # by a file's ending; .gz and the like may stand behind it
     ".txt": "text", ".text": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".ndjson": "json",
-    ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".arrow": "arrow",
+    ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow",
 }  # fmt: skip
+
+
+# by a run, into its folder
+WRITTEN = ("checkpoints", "data/tokens-*", "data/dataset-*", "data/commits.json", "logs", "previous-*")
+BESIDE_ARROW = ("dataset_info.json", "dataset_dict.json", "state.json")  # by the datasets package
 
 
 class Piece(NamedTuple):
@@ -87,9 +93,10 @@ class Dataset:
 
     def __init__(self, data: DataConfig, output_dir: Path, tokens: int, pinned: dict | None = None):
         self.name, self.fraction, self.output = data.dataset, data.held_out_fraction, output_dir
-        parts = [re.fullmatch(r"(.+)=(\d*\.?\d+)", part) for part in self.name.split(",")]
+        parts = [re.fullmatch(r"\s*(.+?)\s*=\s*(\d*\.?\d+)\s*", part) for part in self.name.split(",")]
         is_mixture = all(parts) and not os.path.exists(self.name)
-        weights = {part[1]: float(part[2]) for part in parts} if is_mixture else {self.name: 1.0}
+        shares = {os.path.expanduser(part[1]): float(part[2]) for part in parts} if is_mixture else {}
+        weights = shares or {self.name: 1.0}
         if len(weights) < len(parts) * is_mixture or not all(weights.values()):
             raise DataError(f"--dataset {self.name}: each name once, each with a share above 0")
         self.weights = {name: weight / sum(weights.values()) for name, weight in weights.items()}
@@ -275,16 +282,24 @@ class Source:
         self.facts = [column, spec]
         found = re.fullmatch(r"(.*?)(?::([^:@/]+))?(?:@([^:@/]+))?", spec, re.DOTALL)
         self.repo, self.config, self.split = found.groups()
-        if os.path.exists(self.repo) or self.repo.startswith((".", "/")) or self.repo.count("/") > 1:
+        folder, name = os.path.split(self.repo)
+        is_path = os.path.isdir(folder) or "/" in folder or folder.startswith((".", "~"))
+        if is_path or os.path.exists(self.repo) or (not folder and _kind(name)):
             raise DataError(f"--dataset {spec}: no such file or folder (a local one has no split)")
 
     def _local_files(self, output: Path) -> list[str]:
         root = Path(self.spec).resolve()
-        paths = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
-        own = [output / name for name in ("checkpoints", "data", "logs")]  # what the run itself writes
+        paths = [root] if root.is_file() else sorted(root.rglob("*"))
+        runs = {output, *(path.parent for path in paths if path.name == OPENED)}
+        own = [folder for run in runs for name in WRITTEN for folder in run.glob(name)]
+        own += [path.parent for path in paths if path.name == "manifest.json" and ".ckpt" in path.parent.name]
         paths = [path for path in paths if not any(path.is_relative_to(folder) for folder in own)]
-        paths = [path for path in paths if "/." not in f"/{path.relative_to(root.parent).as_posix()}"]
-        files = [path for path in paths if _kind(path.name) and path.stat().st_size]
+        # a link to a folder is not followed: it may lead around in a circle
+        paths = [path for path in paths if path.is_symlink() or not path.is_dir()]
+        hidden = {path for path in paths if any(part[0] == "." for part in path.relative_to(root).parts)}
+        paths = [path for path in paths if path not in hidden]
+        files = [path for path in paths if _kind(path.name) and path.name not in BESIDE_ARROW]
+        files = [path for path in files if path.is_file() and path.stat().st_size]
         self.left_out = [str(path.relative_to(root.parent)) for path in paths if path not in {*files}]
         return [str(path) for path in files]
 
@@ -380,7 +395,10 @@ def _table(file: str, start: int = 0, column: str | None = None) -> Iterator[dic
         elif kind == "arrow":
             import pyarrow
 
-            batches = pyarrow.ipc.open_stream(raw)
+            is_file = raw.read(6) == b"ARROW1"  # with a table of contents, as Feather, else a stream
+            raw.seek(0)
+            table = (pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream)(raw)
+            batches = map(table.get_batch, range(table.num_record_batches)) if is_file else table
             rows = islice(chain.from_iterable(batch.to_pylist() for batch in batches), start, None)
         else:
             lines = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="" if "sv" in kind else None)

@@ -18,6 +18,7 @@ from .config import PlaceConfig
 from .errors import BusyError, ConfigError
 
 SLACK_SECONDS = 5.0  # clocks of file servers differ a little
+OPENED = ".opened"  # file in the output folder
 LAUNCHED_BY = "SMOLLM2_LAUNCHED_BY"  # the process that Lightning started the others of this machine from
 
 
@@ -68,7 +69,7 @@ def check_workers(place: PlaceConfig, gpus: int) -> None:
 
 def announce_open(output_dir: Path) -> None:
     """The first worker: tokens, tokenizer and checkpoint choice are settled."""
-    (output_dir / ".opened").write_bytes(b"")
+    (output_dir / OPENED).write_bytes(b"")
 
 
 def wait_until_open(output_dir: Path, timeout_seconds: float = 1800) -> None:
@@ -77,7 +78,7 @@ def wait_until_open(output_dir: Path, timeout_seconds: float = 1800) -> None:
         return  # it starts the others of this machine when the first has opened the run
     import psutil
 
-    mine, marker = psutil.Process().create_time() - SLACK_SECONDS, output_dir / ".opened"
+    mine, marker = psutil.Process().create_time() - SLACK_SECONDS, output_dir / OPENED
     deadline = time.monotonic() + timeout_seconds
     while not marker.exists() or marker.stat().st_mtime < mine:
         if time.monotonic() > deadline:

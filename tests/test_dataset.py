@@ -89,6 +89,9 @@ def test_a_text_file_is_one_document_and_its_own_separators_count(place):
 
 def test_every_text_of_a_folder_is_read_whatever_its_name_and_others_are_named(place):
     """The datasets package drops files without a word where one of them is called test, train or dev."""
+    import pyarrow
+    from pyarrow import feather
+
     texts = ["a.txt", "dev.txt", "night-train.txt", "test/A.TXT", "[x]{1}*?.md", "#5%.txt", "__s__/t::u.txt"]
     tables = {"t.csv": "text,n\ncell,1\n", "u.TSV": "n\ttext\n1\ttab\n", "rows.jsonl": jsonl({"text": "row"})}
     packed = {"z.jsonl.gz": gzip.compress(b'{"text": "packed"}'), "y.txt.gz": gzip.compress(b"y")}
@@ -100,14 +103,32 @@ def test_every_text_of_a_folder_is_read_whatever_its_name_and_others_are_named(p
     os.rename(next((place / "saved").glob("*.arrow")), place / "in" / "a.arrow")
     datasets.Dataset.from_dict({"text": ["stored"]}).to_parquet(place / "in/a.parquet")
     datasets.Dataset.from_dict({"text": []}).to_parquet(place / "in/without rows.parquet")
-    rows = ["row", "cell", "tab", "packed", "y", "first", "second", "pretty", "arrow", "stored"]
+    datasets.Dataset.from_dict({"text": ["kept"]}).save_to_disk(place / "in/saved")
+    feather.write_feather(pyarrow.table({"text": ["quick"]}), str(place / "in/f.feather"))
+    (place / "in/linked").symlink_to(place / "saved")
+    (place / "in/lost.txt").symlink_to(place / "nowhere")
+    rows = [
+        "kept",
+        "quick",
+        "row",
+        "cell",
+        "tab",
+        "packed",
+        "y",
+        "first",
+        "second",
+        "pretty",
+        "arrow",
+        "stored",
+    ]
     found, said = read()
     assert found == sorted(f"{name}\n" for name in [*texts, *rows])
     empty = ", ".join(f"{place}/in/without rows.{kind}" for kind in ("csv", "parquet"))
-    assert said.endswith(f"; not read: in/LICENSE, in/empty.txt, in/picture.png, {empty}")
+    others = "LICENSE, empty.txt, linked, lost.txt, picture.png, saved/dataset_info.json, saved/state.json"
+    assert said.endswith(f"; not read: in/{others.replace(', ', ', in/')}, {empty}")
 
 
-@pytest.mark.parametrize("name", ["x.jsonl", "A.TXT", "test.md", "a@b:c.txt", "a=0.5,b=0.5.txt"])
+@pytest.mark.parametrize("name", ["x.jsonl", "A.TXT", ".x.md", "a@b:c.txt", "a=0.5,b=0.5.txt"])
 def test_a_single_document_is_read_and_its_end_held_out(place, name):
     text = "the king said one. " * 40
     write(place, {name: json.dumps({"text": text}) if name == "x.jsonl" else text})
@@ -120,8 +141,10 @@ def test_a_single_document_is_read_and_its_end_held_out(place, name):
 
 def test_what_the_run_itself_writes_is_no_text_of_the_folder_it_lies_in(place):
     write(
-        place, {"a.txt": "1\n<|endoftext|>\n2", "out/checkpoints/c/config.json": "{}", "out/logs/l.txt": "x"}
+        place, {"a.txt": "1\n<|endoftext|>\n2", "elsewhere/.opened": "", "drive/s-1.ckpt/manifest.json": "{}"}
     )
+    for name in ("out/checkpoints/c", "out/logs", "out/previous-1/logs", "elsewhere/logs", "drive/s-1.ckpt"):
+        write(place / name, {"config.json": "{}", "training_loss.txt": "x"})
     for said in ("read 2 documents", "read earlier"):
         found, words = read(".")
         assert found == ["1\n", "2\n"] and said in words
@@ -133,9 +156,10 @@ def test_rows_of_a_table_are_documents_and_empty_ones_are_none(place):
     texts = ("one\ntwo", None, " ", "three\n", "fo\0ur", "half \ud800")
     write(place / "in", {"a.jsonl": jsonl(*({"text": t} for t in texts))})
     write(place / "in", {"b.csv": 'text,label\nfive,1\n,2\n"six, ""6""\n7",3\n'})
+    write(place / "in", {"c.csv": "id;text\n1;a, b\n2;\n", "d.jsonl": '{"text": NaN}\n{"text": "last"}'})
     found, said = read()
-    expected = ["one\ntwo\n", "three\n", "four\n", "half ?\n", "five\n", 'six, "6"\n7\n']
-    assert found == sorted(expected) and "read 6 documents" in said
+    expected = ["one\ntwo\n", "three\n", "four\n", "half ?\n", "five\n", 'six, "6"\n7\n', "a, b\n", "last\n"]
+    assert found == sorted(expected) and "read 8 documents" in said
 
 
 COLUMNS = [
@@ -166,6 +190,9 @@ PACKED = gzip.compress(jsonl(*({"text": str(random.Random(n).random())} for n in
 BROKEN = [
     ("a.txt", b"x" * 300 + b"caf\xe9", r"row 1: the text: not UTF-8 at byte offset 303 \(byte 0xe9\)"),
     ("a.csv", b"text,n\na,1\nb,2\nb,c,d\n", "row 3: 3 cells, but the header has 2"),
+    ("a.csv", b"n,text\n1,a\nbehind a line break\n", "row 2: 1 cells, but the header has 2"),
+    ("a.csv", b"text,n,text\na,1,b\n", "row 1: the header names a column twice: text, n, text"),
+    ("a.jsonl", b'{"text": "a"}\n{"text": 0}', "row 2: column 'text' holds int, expected text"),
     ("a.jsonl", b'{"text": "a"}\n' * 500 + b'{"text": \n{"text": "b"}', "after row 500: JSONDecodeError"),
     ("a.jsonl", b'{"text": "a"}\n{"text": ["b"]}', "row 2: column 'text' holds list, expected text"),
     ("a.jsonl", b'{"text": "a"}\n"b"\n', "row 2: str, expected an object"),
@@ -182,7 +209,10 @@ def test_a_file_that_cannot_be_read_is_named_with_its_row_in_one_line(place, nam
         read()
 
 
-@pytest.mark.parametrize("spec", ["./absent", "/a/b/c", "a/b/c", "in@train", "in/a.pdf", "in/none"])
+@pytest.mark.parametrize(
+    "spec",
+    ["./absent", "/a/b/c", "a/b/c", "in@train", "in/a.pdf", "in/none", "book.txt", "in/b"],
+)
 def test_what_is_not_there_is_said_and_nothing_is_written(place, spec):
     write(place / "in", {"a.pdf": "%PDF", "none/a.html": "<p>"})
     words = r"no (such file or folder|text in files of \.txt, )"
@@ -240,7 +270,8 @@ def test_a_tokenizer_sees_training_documents_only(place):
     assert 5000 <= sum(map(len, dataset.training_texts(5000))) < 6000
 
 
-def test_a_mixture_has_its_shares_of_tokens_and_ends_with_its_first_source(place):
+def test_a_mixture_has_its_shares_of_tokens_and_ends_with_its_first_source(place, monkeypatch):
+    monkeypatch.setenv("HOME", str(place))
     write(place, {"a.jsonl": jsonl(*({"text": t} for t in stories(1500)))})
     write(place, {"b.jsonl": jsonl(*({"text": f"B {t} {t} {t}"} for t in stories(1500, 1)))})
     said: list[str] = []
@@ -251,7 +282,7 @@ def test_a_mixture_has_its_shares_of_tokens_and_ends_with_its_first_source(place
     assert sizes.total() == len(data.train.tokens) + len(data.val.tokens)
     assert abs(sizes[False] / sizes.total() - 0.7) < 0.005
     assert re.search(r"\((69\.[5-9]|70\.[0-5])% a\.jsonl, (29\.[5-9]|30\.[0-5])% b\.jsonl\)$", said[-1])
-    assert sizes.total() < 41_000 < len(prepare("a.jsonl=7,b.jsonl=3", 10**9).train.tokens)
+    assert sizes.total() < 41_000 < len(prepare("~/a.jsonl=7, b.jsonl = 3", 10**9).train.tokens)
     for spec in ("a.jsonl=0.7,a.jsonl=0.3", "a.jsonl=1,b.jsonl=0"):
         with pytest.raises(DataError, match="each name once, each with a share above 0"):
             prepare(spec)
