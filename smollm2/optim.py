@@ -99,7 +99,8 @@ class MuonAdamW(torch.optim.Optimizer):
     def _update(self, matrices: list[nn.Parameter], lr: float, weight_decay: float) -> None:
         rows, columns = matrices[0].shape
         for p in matrices:
-            self.state[p].setdefault("momentum", torch.zeros_like(p))
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
         gradients, momenta = [p.grad for p in matrices], [self.state[p]["momentum"] for p in matrices]
         torch._foreach_lerp_(momenta, gradients, 1 - MUON_MOMENTUM)
         ahead = torch.stack(torch._foreach_lerp(gradients, momenta, MUON_MOMENTUM))  # Nesterov's
