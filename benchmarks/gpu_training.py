@@ -61,7 +61,7 @@ def plant_out_of_memory(at_call: int | None = None, above_rows: int | None = Non
         if torch.is_grad_enabled():  # not the validation's
             calls[len(input_ids)] += 1
             if calls.total() == at_call or len(input_ids) > (above_rows or NEVER):
-                raise torch.OutOfMemoryError("planted")
+                raise torch.OutOfMemoryError("out of memory: planted")
         return original(self, input_ids, targets)
 
     SmolLM2.loss = loss

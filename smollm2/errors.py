@@ -136,6 +136,12 @@ def _discard(name: str) -> None:
         setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - it lives as long as the process
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ended: this machine's, a GPU's, or what cuBLAS asks a full GPU for by itself."""
+    words = "out of memory|can't allocate memory|STATUS_ALLOC_FAILED"
+    return isinstance(error, MemoryError) or re.search(words, str(error), re.I) is not None
+
+
 def run_command(main: Callable[[], int | None]) -> None:
     """Run `main` as a program: user errors become one line on standard error and an exit code."""
     for name in ("stdout", "stderr"):
@@ -153,8 +159,7 @@ def run_command(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         code, words = 130, "\nstopped"
     except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError when this machine's memory ends
-        is_memory = re.search("out of memory|can't allocate memory", str(error), re.I)
-        if isinstance(error, RuntimeError) and not is_memory:
+        if not is_out_of_memory(error):
             raise
         reason = " ".join(str(error).split())[:160]
         advice = "choose a smaller model, batch or sequence length"

@@ -393,6 +393,8 @@ def load(run: Run) -> tuple[SmolLM2, TrainState, dict[str, torch.Tensor]]:
     if not run.is_first_worker:  # what the first one has committed since
         saver.newest = newest_usable(candidates(saver.folder), run.say, read_state)
     model = SmolLM2(config.model)
+    if train.compile:
+        model.compile_blocks()
     if saver.newest is None:
         text = origin_name(config.data.chat_file or config.data.dataset or config.data.input_file)
         state = TrainState(

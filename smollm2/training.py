@@ -22,7 +22,7 @@ from .checkpoint import step_name
 from .config import RunConfig
 from .data import BatchOrder, BatchStream
 from .device import autocast, kept_memory, plain_defaults, repeatable_sums
-from .errors import MemoryStop, disk_failures_named
+from .errors import MemoryStop, disk_failures_named, is_out_of_memory
 from .evaluate import score_tokens
 from .guard import NumericGuard, make_scaler, update_scale
 from .loss import count_learned, inputs_and_targets
@@ -119,12 +119,13 @@ class TrainingLoop(pl.LightningModule):
         while True:
             try:
                 return self.accumulate(batch)
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 reason = str(error)[:160]
             # behind the handler: inside it the traceback still holds the activations
             self.optimizer.zero_grad(set_to_none=True)
-            if self.run.device.type == "cuda":
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()  # nothing where there is no GPU
             micro = self.state.micro_batch_size
             if micro == 1 or self.run.world_size > 1:  # the others cannot know of it
                 advice = "set a smaller train.micro_batch_size, data.sequence_length or model"
@@ -259,8 +260,6 @@ class TrainingLoop(pl.LightningModule):
 def run_phase(run: Run, target: int, final_name: str, signals: StopSignals, result: TrainResult) -> None:
     """Train from the newest checkpoint (or from nothing) to step `target` with a fresh trainer."""
     model, state, moments = load(run)
-    if run.config.train.compile:
-        model.compile_blocks()
     loop = TrainingLoop(run, model, state, moments, target, final_name, signals, result)
     trainer = make_trainer(run.config.run, run.device)
     rank, world = trainer.global_rank, run.world_size

@@ -203,7 +203,14 @@ def test_the_fp16_scale_is_resumed_exactly(text, tmp_path, monkeypatch, optimize
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-def no_memory(monkeypatch, at: set[int] | None) -> list[list[int]]:
+NO_MEMORY = {
+    "torch": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    "cuBLAS": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    "host": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+}
+
+
+def no_memory(monkeypatch, at: set[int] | None, error: RuntimeError = NO_MEMORY["torch"]) -> list[list[int]]:
     """Fail at the micro-batches numbered `at` (from 0; None: always); returns the rows of the windows that were completed."""
     windows: list[list[int]] = []
     original, accumulate, count = SmolLM2.loss, TrainingLoop.accumulate, 0
@@ -214,20 +221,27 @@ def no_memory(monkeypatch, at: set[int] | None) -> list[list[int]]:
             count += 1
             windows[-1].append(len(arguments[0]))
             if at is None or count - 1 in at:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+                raise error
         return original(self, *arguments, **options)
 
     def window(self, batch):
         windows.append([])
         try:
             return accumulate(self, batch)
-        except torch.OutOfMemoryError:
+        except RuntimeError:
             windows.pop()
             raise
 
     monkeypatch.setattr(SmolLM2, "loss", loss)
     monkeypatch.setattr(TrainingLoop, "accumulate", window)
     return windows
+
+
+@pytest.mark.parametrize("who", NO_MEMORY)
+def test_whoever_runs_out_of_memory_the_micro_batch_is_halved(who, text, tmp_path, monkeypatch):
+    windows = no_memory(monkeypatch, {0}, NO_MEMORY[who])
+    assert train(config(text, tmp_path / "output", accumulation=2, max_steps=2), Reporter()).step == 2
+    assert [max(rows) for rows in windows] == [2, 2]
 
 
 @pytest.mark.parametrize("at", [0, 1, 13, 23])
