@@ -43,8 +43,6 @@ def prepare(argv: list[str] | None):
     for name, (_, kind, text) in FLAGS.items():
         parser.add_argument(f"--{name}", type=kind, help=text)
     args = parser.parse_args(argv)
-    if args.minutes is not None and args.max_steps is not None:
-        raise ConfigError("--minutes and --max_steps: give one; the minutes choose the steps")
     print("SmolLM2 from scratch: loading PyTorch ...", flush=True)
 
     from smollm2.settings import load_config, read_yaml

@@ -114,6 +114,11 @@ def load_config(
         for section, values in (base | fields | {"preset": named[0]}).items()
     }
     given = [parse_override(text) for text in overrides] + [(k, v) for k, v in flags.items() if v is not None]
+    asked = dict(given)
+    if asked.get("train.minutes") and "train.max_steps" in asked:
+        raise ConfigError("--minutes and --max_steps: give one; the minutes choose the steps")
+    if "train.max_steps" in asked:  # else minutes of a file would choose the steps all the same
+        given.append(("train.minutes", None))
     for key, value in given:
         section, leaf = key.split(".")
         if isinstance(fields.setdefault(section, {}), dict):  # else pydantic says what it expected there

@@ -49,6 +49,15 @@ def test_a_file_may_name_its_preset_and_a_flag_beats_it(config_file):
     assert load_config("nano", path) == load_config("nano")
 
 
+def test_the_last_of_steps_and_minutes_counts_and_both_at_once_are_refused(config_file):
+    path = config_file("train: {minutes: 5}\n")
+    assert load_config("nano", path).train.minutes == 5
+    assert load_config("nano", path, ["max_steps=7"]).train.minutes is None
+    assert load_config("nano", path, **{"train.max_steps": 7}).train.minutes is None
+    with pytest.raises(ConfigError, match="give one"):
+        load_config("nano", None, ["minutes=5"], **{"train.max_steps": 7})
+
+
 def test_what_a_run_wrote_gives_the_same_configuration_again(config_file):
     changed = load_config("smollm2-135m", None, ["learning_rate=3e-4", "data.tokenizer=x/y"])
     for config in (RunConfig(), changed, RunConfig(model=SmolLM2Config(num_hidden_layers=2))):
