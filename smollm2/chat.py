@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +83,7 @@ def _messages(line: str, where: str) -> list[dict]:
 def _pairs(path: str | Path) -> Iterator[list[dict]]:
     """A piece is a title, a blank line and the text: what asks for it, and the text."""
     pieces: list[str] = []
-    for piece, is_end in documents(read_text(path)):
+    for piece, is_end in chain(documents(read_text(path)), [("", True)]):  # the last may lack its end
         pieces.append(piece)
         if not is_end:
             continue

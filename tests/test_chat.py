@@ -115,9 +115,7 @@ def test_a_bad_line_is_named(tmp_path, line, found):
 
 def test_the_pieces_of_a_text_become_pairs(tmp_path):
     path = tmp_path / "pieces.txt"
-    path.write_text(
-        "Why Rain Falls\n\nIt is heavy.\n<|endoftext|>\nThe Hat\n\nOnce.\n\nTwice.\n<|endoftext|>\n"
-    )
+    path.write_text("Why Rain Falls\n\nIt is heavy.\n<|endoftext|>\nThe Hat\n\nOnce.\n\nTwice.\n")
     pairs = [tuple(said["content"] for said in messages) for messages in chat.read_conversations(path)]
     assert pairs == [
         ("Explain: Why Rain Falls", "It is heavy."),
