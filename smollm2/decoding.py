@@ -15,7 +15,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .device import choose_decoding
+from .device import choose_decoding, plain_defaults
 from .model import KVCache, SmolLM2, attend, rope_tables
 from .weights import halves_to_pairs
 
@@ -78,6 +78,7 @@ class FastDecoder:
     """
 
     @torch.inference_mode()
+    @plain_defaults()
     def __init__(self, model: SmolLM2, dtype: str = "fp32", take: bool = False):
         self.config, self.device = model.config, model.device
         self.heads = model.config.num_attention_heads, model.config.num_key_value_heads
@@ -118,7 +119,7 @@ class FastDecoder:
             return self._one(input_ids, cache).view(1, 1, -1)
         mask = None
         if start and time > 1:  # several new tokens behind a filled cache: causal among themselves
-            mask = torch.ones(time, start + time, dtype=torch.bool).tril(start)
+            mask = torch.ones(time, start + time, dtype=torch.bool, device=self.device).tril(start)
         (heads, kv_heads), head_dim = self.heads, self.config.head_dim
         x = self.embed(input_ids).flatten(0, 1)  # (B * T, C)
         for i, (attention_norm, mlp_norm, qkv, o, gate_up, down) in enumerate(self.layers):

@@ -168,7 +168,9 @@ def stream_continuation(
     """Continuation of token ids as text, piece by piece, up to (and without) a stop token."""
     ends = (model.config.eos_token_id,) if stop_ids is None else stop_ids
     decoder = StreamDecoder(tokenizer, before=ids)
-    for tokens, _ in stream(model, torch.tensor([ids]), max_new_tokens, stop_ids, **options):
+    for tokens, _ in stream(
+        model, torch.tensor([ids], device=model.device), max_new_tokens, stop_ids, **options
+    ):
         if int(tokens) in ends:
             break
         yield decoder.push(int(tokens))

@@ -115,7 +115,8 @@ class Models:
                 ids = await run_in_threadpool(prompt_ids, model, tokenizer, ask.prompt)
                 options = ask.model_dump(include=set(SamplingOptions.model_fields) - {"max_new_tokens"})
                 # one token more than asked for, never shown: its logits are what could come next
-                tokens = stream(model, torch.tensor([ids]), ask.max_new_tokens + 1, stop_ids=(), **options)
+                inputs = torch.tensor([ids], device=model.device)
+                tokens = stream(model, inputs, ask.max_new_tokens + 1, stop_ids=(), **options)
                 decoder, text, count, reason = StreamDecoder(tokenizer, ids), "", 0, None
                 ends_at = time.monotonic() + WALL_SECONDS
                 async for token, logits in iterate_in_threadpool(tokens):

@@ -1,5 +1,6 @@
 """What the tests share: one thread, tiny configurations, transformers' twin of a model, and real artefacts where they are at hand."""
 
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -58,6 +59,18 @@ def tiny_model(seed: int = 0, **changes) -> SmolLM2:
             if parameter.dim() == 1:
                 parameter.uniform_(0.5, 1.5)
     return model
+
+
+@contextlib.contextmanager
+def earlier_cell(default: str | None):
+    """Inside it the default is set that an earlier cell of a notebook may have set: bfloat16, or a device."""
+    torch.set_default_dtype(torch.bfloat16 if default == "bfloat16" else torch.float32)
+    torch.set_default_device("meta" if default == "meta" else None)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
 
 
 def random_ids(model: SmolLM2, batch: int, time: int, seed: int = 0) -> torch.Tensor:

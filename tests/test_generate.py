@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import random_ids, tiny_model, transformers_twin
+from conftest import earlier_cell, random_ids, tiny_model, transformers_twin
 from tiny_models import CHAT_TEMPLATE, instruct, save_folder, tiny_tokenizer
 from tiny_models import tiny_model as wide_model  # of 400 entries, as `tiny_tokenizer`
 
@@ -153,6 +153,15 @@ def test_the_same_seed_says_the_same_from_a_pipe_and_another_seed_does_not(check
 
 
 INTERACTIVE = ("--interactive", "--max_new_tokens", "5", "--seed", "1")
+
+
+@pytest.mark.parametrize("stray", ["bfloat16", "meta"])
+@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+def test_a_default_set_in_an_earlier_cell_changes_no_word(checkpoint, say, stray, dtype):
+    words = ("--prompt", "Once", "--max_new_tokens", "9", "--seed", "1", "--dtype", dtype)
+    expected = say(checkpoint, *words)
+    with earlier_cell(stray):
+        assert say(checkpoint, *words) == expected
 
 
 @pytest.mark.parametrize("arguments", [(), INTERACTIVE], ids=len)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_ids, tiny_config, tiny_model, transformers_twin
+from conftest import earlier_cell, random_ids, tiny_config, tiny_model, transformers_twin
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import smollm2.model as network
@@ -232,12 +232,7 @@ def test_a_default_set_in_an_earlier_cell_changes_no_weight_and_no_token(tmp_pat
     tiny_model().save_pretrained(tmp_path)
     said, ids = [], random_ids(tiny_model(), batch=1, time=9)
     for default in (None, stray):
-        torch.set_default_device("meta" if default == "meta" else None)
-        torch.set_default_dtype(torch.bfloat16 if default == "bfloat16" else torch.float32)
-        try:
+        with earlier_cell(default):
             model = SmolLM2.from_pretrained(tmp_path)
             said.append((model.generate(ids, 9, temperature=1.0, top_p=0.9, seed=1), model.state_dict()))
-        finally:
-            torch.set_default_device(None)
-            torch.set_default_dtype(torch.float32)
     torch.testing.assert_close(*said, atol=0, rtol=0)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Heard
+from conftest import Heard, earlier_cell
 
 from smollm2 import saver
 from smollm2.checkpoint import FINAL_NAMES, step_name, verify
@@ -206,16 +206,9 @@ def test_every_training_step_runs_compiled_whatever_was_sampled_before_it(text, 
 
 @pytest.mark.parametrize("stray", ["bfloat16", "meta"])
 def test_a_default_set_in_an_earlier_cell_changes_no_bit(text, finished, tmp_path, stray):
-    if stray == "meta":
-        torch.set_default_device("meta")
-    else:
-        torch.set_default_dtype(torch.bfloat16)
-    try:
+    with earlier_cell(stray):
         train(fifty(text, tmp_path / "output"), Reporter())
         assert (torch.get_default_dtype() == torch.bfloat16) or torch.get_default_device().type == "meta"
-    finally:
-        torch.set_default_dtype(torch.float32)
-        torch.set_default_device(None)
     same_result(tmp_path / "output", FINAL, finished, FINAL)
 
 
