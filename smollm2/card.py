@@ -15,6 +15,7 @@ from .origin import recorded
 
 OFFICIAL = "HuggingFaceTB/SmolLM2-"  # all published under Apache-2.0
 TEMPLATE = Path(__file__).with_name("card.md")
+BESIDE = " on the same text (bits per byte)"
 FORMATS = {int: "{:,}", float: "{:.5g}"}
 
 
@@ -26,6 +27,8 @@ def last_figures(folder: Path, last_step: int | None) -> dict[str, float]:
         row = logs.numbers(event)
         if row.get("step", math.inf) <= last_step:
             figures |= row
+            if "beside" in event:  # what the held-out text costs others, written at the end (result.py)
+                figures[event["beside"] + BESIDE] = row["bits_per_byte"]
     return figures
 
 
@@ -52,6 +55,7 @@ def training_table(state: dict[str, Any], figures: dict[str, float]) -> str:
         "last held-out bits per byte": figures.get("val_bits_per_byte"),
         "best held-out bits per byte": (state.get("best") or {}).get("bits_per_byte"),
     }
+    rows |= {name: bits for name, bits in figures.items() if name.endswith(BESIDE)}
     lines = [f"| {k} | {FORMATS.get(type(v), '{}').format(v)} |" for k, v in rows.items() if v is not None]
     return "\n".join(["## Training\n\n| | |\n|---|---|", *lines, "\n"]) if lines else ""
 

@@ -182,6 +182,7 @@ class PlaceConfig(_Section):
     resume: Literal["auto", "never"] = "auto"
     allow_data_change: bool = False
     init_from: Place | None = None  # folder or Hub id whose weights the run starts from
+    compare_with: Place | None = None  # a model whose bits per byte are told beside the run's, at its end
     devices: int = Field(1, ge=1)
     num_nodes: int = Field(1, ge=1)
 

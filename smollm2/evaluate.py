@@ -90,14 +90,19 @@ def score_file(model: SmolLM2, tokenizer, path, split="all", held_out_fraction=0
 
     Raises `DataError` for a text that the tokenizer cannot hold."""
     texts = list(read_split(path, split, held_out_fraction))
+    return score_texts(model, tokenizer, texts, path, **options)
+
+
+def score_texts(model: SmolLM2, tokenizer, texts: list[str], name, **options) -> Score:
+    """Score a text in pieces; `name` is for messages. As `score_file`."""
     share, lost = tokenizer.not_kept(text for text, _ in documents(texts))
     if share > MAX_LOST_SHARE:
-        raise DataError(f"{path}: {lost}, expected at most {MAX_LOST_SHARE:.1%}")
+        raise DataError(f"{name}: {lost}, expected at most {MAX_LOST_SHARE:.1%}")
     if lost:
-        tell(f"note: {path}: {lost}; bits per byte are too good by what they would cost")
+        tell(f"note: {name}: {lost}; bits per byte are too good by what they would cost")
     arrays = list(encode_documents(tokenizer, texts, tokenizer.end_id(model.config.eos_token_id)))
     if not any(map(len, arrays)):
-        raise DataError(f"{path}: nothing to evaluate in split {split!r}")
+        raise DataError(f"{name}: nothing to evaluate")
     text_bytes = sum(len(text.encode()) for text in texts)
     return score_tokens(model, np.concatenate(arrays), text_bytes, **options)
 

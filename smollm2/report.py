@@ -1,6 +1,6 @@
 """The picture of a run: loss and bits per byte against steps, tokens and seconds, from its logs.
 
-Beside the curves, what the same held-out bytes cost gzip, xz, and counting on the same training text.
+Beside the curves, what the same held-out bytes cost others.
 """
 
 from __future__ import annotations
@@ -12,19 +12,6 @@ from . import plots
 from .config import RunConfig
 from .files import replace_durably
 from .logs import METRICS, TRAINING, numbers, read_log
-from .ngram import NGram
-from .text import read_split
-
-COUNTING_ORDER = 6  # a context of five bytes: about the best for a text of 1 MB
-MAX_COUNTED_BYTES = 8 * 2**20  # of training text: counting keeps some 100 bytes for each
-
-
-def counting_bits_per_byte(path: str, held_out_fraction: float) -> float | None:
-    """What the held-out text costs whom only counting on the training text taught; None for a large text."""
-    if Path(path).stat().st_size > MAX_COUNTED_BYTES:
-        return None
-    train, val = ("".join(read_split(path, part, held_out_fraction)).encode() for part in ("train", "val"))
-    return float(NGram(train, COUNTING_ORDER).bits(val).mean())
 
 
 def training_seconds(output_dir: Path, tokens_per_step: int) -> dict[float, float]:
@@ -56,15 +43,12 @@ def draw_report(config: RunConfig, references: dict[str, float]) -> tuple[plots.
     best = min(scored, key=lambda score: score[1])
     style = {"color": plots.RED, "markersize": 9, "markerfacecolor": "none", "linestyle": ""}
     ax.plot(*best[:2], "o", **style, label=f"lowest, at step {best[0]:.0f}: the one to publish")
-    if not (data.dataset or data.chat_file) and (
-        counted := counting_bits_per_byte(data.input_file, data.held_out_fraction)
-    ):
-        references = references | {"counting": counted}
     for (name, value), color in zip(references.items(), plots.PALETTE[2:], strict=False):
         style = {"color": color, "linestyle": "--", "linewidth": 1, "marker": ""}
         ax.axhline(value / bits_per_nat, **style, label=f"{name}: {value:.2f}")
-    top = max(trained[0][1], *held_out)
-    ax.set(xlim=(0, trained[-1][0]), ylim=(0.9 * min(held_out[-1], trained[-1][1]), 1.02 * top))
+    top, best_of_others = max(trained[0][1], *held_out), min(references.values(), default=8) / bits_per_nat
+    low = min(held_out[-1], trained[-1][1], best_of_others)
+    ax.set(xlim=(0, trained[-1][0]), ylim=(0.9 * low, 1.02 * top))
     scale = (lambda nats: nats * bits_per_nat, lambda bits: bits / bits_per_nat)
     ax.secondary_yaxis("right", functions=scale).set_ylabel("bits per byte")
     tokens = config.train.batch_size * data.sequence_length

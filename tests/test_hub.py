@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from fake_hub import FIRST, FakeHub
-from tiny_models import save_folder, tiny_model
+from tiny_models import save_folder, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
 STEERED = ("HF_", "HTTP", "http", "ALL_", "all_", "NO_", "no_", "XDG_", "TRANSFORMERS_")
@@ -105,3 +105,35 @@ def test_the_right_one_is_blamed(fake_hub, environment, tmp_path, variables, kin
     assert failed["kind"] == kind and re.search(words, failed["text"]), failed["text"]
     assert ("is out of reach" in failed["text"]) == (kind == "HubUnreachable")
     assert "hf_a" not in failed["text"]
+
+
+COMPARE = """
+import sys
+from huggingface_hub import constants
+constants.HF_HUB_DOWNLOAD_TIMEOUT = constants.HF_HUB_ETAG_TIMEOUT = 0.5
+from smollm2.training import train
+from tests.soak import small_config
+config = small_config(sys.argv[1], sys.argv[2], max_steps=3)
+place = config.run.model_copy(update={"compare_with": "owner/model"})
+print(train(config.model_copy(update={"run": place})).table())
+"""
+
+
+@pytest.mark.slow
+def test_a_run_ends_beside_the_hubs_model_and_without_it_where_the_hub_stalls(
+    fake_hub, environment, text, tmp_path
+):
+    def end(place: str) -> str:
+        command = [sys.executable, "-c", COMPARE, str(text), str(tmp_path / place)]
+        done = subprocess.run(command, env=environment, cwd=ROOT, timeout=100, capture_output=True, text=True)
+        return done.stdout + done.stderr
+
+    files = save_folder(tmp_path / "with tokenizer", tiny_model(vocab_size=400), tiny_tokenizer())
+    fake_hub.commits[FIRST] |= {path.name: path.read_bytes() for path in files.iterdir()}
+    fake_hub.behaviour = "stall"
+    stalled = end("stalled")
+    assert (
+        "not compared with owner/model: " in stalled and "out of reach" in stalled and "talk to it" in stalled
+    )
+    fake_hub.behaviour = "serve"
+    assert re.search(r"^model  .* on the same [0-9,]+ bytes, where this run has", end("served"), re.M)

@@ -1,12 +1,84 @@
 """What a run says at its end: the figures, the best checkpoint where it is not the last, and how to go on."""
 
+import re
+
 import pytest
 from conftest import Heard
 
+from smollm2 import result as results
 from smollm2.checkpoint import verify
+from smollm2.evaluate import score_file
+from smollm2.export import export
+from smollm2.pretrained import load_model_and_tokenizer
 from smollm2.result import TrainResult
+from smollm2.text import read_split
 from smollm2.training import train
 from tests.soak import small_config, small_text
+from tests.tiny_models import save_folder, tiny_model, tiny_tokenizer
+
+
+def train_beside(other, text, output_dir, heard=None, **settings) -> TrainResult:
+    config = small_config(text, output_dir, max_steps=5, **settings)
+    place = config.run.model_copy(update={"compare_with": str(other)})
+    return train(config.model_copy(update={"run": place}), heard or Heard())
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """A model folder with a tokenizer of its own."""
+    return save_folder(
+        tmp_path_factory.mktemp("other") / "published", tiny_model(vocab_size=400), tiny_tokenizer()
+    )
+
+
+def test_another_model_is_scored_on_the_same_held_out_bytes_and_told_everywhere(text, other, tmp_path):
+    result = train_beside(other, text, tmp_path / "output")
+    context = {"block_length": tiny_model().config.max_position_embeddings}
+    score = score_file(*load_model_and_tokenizer(other), text, "val", **context)
+    assert (
+        result.compared.theirs
+        == pytest.approx(score.bits_per_byte, rel=1e-6)
+        == result.references["published"]
+    )
+    told = f"{score.bits_per_byte:.3f} on the same {score.bytes:,} bytes, where this run has {result.bits_per_byte:.3f}"
+    assert f"published               {told}" in result.table()
+    card = (export(result.checkpoint, tmp_path / "export") / "README.md").read_text()
+    for name, bits in result.references.items():
+        assert f"| {name} on the same text (bits per byte) | {bits:.5g} |" in card
+    assert list(result.references) == ["gzip -9", "xz", "counting", "published"]
+
+
+def test_of_a_long_text_both_are_scored_on_its_beginning_alone(text, other, tmp_path, monkeypatch):
+    monkeypatch.setitem(results.COMPARED_BYTES, "cpu", 200)
+    result = train_beside(other, text, tmp_path / "output")
+    beginning = tmp_path / "beginning.txt"
+    with_all = "".join(read_split(text, "val"))
+    beginning.write_bytes(with_all.encode()[:200])
+    run = load_model_and_tokenizer(result.checkpoint)
+    assert result.compared.ours == pytest.approx(score_file(*run, beginning, block_length=16).bits_per_byte)
+    assert "published" not in result.references and "on the first 200 bytes" in result.table()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "words"),
+    [
+        ("owner/model", {}, "not compared with owner/model: .* is out of reach"),
+        ("damaged", {}, "not compared with damaged: "),
+        ("published", {"minutes": 0.02}, "not compared with published: no time is left for it"),
+        ("published", {"stop_after": 0.9}, "not compared with published: no time is left for it"),
+    ],
+)
+def test_what_cannot_be_compared_costs_a_line_and_nothing_else(
+    text, other, tmp_path, monkeypatch, name, settings, words
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    damaged = save_folder(tmp_path / "damaged", tiny_model())
+    (damaged / "model.safetensors").write_bytes(b"torn")
+    source = {"published": other, "damaged": damaged}.get(name, name)
+    heard = Heard()
+    result = train_beside(source, text, tmp_path / "output", heard, **settings)
+    assert result.compared is None and result.report.is_file() and list(result.references)[-1] == "counting"
+    assert re.search(words, heard.messages[-1]) and verify(result.checkpoint).step == result.step
 
 
 @pytest.mark.parametrize(
