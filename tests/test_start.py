@@ -107,3 +107,17 @@ def test_ctrl_c_while_torch_is_imported_ends_the_command(command, tmp_path):
 def test_the_package_alone_is_imported_in_an_instant(tmp_path):
     code = "import time; began = time.perf_counter(); import smollm2; print(time.perf_counter() - began)"
     assert float(run(tmp_path, NO_TORCH, "-c", code).stdout) < 0.2
+
+
+def test_a_skip_is_a_failure_where_every_test_is_meant_to_run(tmp_path):
+    begin = "import pytest\n\ndef test_that_runs():\n    pass\n\n"
+    for name, code in {
+        "file": "pytest.importorskip('not_installed')",
+        "one": "def test_x():\n    pytest.skip('no strace')",
+        "data": "def test_x():\n    pytest.skip('SMOLLM2_TEST_DATA is not set')",
+    }.items():
+        (tmp_path / f"test_{name}.py").write_text(f"{begin}{code}\n")
+    words = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-q", "--continue-on-collection-errors"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "SMOLLM2_NO_SKIPS": "1"}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1].startswith("1 failed, 2 passed, 1 skipped, 1 error"), done.stdout
