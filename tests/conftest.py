@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import real_data
 
 from smollm2.config import SmolLM2Config
 from smollm2.model import SmolLM2
@@ -16,9 +17,7 @@ from smollm2.progress import Reporter
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-torch.set_num_threads(
-    1
-)  # tiny tensors: a second thread only waits, and two test runs share a machine in peace
+torch.set_num_threads(1)  # of tiny tensors a second thread only waits; and test runs share a machine in peace
 
 
 EXCUSED = ("SMOLLM2_TEST_DATA", "mount")  # what no CI can install: data, and the rights of root
@@ -46,12 +45,7 @@ def pytest_make_collect_report():
 @pytest.fixture(scope="session")
 def test_data() -> Path:
     """The folder of real artefacts (tokenizer, trained model, benchmark text); skips where there is none."""
-    folder = os.environ.get("SMOLLM2_TEST_DATA")
-    if not folder:
-        pytest.skip("SMOLLM2_TEST_DATA is not set: no real tokenizer, model and text to test with")
-    path = Path(folder).resolve()
-    assert path.is_dir(), f"SMOLLM2_TEST_DATA={folder} is not a folder"
-    return path
+    return real_data().resolve()
 
 
 def tiny_config(**changes) -> SmolLM2Config:

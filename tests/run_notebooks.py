@@ -142,9 +142,8 @@ def page(notebook) -> str:
     from nbconvert import HTMLExporter
 
     for cell in notebook.cells:
-        is_folded = cell.metadata.get("cellView") == "form" and "solution" not in cell.metadata.get(
-            "tags", []
-        )
+        tags = cell.metadata.get("tags", [])
+        is_folded = cell.metadata.get("cellView") == "form" and "solution" not in tags
         cell.metadata.tags = ["form"] if is_folded else []
     notebook.metadata.pop("widgets", None)  # a page has no kernel: the figure stands in the panel's place
     html, _ = HTMLExporter(config=PAGE).from_notebook_node(notebook)
@@ -182,9 +181,8 @@ def main() -> int:
             if options.pages:
                 options.pages.mkdir(parents=True, exist_ok=True)
                 (options.pages / f"{stem}.html").write_text(page(notebook), encoding="utf-8")
-                written.append(
-                    f'<li><a href="{stem}.html">{stem[3:].replace("_", " ").capitalize()}</a></li>'
-                )
+                title = stem[3:].replace("_", " ").capitalize()
+                written.append(f'<li><a href="{stem}.html">{title}</a></li>')
     if options.pages:
         index = f'<!DOCTYPE html><meta charset="utf-8"><title>SmolLM2</title><ol>{"".join(written)}</ol>'
         (options.pages / "index.html").write_text(index, encoding="utf-8")

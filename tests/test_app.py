@@ -145,9 +145,9 @@ def test_large_bodies_are_refused_before_they_are_read_and_other_sites_forms_too
 
 
 def test_gradios_other_doors_are_closed(client):
-    doors = "upload file=/etc/passwd run/write call/write proxy=http://127.0.0.1:1/ mcp/ runs stream/a"
+    doors = "upload file=/etc/passwd run/write call/write proxy=http://127.0.0.1:1/ mcp/ runs stream/a "
     doors += (
-        " component_server vibe-code deep_link process_recording queue/status openapi.json custom_component/a"
+        "queue/status component_server vibe-code deep_link process_recording openapi.json custom_component/a"
     )
     outer = ["file=/etc/passwd", "login", "docs", "monitoring", "openapi.json", "static/%2e%2e/config"]
     for path in [*outer, *(f"gradio_api/{door}" for door in doors.split())]:
@@ -181,9 +181,7 @@ def test_who_leaves_frees_the_model(page, client, slow_model):
     wait_until_free(client)
 
 
-def test_a_full_queue_says_so_with_503_and_a_text_that_takes_too_long_is_ended(
-    page, client, slow_model, monkeypatch
-):
+def test_a_full_queue_says_503_and_a_text_that_takes_too_long_ends(page, client, slow_model, monkeypatch):
     monkeypatch.setattr(serving, "WALL_SECONDS", 0.5)
     answer = ask(client, max_new_tokens=500).json()
     assert answer["reason"].startswith("stopped after") and 0 < answer["tokens"] < 100
@@ -230,21 +228,18 @@ def test_a_taken_port_and_a_wrong_one_are_said(checkpoint):
                 app.launch(str(checkpoint), port=port)
 
 
-PROXIES = {
-    "HTTP_PROXY": "http://127.0.0.1:9",
-    "https_proxy": "http://127.0.0.1:9",
-    "NO_PROXY": "fe80::/10,[::1",
-}
-SOCKS = {"ALL_PROXY": "socks5://127.0.0.1:9"}  # socksio is not installed
-OTHER_PAGE = {"GRADIO_SERVER_PORT": "x", "GRADIO_ROOT_PATH": "/x", "SSL_CERT_FILE": "FOLDER/none"}
-OTHER_USER = {"TMPDIR": "FOLDER", "GRADIO_TEMP_DIR": "FOLDER/gradio"}
+SURROUNDINGS = {
+    "HTTP_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "NO_PROXY": "fe80::/10,[::1",
+    "ALL_PROXY": "socks5://127.0.0.1:9",  # socksio is not installed
+    "TMPDIR": "FOLDER", "GRADIO_TEMP_DIR": "FOLDER/gradio",  # another user's
+    "GRADIO_SERVER_PORT": "x", "GRADIO_ROOT_PATH": "/x", "SSL_CERT_FILE": "FOLDER/none",  # another page's
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("surroundings", [PROXIES | OTHER_USER, SOCKS | OTHER_PAGE], ids=len)
-def test_the_page_starts_behind_a_proxy_and_whatever_others_left_behind(checkpoint, tmp_path, surroundings):
+def test_the_page_starts_behind_a_proxy_and_whatever_others_left_behind(checkpoint, tmp_path):
     (tmp_path / "gradio").touch()
     clean = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
-    clean |= {name: value.replace("FOLDER", str(tmp_path)) for name, value in surroundings.items()}
+    clean |= {name: value.replace("FOLDER", str(tmp_path)) for name, value in SURROUNDINGS.items()}
     command = [sys.executable, "-m", "smollm2.app", "--checkpoint", str(checkpoint)]
     with subprocess.Popen(command, env=clean, stdout=subprocess.PIPE, text=True) as process:
         said = process.stdout.readline()
@@ -258,8 +253,6 @@ def test_what_cannot_be_imported_is_named(checkpoint, tmp_path, monkeypatch):
     (tmp_path / "gradio.py").write_text("import socksio_is_not_here\n")
     with pytest.raises(ConfigError, match=r"gradio>=6.* No module named 'socksio_is_not_here'"):
         app.launch(str(checkpoint))
-    code = "import sys, smollm2.app, smollm2.serving; sys.exit('matplotlib' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0  # nor is more imported than it needs
 
 
 @pytest.mark.slow

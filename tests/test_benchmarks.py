@@ -95,12 +95,8 @@ def test_an_item_that_fails_is_a_line_and_the_next_one_runs(item, tmp_path, monk
     names = f"{item.__name__},fine,costly"
     assert gpu.main(["--tiny", "--out", str(tmp_path / "out"), "--items", names]) == 0
     found = lines(tmp_path / "out")
-    expected = {
-        dies: "died with exit code -9",
-        hangs: "no answer after 2 s",
-        raises: "ValueError: and the item",
-    }
-    assert found[item.__name__, "whole"]["error"].startswith(expected[item])
+    words = {dies: "died with exit code -9", hangs: "no answer after 2 s", raises: "ValueError: and the item"}
+    assert found[item.__name__, "whole"]["error"].startswith(words[item])
     assert "error" not in found["fine", "whole"] and "needs 9000 s" in found["costly", "whole"]["skipped"]
     assert f"errors: {item.__name__}" in capsys.readouterr().out
     if item is raises:
@@ -141,9 +137,8 @@ def test_every_row_beside_a_peer_has_its_speed_ours_first(task, monkeypatch, cap
         expected.append(("nanogpt-model", "fp32"))
         assert json.loads((tmp_path / "x.json").read_text())["rows"] == rows
         text = (tmp_path / "README.md").read_text()
-        assert (
-            "old" not in text and "| nanogpt-model, fp32 |" in text and text.endswith("<!-- end of x -->\nz")
-        )
+        assert "old" not in text and "| nanogpt-model, fp32 |" in text
+        assert text.endswith("<!-- end of x -->\nz")
         assert 'alt="Training nano, ' in text and (tmp_path / "x.png").read_bytes()[1:4] == b"PNG"
     assert [(row["name"], row["dtype"]) for row in rows] == expected
     assert all(row["tokens_per_second"] > 0 for row in rows)

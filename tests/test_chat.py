@@ -94,16 +94,15 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
         chat.encode_conversation(tokenizer, TALK, last_only, {})
 
 
-@pytest.mark.parametrize(
-    "line, found",
-    [
-        ("not json", "'not json'"),
-        ('{"text": "a"}', "expected {"),
-        ('{"messages": [{"role": "user", "content": null}]}', "None"),
-        ('{"messages": [{"role": "robot", "content": "a"}]}', "robot"),
-        ('{"messages": [{"role": "user", "content": "a"}]}', "nobody answers"),
-    ],
-)
+BAD_LINES = {
+    "not json": "'not json'", '{"text": "a"}': "expected {",
+    '{"messages": [{"role": "user", "content": null}]}': "None",
+    '{"messages": [{"role": "robot", "content": "a"}]}': "robot",
+    '{"messages": [{"role": "user", "content": "a"}]}': "nobody answers",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("line, found", BAD_LINES.items())
 def test_a_bad_line_is_named(tmp_path, line, found):
     path = tmp_path / "talk.jsonl"
     path.write_text(json.dumps({"messages": TALK}) + "\n\n" + line + "\n")
@@ -126,30 +125,21 @@ def test_the_pieces_of_a_text_become_pairs(tmp_path):
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("chat") / "talk.jsonl"
-    asked = [("What is {} and {}?", a, b) for a in range(2, 14) for b in range(2, 14)]
-    lines = [
-        {
-            "messages": [
-                {"role": "user", "content": ask.format(a, b)},
-                {"role": "assistant", "content": f"It is {a + b}."},
-            ]
-        }
-        for ask, a, b in asked
-    ]
+    asked = [(f"What is {a} and {b}?", f"It is {a + b}.") for a in range(2, 14) for b in range(2, 14)]
+    said = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in asked]
+    lines = [{"messages": messages} for messages in said]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
 
 def chatting(path: Path, folder: Path, **train):
-    config = small_config(path, folder, **train)
-    return config.model_copy(update={"data": config.data.model_copy(update={"chat_file": str(path)})})
+    return small_config(path, folder, data={"chat_file": str(path)}, **train)
 
 
 def test_a_run_on_conversations_resumes_bit_for_bit_and_its_folder_answers(pairs, tmp_path):
-    whole = train(chatting(pairs, tmp_path / "a", max_steps=30, val_every=10, sample_every=10))
-    parts = train(
-        chatting(pairs, tmp_path / "b", max_steps=20, continue_steps=10, val_every=10, sample_every=10)
-    )
+    often = {"val_every": 10, "sample_every": 10}
+    whole = train(chatting(pairs, tmp_path / "a", max_steps=30, **often))
+    parts = train(chatting(pairs, tmp_path / "b", max_steps=20, continue_steps=10, **often))
     for file in ("model.safetensors", "optim.safetensors", "state.json", "chat_template.jinja"):
         assert (whole.checkpoint / file).read_bytes() == (parts.checkpoint / file).read_bytes(), file
     first, last = whole.validations[0][1], whole.validations[-1][1]
@@ -157,9 +147,8 @@ def test_a_run_on_conversations_resumes_bit_for_bit_and_its_folder_answers(pairs
     model = SmolLM2.from_pretrained(whole.checkpoint)
     talk = Conversation(model, Tokenizer.from_file(whole.checkpoint), whole.checkpoint, chat=True, room=16)
     assert talk.stop_ids == (model.config.eos_token_id,)
-    answer = "".join(
-        talk.stream(talk.ask("What is 2 and 3?"), SamplingOptions(max_new_tokens=12, temperature=0))
-    )
+    greedy = SamplingOptions(max_new_tokens=12, temperature=0)
+    answer = "".join(talk.stream(talk.ask("What is 2 and 3?"), greedy))
     assert answer and "Question" not in answer
 
 

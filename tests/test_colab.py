@@ -38,9 +38,6 @@ def fake_colab(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
-# --- packages -----------------------------------------------------------------------------------------------------
-
-
 def test_only_absent_packages_are_installed_and_present_ones_stay(tmp_path, monkeypatch):
     requirements = tmp_path / "requirements.txt"
     absent = ["no-such-package-zz>=1,<2"]
@@ -72,9 +69,6 @@ def test_colab_module_starts_before_anything_is_installed_and_without_what_only_
     absent = ("torch", "numpy", "psutil", "yaml", "transformers", "pydantic", "fcntl")
     code = f"import sys; sys.modules.update(dict.fromkeys({absent}))\nimport smollm2.colab"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-
-
-# --- Drive -------------------------------------------------------------------------------------------------------
 
 
 def test_drive_is_mounted_proven_and_chosen(fake_colab, monkeypatch, tmp_path, capsys):
@@ -131,9 +125,6 @@ def test_drive_that_dies_after_mounting_is_noticed_at_once_or_raises_an_oserror_
     assert re.search(expected, result.stdout, re.S) and "Errno" not in result.stdout
 
 
-# --- lesson helpers -----------------------------------------------------------------------------------------------
-
-
 def test_a_check_prints_difference_and_tolerance_and_fails_with_the_likely_mistake(capsys):
     lesson.check("norms", torch.tensor([1e-7, -3e-6]), 1e-5)
     lesson.check("no file is missing", np.int64(0))
@@ -165,9 +156,6 @@ def test_an_open_prediction_gives_nothing_away_and_can_be_answered_later(capsys)
         lesson.predict("how many tokens?", guess, 47117.3, why="secret reason")
         out = capsys.readouterr().out
         assert words in out and not re.search("47,?117|secret", out)
-
-
-# --- figures and widgets ------------------------------------------------------------------------------------------
 
 
 def line(height, style="-"):

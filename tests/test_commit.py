@@ -35,9 +35,7 @@ ROOT = Path(__file__).parents[1]
 
 QUICK = {("ENOSPC", 0), ("EIO", 4)}  # the others are slow
 
-needs_strace = pytest.mark.skipif(
-    not shutil.which("strace"), reason="strace is not installed: no system call can be interrupted"
-)
+needs_strace = pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
 
 
 def prepared(folder: Path, scenario: str) -> Path:
@@ -77,10 +75,11 @@ def expect_intact(folder: Path, scenario: str) -> Manifest:
     return newest
 
 
+FIRST, *OTHERS = SCENARIOS
+
+
 @needs_strace
-@pytest.mark.parametrize(
-    "scenario", [pytest.param(s, marks=[pytest.mark.slow] if i else []) for i, s in enumerate(SCENARIOS)]
-)
+@pytest.mark.parametrize("scenario", [FIRST, *(pytest.param(s, marks=pytest.mark.slow) for s in OTHERS)])
 def test_killed_before_any_system_call_a_verified_checkpoint_remains(tmp_path, scenario):
     calls = system_calls(tmp_path / "undisturbed", scenario)
     assert len(calls) > 20 and {"write", "fsync", "rename", "mkdir"} <= {name for name, _ in calls}
@@ -122,9 +121,6 @@ def test_a_failing_call_leaves_the_last_good_checkpoint(tmp_path, error, scenari
         shutil.rmtree(folder)
 
 
-# --- a whole run on a disk that fails ---------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def undisturbed(text, tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("undisturbed") / "output"
@@ -137,9 +133,7 @@ def short(text: Path, folder: Path):
 
 
 @pytest.mark.parametrize("failing", [(1,), (3, 4), (2, 5, 7)])
-def test_a_disk_that_is_full_now_and_then_does_not_stop_training(
-    text, tmp_path, monkeypatch, undisturbed, failing
-):
+def test_a_disk_that_is_full_now_and_then_is_survived(text, tmp_path, monkeypatch, undisturbed, failing):
     saves, write = 0, files.write_durably
 
     def full_disk(path, data):
@@ -158,9 +152,7 @@ def test_a_disk_that_is_full_now_and_then_does_not_stop_training(
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
-def test_a_disk_that_stays_broken_ends_the_run_with_its_own_exit_code(
-    text, tmp_path, monkeypatch, undisturbed, code
-):
+def test_a_disk_that_stays_broken_ends_the_run_with_code_7(text, tmp_path, monkeypatch, undisturbed, code):
     real, calls = os.fsync, itertools.count()
 
     def fsync(descriptor):
@@ -232,9 +224,7 @@ def test_a_checkpoint_that_cannot_be_removed_does_not_stop_training(text, tmp_pa
     assert re.search(r"removing older checkpoints after step \d+ .*\(Permission denied\)", said)
 
 
-needs_mount = pytest.mark.skipif(
-    os.geteuid() != 0 or not shutil.which("mount"), reason="only root can mount a small disk"
-)
+needs_mount = pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="only root can mount")
 
 
 @pytest.fixture
@@ -276,22 +266,16 @@ def test_a_disk_that_others_fill_during_a_real_run_is_told_in_plain_lines(text, 
 def test_a_disk_that_cannot_hold_the_checkpoints_is_told_before_training(text, small_disk, tmp_path):
     """Of 0.2 MB each, 5 do not fit on a disk of 1 MiB: a warning; with 0.75 MB taken not even two do: an error."""
     output = small_disk / "output"
-    train(
-        small_config(text, output, max_steps=10, save_every=5), heard := Heard()
-    )  # so many it does not keep
+    train(small_config(text, output, max_steps=10, save_every=5), heard := Heard())  # it does not keep 5
     (warning,) = (line for line in heard.messages if "warning" in line)
     assert re.search("one checkpoint takes 0.2 MB.*the 5 that a whole run keeps do not fit; free 0.", warning)
     assert heard.messages.index(warning) < heard.messages.index("starting at step 0 of 10")
     shutil.rmtree(output)
     (small_disk / "others").write_bytes(bytes(750_000))
-    with pytest.raises(
-        OutputLost, match=r"one checkpoint takes 0\.2 MB: no room for.*; free 0\.\d MB, or"
-    ) as stop:
+    words = r"one checkpoint takes 0\.2 MB: no room for.*; free 0\.\d MB, or"
+    with pytest.raises(OutputLost, match=words) as stop:
         train(short(text, output), Reporter())
     assert stop.value.exit_code == 7 and not output.exists(), "nothing was written"
-
-
-# --- the same with a real run -----------------------------------------------------------------------------------------
 
 
 def test_what_a_kill_left_half_written_goes_at_the_next_start(tmp_path):

@@ -23,9 +23,6 @@ def config_file(tmp_path):
     return write
 
 
-# --- reading --------------------------------------------------------------------------------------------------
-
-
 def test_the_135m_preset_is_the_official_pretraining_configuration(test_data):
     official = yaml.safe_load((test_data / "official/config_smollm2_135M.yaml").read_text())
     theirs, ours = official["model"]["model_config"], load_config("smollm2-135m").model
@@ -35,18 +32,16 @@ def test_the_135m_preset_is_the_official_pretraining_configuration(test_data):
 
 
 def test_precedence_is_preset_then_file_then_set_then_flag(config_file):
-    path = config_file("train:\n  max_steps: 2\n  seed: 2\n  log_every: 2\n")
+    path = config_file("preset: smollm2-135m\ntrain:\n  max_steps: 2\n  seed: 2\n  log_every: 2\n")
     flags = {"train.log_every": 4, "train.keep_last": None}  # None: the flag was not given
-    train = load_config("nano", path, ["train.seed=3", "log_every=3"], **flags).train
-    assert (train.max_steps, train.seed, train.log_every) == (2, 3, 4)
-    nano = load_config("nano").train
-    assert (train.batch_size, train.keep_last) == (nano.batch_size, nano.keep_last)
-
-
-def test_a_file_may_name_its_preset_and_a_flag_beats_it(config_file):
-    path = config_file("preset: smollm2-135m\n")
-    assert load_config(None, path) == load_config("smollm2-135m")
-    assert load_config("nano", path) == load_config("nano")
+    for preset in (None, "nano"):  # the file's, and a flag that beats it
+        config, plain = (
+            load_config(preset, path, ["train.seed=3", "log_every=3"], **flags),
+            preset or "smollm2-135m",
+        )
+        assert (config.train.max_steps, config.train.seed, config.train.log_every) == (2, 3, 4)
+        assert config.train.keep_last == load_config(plain).train.keep_last
+        assert (config.preset, config.model) == (plain, load_config(plain).model)
 
 
 def test_the_last_of_steps_and_minutes_counts_and_both_at_once_are_refused(config_file):
@@ -88,7 +83,7 @@ def trained_configs(monkeypatch) -> list[RunConfig]:
     return trained
 
 
-def test_from_another_folder_the_shipped_text_is_read_and_named_unless_one_was_asked_for(
+def test_elsewhere_the_shipped_text_is_read_unless_another_is_named(
     monkeypatch, tmp_path, config_file, capsys
 ):
     import colab_train
@@ -128,12 +123,6 @@ def test_a_path_means_what_it_means_in_a_shell_wherever_it_is_written(config_fil
     assert in_file == by_set == by_flag and by_flag.run.output_dir == "/home/x/runs"
     places = ("input_file", "dataset", "tokenizer", "init_from", "drive_dir")
     assert str(load_config("nano", None, [f"{key}=~/x" for key in places])).count("'/home/x/x'") == 5
-
-
-# --- mistakes -------------------------------------------------------------------------------------------------
-
-
-# --- config.json of transformers ------------------------------------------------------------------------------
 
 
 def test_the_released_config_json_is_read_and_its_theta_kept(test_data):

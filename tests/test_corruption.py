@@ -178,8 +178,6 @@ def test_a_run_whose_newest_checkpoint_is_damaged_ends_in_the_same_bits(finished
         assert (run / "checkpoints" / FINAL / path.name).read_bytes() == content, path.name
 
 
-# --- a forger who makes every digest agree: the tensors themselves must fit
-
 NORM, MOMENT, RANDOM = "model.norm.weight", "exp_avg.model.norm.weight", "rng.torch"
 FORGERIES = {  # the tensor, what becomes of it, and the message
     "weights not finite": (WEIGHTS, NORM, lambda old: old * np.nan, "not finite"),

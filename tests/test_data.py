@@ -7,13 +7,13 @@ import re
 
 import numpy as np
 import pytest
+from conftest import Heard
 from tiny_models import metaspace_tokenizer, save_folder, tiny_model
 
 import smollm2.text as text_module
 from smollm2.data import BatchOrder, BatchStream, encode_documents, identity_key, prepare_tokens
 from smollm2.errors import DataError
 from smollm2.files import sha256_file
-from smollm2.progress import Reporter
 from smollm2.text import documents, read_split, read_text, source_identity, split_bytes
 from smollm2.tokenizer import END_OF_TEXT, Tokenizer
 from smollm2.training import train
@@ -73,7 +73,7 @@ NOT_UTF8 = [
 @pytest.mark.parametrize("chunk", [1, 5, 10**6])
 @pytest.mark.parametrize("before", [b"", b"\xef\xbb\xbf", b"0123456789\r\n" * 5000], ids=len)
 @pytest.mark.parametrize("content, offset", NOT_UTF8)
-def test_text_that_is_not_utf8_is_refused_with_its_byte_offset(
+def test_a_byte_that_is_not_utf8_is_refused_by_its_offset(
     monkeypatch, text_file, chunk, before, content, offset
 ):
     set_chunk(monkeypatch, chunk)
@@ -82,9 +82,7 @@ def test_text_that_is_not_utf8_is_refused_with_its_byte_offset(
         list(read_text(text_file(before + content)))
 
 
-@pytest.mark.parametrize(
-    "text", ["BZh is a funny word", "PK met PK", "%PDF begins a PDF", "\x1b[1mbold\x1b[0m\n"]
-)
+@pytest.mark.parametrize("text", ["BZh is funny", "PK met PK", "%PDF begins a PDF", "\x1b[1mbold\x1b[0m\n"])
 def test_text_may_begin_with_the_letters_of_another_kind(text_file, text):
     assert "".join(read_text(text_file(text))) == text
 
@@ -159,33 +157,30 @@ def test_text_without_a_single_blank_is_cut_all_the_same(monkeypatch):
     assert len(pieces) > 2 and "".join(text for text, _ in pieces) == "x" * 1000
 
 
-def test_documents_of_a_tokenizer_without_end_of_text_end_with_the_models_own_token(
-    text_file, tokenizer, tmp_path
-):
+def test_documents_without_an_end_of_text_token_end_with_the_models_own(text_file, tokenizer, tmp_path):
     llama, path = metaspace_tokenizer(), text_file(f"the king said\n{END_OF_TEXT}\n" * 100)
     made = prepare_tokens(path, llama, tmp_path, 0.1, own_end=2)
     assert (made.train.tokens == 2).sum() + (made.val.tokens == 2).sum() == 100
     with pytest.raises(DataError, match="no such token"):
         prepare_tokens(path, llama, tmp_path, 0.1)
-    assert identity_key({}, tokenizer, 0.1) == identity_key(
-        {}, tokenizer, 0.1, 0
-    )  # earlier runs stay what they are
+    # earlier runs stay what they are
+    assert identity_key({}, tokenizer, 0.1) == identity_key({}, tokenizer, 0.1, 0)
     assert identity_key({}, llama, 0.1, 1) != identity_key({}, llama, 0.1, 2)
 
 
 def test_a_run_from_a_llama_model_says_how_documents_end_and_what_is_lost(tmp_path):
-    tokenizer, said, text = metaspace_tokenizer(), [], tmp_path / "text.txt"
+    tokenizer, text = metaspace_tokenizer(), tmp_path / "text.txt"
     model = tiny_model(vocab_size=tokenizer.vocab_size, bos_token_id=1, eos_token_id=2)
     source = save_folder(tmp_path / "base", model, tokenizer)
     text.write_text(f"the king said: come hither é.\n{END_OF_TEXT}\n" * 200)
-    config = small_config(text, tmp_path / "out", max_steps=1)
-    reporter = Reporter()
-    reporter.message = said.append
-    train(
-        config.model_copy(update={"run": config.run.model_copy(update={"init_from": str(source)})}), reporter
-    )
-    assert [line for line in said if "documents end with <end> (id 2), the model's own" in line]
-    assert [line for line in said if "('é.')" in line and "bits per byte of this run are too good" in line]
+    config = small_config(text, tmp_path / "out", place={"init_from": str(source)}, max_steps=1)
+    train(config, heard := Heard())
+    assert [line for line in heard.messages if "documents end with <end> (id 2), the model's own" in line]
+    assert [
+        line
+        for line in heard.messages
+        if "('é.')" in line and "bits per byte of this run are too good" in line
+    ]
 
 
 def test_tiny_shakespeare_gives_the_reference_counts(test_data, tmp_path):
@@ -240,9 +235,7 @@ def test_the_sidecar_counts_what_is_there(text_file, tokenizer, tmp_path):
     assert "".join(tokenizer.decode(split.tokens) for split in (made.train, made.val)) == TEXT
 
 
-def test_the_cache_is_used_again_and_another_text_tokenizer_or_split_makes_another(
-    text_file, tokenizer, tmp_path
-):
+def test_the_cache_is_used_again_and_by_nothing_else(text_file, tokenizer, tmp_path):
     path, other, cache = text_file(TEXT), Tokenizer.train([TEXT], 300), tmp_path / "c"
     first = prepare_tokens(path, tokenizer, cache, 0.1)
     before = (first.folder / "train.bin").stat().st_ino
@@ -336,9 +329,8 @@ def test_a_batch_holds_the_tokens_it_says_and_a_resumed_stream_those_of_one_long
     stream = [next(iter(BatchStream(tokens, BatchOrder(1000, 16, 4, seed=5), n))) for n in range(20)]
     assert all(batch.shape == (4, 17) and batch.dtype.is_signed for batch in stream)
     assert all((batch[:, 1:] == batch[:, :-1] + 1).all() for batch in stream)  # targets follow inputs
-    assert [batch[:, 0].tolist() for batch in stream] == [
-        BatchOrder(1000, 16, 4, 5).starts(n) for n in range(20)
-    ]
+    starts = [BatchOrder(1000, 16, 4, 5).starts(n) for n in range(20)]
+    assert [batch[:, 0].tolist() for batch in stream] == starts
     whole = itertools.islice(BatchStream(tokens, BatchOrder(1000, 16, 4, seed=5), 0), 20)
     assert [batch.tolist() for batch in whole] == [batch.tolist() for batch in stream]
 

@@ -432,9 +432,8 @@ def fake_hub(place, monkeypatch):
         "README.md": CARD, "data/val-0.parquet": parquet(["v", "w"]),
         "data/train-0.parquet": parquet(stories(1000)), "data/train-1.parquet": parquet(stories(1000, 1)),
     }  # fmt: skip
-    hub = FakeHub(
-        "owner/set", {FIRST: files, SECOND: files | {"data/train-0.parquet": parquet(stories(1000, 2))}}
-    )
+    later = files | {"data/train-0.parquet": parquet(stories(1000, 2))}
+    hub = FakeHub("owner/set", {FIRST: files, SECOND: later})
     ours, files_at = "huggingface_hub.constants.", hub.address + "/{repo_id}/resolve/{revision}/{filename}"
     for name, value in {
         f"{ours}ENDPOINT": hub.address, f"{ours}HF_HUB_CACHE": str(place / "cache"), f"{ours}HF_HUB_OFFLINE": False,

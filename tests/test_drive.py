@@ -26,7 +26,6 @@ from smollm2.training import train
 from tests.soak import outcome, small_config
 
 RUN_ID = "0123456789abcdef"
-ROOT = Path(__file__).parents[1]
 LOG = "training_loss.txt"
 FOREVER = float("inf")
 
@@ -184,9 +183,8 @@ def test_a_copy_is_whole_and_durable_with_its_manifest_last_and_found_again(fake
     assert copies.copied == [30] and copies.said == []
     assert order[0::2] == ["fsync"] * 8 and order[1] == "heartbeat.txt" and order[-1] == "manifest.json"
     ((name, files),) = fake.server_folders().items()
-    assert name.startswith(f"step-00000030-{RUN_ID}-") and {
-        file: files[file] for file in files_of(30)
-    } == files_of(30)
+    assert name.startswith(f"step-00000030-{RUN_ID}-")
+    assert {file: files[file] for file in files_of(30)} == files_of(30)
     assert json.loads(files["manifest.json"])["files"].keys() == files_of(30).keys() | {LOG}
     newest = restore(fake, tmp_path / "two", [])
     assert newest.folder == tmp_path / "two" / "checkpoints" / step_name(30)
@@ -259,9 +257,7 @@ def test_tries_are_5_seconds_to_5_minutes_apart_and_only_news_are_told(fake, tmp
     assert copies.turn() == 0.0
     trouble(fake, errno.EIO)
     copies.mirror.submit(save(tmp_path, 20))
-    assert copies.turn() == 5 and len(copies.said) == 4, (
-        "a new trouble is told again, and waits 5 seconds first"
-    )
+    assert copies.turn() == 5 and len(copies.said) == 4, "a new trouble is told and waits 5 seconds"
 
 
 def test_three_stay_the_best_among_them_and_what_others_keep_there_is_never_touched(fake, tmp_path):
@@ -443,7 +439,7 @@ def test_a_drive_in_trouble_does_not_hold_up_training_or_the_end_which_tells_wha
     assert re.search(words, said[-1])
 
 
-def test_a_drive_that_hangs_does_not_hang_the_end(fake, tmp_path):
+def test_a_drive_that_hangs_does_not_hang_the_end(fake, tmp_path, hurry):
     said, release, wrote, began = [], threading.Event(), fake._wrote, time.monotonic()
     fake._wrote = lambda name, data: ("model" in Path(name).name and release.wait(20), wrote(name, data))
     mirror = DriveMirror(fake.root, said.append)
@@ -452,9 +448,7 @@ def test_a_drive_that_hangs_does_not_hang_the_end(fake, tmp_path):
     assert time.monotonic() - began < 3 and "copying takes too long" in said[-1]
     release.set()
     mirror._thread.join(10)
-    assert not mirror._thread.is_alive() and not whole_steps_on_server(fake), (
-        "nothing goes on behind one's back"
-    )
+    assert not mirror._thread.is_alive() and not whole_steps_on_server(fake), "nothing goes on unseen"
 
 
 def test_an_upload_that_drive_does_not_confirm_is_told(install, tmp_path):
@@ -470,9 +464,8 @@ def test_an_upload_that_drive_does_not_confirm_is_told(install, tmp_path):
 
 def tiny_run(text: Path, output: Path, drive_dir: Path | None = None, resume: str = "auto", **train):
     often = {"max_steps": 30, "val_every": 10, "log_every": 1, "sample_every": 10, "save_every": 3}
-    config = small_config(text, output, **often | train)
     place = {"drive_dir": drive_dir and str(drive_dir), "resume": resume}
-    return config.model_copy(update={"run": config.run.model_copy(update=place)})
+    return small_config(text, output, place=place, **often | train)
 
 
 @pytest.fixture(scope="module")
@@ -491,7 +484,7 @@ def hurry(monkeypatch):
 
 
 @pytest.mark.parametrize("seed", seeds(25, fast=2))
-def test_a_fresh_machine_with_only_the_drive_folder_ends_with_the_same_bits(
+def test_a_fresh_machine_with_drive_ends_in_the_same_bits(
     seed, text, uninterrupted, tmp_path, install, hurry
 ):
     habits = {"stale_rate": 0.05, "duplicate_rate": 0.1, "upload_seconds": (0, 0.2), "scale": 0.002}

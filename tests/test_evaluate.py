@@ -50,9 +50,6 @@ def test_the_score_is_the_definition_for_any_length_and_batch(count, per_batch, 
     assert (score.tokens, score.bytes) == (count, 3 * count)
 
 
-# --- files --------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     """A text file beside a folder with a tiny model and its tokenizer."""

@@ -17,7 +17,7 @@ from tiny_models import (
     tiny_model,
     tiny_tokenizer,
     with_tokens,
-)  # fmt: skip
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from smollm2 import SmolLM2, Tokenizer
@@ -82,8 +82,6 @@ def test_the_card_holds_the_runs_own_figures(tmp_path):
     assert "## Training" not in (export(source, out) / "README.md").read_text(), "a folder without a run"
 
 
-# --- chat and end tokens --------------------------------------------------------------------------------------------
-
 WITHOUT_SYSTEM = re.sub(r"{% if loop.first .*?{% endif %}", "", CHAT_TEMPLATE, flags=re.DOTALL)
 OTHER = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}<|assistant|>\n"
 REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + WITHOUT_SYSTEM
@@ -108,9 +106,7 @@ def test_an_instruct_folder_keeps_its_chat_template_and_special_tokens(tmp_path)
         pytest.param(REFUSES, "<|im_end|>", None, id="no system turn"),
     ],
 )
-def test_ollamas_recipe_follows_the_models_own_template_or_says_that_it_cannot(
-    tmp_path, template, end, system
-):
+def test_ollamas_recipe_follows_the_models_template_or_says_that_it_cannot(tmp_path, template, end, system):
     source = instruct(tmp_path / "in", template, "<|start|>", end)
     recipe = (export(source, tmp_path / "out") / "Modelfile").read_text()
     assert re.findall('PARAMETER stop "(.*)"', recipe) == [end]
@@ -168,9 +164,6 @@ def test_a_llama_tokenizer_keeps_its_special_tokens_and_its_size(tmp_path):
     assert 'PARAMETER stop "<end>"' in (out / "Modelfile").read_text()
 
 
-# --- the folder -----------------------------------------------------------------------------------------------------
-
-
 def test_a_foreign_folder_is_never_overwritten(checkpoint, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
@@ -206,9 +199,6 @@ def test_a_failed_export_leaves_the_earlier_one_and_no_leftovers(checkpoint, tmp
         export(checkpoint, out, dtype="bf16")
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-# --- GGUF -----------------------------------------------------------------------------------------------------------
 
 
 WIDE = {"hidden_size": 128, "intermediate_size": 160, "initializer_range": 0.09}

@@ -51,9 +51,7 @@ def events(folder: Path, kind: str) -> list[dict[str, str]]:
 def loops(monkeypatch) -> list[TrainingLoop]:
     """The loops that are made from now on."""
     made, original = [], TrainingLoop.configure_optimizers
-    monkeypatch.setattr(
-        TrainingLoop, "configure_optimizers", lambda loop: made.append(loop) or original(loop)
-    )
+    monkeypatch.setattr(TrainingLoop, "configure_optimizers", lambda it: made.append(it) or original(it))
     return made
 
 
@@ -78,13 +76,8 @@ def poison(monkeypatch, at: dict[int, str] | None, value: float = math.nan) -> N
     monkeypatch.setattr(TrainingLoop, "gradients", gradients)
 
 
-# --- skipping ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("seed", [1, 2])
-def test_ten_poisoned_steps_are_skipped_and_the_rest_is_as_if_their_batches_had_not_been(
-    text, tmp_path, monkeypatch, seed
-):
+def test_ten_poisoned_steps_are_as_if_their_batches_had_not_been(text, tmp_path, monkeypatch, seed):
     rng = random.Random(seed)
     bad = {position: rng.choice(["loss", "gradient"]) for position in rng.sample(range(0, 50, 2), 10)}
     with monkeypatch.context() as patch:
@@ -104,12 +97,11 @@ def test_ten_poisoned_steps_are_skipped_and_the_rest_is_as_if_their_batches_had_
     same_tensors(tmp_path / "poisoned/checkpoints" / FINAL, tmp_path / "without/checkpoints" / FINAL)
 
 
-@pytest.mark.parametrize(
-    ("bad", "cause"), [([17, 18, 19], "3 in a row"), (list(range(1, 36, 3)), "11 of the last 1000")]
-)
-def test_too_many_skips_end_the_run_with_exit_code_5_and_leave_the_last_checkpoint(
-    text, tmp_path, monkeypatch, bad, cause
-):
+TOO_MANY = [([17, 18, 19], "3 in a row"), ([*range(1, 36, 3)], "11 of the last 1000")]
+
+
+@pytest.mark.parametrize(("bad", "cause"), TOO_MANY)
+def test_too_many_skips_end_the_run_with_code_5_and_a_checkpoint(text, tmp_path, monkeypatch, bad, cause):
     with monkeypatch.context() as patch:
         poison(patch, dict.fromkeys(bad, "gradient"))
         with pytest.raises(NumericStop, match=f"updates skipped: {cause}.*what was saved stays") as stop:
@@ -153,9 +145,6 @@ def test_weights_that_are_not_finite_reach_no_disk(text, tmp_path, loops):
     assert newest_usable(candidates(tmp_path / "output/checkpoints")).step == 15
 
 
-# --- fp16 -------------------------------------------------------------------------------------------------------------
-
-
 def test_an_fp16_scale_that_overflows_comes_down_and_training_goes_on(text, tmp_path, monkeypatch):
     original = torch.amp.GradScaler
 
@@ -172,9 +161,7 @@ def test_an_fp16_scale_that_overflows_comes_down_and_training_goes_on(text, tmp_
     expect_finite_files(tmp_path / "output")
 
 
-def test_an_fp16_loop_of_overflows_ends_at_the_floor_of_the_scale_with_exit_code_5(
-    text, tmp_path, monkeypatch, loops
-):
+def test_an_fp16_loop_of_overflows_ends_at_the_lowest_scale_with_code_5(text, tmp_path, monkeypatch, loops):
     scales = []
 
     class Watching(Reporter):
@@ -198,9 +185,6 @@ def test_the_fp16_scale_is_resumed_exactly(text, tmp_path, monkeypatch, optimize
     train(config(text, tmp_path / "parts", **settings, max_steps=20, continue_steps=20), Reporter())
     same_tensors(tmp_path / "parts/checkpoints" / FINAL_NAMES[1], tmp_path / "whole/checkpoints" / FINAL)
     assert state_of(tmp_path / "parts", FINAL_NAMES[1])["scaler"] == state_of(tmp_path / "whole")["scaler"]
-
-
-# --- memory -----------------------------------------------------------------------------------------------------------
 
 
 NO_MEMORY = {

@@ -25,8 +25,6 @@ from smollm2.notebook.own_run import own_checkpoints
 from smollm2.pretrained import load_model_and_tokenizer
 from tests.test_bad_input import MODEL, call, small_run
 
-ROOT = Path(__file__).parents[1]
-
 
 class Calls:
     """Pickles as a call."""

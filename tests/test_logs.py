@@ -4,21 +4,21 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
 
 from smollm2 import logs, train
-from smollm2.config import RunConfig
 from smollm2.progress import Reporter
 from tests.soak import small_config
+
+
+def configured(text: Path, folder: Path, name: str = "output", **more):
+    often = {"max_steps": 130, "log_every": 10, "val_every": 50, "sample_every": 50, "save_every": 50}
+    return small_config(text, folder / name, place={"drive_dir": str(folder / "drive")}, **often | more)
 
 
 @pytest.fixture(scope="module")
 def run_dir(text, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("logs")
-    often = {"log_every": 10, "val_every": 50, "sample_every": 50, "save_every": 50}
-    config = small_config(text, folder / "output", max_steps=130, **often)
-    place = config.run.model_copy(update={"drive_dir": str(folder / "drive")})
-    train(config.model_copy(update={"run": place}), Reporter())
+    train(configured(text, folder), Reporter())
     return folder / "output"
 
 
@@ -44,9 +44,8 @@ def test_each_log_holds_what_its_name_says(run_dir):
     assert [int(event["step"]) for event in validations] == [50, 100, 130]
     assert all(float(event["val_bits_per_byte"]) > 0 for event in validations)
     samples = found["generation_samples"]
-    assert (
-        len({e["prompt"] for e in samples}) == 3 and len(samples) == 9 and all("text" in e for e in samples)
-    )
+    assert len({e["prompt"] for e in samples}) == 3
+    assert len(samples) == 9 and all("text" in e for e in samples)
     assert "saved" in {event["event"] for event in found["checkpoint_events"]}
     epoch = found["epoch_completion"][0]
     assert epoch["epoch"] == "1" and float(epoch["mean_train_loss"]) > 0
@@ -62,13 +61,9 @@ def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def test_a_machine_that_goes_on_from_drive_shows_tensorboard_every_earlier_step_once(run_dir):
-    output = run_dir.with_name("fresh")
-    config = RunConfig(**yaml.safe_load((run_dir / "config.yaml").read_text()))
-    place = config.run.model_copy(update={"output_dir": str(output)})
-    longer = config.train.model_copy(update={"continue_steps": 20})
-    train(config.model_copy(update={"run": place, "train": longer}), Reporter())
-    before, after = curves(run_dir / "logs"), curves(output / "logs")
+def test_a_machine_that_goes_on_from_drive_shows_tensorboard_every_earlier_step_once(text, run_dir):
+    train(configured(text, run_dir.parent, "fresh", continue_steps=20), Reporter())
+    before, after = curves(run_dir / "logs"), curves(run_dir.with_name("fresh") / "logs")
     tags = {f"train/{name}" for name in ("loss", "lr", "gradient_norm", "tokens_per_second")}
     assert set(after) == set(before) == tags | {"val/loss", "val/bits_per_byte"}
     assert [step for step, _ in before["val/loss"]] == [50, 100, 130]

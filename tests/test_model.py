@@ -72,9 +72,6 @@ def test_no_token_sees_the_future():
     assert not leaks_from_the_future()
 
 
-# --- which kernel computes attention ------------------------------------------------------------------------
-
-
 def test_attention_with_unequal_head_counts_runs_in_the_fused_kernel(monkeypatch):
     """Anything else is several times slower and holds the whole probability matrix."""
     monkeypatch.setattr(network, "can_attend_in_blocks", lambda q: False)
@@ -109,9 +106,6 @@ def test_decoding_never_goes_through_cudnn_and_training_may(attention_calls):
     assert [may_be_cudnn for _, _, may_be_cudnn in attention_calls] == [False] * 3 * 2
     model(ids)
     assert [may_be_cudnn for _, _, may_be_cudnn in attention_calls[6:]] == [True] * 2
-
-
-# --- planted mistakes: the checks above must turn red -------------------------------------------------------
 
 
 def interleaved_rope(x, cos, sin):
@@ -155,9 +149,6 @@ def test_a_mistake_is_caught(monkeypatch, mistake):
     assert leaks_from_the_future() == (mistake == "a missing mask")
 
 
-# --- start of training --------------------------------------------------------------------------------------
-
-
 def excess_over_uniform(seed: int = 1, **changes) -> float:
     """Nats by which a fresh model's loss on random tokens exceeds ln(vocabulary), that of knowing nothing."""
     torch.manual_seed(seed)
@@ -188,14 +179,9 @@ def test_initialisation_scales_the_residual_writers_once():
         assert abs(parameter.mean().item()) < 5 * expected / math.sqrt(parameter.numel()), name
 
 
-# --- cache and limits ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("is_expanded", [False, True])
 @pytest.mark.parametrize("pieces", [[1] * 40, [7, 1, 1, 31], [20, 20], [1, 39]], ids=str)
-def test_a_sequence_fed_in_pieces_gives_the_logits_of_the_whole(
-    monkeypatch, attention_calls, pieces, is_expanded
-):
+def test_pieces_of_a_sequence_give_the_logits_of_the_whole(monkeypatch, attention_calls, pieces, is_expanded):
     model = tiny_model().eval()
     ids = random_ids(model, batch=2, time=sum(pieces))
     cache = KVCache(model.config, 2, sum(pieces), torch.float32, "cpu")

@@ -45,8 +45,8 @@ FORBIDDEN = {
     r"except Exception:\s*(pass|\.\.\.)|except:": "swallows errors",
 }
 DRILLS = {  # what the fake Drive does (tests/fakecolab; test_colab.py has more), and what notebook 04 must then say
-    "refused": "KEPT ON THIS MACHINE ONLY.*Google did not get permission",
     "timeout": "KEPT ON THIS MACHINE ONLY.*Drive did not answer in time",
+    "refused": "KEPT ON THIS MACHINE ONLY.*Google did not get permission",
     "vanish:20": "KEPT ON DRIVE.*NOT on Drive: step 45 is only on this machine.*a mount that went away",
     "quota:300000": "KEPT ON DRIVE.*NOT on Drive: step 45 is only on this machine.*your Drive is full",
 }
@@ -125,9 +125,8 @@ def test_badge_and_links_name_the_one_address_and_gpus_are_asked_for_where_they_
     for name in [Path(link).name for link in links] + re.findall(r"\]\(([^):]+\.ipynb)\)", text):
         assert (NOTEBOOKS / name).is_file(), name
     beside = f"/notebooks/{stem}.ipynb) [read]({builder.page_url(stem)})"
-    assert (
-        builder.page_url(stem) in cells(stem)["view-in-github"] and beside in (ROOT / "README.md").read_text()
-    )
+    assert builder.page_url(stem) in cells(stem)["view-in-github"]
+    assert beside in (ROOT / "README.md").read_text()
     images = re.findall(r"<img[^>]*>|!\[[^\]]*\]\([^)]*\)", text)
     assert len(images) == 1 and 'alt="Open In Colab"' in images[0], "figures are drawn in code"
 
@@ -180,9 +179,6 @@ def test_nothing_forbidden_is_used_and_the_source_is_plain_python_of_the_oldest_
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # an invalid escape is a warning now and an error in a later Python
         ast.parse((NOTEBOOKS / f"{stem}.py").read_text(encoding="utf-8"), feature_version=(3, 11))
-
-
-# --- executed -----------------------------------------------------------------------------------------------------
 
 
 def printed(notebook):

@@ -20,9 +20,8 @@ BASE = "HuggingFaceTB/SmolLM2-135M"
 
 def configured(text: Path, folder: Path, init_from: str | Path | None = None, steps: int = 4, more: int = 0):
     often = {"val_every": 2, "sample_every": 4, "save_every": 2, "warmup_steps": 1}
-    config = small_config(text, folder, max_steps=steps, continue_steps=more, **often)
-    run = config.run.model_copy(update={"init_from": str(init_from) if init_from else None})
-    return config.model_copy(update={"run": run})
+    place = {"init_from": str(init_from) if init_from else None}
+    return small_config(text, folder, place=place, max_steps=steps, continue_steps=more, **often)
 
 
 def trained(*args, **steps) -> Path:
@@ -103,9 +102,7 @@ def test_weights_that_do_not_go_with_the_run_are_refused_before_anything_is_writ
 
 
 @pytest.mark.parametrize("source", ["Hub", "folder"])
-def test_a_resume_that_does_not_name_the_weights_it_has_its_shape_from_is_told_what_to_pass(
-    weights, text, tmp_path, source
-):
+def test_a_resume_that_does_not_name_its_first_weights_is_told_to(weights, text, tmp_path, source):
     source = BASE if source == "Hub" else weights
     output = tmp_path / "output"
     trained(text, output, source)

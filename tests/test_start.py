@@ -13,11 +13,7 @@ from tiny_models import save_folder, tiny_model
 from smollm2.errors import run_command
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = [
-    "smollm2.generate",
-    "smollm2.evaluate",
-    "smollm2.export",
-    "smollm2.app",
+COMMANDS = [f"smollm2.{name}" for name in ("generate", "evaluate", "export", "app")] + [
     "colab_train",
     "benchmarks",
 ]

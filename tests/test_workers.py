@@ -71,9 +71,7 @@ def test_one_worker_is_the_first_however_they_were_started(launched, variables, 
     ],
     ids=str,
 )
-def test_processes_that_would_train_the_whole_run_each_or_wait_are_refused(
-    launched, variables, place, gpus, problem
-):
+def test_processes_that_would_each_train_alone_or_wait_are_refused(launched, variables, place, gpus, problem):
     launched(variables)
     with pytest.raises(ConfigError, match=re.escape(problem)):
         check_workers(PlaceConfig(**place), gpus)
@@ -81,9 +79,7 @@ def test_processes_that_would_train_the_whole_run_each_or_wait_are_refused(
 
 
 @pytest.mark.parametrize("variables", STRAY, ids=str)
-def test_a_process_alone_trains_and_saves_whatever_a_launcher_left_behind(
-    text, tmp_path, launched, variables
-):
+def test_a_process_alone_trains_whatever_a_launcher_left_behind(text, tmp_path, launched, variables):
     from lightning_fabric.utilities.rank_zero import _get_rank
 
     from smollm2.training import train

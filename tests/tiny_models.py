@@ -57,12 +57,10 @@ def metaspace_tokenizer(vocab_size: int = 300) -> Tokenizer:
     import tokenizers as hf
 
     made = hf.Tokenizer(hf.models.BPE(unk_token="<unk>"))
-    made.normalizer = hf.normalizers.Sequence(
-        [hf.normalizers.Prepend("\u2581"), hf.normalizers.Replace(" ", "\u2581")]
-    )
-    made.decoder = hf.decoders.Sequence(
-        [hf.decoders.Replace("\u2581", " "), hf.decoders.Fuse(), hf.decoders.Strip(" ", 1, 0)]
-    )
+    blanks = [hf.normalizers.Prepend("\u2581"), hf.normalizers.Replace(" ", "\u2581")]
+    made.normalizer = hf.normalizers.Sequence(blanks)
+    back = [hf.decoders.Replace("\u2581", " "), hf.decoders.Fuse(), hf.decoders.Strip(" ", 1, 0)]
+    made.decoder = hf.decoders.Sequence(back)
     words = [hf.AddedToken(word, special=True, normalized=True) for word in ("<unk>", "<begin>", "<end>")]
     made.train_from_iterator(
         TEXT[1].split(".") * 3,
