@@ -34,10 +34,9 @@ def contents(step: int) -> dict:
                 if file.write(bytes([step, part]) * 2000) != 4000:
                     raise OSError(28, "No space left on device")
 
-    small = {
-        name: f"{name} of step {step}".encode() for name in ("config.json", "state.json", "tokenizer.json")
-    }
-    return small | {"model.safetensors": tensor_file, "optim.safetensors": tensor_file}
+    small = ("config.json", "state.json", "tokenizer.json")
+    named = {name: f"{name} of step {step}".encode() for name in small}
+    return named | {"model.safetensors": tensor_file, "optim.safetensors": tensor_file}
 
 
 def save(folder: Path, name: str, step: int) -> Manifest:

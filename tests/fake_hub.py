@@ -99,10 +99,8 @@ class Handler(BaseHTTPRequestHandler):
         ]
         facts.append({"type": "directory", "path": "data", "oid": "0" * 40})
         if "/paths-info/" in path:
-            wanted = (
-                json.loads(asked)["paths"] if asked.startswith(b"{") else parse_qs(asked.decode())["paths"]
-            )
-            self.reply([fact for fact in facts if fact["path"] in wanted])
+            wanted = json.loads(asked) if asked.startswith(b"{") else parse_qs(asked.decode())
+            self.reply([fact for fact in facts if fact["path"] in wanted["paths"]])
         elif "/tree/" in path:
             below = f"{path.split(f'/tree/{commit}')[1].strip('/')}/".lstrip("/")
             is_deep = "recursive=true" in self.path.lower()

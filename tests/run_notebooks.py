@@ -126,9 +126,8 @@ def run_notebook(stem: str, folder: Path, env: dict[str, str], timeout: int = 60
     notebook = nbformat.read(folder / f"{stem}.ipynb", as_version=4)
     notebook.cells.append(nbformat.v4.new_code_cell(DRIVE_CELL, id="drive-widgets"))
     place = {"metadata": {"path": str(folder)}}
-    client = NotebookClient(
-        notebook, timeout=timeout, kernel_name="python3", allow_errors=True, resources=place
-    )
+    settings = {"timeout": timeout, "kernel_name": "python3", "allow_errors": True, "resources": place}
+    client = NotebookClient(notebook, **settings)
     client.execute(env=env)
 
     where = "".join(text_of(output) for output in notebook.cells.pop().outputs)

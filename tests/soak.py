@@ -57,9 +57,7 @@ def small_text(path: Path, words: int = 1000) -> Path:
     return path
 
 
-def small_config(
-    text: Path, output_dir: Path, accumulation: int = 1, place=(), data=(), **train
-) -> RunConfig:
+def small_config(text: Path, output_dir: Path, accumulation=1, place=(), data=(), **train) -> RunConfig:
     """Several micro-batches go with Muon, so that both optimizers are killed; `train` overrules it.
     `place` and `data` are further settings of those sections."""
     settings = {
@@ -167,9 +165,7 @@ def _instrument(board: Blackboard, drop_tokens: bool) -> None:
     training.TrainingLoop.training_step = step
 
 
-def start(
-    config: RunConfig, board: Blackboard, log: Path, drop_tokens: bool = True, sabotage=lambda: None
-) -> int:
+def start(config: RunConfig, board: Blackboard, log: Path, drop_tokens=True, sabotage=lambda: None) -> int:
     """Fork a child that trains as `config` says; returns its pid. Its exit code is that of the command line."""
     sys.stdout.flush()
     board.write(0, 0, 0)
@@ -383,9 +379,7 @@ def caught(name: str, text: Path, folder: Path, undisturbed: Reference, kills: i
     return None
 
 
-def soak_all(
-    folder: Path, text: Path, kills: int, multi: int, fresh: int, seed: int = 0
-) -> dict[int, Reference]:
+def soak_all(folder: Path, text: Path, kills: int, multi: int, fresh: int, seed=0) -> dict[int, Reference]:
     """So many kills of each kind, over one micro-batch and over four a step; returns the undisturbed runs."""
     began, soak, number = time.monotonic(), Soak(folder, seed), 0
     undisturbed, log = {}, folder / "undisturbed.log"

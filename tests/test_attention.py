@@ -1,7 +1,5 @@
 """Causal attention by blocks equals attention by its definition: values, gradients, every shape."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from tiny_models import tiny_model

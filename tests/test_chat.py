@@ -45,9 +45,8 @@ def test_answers_alone_are_learned_as_transformers_marks_them(tokenizer):
     template, end = chat.default_template(tokenizer)
     ids, answer_bytes = chat.encode_conversation(tokenizer, TALK, template, {})
     theirs = PreTrainedTokenizerFast(tokenizer_file=str(real_data("tokenizer", "tokenizer.json")))
-    said = theirs.apply_chat_template(
-        TALK, chat_template=WITH_GENERATION, return_dict=True, return_assistant_tokens_mask=True
-    )
+    marked = {"return_dict": True, "return_assistant_tokens_mask": True}
+    said = theirs.apply_chat_template(TALK, chat_template=WITH_GENERATION, **marked)
     assert [~i if i < 0 else i for i in ids.tolist()] == said["input_ids"]
     assert [int(i >= 0) for i in ids.tolist()] == said["assistant_masks"]
     assert answer_bytes == sum(len(m["content"]) for m in TALK if m["role"] == "assistant")

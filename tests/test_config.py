@@ -83,9 +83,7 @@ def trained_configs(monkeypatch) -> list[RunConfig]:
     return trained
 
 
-def test_elsewhere_the_shipped_text_is_read_unless_another_is_named(
-    monkeypatch, tmp_path, config_file, capsys
-):
+def test_elsewhere_the_shipped_text_is_read_unless_one_is_named(monkeypatch, tmp_path, config_file, capsys):
     import colab_train
 
     trained, shipped = trained_configs(monkeypatch), str(Path(colab_train.__file__).with_name("input.txt"))

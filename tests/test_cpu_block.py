@@ -1,8 +1,6 @@
 """The block with a backward pass by hand is the plain block: loss, gradients, masks, precision, and when it is
 used."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

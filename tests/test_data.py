@@ -73,9 +73,7 @@ NOT_UTF8 = [
 @pytest.mark.parametrize("chunk", [1, 5, 10**6])
 @pytest.mark.parametrize("before", [b"", b"\xef\xbb\xbf", b"0123456789\r\n" * 5000], ids=len)
 @pytest.mark.parametrize("content, offset", NOT_UTF8)
-def test_a_byte_that_is_not_utf8_is_refused_by_its_offset(
-    monkeypatch, text_file, chunk, before, content, offset
-):
+def test_a_byte_that_is_not_utf8_is_refused_by_place(monkeypatch, text_file, chunk, before, content, offset):
     set_chunk(monkeypatch, chunk)
     place = f"not UTF-8 at byte offset {len(before) + offset:,} (byte 0x{content[offset]:02x})"
     with pytest.raises(DataError, match=re.escape(place)):

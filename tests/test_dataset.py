@@ -491,9 +491,7 @@ def test_a_hub_that_fails_is_named_and_the_next_start_goes_on(fake_hub, monkeypa
     for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"):
         monkeypatch.setattr(f"huggingface_hub.constants.{name}", 0.3)
     ask = HfApi.dataset_info
-    monkeypatch.setattr(
-        HfApi, "dataset_info", lambda *facts, timeout, **more: ask(*facts, timeout=0.3, **more)
-    )
+    monkeypatch.setattr(HfApi, "dataset_info", lambda *of, timeout, **more: ask(*of, timeout=0.3, **more))
     rows = [{"text": text, "more": "x" * 10_000} for text in stories(900)]
     fake_hub.commits[FIRST] = {"data/rows-0.jsonl": jsonl(*rows).encode()}
     fake_hub.behaviour = behaviour

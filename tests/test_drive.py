@@ -66,9 +66,7 @@ def whole_steps_on_server(fake: FakeDrive) -> list[int]:
         raw = files.get("manifest.json", b"")
         table = json.loads(raw) if raw.endswith(b"}\n") else {"files": {"?": {}}}  # else it was cut off
         facts = table["files"].items()
-        if all(
-            hashlib.sha256(files.get(name, b"?")).hexdigest() == fact.get("sha256") for name, fact in facts
-        ):
+        if all(hashlib.sha256(files.get(n, b"?")).hexdigest() == fact.get("sha256") for n, fact in facts):
             found.append(table["step"])
     return sorted(found, reverse=True)
 
@@ -484,9 +482,7 @@ def hurry(monkeypatch):
 
 
 @pytest.mark.parametrize("seed", seeds(25, fast=2))
-def test_a_fresh_machine_with_drive_ends_in_the_same_bits(
-    seed, text, uninterrupted, tmp_path, install, hurry
-):
+def test_from_drive_a_fresh_machine_gets_the_same_bits(seed, text, uninterrupted, tmp_path, install, hurry):
     habits = {"stale_rate": 0.05, "duplicate_rate": 0.1, "upload_seconds": (0, 0.2), "scale": 0.002}
     fake = install(seed, in_order=seed % 2 == 0, fault_rate=0.01, **habits)
     death, server, op = 40 + 25 * seed % 500, {}, fake._op

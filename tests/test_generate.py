@@ -76,26 +76,6 @@ def test_the_cache_changes_no_token(options, new, time):
     assert new == 1 or len(cached[:, time:].unique()) > 10  # or there was little to compare
 
 
-def test_greedy_tokens_equal_transformers():
-    model = lively_model()
-    ids = random_ids(model, batch=2, time=5)
-    settings = {"max_new_tokens": 60, "do_sample": False, "pad_token_id": 0}
-    theirs = transformers_twin(model).generate(ids, attention_mask=torch.ones_like(ids), **settings)
-    assert torch.equal(model.generate(ids, max_new_tokens=60), theirs)
-
-
-def test_every_row_stops_at_its_own_end_of_text():
-    model = lively_model()
-    ids = random_ids(model, batch=2, time=4)
-    free = model.generate(ids, max_new_tokens=30)
-    stop = int(free[0, 10])
-    stopped = model.generate(ids, max_new_tokens=30, stop_ids=(stop,))
-    for row, expected in zip(stopped[:, 4:].tolist(), free[:, 4:].tolist(), strict=True):
-        end = expected.index(stop) + 1 if stop in expected else len(expected)
-        assert row[:end] == expected[:end] and set(row[end:]) <= {stop}
-    assert stopped.shape[1] < free.shape[1] or stop not in free[1]
-
-
 def test_a_stream_comes_token_by_token_and_a_text_piece_by_piece():
     model, tokenizer = wide_model(eos_token_id=None), tiny_tokenizer()
     ids = torch.tensor([[0]])

@@ -58,7 +58,7 @@ def fetch(environment: dict, name: str, seconds: float = 0) -> dict:
 
 
 @pytest.mark.parametrize("trouble", ["refuse", "stall", "stall body", "truncate", "500", "429", "bad token"])
-@pytest.mark.parametrize("seconds", [0.5, pytest.param(0, marks=pytest.mark.slow)], ids=["quick", "real"])
+@pytest.mark.parametrize("seconds", [0.3, pytest.param(0, marks=pytest.mark.slow)], ids=["quick", "real"])
 def test_a_broken_hub_ends_soon_in_the_cached_copy_or_one_line(fake_hub, environment, trouble, seconds):
     whole = fetch(environment, "config.json")
     fake_hub.behaviour = trouble

@@ -35,22 +35,20 @@ def words(heard: Heard) -> str:
 RARELY = {"val_every": 1000, "sample_every": 1000, "save_every": None}
 
 
-def test_a_run_of_minutes_ends_in_time_with_the_bits_of_that_many_steps(text, tmp_path):
+def test_a_run_of_minutes_ends_in_time_with_as_many_steps_as_it_says(text, tmp_path):
     began, heard = time.monotonic(), Heard()
-    result = train(small_config(text, tmp_path / "a", minutes=0.25, max_steps=9, **RARELY), heard)
+    result = train(small_config(text, tmp_path / "a", minutes=0.15, max_steps=9, **RARELY), heard)
     # a loose bound: a test machine also does other things; docs/log.md has whole processes
-    assert 0.5 * 15 < time.monotonic() - began < 2 * 15
+    assert 0.5 * 9 < time.monotonic() - began < 2 * 9
     assert result.step > 9 and f"{result.step:,} steps of" in words(heard)
     state = read_state(verify(tmp_path / "a" / "checkpoints" / FINAL))
     assert state.schedule_total == result.step
-    train(small_config(text, tmp_path / "b", max_steps=result.step, **RARELY))
-    same_result(tmp_path / "a", FINAL, tmp_path / "b", FINAL)
 
 
-def test_a_resumed_run_keeps_its_number_of_steps(text, tmp_path, monkeypatch):
+def test_a_resumed_run_keeps_its_number_of_steps_and_ends_with_their_bits(text, tmp_path, monkeypatch):
     """However fast the second machine is; and before a first checkpoint it is measured again."""
-    speeds = iter([Speed(1.0, 0, 0), Speed(0.001, 0, 0)])
-    monkeypatch.setattr(run_module, "measure", lambda *_: next(speeds))
+    speeds, measure = iter([Speed(1.0, 0, 0), Speed(0.001, 0, 0)]), run_module.measure
+    monkeypatch.setattr(run_module, "measure", lambda *place: measure(*place, seconds=0.1) and next(speeds))
     config = small_config(text, tmp_path / "a", minutes=0.5, **RARELY)
     first = train(config, StopAt(5))
     assert first.stopped_by and first.step == 5
@@ -63,7 +61,7 @@ def test_a_resumed_run_keeps_its_number_of_steps(text, tmp_path, monkeypatch):
 
 
 def test_stop_after_leaves_in_good_order_and_the_same_command_goes_on(text, tmp_path):
-    config = small_config(text, tmp_path / "a", max_steps=20000, stop_after=0.1, **RARELY)
+    config = small_config(text, tmp_path / "a", max_steps=20000, stop_after=0.05, **RARELY)
     began = time.monotonic()
     first = train(config, heard := Heard())
     assert first.stopped_by == OUT_OF_TIME and time.monotonic() - began < 8

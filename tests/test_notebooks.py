@@ -23,10 +23,16 @@ import run_notebooks as runner
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
-_spec = importlib.util.spec_from_file_location("notebook_builder", NOTEBOOKS / "build.py")
-builder = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(builder)
 
+
+def program(path):
+    """A script that is no part of the package, as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
+
+
+builder, pictures = program(NOTEBOOKS / "build.py"), program(ROOT / "docs" / "pictures.py")
 SOURCES = builder.sources()
 STEMS = [source.stem for source in SOURCES]
 each = pytest.mark.parametrize("stem", STEMS)
@@ -179,6 +185,21 @@ def test_nothing_forbidden_is_used_and_the_source_is_plain_python_of_the_oldest_
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # an invalid escape is a warning now and an error in a later Python
         ast.parse((NOTEBOOKS / f"{stem}.py").read_text(encoding="utf-8"), feature_version=(3, 11))
+
+
+def test_pictures_are_fresh():
+    assert pictures.problems() == [], f"pictures are stale; {pictures.REMEDY}"
+
+
+def test_the_readme_shows_each_picture_with_its_alternative_text():
+    sources, text = pictures.read_sources(), pictures.README.read_text(encoding="utf-8")
+    for stem, of in sources.items():
+        assert len(of["alt"]) >= 20
+        assert f'src="docs/pictures/{stem}.png" width="720" alt="{of["alt"]}"' in text
+    spoilt = text.replace(sources["04_train"]["alt"], "a curve")
+    assert spoilt != text and pictures.with_gallery(spoilt, sources) == text
+    with pytest.raises(ValueError, match="the gallery goes between them"):
+        pictures.with_gallery("# no marks", sources)
 
 
 def printed(notebook):

@@ -1,7 +1,5 @@
 """The update: Muon equal to a plain reference, moments by name, and both optimizers resumed exactly."""
 
-from __future__ import annotations
-
 import json
 
 import pytest
@@ -25,6 +23,9 @@ SHAPE = SmolLM2Config(
 MUON = TrainConfig(optimizer="muon", learning_rate=0.01, muon_learning_rate=0.03, weight_decay=0.2)
 
 
+TOLERANCES = {torch.float32: 2e-4, torch.bfloat16: 0.06, torch.float16: 0.02}
+
+
 def plain_orthogonalized(matrix: torch.Tensor) -> torch.Tensor:
     """One matrix, fp64, the polynomial on the singular values themselves."""
     u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
@@ -34,9 +35,7 @@ def plain_orthogonalized(matrix: torch.Tensor) -> torch.Tensor:
     return u @ torch.diag(s) @ v
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 2e-4), (torch.bfloat16, 0.06), (torch.float16, 0.02)]
-)
+@pytest.mark.parametrize("dtype, tolerance", TOLERANCES.items())
 @pytest.mark.parametrize("shape", [(48, 48), (16, 48), (128, 48), (48, 128)])
 @pytest.mark.parametrize("size", [1e-9, 1.0, 1e5])
 def test_a_stack_is_orthogonalized_as_each_matrix_by_its_singular_values(shape, size, dtype, tolerance):
@@ -69,9 +68,7 @@ def learn(model: SmolLM2, optimizers: list, steps: int = 4, seed: int = 1) -> No
             optimizer.step()
 
 
-@pytest.mark.parametrize(
-    "stacked", [optim.MAX_STACKED, 1600, 1], ids=["whole", "two at a time", "one by one"]
-)
+@pytest.mark.parametrize("stacked", [optim.MAX_STACKED, 1600, 1], ids=["whole", "by twos", "by ones"])
 def test_steps_are_those_of_torch_adamw_and_of_torch_muon_matrix_by_matrix(monkeypatch, stacked):
     """torch.optim.Muon computes in bf16, one matrix after the other; here it is given fp32 products."""
     monkeypatch.setattr(optim, "MAX_STACKED", stacked)
@@ -118,9 +115,7 @@ def test_moments_go_by_name_and_those_of_another_optimizer_are_refused():
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_two_phases_are_one_bit_for_bit_and_the_files_have_the_size_that_was_foretold(
-    text, tmp_path, optimizer
-):
+def test_two_phases_are_one_bit_for_bit_and_the_files_have_the_size_foretold(text, tmp_path, optimizer):
     settings = {"optimizer": optimizer, "precision": "auto", "save_every": 100}
     whole = train(small_config(text, tmp_path / "1", max_steps=16, **settings), Reporter()).checkpoint
     config = small_config(text, tmp_path / "2", max_steps=9, continue_steps=7, **settings)
@@ -140,8 +135,6 @@ def test_a_run_from_before_muon_goes_on_with_adamw_and_refuses_muon(text, tmp_pa
     state, more = TrainState.from_json(facts), {"max_steps": 12}
     config = small_config(text, tmp_path / "output", **more)
     check_unchanged(state, config, None, "here", "leave")
-    with pytest.raises(ConfigError, match=r"train\.optimizer: adamw -> muon"):
-        train(small_config(text, tmp_path / "output", optimizer="muon", **more), Reporter())
     with pytest.raises(ConfigError, match=r"train\.optimizer: adamw -> muon"):
         other = small_config(text, tmp_path / "output", optimizer="muon", **more)
         check_unchanged(state, other, None, "here", "leave")

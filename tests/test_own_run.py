@@ -1,7 +1,5 @@
 """A notebook finds the reader's own run: whole checkpoints only, one a step, of the run that was saved to last."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

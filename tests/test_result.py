@@ -80,10 +80,10 @@ def test_what_cannot_be_compared_costs_a_line_and_nothing_else(
     assert result.compared is None and result.report.is_file() and list(result.references)[-1] == "counting"
     assert re.search(words, heard.messages[-1]) and verify(result.checkpoint).step == result.step
 
+BEST = [((90, 2.0), False), ((40, 1.5), True), ((40, 1.995), False), (None, False)]
 
-@pytest.mark.parametrize(
-    ("best", "is_told"), [((90, 2.0), False), ((40, 1.5), True), ((40, 1.995), False), (None, False)]
-)
+
+@pytest.mark.parametrize(("best", "is_told"), BEST)
 def test_the_table_says_what_was_reached_how_to_talk_to_it_and_what_was_better(tmp_path, best, is_told):
     folder = tmp_path / "out put/checkpoints"
     (folder / "step-00000040.ckpt").mkdir(parents=True)

@@ -25,9 +25,8 @@ def run(folder: Path, torch: str, *words: str) -> subprocess.CompletedProcess:
     """A Python whose `torch` is this text."""
     (folder / "torch.py").write_text(torch)
     environment = os.environ | {"PYTHONPATH": f"{folder}:{ROOT}", "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run(
-        [sys.executable, *words], env=environment, capture_output=True, text=True, timeout=60
-    )
+    options = {"env": environment, "capture_output": True, "text": True, "timeout": 60}
+    return subprocess.run([sys.executable, *words], **options)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

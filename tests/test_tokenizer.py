@@ -55,9 +55,6 @@ def test_the_real_tokenizer_gives_the_reference_ids(real):
     assert (real.vocab_size, real.token(0), real.token_id("<|im_start|>")) == (49152, "<|endoftext|>", 1)
     texts = random_texts(20)
     assert real.encode_batch(texts) == [real.encode(text) for text in texts]
-    broken = json.loads(real.raw)  # without the digit split the ids differ: the comparison can fail
-    broken["pre_tokenizer"] = json.loads(ByteLevel(add_prefix_space=False).__getstate__())
-    assert Tokenizer(json.dumps(broken).encode()).encode("\n\n1.") != REFERENCE_IDS["\n\n1."]
 
 
 def test_a_saved_folder_gives_the_same_ids_through_transformers(real, trained, gpt2_like, tmp_path):

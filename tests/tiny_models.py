@@ -66,9 +66,7 @@ def metaspace_tokenizer(vocab_size: int = 300) -> Tokenizer:
         TEXT[1].split(".") * 3,
         hf.trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=words, show_progress=False),
     )
-    made.post_processor = hf.processors.TemplateProcessing(
-        single="<begin> $A", special_tokens=[("<begin>", 1)]
-    )
+    made.post_processor = hf.processors.TemplateProcessing("<begin> $A", special_tokens=[("<begin>", 1)])
     return Tokenizer(made.to_str().encode())
 
 
