@@ -80,6 +80,7 @@ def test_what_cannot_be_compared_costs_a_line_and_nothing_else(
     assert result.compared is None and result.report.is_file() and list(result.references)[-1] == "counting"
     assert re.search(words, heard.messages[-1]) and verify(result.checkpoint).step == result.step
 
+
 BEST = [((90, 2.0), False), ((40, 1.5), True), ((40, 1.995), False), (None, False)]
 
 
