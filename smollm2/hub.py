@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import re
+import ssl
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -88,6 +89,12 @@ def explained(error: Exception, repo_id: str) -> UserError:
     if isinstance(error, errors.LocalEntryNotFoundError):
         error = error.__cause__ or error
     said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    certificates, unread = (
+        os.environ.get("SSL_CERT_FILE"),
+        (FileNotFoundError, NotADirectoryError, ssl.SSLError),
+    )
+    if certificates and isinstance(error, unread) and not error.filename:
+        return UserError(f"SSL_CERT_FILE={certificates} cannot be read ({said}): mend it, or unset it")
     # errors of the network are OSErrors without a number
     if "home directory" in said or getattr(error, "errno", None):
         folder = getattr(error, "filename", None) or constants.HF_HUB_CACHE
@@ -97,7 +104,11 @@ def explained(error: Exception, repo_id: str) -> UserError:
         return UserError("HF_TOKEN holds characters that no access token has: copy it again, or unset it")
     said += "".join(f"; {name} is set" for name in STEERING if os.environ.get(name))
     where = f"{repo_id} on {constants.ENDPOINT}"
-    if isinstance(error, errors.HFValidationError) or not constants.ENDPOINT.startswith("http"):
+    if not constants.ENDPOINT.startswith("http"):
+        return UserError(f"HF_ENDPOINT={constants.ENDPOINT!r}: expected https://...; mend it, or unset it")
+    if isinstance(error, ImportError):
+        return UserError(f"{where} cannot be asked from here ({said})")
+    if isinstance(error, errors.HFValidationError):
         return UserError(f"{where}: no local folder, and no Hub id OWNER/NAME ({said})")
     if 400 <= status < 500 and status not in (407, 408, 429):  # those come from a proxy, or pass
         remedy = "check the spelling, or set HF_TOKEN for a private model"
