@@ -44,7 +44,7 @@ def chat_template(folder: Path) -> str | None:
     template = tokenizer_config(folder).get("chat_template")
     if isinstance(template, list):
         template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-    return template.get("default") if isinstance(template, dict) else template
+    return (template.get("default") if isinstance(template, dict) else template) or None
 
 
 def render_chat(
@@ -92,7 +92,9 @@ class Conversation:
             from .sampling import document_ids  # with PyTorch: the first words are said before
 
             return document_ids(self.model, self.tokenizer, "".join(said["content"] for said in messages))
-        return self.tokenizer.encode(render_chat(self.template, messages, self.special_tokens))
+        if ids := self.tokenizer.encode(render_chat(self.template, messages, self.special_tokens)):
+            return ids
+        raise UserError("--chat: the folder's chat template writes nothing")
 
     def ask(self, line: str) -> list[int]:
         """Ids of everything so far and `line`. What does not fit the context is forgotten, oldest first."""

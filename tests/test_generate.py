@@ -223,6 +223,14 @@ def test_a_hostile_chat_template_is_an_error_and_not_code(template, tmp_path, mo
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("template", ["", "{# nothing #}"])
+def test_a_chat_template_that_writes_nothing_is_one_line(chat_checkpoint, say, template, tmp_path):
+    folder = shutil.copytree(chat_checkpoint, tmp_path / "copy")
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(UserError, match="--chat: "):
+        say(folder, "--chat", "--prompt", "Hello")
+
+
 def test_a_chat_answers_from_the_command_line(chat_checkpoint, say):
     said = say(chat_checkpoint, "--chat", "--prompt", "Hello", "--max_new_tokens", "5")
     assert said.strip() and "im_start" not in said and "Hello\n" not in said
