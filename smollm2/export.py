@@ -47,10 +47,9 @@ def exported_config(config: SmolLM2Config, state: dict[str, Any]) -> SmolLM2Conf
 
 def tokenizer_files(tokenizer: Tokenizer, config: SmolLM2Config, template: str | None) -> dict[str, bytes]:
     """`tokenizer.json` unchanged, `tokenizer_config.json` with the model's own special tokens."""
-    files = tokenizer.files(config.max_position_embeddings, config.bos_token_id, config.eos_token_id)
+    ids = config.bos_token_id, config.eos_token_id, config.pad_token_id
+    files = tokenizer.files(config.max_position_embeddings, *ids)
     fields = json.loads(files["tokenizer_config.json"])
-    if config.pad_token_id is not None:
-        fields["pad_token"] = tokenizer.token(config.pad_token_id)
     fields |= {"chat_template": template} if template else {}
     return files | {"tokenizer_config.json": dump_json(fields)}
 

@@ -95,7 +95,9 @@ def write_gguf(
         "token_list": tokens, "token_types": types, "token_merges": merges,
         "bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id,
         "pad_token_id": config.pad_token_id, "unk_token_id": tokenizer.end_of_text_id,
-        "add_bos_token": False,  # as transformers does with the same tokenizer.json: it has no post-processor
+        # as transformers does with the same tokenizer.json
+        "add_bos_token": tokenizer.around[0] == [config.bos_token_id],
+        "add_eos_token": tokenizer.around[1] == [config.eos_token_id],
     }  # fmt: skip
     writer = gguf.GGUFWriter(str(path), "llama")
     for key, value in metadata.items():

@@ -129,7 +129,7 @@ class Run:
             return
         config, shape = self.config, self.config.model
         state.log_lines, state.config = dict(self.logs.counts), fixed_settings(config)
-        ids = shape.bos_token_id, shape.eos_token_id
+        ids = shape.bos_token_id, shape.eos_token_id, shape.pad_token_id
         files = weights.model_files(shape) | self.tokenizer.files(shape.max_position_embeddings, *ids)
         if self.chat_template:
             files["chat_template.jinja"] = self.chat_template.encode()

@@ -72,9 +72,10 @@ class Tokenizer:
         tokenizer.train_from_iterator(_without_long_runs(texts), trainer)
         return cls(tokenizer.to_str(pretty=False).encode(), "trained tokenizer")
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
-        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+        """One more than the highest id: the ids of a file may begin at 1, or leave some out."""
+        return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
     # --- special tokens
 
@@ -103,12 +104,18 @@ class Tokenizer:
         return self.end_of_text_id
 
     @cached_property
+    def around(self) -> tuple[list[int], list[int]]:
+        """Ids that the file's own post-processor puts before a text, and behind it (the last one first)."""
+        framed = self._tokenizer.encode("a")
+        pairs = [*zip(framed.ids, framed.special_tokens_mask, strict=True)]
+        before, behind = ([i for i, _ in takewhile(lambda p: p[1], side)] for side in (pairs, pairs[::-1]))
+        return before, behind
+
+    @property
     def begin_ids(self) -> list[int]:
         """What stands before a document: what the file's own post-processor puts there, else `<|endoftext|>`,
         if there is such an entry."""
-        framed = self._tokenizer.encode("a")
-        added = takewhile(lambda pair: pair[1], zip(framed.ids, framed.special_tokens_mask, strict=True))
-        return [i for i, _ in added] or ([] if self.end_of_text_id is None else [self.end_of_text_id])
+        return self.around[0] or ([] if self.end_of_text_id is None else [self.end_of_text_id])
 
     # --- text and ids
 
@@ -144,12 +151,13 @@ class Tokenizer:
 
     # --- files
 
-    def files(self, max_length: int, bos_id: int | None = None, eos_id: int | None = None) -> dict:
+    def files(self, max_length: int, bos_id=None, eos_id=None, pad_id=None) -> dict[str, bytes]:
         """`tokenizer.json` byte for byte, and a `tokenizer_config.json` that every transformers reads alike,
         as {name: bytes}. The ids are the model's; without them, what begins and ends a document here."""
         begin = bos_id if bos_id is not None else next(iter(self.begin_ids), None)
         end = eos_id if eos_id is not None else self.end_id()
         roles = {"bos_token": begin, "eos_token": end, "unk_token": self.end_of_text_id}
+        roles["pad_token"] = pad_id
         config = {role: self.token(i) for role, i in roles.items() if i is not None}
         config |= {"clean_up_tokenization_spaces": False, "model_max_length": max_length}
         config["tokenizer_class"] = "PreTrainedTokenizerFast"

@@ -239,6 +239,24 @@ def test_gguf_ids_are_those_that_the_model_was_trained_with(tmp_path, id_in_the_
     assert types == [kind.CONTROL] + [kind.NORMAL] * 379 + [kind.CONTROL] + [kind.UNUSED] * 19
 
 
+def test_gguf_adds_what_the_tokenizers_own_post_processor_adds(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    fields = json.loads(tiny_tokenizer().raw)
+    end = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    tokens = {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}}
+    for number, single in enumerate([[text], [end, text], [end, text, end]]):
+        fields["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": single}
+        fields["post_processor"]["special_tokens"] = tokens
+        tokenizer = Tokenizer(json.dumps(fields).encode())
+        source = save_folder(tmp_path / f"in{number}", tiny_model(vocab_size=400), tokenizer)
+        out = export(source, tmp_path / f"out{number}", gguf="f16")
+        found = gguf.GGUFReader(out / "model-f16.gguf").fields
+        adds = [found[f"tokenizer.ggml.add_{which}_token"].contents() for which in ("bos", "eos")]
+        ids = AutoTokenizer.from_pretrained(out)("a").input_ids
+        assert adds == [ids[0] == 0, ids[-1] == 0]
+
+
 def test_gguf_refuses_a_tokenizer_it_cannot_name(tmp_path):
     pytest.importorskip("gguf")
     with pytest.raises(UserError, match="not split as SmolLM2's"):

@@ -122,10 +122,16 @@ def test_documents_begin_and_end_as_the_tokenizer_says_and_its_files_name_the_sa
         (gpt2_like.files(64), ("<|endoftext|>", "<|endoftext|>")),
         (llama.files(64), ("<begin>", None)),
         (llama.files(64, bos_id=1, eos_id=2), ("<begin>", "<end>")),
-        (real.files(64, bos_id=1, eos_id=2), ("<|im_start|>", "<|im_end|>")),
+        (real.files(64, bos_id=1, eos_id=2, pad_id=0), ("<|im_start|>", "<|im_end|>")),
     ):
         config = json.loads(files["tokenizer_config.json"])
         assert (config.get("bos_token"), config.get("eos_token")) == expected
+    assert config["pad_token"] == "<|endoftext|>"
+
+
+def test_ids_that_begin_at_1_need_a_row_more():
+    words = hf.models.WordLevel({"<unk>": 1, "a": 2, "b": 5}, unk_token="<unk>")
+    assert Tokenizer(hf.Tokenizer(words).to_str().encode()).vocab_size == 6
 
 
 def test_what_a_tokenizer_cannot_hold_is_counted_in_bytes(trained, real):
