@@ -695,7 +695,7 @@ lesson.check("the number that SmolLM2-135M has", total - 134_515_008)
 # **How it starts.** Every matrix begins as random numbers of spread 1/√C, so that a product neither blows a vector up nor shrinks it. Two matrices
 # of each block, `o_proj` and `down_proj`, write to the running vector, and they start **smaller**, divided by √(2L). Why? L blocks add 2L times to the
 # same vector. Random additions add up their *variances*: 2L of spread s have the spread s·√(2L). Divided by √(2L), all of them together
-# weigh as much as one, however deep the model. It is done once, here; from then on training decides.
+# weigh as much as one, however deep the model. (GPT-2 began this, with the same factor.) It is done once, here; from then on training decides.
 
 
 # %% id="init-check" tags=["check"]

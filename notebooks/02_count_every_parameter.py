@@ -300,7 +300,7 @@ lesson.check("60 layers want a width of 432 (relative)", deep / total - 1, 0.05)
 # ## 6 · The KV cache: what a conversation weighs
 #
 # While a model writes, it keeps keys and values of every earlier token, in every layer. Weights are paid once; this is paid per token and per
-# user. It is the real reason for sharing heads: 9 → 3 saves 9 % of the parameters, but two thirds of the cache.
+# user. It is the [real reason](https://arxiv.org/abs/1911.02150) for sharing heads: 9 → 3 saves 9 % of the parameters, but two thirds of the cache.
 #
 # **✎ Exercise**, when the section is done. How long must a conversation with SmolLM2-1.7B be (32 key/value heads) until its cache outweighs its weights?
 #

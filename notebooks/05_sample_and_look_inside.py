@@ -67,7 +67,7 @@ from smollm2.device import choose_device
 from smollm2.errors import UserError
 from smollm2.evaluate import score_tokens
 from smollm2.logs import SAMPLES, read_log
-from smollm2.notebook import lesson, sampler, token_view
+from smollm2.notebook import data_plots, lesson, sampler, token_view
 from smollm2.notebook.inspect_model import logit_lens, look_inside, token_probabilities
 from smollm2.notebook.own_run import own_run
 from smollm2.origin import recorded
@@ -130,6 +130,17 @@ ids = torch.tensor([prompt_ids(model, tokenizer, PROMPT)], device=model.device)
 with torch.inference_mode():
     logits = model(ids)[0, -1]  # (V,) scores of the token after the prompt
 print(f"after '{PROMPT}': {len(logits):,} scores from {logits.min():.1f} to {logits.max():.1f}")
+
+# %% cellView="form" id="loop-figure" tags=["figure"]
+# @title Figure: how a token is written { display-mode: "form" }
+given, entries = ids.shape[1], f"(V,)\n({len(logits):,},)"
+steps = [("text so far:\nids", f"(1, T)\n(1, {given})")]
+steps += [("model:\nlogits", f"(1, T, V)\n(1, {given}, {len(logits):,})")]
+steps += [("the last\nrow", entries), ("temperature,\nsoftmax", entries)]
+steps += [("cut the tail\n(section 3)", entries), ("draw one:\nits id", "one number")]
+title = "One token is written; its id joins the text, and all begins again"
+alt = "Steps: " + ", ".join(" ".join(step) for step in steps).replace("\n", " ")
+plots.show(data_plots.flow(title, steps, [(5, 0)]), f"{alt}; an arrow leads back to the text.")
 
 # %% cellView="form" id="temperature-figure" tags=["figure"]
 # @title Figure: a long tail { display-mode: "form" }
