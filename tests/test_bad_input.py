@@ -26,6 +26,7 @@ from safetensors.torch import load, save
 import colab_train
 from smollm2 import evaluate, export, generate
 from smollm2.errors import run_command
+from smollm2.folder import locked_folder
 from smollm2.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -282,6 +283,11 @@ def test_a_bad_command_line_is_refused(line, words, refused):
 @pytest.mark.parametrize("place", ["good.txt", "good.txt/x", "/dev/null", "/proc/nothing", "o" * 300, "loop"])
 def test_an_output_folder_that_cannot_be_one_is_refused(place, refused):
     refused(f"--output_dir {place}", "--output_dir", code=7)
+
+
+def test_an_output_folder_that_another_process_writes_is_refused(refused, tmp_path):
+    with locked_folder(tmp_path / "busy"):
+        refused(f"--output_dir {tmp_path}/busy", f"is being written by process {os.getpid()} on ", code=3)
 
 
 def tensors(change: Callable[[torch.Tensor], torch.Tensor | None]) -> Callable[[bytes], bytes]:

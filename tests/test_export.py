@@ -56,32 +56,6 @@ def test_bf16_halves_the_file_and_stays_bf16(checkpoint, tmp_path):
     assert (again / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
 
 
-def test_the_card_holds_the_runs_own_figures(tmp_path):
-    source = save_folder(tmp_path / "run" / "checkpoints" / "step-00000030.ckpt", tiny_model())
-    data, train = {"sequence_length": 128}, {"learning_rate": 0.003, "batch_size": 16, "seed": 7}
-    config = {"data": data, "train": train}
-    state = {"step": 30, "init_from": None, "base_model": None, "best": {"step": 20, "bits_per_byte": 2.125}}
-    (source / "state.json").write_bytes(dump_json(state | {"config": config}))
-    lines = [f"2026-11-23T19:00:00Z step={step} train_loss={5 - step / 10}" for step in range(10, 60, 10)]
-    lines.insert(3, "2026-11-23T19:00:01Z step=30 val_loss=2.5 val_bits_per_byte=2.3456")
-    lines.append("2026-11-23T19:00:09Z step=60 train_lo")  # torn by a kill
-    (tmp_path / "run" / "logs").mkdir()
-    (tmp_path / "run" / "logs" / "training_loss.txt").write_text("\n".join(lines))
-    out = export(source, tmp_path / "out")
-    card = (out / "README.md").read_text()
-    for what, figure in {
-        "optimizer steps": "30", "tokens seen": "61,440", "peak learning rate": "0.003", "last held-out bits per byte": "2.3456",
-        "last training loss (nats a token)": "2", "best held-out bits per byte": "2.125", "seed": "7",
-    }.items():  # fmt: skip
-        assert f"| {what} | {figure} |" in card
-    assert card.startswith("---\n") and "\nlicense: mit\n" in card and str(tmp_path) not in card
-    # what was trained, not what would fit
-    assert json.loads((out / "config.json").read_text())["max_position_embeddings"] == 128
-    assert 'TEMPLATE """{{ .Prompt }}"""' in (out / "Modelfile").read_text()
-    (source / "state.json").unlink()
-    assert "## Training" not in (export(source, out) / "README.md").read_text(), "a folder without a run"
-
-
 WITHOUT_SYSTEM = re.sub(r"{% if loop.first .*?{% endif %}", "", CHAT_TEMPLATE, flags=re.DOTALL)
 OTHER = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}<|assistant|>\n"
 REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + WITHOUT_SYSTEM

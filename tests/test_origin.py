@@ -1,14 +1,16 @@
 """A fine-tuned model says what it was made from: in its state, on its card, through an export of an export."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
-from smollm2.checkpoint import FINAL_NAMES, verify
+from smollm2.checkpoint import FINAL_NAMES, step_name, verify
 from smollm2.config import DataConfig, RunConfig, SmolLM2Config
 from smollm2.errors import ConfigError
 from smollm2.export import export
+from smollm2.logs import TRAINING, numbers, read_log
 from smollm2.origin import origin_name
 from smollm2.progress import Reporter
 from smollm2.state import read_state
@@ -58,7 +60,25 @@ def test_a_run_from_random_weights_is_its_own(scratch, tmp_path):
     written = card(scratch, tmp_path / "out")
     assert "license: mit\n" in written and "base_model" not in written and "started from" not in written
     assert "| preset | nano |" in written and "| text | `text.txt` |" in written
-    assert f"| tokens seen | {4 * 8 * 16:,} |" in written
+
+
+def test_the_card_holds_the_runs_own_figures_up_to_its_step(scratch, weights, tmp_path):
+    half = scratch.with_name(step_name(2))  # the log goes on to step 4
+    events = [numbers(event) for event in read_log(scratch.parents[1] / "logs" / TRAINING)]
+    logged = {key: value for event in events if event["step"] <= 2 for key, value in event.items()}
+    out, written = tmp_path / "out", card(half, tmp_path / "out")
+    for what, figure in {
+        "optimizer steps": "2", "tokens seen": f"{2 * 8 * 16}", "peak learning rate": "0.003",
+        "last training loss (nats a token)": f"{logged['train_loss']:.5g}",
+        "last held-out bits per byte": f"{logged['val_bits_per_byte']:.5g}",
+        "best held-out bits per byte": f"{read_state(verify(half)).best['bits_per_byte']:.5g}",
+    }.items():  # fmt: skip
+        assert f"| {what} | {figure} |" in written
+    assert written.startswith("---\n") and str(tmp_path) not in written
+    # what was trained, not what would fit
+    assert json.loads((out / "config.json").read_text())["max_position_embeddings"] == 16
+    assert 'TEMPLATE """{{ .Prompt }}"""' in (out / "Modelfile").read_text()
+    assert "## Training" not in card(weights, tmp_path / "of a folder without a run")
 
 
 def test_a_fine_tune_names_its_base_model_and_licence(weights, scratch, text, tmp_path):

@@ -46,9 +46,8 @@ def test_the_largest_micro_batch_that_fits_is_chosen_and_divides_the_rows():
     need = {rows: sum(planning.memory_parts(config, rows, False, "cpu").values()) for rows in range(1, 13)}
     assert planning.micro_batch_that_fits(config, False, "cpu", need[12]) == 12
     assert planning.micro_batch_that_fits(config, False, "cpu", need[12] - 1) == 6
-    assert (
-        planning.micro_batch_that_fits(config, False, "cpu", need[5]) == 4
-    )  # 5 fits but is no divisor of 12
+    # 5 fits but is no divisor of 12
+    assert planning.micro_batch_that_fits(config, False, "cpu", need[5]) == 4
     assert planning.micro_batch_that_fits(config, False, "cpu", need[1] - 1) == 0
 
 

@@ -65,17 +65,12 @@ def test_a_signal_before_the_first_step_or_during_validation_loses_nothing(text,
     compare(tmp_path / "output", undisturbed.expected)
 
 
-def test_the_command_line_says_what_it_does_and_exits_with_143_and_a_second_command_with_3(text, tmp_path):
-    config = small_config(text, tmp_path / "output", max_steps=100_000, save_every=10)
-    first = command_line(config)
-    read_until(first, "step 1/")
-    second = command_line(config)
-    said, _ = second.communicate(timeout=120)
-    assert second.returncode == 3 and "Traceback" not in said
-    assert f"is being written by process {first.pid} on " in said
-    first.send_signal(signal.SIGTERM)
-    said, _ = first.communicate(timeout=60)
-    assert first.returncode == 143 and "Traceback" not in said
+def test_the_command_line_says_that_it_saves_and_exits_with_143(text, tmp_path):
+    process = command_line(small_config(text, tmp_path / "output", max_steps=100_000, save_every=10))
+    read_until(process, "step 1/")
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 143 and "Traceback" not in said
     assert "SIGTERM: finishing this step and saving ..." in said
     assert read_log(tmp_path / "output/logs" / CHECKPOINTS)[-1]["event"] in ("saved", "removed")
 
