@@ -153,7 +153,7 @@ class TrainConfig(_Section):
     weight_decay: float = Field(0.01, ge=0)
     gradient_clip_norm: float = Field(1.0, gt=0)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    compile: bool = False
+    compile: bool | Literal["auto"] = "auto"  # auto: on a GPU, where the run is long enough to pay for it
     deterministic: bool = False
     seed: int = Field(1337, ge=0, lt=2**63)
     log_every: int = Field(10, ge=1)

@@ -213,12 +213,3 @@ def plain_defaults():
         torch.set_default_dtype(dtype)
         if device.type != "cpu":
             torch.set_default_device(device)
-
-
-def why_not_compiled(device: torch.device) -> str | None:
-    """Why torch.compile does not work here (slim images have no compiler), in a line; None when it does."""
-    try:
-        torch.compile(lambda x: x + 1, dynamic=False)(torch.zeros(8, device=device))
-    except Exception as error:  # each backend has errors of its own
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
-    return None

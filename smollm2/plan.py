@@ -45,6 +45,8 @@ PROBE_SECONDS = 4.0  # of measured steps, after two that warm up
 MINUTES = (10, 20, 60, 480)
 SHARE_PLANNED = 0.95  # of the time that is left: neighbours and disks are not always equally fast
 TOKENS_PER_PARAMETER = 1.5  # the presets of 10M and 30M parameters read 1.5 and 1.7
+# a quarter of an hour of a T4, a minute of an H100
+COMPILING_PAYS_FLOPS, COMPILING_PAYS_MINUTES = 1e16, 5
 DISK_BYTES_PER_SECOND = 150e6
 LAUNCH_SECONDS = 1e-5
 PACKED_BYTES_PER_SECOND = 0.7e6  # gzip -9 and xz together, on one core
@@ -177,9 +179,9 @@ def measure(config: RunConfig, device: torch.device, precision: Precision, secon
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         model = SmolLM2(config.model).to(device)
         ids = torch.randint(config.model.vocab_size, (micro, length + 1), device=device)
-    if train.compile:
+    if train.compile is True:
         model.compile_blocks()
-    optimizer = make_optimizer(model, train)
+    optimizer = make_optimizer(model, train, precision.autocast_dtype)
 
     def step() -> None:
         for _ in range(rows // micro):
@@ -206,6 +208,31 @@ def measure(config: RunConfig, device: torch.device, precision: Precision, secon
     peak = max(_peak_bytes(device) - before, 0)
     with torch.compiler.set_stance("force_eager"):
         return Speed(took, _seconds(score) / ids.numel(), _seconds(sample) / 8, peak)
+
+
+def compiling_pays(config: RunConfig) -> bool:
+    """Whether the run is long enough to win back the half minute or so that compiling takes."""
+    train, length = config.train, config.data.sequence_length
+    if train.minutes:
+        return train.minutes >= COMPILING_PAYS_MINUTES
+    tokens = (train.max_steps + train.continue_steps) * train.batch_size * length
+    return tokens * flops_per_token(config.model, length) >= COMPILING_PAYS_FLOPS
+
+
+def why_not_compiled(config: RunConfig, rows: int, device: torch.device, precision: Precision) -> str | None:
+    """Why torch.compile cannot make a block, forward and backward (slim images have no compiler), in a line;
+    None when it can. A trial with micro-batches of `rows`: what it makes serves the run."""
+    ids = torch.zeros(rows, config.data.sequence_length, dtype=torch.int64, device=device)
+    shape = {"vocab_size": 64, "num_hidden_layers": 1, "bos_token_id": 0, "eos_token_id": 0}
+    model = SmolLM2(config.model.model_copy(update=shape)).to(device)
+    try:
+        model.compile_blocks()
+        with autocast(precision, device):
+            loss = model.loss(ids, ids)
+        loss.backward()
+    except Exception as error:  # each backend has errors of its own
+        return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    return None
 
 
 def save_seconds(config: RunConfig) -> float:

@@ -37,7 +37,7 @@ from .model import SmolLM2
 from .optim import Schedule, moments_by_name
 from .origin import origin_name, published_base, whereabouts
 from .parameters import parameter_count, training_bytes
-from .plan import measure, save_seconds, steps_within
+from .plan import compiling_pays, measure, save_seconds, steps_within, why_not_compiled
 from .progress import Reporter
 from .saver import Saver, check_space
 from .settings import read_yaml
@@ -199,16 +199,13 @@ def _open(config: RunConfig, device: torch.device, reporter: Reporter, is_first:
     train, count = config.train, parameter_count(config.model)
     hardware.check_memory(config, device)
     precision = hardware.choose_precision(train.precision, device)
-    if train.compile and (reason := hardware.why_not_compiled(device)):
-        say(f"train.compile: not possible here, so training runs uncompiled ({reason})")
-        config = config.model_copy(update={"train": train.model_copy(update={"compile": False})})
     if is_first:
         if place.resume == "never":
             set_aside(output_dir, say)
         tidy(output_dir)
     context, theta = config.model.max_position_embeddings, config.model.rope_theta
     say(f"model: {config.preset}, {count:,} parameters, context {context:,}, RoPE theta {theta:,.0f}")
-    is_by_hand = device.type == "cpu" and not config.train.compile
+    is_by_hand = device.type == "cpu" and train.compile is not True
     kernels = "; blocks with a backward pass by hand (cpu_block.py)" if is_by_hand else ""
     say(f"device: {hardware.device_name(device)}; precision {precision.name}: {precision.reason}{kernels}")
     where, way_out = whereabouts(place)
@@ -229,6 +226,8 @@ def _open(config: RunConfig, device: torch.device, reporter: Reporter, is_first:
     if newest:
         check_unchanged(state, config, began_with, where, way_out)
     data = _prepare_data(config, text, tokenizer, newest, way_out, say)
+    config = _with_compile(config, newest, state, device, precision, say)
+    train = config.train
     if train.minutes:
         config = _with_steps(config, state, device, precision, data, is_first, began, say)
         train = config.train
@@ -356,6 +355,28 @@ def _prepare_data(
     tokens = f"{len(data.train.tokens):,} tokens to train on, {held_out} ({data.val.text_bytes:,} bytes)"
     say(f"data: {name}, {size:,} bytes; {tokens}")
     return data
+
+
+def _with_compile(
+    config: RunConfig, newest: Manifest | None, state: TrainState, device: torch.device,
+    precision: hardware.Precision, say: Say,
+) -> RunConfig:  # fmt: skip
+    """`train.compile` settled. A run that has begun stays as it was: other kernels are other bits."""
+    train, wanted = config.train, config.train.compile
+    if wanted == "auto":
+        wanted = device.type == "cuda" and compiling_pays(config)
+        if newest:
+            was = newest.facts.get("fingerprint", {}).get("compiled")
+            wanted = device.type == "cuda" and was == "true"
+        if device.type == "cuda":
+            why = "as it began" if newest else f"the run is {'long' if wanted else 'short'}"
+            say(f"train.compile auto: {'compiled' if wanted else 'not compiled'}, {why}")
+    rows = train.batch_size // (config.run.devices * config.run.num_nodes)
+    rows = min(state.micro_batch_size or rows, train.micro_batch_size or rows)
+    if wanted and (reason := why_not_compiled(config, rows, device, precision)):
+        say(f"train.compile: not possible here, so training runs uncompiled ({reason})")
+        wanted = False
+    return config.model_copy(update={"train": train.model_copy(update={"compile": wanted})})
 
 
 def _with_steps(

@@ -7,15 +7,19 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import Heard, earlier_cell
 
-from smollm2 import saver
+from smollm2 import load_config, saver
+from smollm2 import run as opening
 from smollm2.checkpoint import FINAL_NAMES, step_name, verify
+from smollm2.device import Precision
 from smollm2.logs import EPOCHS, SAMPLES, TRAINING
 from smollm2.progress import Reporter
+from smollm2.state import TrainState
 from smollm2.training import TrainingLoop, train
 from tests.soak import (
     SABOTAGES,
@@ -198,7 +202,7 @@ def test_every_training_step_runs_compiled_whatever_was_sampled_before_it(text, 
     config = config.model_copy(update={"model": config.model.model_copy(update={"num_hidden_layers": 9})})
     train(config, Reporter())
     assert len(graphs) == 1, "one graph serves all layers"
-    assert len(calls) == 3 * 9 and all(calls), "every layer of every step, and nothing else"
+    assert len(calls) == 1 + 3 * 9 and all(calls), "the trial, every layer of every step, and nothing else"
     torch._dynamo.reset()
 
 
@@ -217,6 +221,25 @@ def test_without_a_compiler_training_runs_uncompiled_and_says_so(text, tmp_path,
     monkeypatch.setattr(torch, "compile", no_compiler)
     assert train(small_config(text, tmp_path, max_steps=3, compile=True), heard := Heard()).step == 3
     assert any("training runs uncompiled (RuntimeError: No working C++" in line for line in heard.messages)
+
+
+@pytest.mark.parametrize("minutes, steps, was, compiles", [
+    (None, 10, None, False), (None, 10**9, None, True), (20.0, 10, None, True), (1.0, 10, None, False),
+    (None, 10, "true", True), (None, 10**9, "false", False),
+])  # fmt: skip
+def test_compile_auto_is_for_long_runs_on_a_gpu(minutes, steps, was, compiles, monkeypatch):
+    """A GPU that is not here: nothing is put on it. A run that has begun stays as it was."""
+    auto = load_config("smollm2-135m", **{"train.minutes": minutes, "train.max_steps": steps})
+    newest = SimpleNamespace(facts={"fingerprint": {"compiled": was}}) if was else None
+    fp16 = Precision("fp16", torch.float16, True, "")
+    for device, reason in (("cuda", None), ("cuda", "InductorError: no"), ("cpu", None)):
+        monkeypatch.setattr(opening, "why_not_compiled", lambda *args, reason=reason: reason)
+        heard = Heard()
+        found = opening._with_compile(auto, newest, TrainState(), torch.device(device), fp16, heard.message)
+        assert found.train.compile is (compiles and device == "cuda" and not reason)
+        told = [f"train.compile auto: {'' if compiles else 'not '}compiled"] * (device == "cuda")
+        told += ["train.compile: not possible here"] * (compiles and reason is not None)
+        assert [a.startswith(b) for a, b in zip(heard.messages, told, strict=True)] == [True] * len(told)
 
 
 @pytest.mark.slow
