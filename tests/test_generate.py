@@ -16,15 +16,9 @@ from conftest import earlier_cell, random_ids, tiny_model, transformers_twin
 from tiny_models import CHAT_TEMPLATE, instruct, save_folder, tiny_tokenizer
 from tiny_models import tiny_model as wide_model  # of 400 entries, as `tiny_tokenizer`
 
+from smollm2 import conversation
 from smollm2.checkpoint import commit
-from smollm2.conversation import (
-    Conversation,
-    chat_template,
-    render_chat,
-    special_tokens,
-    stop_ids,
-    tokenizer_config,
-)
+from smollm2.conversation import Conversation, render_chat, stop_ids
 from smollm2.errors import CheckpointError, UserError, run_command
 from smollm2.generate import main
 from smollm2.model import SmolLM2
@@ -203,7 +197,8 @@ def test_a_chat_reads_what_transformers_template_writes(chat_checkpoint, name, o
     messages += [{"role": "user", "content": "1+1?"}]
     theirs = PreTrainedTokenizerFast.from_pretrained(folder)
     expected = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    assert render_chat(chat_template(folder), messages, special_tokens(tokenizer_config(folder))) == expected
+    special = conversation.special_tokens(conversation.tokenizer_config(folder))
+    assert render_chat(conversation.chat_template(folder), messages, special) == expected
     talk = Conversation(wide_model(), Tokenizer.from_file(chat_checkpoint), folder, chat=True)
     talk.ask(messages[0]["content"])
     talk.messages.append({"role": "assistant", "content": "Hello"})

@@ -21,22 +21,8 @@ from smollm2.logs import EPOCHS, SAMPLES, TRAINING
 from smollm2.progress import Reporter
 from smollm2.state import TrainState
 from smollm2.training import TrainingLoop, train
-from tests.soak import (
-    SABOTAGES,
-    STATE_FILES,
-    Blackboard,
-    Soak,
-    caught,
-    compare,
-    log_events,
-    newest_verified_step,
-    outcome,
-    reference,
-    small_config,
-    soak_all,
-    start,
-    wait,
-)  # fmt: skip
+from tests import soak
+from tests.soak import compare, outcome, small_config
 
 FINAL, CONTINUED = FINAL_NAMES
 
@@ -56,11 +42,11 @@ def finished(text, tmp_path_factory) -> Path:
 
 
 def same_result(folder: Path, name: str, other: Path, other_name: str) -> None:
-    for file in (*STATE_FILES, "config.json", "tokenizer.json"):
+    for file in (*soak.STATE_FILES, "config.json", "tokenizer.json"):
         ours, theirs = folder / "checkpoints" / name / file, other / "checkpoints" / other_name / file
         assert ours.read_bytes() == theirs.read_bytes(), file
     for file in (TRAINING, SAMPLES, EPOCHS):
-        assert log_events(folder / "logs" / file) == log_events(other / "logs" / file), file
+        assert soak.log_events(folder / "logs" / file) == soak.log_events(other / "logs" / file), file
 
 
 def test_forty_steps_and_ten_more_equal_fifty_bit_for_bit(text, finished, tmp_path):
@@ -87,15 +73,18 @@ def test_every_checkpoint_opens_in_transformers_with_the_same_logits(finished):
 
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_killed_anywhere_a_run_ends_in_the_same_bits(text, tmp_path, accumulation):
-    undisturbed = reference(small_config(text, tmp_path / "undisturbed", accumulation), tmp_path / "log")
-    soak, config = Soak(tmp_path, seed=accumulation), small_config(text, tmp_path / "disturbed", accumulation)
-    assert soak.disturbed_run(config, undisturbed, max_kills=4, multi=accumulation == 4) >= 1
+    undisturbed = soak.reference(small_config(text, tmp_path / "undisturbed", accumulation), tmp_path / "log")
+    config, killer = (
+        small_config(text, tmp_path / "disturbed", accumulation),
+        soak.Soak(tmp_path, accumulation),
+    )
+    assert killer.disturbed_run(config, undisturbed, max_kills=4, multi=accumulation == 4) >= 1
 
 
 def killed_at(config, log: Path, trigger) -> None:
     """Run in a child in which `trigger()` has been called to plant a SIGKILL; it must have happened."""
-    pid = start(config, Blackboard(), log, drop_tokens=False, sabotage=trigger)
-    assert wait(pid) == -signal.SIGKILL, log.read_text()
+    pid = soak.start(config, soak.Blackboard(), log, drop_tokens=False, sabotage=trigger)
+    assert soak.wait(pid) == -signal.SIGKILL, log.read_text()
 
 
 def plant_kill(name_prefix: str, after: bool):
@@ -139,7 +128,7 @@ def test_killed_in_what_is_due_at_a_step_it_is_done_again_and_once(text, finishe
     config = fifty(text, tmp_path / "output")
     killed_at(config, tmp_path / "log", plant)
     # that of step 20 may still have been under way
-    assert newest_verified_step(tmp_path / "output") in (10, 20), "a step is saved when all due there is done"
+    assert soak.newest_verified_step(tmp_path / "output") in (10, 20), "saved when all due there is done"
     train(config, Reporter())
     same_result(tmp_path / "output", FINAL, finished, FINAL)
 
@@ -243,12 +232,12 @@ def test_compile_auto_is_for_long_runs_on_a_gpu(minutes, steps, was, compiles, m
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("broken", SABOTAGES)
+@pytest.mark.parametrize("broken", soak.SABOTAGES)
 def test_the_soak_notices_what_is_broken_on_purpose(text, tmp_path, broken):
-    undisturbed = reference(small_config(text, tmp_path / "undisturbed"), tmp_path / "log")
-    assert caught(broken, text, tmp_path, undisturbed)
+    undisturbed = soak.reference(small_config(text, tmp_path / "undisturbed"), tmp_path / "log")
+    assert soak.caught(broken, text, tmp_path, undisturbed)
 
 
 @pytest.mark.slow
 def test_thirty_kills_and_three_fresh_interpreters(text, tmp_path):
-    soak_all(tmp_path, text, kills=30, multi=2, fresh=3)
+    soak.soak_all(tmp_path, text, kills=30, multi=2, fresh=3)

@@ -44,9 +44,8 @@ def peaked():
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_20000_draws_follow_transformers_distribution(peaked, settings):
     model, prompt, logits = peaked
-    fresh = generate(
-        model, prompt.expand(DRAWS, -1), 1, seed=11, stop_ids=(), **{"temperature": 1.0} | settings
-    )
+    options = {"temperature": 1.0, "stop_ids": (), "seed": 11} | settings
+    fresh = generate(model, prompt.expand(DRAWS, -1), 1, **options)
     counts = torch.bincount(fresh[:, -1], minlength=logits.shape[-1])
     probabilities = warped(logits, **settings)[0]
     assert int((probabilities > 0).sum()) >= 3  # a distribution, not a single token
