@@ -80,7 +80,7 @@ class FastDecoder:
     @torch.inference_mode()
     @plain_defaults()
     def __init__(self, model: SmolLM2, dtype: str = "fp32", take: bool = False):
-        self.config, self.device = model.config, model.device
+        self.config, self.device, self.end_ids = model.config, model.device, model.end_ids
         self.heads = model.config.num_attention_heads, model.config.num_key_value_heads
         decoder, kind = model.model, WEIGHTS[dtype]
         # (context, 1, D/2): what RoPE turns together, i and i + D/2, becomes one complex number

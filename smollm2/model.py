@@ -229,6 +229,8 @@ class SmolLM2(nn.Module):
     def __init__(self, config: SmolLM2Config):
         super().__init__()
         self.config = config
+        # ids that end a text: a folder may name several
+        self.end_ids = () if config.eos_token_id is None else (config.eos_token_id,)
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -313,6 +315,7 @@ class SmolLM2(nn.Module):
         if config.tie_word_embeddings:  # two tensors again: each name was given memory of its own
             model.lm_head.weight = model.model.embed_tokens.weight
         model.model.reset_rope()
+        model.end_ids = weights.read_end_ids(folder)
         weights.load_weights(model, tensors, str(folder))
         return model.to(device=device, dtype=dtype).eval()
 
@@ -322,7 +325,7 @@ class SmolLM2(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         dtype = str(self.model.embed_tokens.weight.dtype).removeprefix("torch.")
-        for name, data in weights.model_files(self.config, dtype).items():
+        for name, data in weights.model_files(self.config, dtype, self.end_ids).items():
             write_durably(folder / name, data)
         tensors = {name: tensor.cpu().contiguous() for name, tensor in weights.stored_tensors(self).items()}
         write_tensors(folder / "model.safetensors", tensors)

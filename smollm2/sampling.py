@@ -67,7 +67,7 @@ def stream(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yields (tokens (B,), logits (B, V)) one position at a time, until every row has produced a stop token.
 
-    `options` are those of `SamplingOptions`; `stop_ids` defaults to the model's end-of-text token. When the
+    `options` are those of `SamplingOptions`; `stop_ids` defaults to all that end the model's texts. When the
     context is full, the older half of it is forgotten. Raises ValueError for options out of range.
     """
     asked = SamplingOptions(max_new_tokens=max_new_tokens, **options)
@@ -75,8 +75,7 @@ def stream(
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; expected (batch, time), time >= 1")
     filters = asked.model_dump(include={"temperature", "top_k", "top_p", "min_p"})
     config, device = model.config, model.device
-    if stop_ids is None:
-        stop_ids = () if config.eos_token_id is None else (config.eos_token_id,)
+    stop_ids = model.end_ids if stop_ids is None else stop_ids
     stops = torch.tensor(stop_ids, dtype=torch.long, device=device)
     generator = torch.Generator(device=device)
     generator.manual_seed(asked.seed) if asked.seed is not None else generator.seed()
@@ -166,7 +165,7 @@ def stream_continuation(
     model, tokenizer, ids: list[int], max_new_tokens: int = 128, stop_ids=None, **options
 ) -> Iterator[str]:
     """Continuation of token ids as text, piece by piece, up to (and without) a stop token."""
-    ends = (model.config.eos_token_id,) if stop_ids is None else stop_ids
+    ends = model.end_ids if stop_ids is None else stop_ids
     decoder = StreamDecoder(tokenizer, before=ids)
     for tokens, _ in stream(
         model, torch.tensor([ids], device=model.device), max_new_tokens, stop_ids, **options

@@ -15,10 +15,12 @@ import torch
 from conftest import earlier_cell, random_ids, tiny_model, transformers_twin
 from tiny_models import CHAT_TEMPLATE, instruct, save_folder, tiny_tokenizer
 from tiny_models import tiny_model as wide_model  # of 400 entries, as `tiny_tokenizer`
+from transformers import LlamaForCausalLM
 
 from smollm2 import conversation
 from smollm2.checkpoint import commit
 from smollm2.conversation import Conversation, render_chat, stop_ids
+from smollm2.decoding import fast_decoder
 from smollm2.errors import CheckpointError, UserError, run_command
 from smollm2.generate import main
 from smollm2.model import SmolLM2
@@ -68,6 +70,20 @@ def test_the_cache_changes_no_token(options, new, time):
     assert torch.equal(cached, model.generate(ids, max_new_tokens=new, use_cache=False, **options))
     assert cached.shape == (3, time + new) and torch.equal(cached[:, :time], ids) and not cached.requires_grad
     assert new == 1 or len(cached[:, time:].unique()) > 10  # or there was little to compare
+
+
+def test_every_end_that_a_folder_names_ends_a_text_and_is_kept(tmp_path):
+    """generation_config.json may name more of them than config.json, as that of an Instruct model."""
+    model = tiny_model(bos_token_id=1, eos_token_id=2)
+    ids = random_ids(model, batch=1, time=7)
+    model.end_ids = (2, model.generate(ids, 12)[0, 12].item())
+    model.save_pretrained(tmp_path)
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path)
+    expected = theirs.generate(ids, max_new_tokens=12, do_sample=False)
+    assert expected.shape[1] <= 7 + 6
+    ours = SmolLM2.from_pretrained(tmp_path)
+    assert torch.equal(ours.generate(ids, 12), expected) and ours.end_ids == model.end_ids
+    assert torch.equal(fast_decoder(ours)[0].generate(ids, 12), expected)
 
 
 def test_a_stream_comes_token_by_token_and_a_text_piece_by_piece():

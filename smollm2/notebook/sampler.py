@@ -71,7 +71,7 @@ class Sampler:
         asked = {"max_new_tokens": self.new_tokens.value, "seed": self.seed.value} | self.options()
         try:
             for token, logits in stream(self.model, self._ids(), **asked):
-                if int(token) == self.model.config.eos_token_id:
+                if int(token) in self.model.end_ids:
                     reason = "the model ended its text"
                     break
                 self.tokens.append((int(token), logits[0].float().softmax(-1)[token].item()))
