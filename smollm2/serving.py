@@ -188,6 +188,8 @@ def check(request: Request, auth: str | None) -> Refused | None:
     if "transfer-encoding" in headers or int(headers.get("content-length", 0)) > MAX_BODY_BYTES:
         return Refused(f"expected a body with a Content-Length of at most {MAX_BODY_BYTES // 1024} KiB", 413)
     # application/json makes a browser ask first before another site's page may post here
-    if request.method == "POST" and not headers.get("content-type", "").startswith("application/json"):
+    if request.method == "POST" and not headers.get("content-type", "").lower().startswith(
+        "application/json"
+    ):
         return Refused("expected Content-Type: application/json", 415)
     return None

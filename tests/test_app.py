@@ -24,7 +24,7 @@ from smollm2 import app, serving  # noqa: E402 - they need gradio
 from smollm2.pretrained import load_to_write  # noqa: E402
 from smollm2.sampling import complete  # noqa: E402
 
-JSON = {"content-type": "application/json"}
+JSON = {"content-type": "Application/JSON; charset=utf-8"}
 ASK = {"prompt": "The king", "max_new_tokens": 8, "temperature": 0.8, "seed": 1}
 
 
@@ -240,7 +240,7 @@ def test_the_page_starts_behind_a_proxy_and_whatever_others_left_behind(checkpoi
     (tmp_path / "gradio").touch()
     clean = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
     clean |= {name: value.replace("FOLDER", str(tmp_path)) for name, value in SURROUNDINGS.items()}
-    command = [sys.executable, "-m", "smollm2.app", "--checkpoint", str(checkpoint)]
+    command = [sys.executable, "-m", "smollm2.app", "--checkpoint", str(checkpoint), "--port", "0"]
     with subprocess.Popen(command, env=clean, stdout=subprocess.PIPE, text=True) as process:
         said = process.stdout.readline()
         process.kill()
