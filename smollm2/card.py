@@ -85,7 +85,7 @@ def model_card(
     state = recorded(folder)
     table = training_table(state, last_figures(folder, state.get("step")))
     word, sentence = licence(state, base)
-    dataset = state.get("text") or ""
+    dataset = str(state.get("text") or "")
     datasets = [dataset] if dataset.count("/") == 1 else None  # of a file only its name is kept
     header = ModelCardData(license=word, language="en", datasets=datasets, base_model=base).to_yaml()
     use = f'`llama-completion -m {gguf} -p "Once upon a time"` runs it in llama.cpp.\n\n' if gguf else ""

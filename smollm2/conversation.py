@@ -44,7 +44,10 @@ def chat_template(folder: Path) -> str | None:
     template = tokenizer_config(folder).get("chat_template")
     if isinstance(template, list):
         template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-    return (template.get("default") if isinstance(template, dict) else template) or None
+    template = template.get("default") if isinstance(template, dict) else template
+    if not isinstance(template, str | None):
+        raise CheckpointError(f"{folder}: the chat template is {template!r:.60}; expected a text")
+    return utf8(template, f"{folder}: the chat template") if template else None
 
 
 def render_chat(

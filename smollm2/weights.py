@@ -68,7 +68,7 @@ def read_end_ids(folder: Path) -> tuple[int, ...]:
         found += ids if isinstance(ids, list) else [ids]
     if not all(i is None or type(i) is int for i in found):
         raise CheckpointError(f"{folder}: eos_token_id is {found}; expected a number or a list of them")
-    return tuple(dict.fromkeys(i for i in found if i is not None and i >= 0))  # -1 says none
+    return tuple(dict.fromkeys(i for i in found if i is not None and 0 <= i < 2**63))  # -1 says none
 
 
 def read_weights(folder: Path, config: SmolLM2Config) -> dict[str, torch.Tensor]:

@@ -234,6 +234,13 @@ def test_a_hostile_chat_template_is_an_error_and_not_code(template, tmp_path, mo
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("template", [5, True, "\ud800", {"default": [1]}])
+def test_a_chat_template_is_a_text(template, tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    with pytest.raises(UserError, match="the chat template"):
+        chat_template(tmp_path)
+
+
 @pytest.mark.parametrize("template", ["", "{# nothing #}"])
 def test_a_chat_template_that_writes_nothing_is_one_line(chat_checkpoint, say, template, tmp_path):
     folder = shutil.copytree(chat_checkpoint, tmp_path / "copy")
