@@ -98,15 +98,21 @@ def modelfile(weights: str, tokenizer: Tokenizer, ends: tuple, fields: dict) -> 
     return "\n".join(lines) + "\n"
 
 
+def facts_of(file: Path) -> dict[str, Any]:
+    """As a receipt has them."""
+    return {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+
+
 def check_out(out: Path, source: Path) -> None:
     """`--out` must be new, empty, or an earlier export, nothing added or changed; raises `ConfigError`."""
     if out.is_relative_to(source.resolve()):
         raise ConfigError(f"--out {out}: lies inside the checkpoint {source}; expected a folder of its own")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}: {kind_of(out)}; expected a folder that is new or empty")
-    ours = recorded(out, RECEIPT).get("files") or {}
+    ours = recorded(out, RECEIPT).get("files")
+    ours = ours if isinstance(ours, dict) else {}
     there = [path for path in sorted(out.glob("*")) if path.name != RECEIPT or not ours]
-    foreign = [p.name for p in there if p.name not in ours or sha256_file(p) != ours[p.name]["sha256"]]
+    foreign = [p.name for p in there if p.name not in ours or ours[p.name] != facts_of(p)]
     if foreign:  # a card that somebody has edited is theirs, too
         raise ConfigError(f"--out {out}: {foreign[0]} is no unchanged part of an export; name a new folder")
 

@@ -161,6 +161,14 @@ def test_a_foreign_folder_is_never_overwritten(checkpoint, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("files", [["a.txt"], {"a.txt": 5}, {"a.txt": {}}, "a.txt", 5])
+def test_a_receipt_of_another_program_makes_no_folder_ours(checkpoint, tmp_path, files):
+    (tmp_path / "a.txt").write_text("mine")
+    (tmp_path / "export.json").write_text(json.dumps({"files": files}))
+    with pytest.raises(ConfigError, match="is no unchanged part of an export"):
+        export(checkpoint, tmp_path)
+
+
 def test_a_failed_export_leaves_the_earlier_one_and_no_leftovers(checkpoint, tmp_path, monkeypatch):
     out = export(checkpoint, tmp_path / "out")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
