@@ -147,21 +147,25 @@ def resources(device) -> dict[str, object]:
     import psutil
     import torch
 
-    facts = {"rss_bytes": psutil.Process().memory_info().rss, "load_1min": round(psutil.getloadavg()[0], 2)}
-    if device.type != "cuda":
-        return {"device": "cpu", "note": "no GPU: process memory and load"} | facts
-    free, total = torch.cuda.mem_get_info(device)
-    facts |= {
-        "device": torch.cuda.get_device_name(device),
-        "allocated_bytes": torch.cuda.memory_allocated(device),
-        "peak_allocated_bytes": torch.cuda.max_memory_allocated(device),
-        "reserved_bytes": torch.cuda.memory_reserved(device),
-        "device_used_bytes": total - free,
+    metrics = {
+        "rss_bytes": lambda: psutil.Process().memory_info().rss,
+        "load_1min": lambda: round(psutil.getloadavg()[0], 2),
     }
-    metrics = {"utilization_percent": torch.cuda.utilization, "power_milliwatts": torch.cuda.power_draw}
+    facts = {"device": "cpu", "note": "no GPU: process memory and load"}
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        facts = {
+            "device": torch.cuda.get_device_name(device),
+            "allocated_bytes": torch.cuda.memory_allocated(device),
+            "peak_allocated_bytes": torch.cuda.max_memory_allocated(device),
+            "reserved_bytes": torch.cuda.memory_reserved(device),
+            "device_used_bytes": total - free,
+        }
+        metrics["utilization_percent"] = lambda: torch.cuda.utilization(device)
+        metrics["power_milliwatts"] = lambda: torch.cuda.power_draw(device)
     for name, read in metrics.items():
         try:
-            facts[name] = read(device)
+            facts[name] = read()
         except Exception as error:  # NVML has types of its own; what cannot be read must not end a run
             facts[name] = f"n/a ({type(error).__name__})"
     return facts

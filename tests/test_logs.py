@@ -2,8 +2,10 @@
 
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+import torch
 
 from smollm2 import logs, train
 from smollm2.progress import Reporter
@@ -96,3 +98,12 @@ def test_words_with_blanks_and_quotes_come_back(tmp_path):
     text.write(logs.SAMPLES, 5, prompt="Once upon a time", text=said)
     (event,) = logs.read_log(tmp_path / logs.SAMPLES)
     assert event["text"] == said and event["prompt"] == "Once upon a time"
+
+
+def test_a_figure_that_the_system_does_not_tell_ends_no_run(monkeypatch):
+    """Python's load average raises OSError in some containers; psutil meets closed doors in /proc."""
+    closed = Mock(side_effect=OSError("Load averages are unobtainable"))
+    monkeypatch.setattr("psutil.getloadavg", closed)
+    assert logs.resources(torch.device("cpu"))["load_1min"] == "n/a (OSError)"
+    monkeypatch.setattr("psutil.Process", closed)
+    assert logs.resources(torch.device("cpu"))["rss_bytes"] == "n/a (OSError)"
