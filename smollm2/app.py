@@ -127,9 +127,10 @@ def launch(checkpoint: str, port: int | None = None, share=False, auth: str | No
         try:
             _, local, public = page.launch(
                 server_name="127.0.0.1", server_port=port or None, share=share, prevent_thread_lock=True,
-                quiet=True, max_threads=8, state_session_capacity=256, enable_monitoring=False, run_history=False,
-                ssr_mode=False, mcp_server=False, num_workers=0, root_path="", footer_links=[],
-                theme=gr.themes.Monochrome(font="system-ui"), app_kwargs=app_options(models, header),
+                quiet=True, max_threads=8, state_session_capacity=256, enable_monitoring=False,
+                run_history=False, ssr_mode=False, mcp_server=False, num_workers=0, root_path="",
+                footer_links=[], theme=gr.themes.Monochrome(font="system-ui"),
+                app_kwargs=app_options(models, header),
             )  # fmt: skip
         except (OSError, OverflowError) as error:
             raise ConfigError(f"--port {port}: {error}") from None
