@@ -26,6 +26,7 @@ FIELDS = {  # "train.learning_rate" and so on
     for name, field in RunConfig.model_fields[section].annotation.model_fields.items()
 }
 DOTTED = {name.partition(".")[2]: name for name in FIELDS}  # the leaf alone is enough: no two are alike
+EITHER = (("train.minutes", "train.max_steps"), ("data.chat_file", "data.dataset", "data.input_file"))
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -114,11 +115,14 @@ def load_config(
         for section, values in (base | fields | {"preset": named[0]}).items()
     }
     given = [parse_override(text) for text in overrides] + [(k, v) for k, v in flags.items() if v is not None]
-    asked = dict(given)
-    if asked.get("train.minutes") and "train.max_steps" in asked:
-        raise ConfigError("--minutes and --max_steps: give one; the minutes choose the steps")
-    if "train.max_steps" in asked:  # else minutes of a file would choose the steps all the same
-        given.append(("train.minutes", None))
+    for either in EITHER:
+        named = [key for key, value in given if value is not None]
+        asked = [key for key in either if key in named]
+        if len(asked) > 1:
+            words = " and ".join(f"--{key.partition('.')[2]}" for key in asked)
+            raise ConfigError(f"{words}: give one, for only one would count")
+        if asked:  # else the other one of a file would count all the same
+            given += [(key, None) for key in either if key not in asked and FIELDS[key].default is None]
     for key, value in given:
         section, leaf = key.split(".")
         if isinstance(fields.setdefault(section, {}), dict):  # else pydantic says what it expected there

@@ -44,13 +44,23 @@ def test_precedence_is_preset_then_file_then_set_then_flag(config_file):
         assert (config.preset, config.model) == (plain, load_config(plain).model)
 
 
-def test_the_last_of_steps_and_minutes_counts_and_both_at_once_are_refused(config_file):
+def test_steps_or_minutes_count_and_it_is_the_last_that_was_asked_for(config_file):
     path = config_file("train: {minutes: 5}\n")
     assert load_config("nano", path).train.minutes == 5
     assert load_config("nano", path, ["max_steps=7"]).train.minutes is None
     assert load_config("nano", path, **{"train.max_steps": 7}).train.minutes is None
-    with pytest.raises(ConfigError, match="give one"):
+    with pytest.raises(ConfigError, match="--minutes and --max_steps: give one"):
         load_config("nano", None, ["minutes=5"], **{"train.max_steps": 7})
+
+
+def test_one_text_is_read_and_it_is_the_last_that_was_asked_for(config_file):
+    path = config_file("data: {dataset: texts}\n")
+    data = load_config("nano", path, **{"data.input_file": "a.txt"}).data
+    assert (data.input_file, data.dataset) == ("a.txt", None)
+    assert load_config("nano", path, ["chat_file=a.jsonl"]).data.dataset is None
+    assert load_config("nano", path, ["input_file=a", "input_file=b"]).data.input_file == "b"
+    with pytest.raises(ConfigError, match="--dataset and --input_file: give one"):
+        load_config("nano", None, ["dataset=texts"], **{"data.input_file": "a.txt"})
 
 
 def test_what_a_run_wrote_gives_the_same_configuration_again(config_file):
@@ -119,8 +129,8 @@ def test_a_path_means_what_it_means_in_a_shell_wherever_it_is_written(config_fil
     by_set = load_config("nano", None, ["output_dir=~/runs"])
     by_flag = load_config("nano", **{"run.output_dir": "~/runs"})
     assert in_file == by_set == by_flag and by_flag.run.output_dir == "/home/x/runs"
-    places = ("input_file", "dataset", "tokenizer", "init_from", "drive_dir")
-    assert str(load_config("nano", None, [f"{key}=~/x" for key in places])).count("'/home/x/x'") == 5
+    for key in ("input_file", "dataset", "chat_file", "tokenizer", "init_from", "drive_dir"):
+        assert str(load_config("nano", None, [f"{key}=~/x"])).count("'/home/x/x'") == 1
 
 
 def test_the_released_config_json_is_read_and_its_theta_kept(test_data):
