@@ -238,7 +238,7 @@ def test_a_hostile_chat_template_is_an_error_and_not_code(template, tmp_path, mo
 def test_a_chat_template_is_a_text(template, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     with pytest.raises(UserError, match="the chat template"):
-        chat_template(tmp_path)
+        conversation.chat_template(tmp_path)
 
 
 @pytest.mark.parametrize("template", ["", "{# nothing #}"])
