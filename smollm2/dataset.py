@@ -428,7 +428,9 @@ def _parquet_rows(raw: BinaryIO, start: int, column: str | None) -> Iterator[dic
 def _csv_rows(lines: io.TextIOBase, kind: str) -> Iterator[dict]:
     csv.field_size_limit(2**31 - 1)  # a cell is a document; more is no C long on Windows
     first = next(lines, "")
-    delimiter = "\t" if kind == "tsv" else max(",;\t", key=first.count)  # spreadsheets choose by language
+    delimiter = (
+        "\t" if kind == "tsv" else next((c for c in ",;\t" if c in first), ",")
+    )  # by the spreadsheet's language
     rows = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
     header = next(rows, [])
     if len(set(header)) < len(header):
@@ -474,7 +476,8 @@ def _choose(rows: list[dict], wanted: str | None) -> str:
     column = wanted or ("text" if "text" in names else strings[0] if len(strings) == 1 else "content")
     if rows and column not in names:
         advice = "choose one with --set data.dataset_column=NAME"
-        raise DataError(f"no text column {column!r}; it has {', '.join(names)}: {advice}")
+        some = ", ".join(names[:20]) + " ..." * (len(names) > 20)
+        raise DataError(f"no text column {column!r}; it has {some}: {advice}")
     return column
 
 

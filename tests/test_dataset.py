@@ -156,10 +156,27 @@ def test_rows_of_a_table_are_documents_and_empty_ones_are_none(place):
     texts = ("one\ntwo", None, " ", "three\n", "fo\0ur", "half \ud800")
     write(place / "in", {"a.jsonl": jsonl(*({"text": t} for t in texts))})
     write(place / "in", {"b.csv": 'text,label\nfive,1\n,2\n"six, ""6""\n7",3\n'})
-    write(place / "in", {"c.csv": "id;text\n1;a, b\n2;\n", "d.jsonl": '{"text": NaN}\n{"text": "last"}'})
+    write(
+        place / "in",
+        {
+            "c.csv": "id;text\n1;a, b\n2;\n",
+            "e.csv": 'text,"a;b;c"\n"d;",1\n',
+            "d.jsonl": '{"text": NaN}\n{"text": "last"}',
+        },
+    )
     found, said = read()
-    expected = ["one\ntwo\n", "three\n", "four\n", "half ?\n", "five\n", 'six, "6"\n7\n', "a, b\n", "last\n"]
-    assert found == sorted(expected) and "read 8 documents" in said
+    expected = [
+        "one\ntwo\n",
+        "three\n",
+        "four\n",
+        "half ?\n",
+        "five\n",
+        'six, "6"\n7\n',
+        "a, b\n",
+        "d;\n",
+        "last\n",
+    ]
+    assert found == sorted(expected) and "read 9 documents" in said
 
 
 COLUMNS = [
@@ -168,6 +185,7 @@ COLUMNS = [
     (None, [{"meta": {"lang": {"code": "a"}}, "n": 1}], "a\n"), ("body", [{"text": "a"}], "no text column 'body'; it has text"),
     (None, [{"title": "t", "body": "a"}], "no text column 'content'; it has title, body: choose one with --set"),
     (None, [{"id": "x", "t": {"de": "a", "en": "b"}}], "it has id, t.de, t.en"),
+    (None, [{f"c{n}": "x" for n in range(99)}], r"it has c0, [^:]*c19 \.\.\.: choose"),
 ]  # fmt: skip
 
 
