@@ -57,17 +57,19 @@ class Schedule:
 def orthogonalized(stack: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """(n, rows, columns) fp32 -> about U V^T of each matrix's U S V^T, in `dtype`, by Newton-Schulz rounds.
 
-    Of the wider form: the products are (rows, rows) for the smaller side. Normalised in fp32 first, so that
-    fp16 neither overflows nor loses the small matrices.
+    Never transposed, which would cost a CPU two passes: the products with the Gram matrix, of the smaller
+    side, stand on that side. Normalised in fp32 first, so that fp16 neither overflows nor loses the small
+    matrices.
     """
     is_tall = stack.shape[1] > stack.shape[2]
-    x = stack.mT if is_tall else stack
-    x = (x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-20)).to(dtype)  # singular values of at most 1
+    # singular values of at most 1
+    x = (stack / stack.norm(dim=(1, 2), keepdim=True).clamp_min(1e-20)).to(dtype)
     a, b, c = NEWTON_SCHULZ
     for _ in range(ROUNDS):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if is_tall else x
+        gram = x.mT @ x if is_tall else x @ x.mT
+        powers = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, *((x, powers) if is_tall else (powers, x)), beta=a)
+    return x
 
 
 class MuonAdamW(torch.optim.Optimizer):
