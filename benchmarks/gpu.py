@@ -42,16 +42,16 @@ class Item(NamedTuple):
     least: float  # seconds without which it is not begun
 
 
-ITEMS = {
+ITEMS = {  # what a loan that ends early must have shown comes first; all caps together are more than a call
     "machine": Item(gpu_network.machine, 25, 5),
+    "run": Item(gpu_training.run, 60, 25),
+    "speed": Item(gpu_network.speed, 190, 30),
+    "decoding": Item(gpu_network.decoding, 60, 15),
     "exactness": Item(gpu_network.exactness, 45, 15),
-    "speed": Item(gpu_network.speed, 140, 30),
+    "resume": Item(gpu_training.resume, 90, 30),
+    "t4": Item(gpu_training.t4, 80, 25),
     "update": Item(gpu_network.update, 20, 10),
     "profile": Item(gpu_network.profile, 30, 15),
-    "t4": Item(gpu_training.t4, 75, 25),
-    "resume": Item(gpu_training.resume, 90, 30),
-    "decoding": Item(gpu_network.decoding, 60, 15),
-    "run": Item(gpu_training.run, 50, 25),
     "long": Item(gpu_training.long, 210, 120),
 }
 

@@ -18,6 +18,7 @@ import torch
 
 from smollm2 import SmolLM2, load_config, train
 from smollm2.device import choose_device
+from smollm2.plan import plan
 from smollm2.progress import Reporter
 
 from .contenders import OURS, train_step
@@ -38,6 +39,10 @@ class Watcher(Reporter):
         self.steps: list[tuple[int, float, float]] = []  # step, loss, when
         self.saves: list[tuple[int, float]] = []
         self.scores: list[tuple[int, float]] = []  # step, bits per byte
+        self.messages: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
 
     def step(self, step: int, loss: float, learning_rate: float, tokens_per_second: float) -> None:
         now = time.monotonic()
@@ -124,16 +129,18 @@ def t4(bench: Bench) -> None:
     if all(half.values()):
         difference = half["fp16"] - half["bf16"]
         bench.record("t4", "fp16 beside bf16", difference=difference, within_0_02=abs(difference) < 0.02)
+    bench.case("t4", "fp16, Muon", bench.child, t4_run, "fp16", "muon", needs=12)
     bench.case("t4", "a scale of 2^30", bench.child, scale_run, needs=10)
     bench.case("t4", "more rows than fit", bench.child, halving_run, needs=10)
 
 
-def t4_run(bench: Bench, precision: str) -> dict:
+def t4_run(bench: Bench, precision: str, optimizer: str = "adamw") -> dict:
     if precision == "fp16":  # bf16 is the measure: it runs as this card would run it
         become_a_t4()
     watcher = Watcher()
-    folder = bench.folder / f"t4-{precision}"
-    train(config_of(bench, folder, bench.scale.run, 40, precision=precision, learning_rate=1e-3), watcher)
+    folder = bench.folder / f"t4-{precision}-{optimizer}"
+    settings = {"precision": precision, "optimizer": optimizer, "learning_rate": 1e-3}
+    train(config_of(bench, folder, bench.scale.run, 40, **settings), watcher)
     losses = [loss for _, loss, _ in watcher.steps]
     facts = {"first_loss": losses[0], "last_losses_mean": statistics.fmean(losses[-10:])}
     if torch.cuda.is_initialized():
@@ -211,6 +218,7 @@ def resume_run(bench: Bench, folder: Path, settings: dict, halves: bool, kill_at
 
 def run(bench: Bench) -> None:
     bench.case("run", "default", bench.child, default_run, needs=15)
+    bench.case("run", "plan", bench.child, plan_run, needs=10)
     bench.case("run", "loop and saves", bench.child, loop_run, needs=15)
 
 
@@ -229,7 +237,13 @@ def default_run(bench: Bench) -> dict:
         "tokens_per_second": result.tokens_per_second,
         "run_seconds": result.seconds,
         "scores": watcher.scores,
+        "messages": watcher.messages,
     }
+
+
+def plan_run(bench: Bench) -> dict:
+    """What `python -m smollm2.plan` foretells, and what its trial takes."""
+    return plan(load_config(bench.scale.preset, **bench.scale.settings, **{"data.input_file": bench.text}))
 
 
 def loop_run(bench: Bench) -> dict:
