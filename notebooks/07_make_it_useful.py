@@ -379,7 +379,7 @@ plots.show(fig, alt + f"{after.loss:.2f} nats a token in {result.step} steps.")
 # **✎ Exercise**: what did the lesson cost? Score both models on the held-out part of `input.txt`, as in notebook 6:
 # `from smollm2.evaluate import score_file`, then `score_file(model, tokenizer, TEXT, "val", block_length=128)`, and the same for `tuned`.
 #
-# <details><summary>Solution</summary>After the short questions a small model needs far more bits per byte than before (2.4 became 6.4 in one trial): nothing in them reminds it of a story.
+# <details><summary>Solution</summary>After the short questions a small model needs far more bits per byte than before (1.88 became 5.84 in one trial): nothing in them reminds it of a story.
 # This is called **catastrophic forgetting**. A lower rate, fewer steps, or a share of the old text among the new keep more of it.</details>
 
 # %% [markdown] id="beside"
@@ -471,7 +471,8 @@ plots.show(fig, alt + f"'{dearest}' costs most.")
 #
 # **✎ Exercise**: ask *What comes after 1000?* or *What is 50 plus 3?* No such number was in its questions. Is it right? And what does that tell about what was learned?
 #
-# <details><summary>Solution</summary>Mostly wrong, and in the right form: in one trial *After 100 comes 101* and *5 plus 5 is 3*. A few hundred steps teach a form and cases near those seen, not arithmetic.
+# <details><summary>Solution</summary>Mostly wrong, and in the right form: in one trial *50 plus 3 is 30*. Of 200 held-out questions it then had 58 of 70 comparisons right, 41 of 52 next
+# numbers, and 8 of 78 sums. A few hundred steps teach a form and cases near those seen, not arithmetic.
 # The form is cheap to learn; knowledge comes from what the base model read.</details>
 
 # %% id="chat" tags=["widget"]
