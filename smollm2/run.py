@@ -320,11 +320,19 @@ def _with_token_ids(config: RunConfig, tokenizer: Tokenizer, text: Text) -> RunC
     """One source for each id: what documents begin and end with is what config.json, generation and exports
     say.
 
-    Ids that were given (by `init_from`, a file or `--set`) count, where they are entries that can end a
-    document.
+    Ids that were given count, where they are entries that can begin or end a document. Those of `init_from`
+    may be others; what a file or `--set` names must be such, or `ConfigError` is raised.
     """
     model = config.model
     given = model.model_dump(include={"bos_token_id", "eos_token_id"} & model.model_fields_set)
+    is_usable = {"bos_token_id": tokenizer.token, "eos_token_id": lambda i: tokenizer.end_id(i) == i}
+    for key, i in [*given.items()]:
+        if i is None or is_usable[key](i):
+            continue
+        if config.run.init_from is None:
+            found = f"model.{key}={i} is {tokenizer.token(i)!r} in this tokenizer"
+            raise ConfigError(f"{found}; expected the id of a special token")
+        del given[key]
     end = tokenizer.end_id(given.get("eos_token_id"))
     if isinstance(text, ChatFile):
         _, end = text.template_and_end(tokenizer, given.get("eos_token_id"))

@@ -254,6 +254,8 @@ BAD_COMMANDS = {
     "tokenizer": ["--tokenizer 'a\0b'", "--tokenizer 'a folder'"],
     "400 entries|vocab_size": ["--tokenizer large.json"],
     "nobody/nothing": ["--tokenizer nobody/nothing", "train --config tiny.yaml --dataset nobody/nothing"],
+    "eos_token_id=70 is|special token": ["--set eos_token_id=70"],
+    "bos_token_id=5000 is None|special token": ["--set bos_token_id=5000"],
     "--dataset and --input_file: give one": ["--dataset nobody/nothing"],
     "training tokens, but one row needs 17": ["--input_file short.txt"],
     "missing|no such file": ["--set run.init_from=./missing", "GENERATE --checkpoint missing"],
