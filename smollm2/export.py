@@ -22,7 +22,7 @@ from .conversation import chat_template, render_chat, special_tokens
 from .errors import ArgumentParser, CheckpointError, ConfigError, OutputLost, run_command
 from .files import commit_folder, dump_json, kind_of, sha256_file, write_tensors
 from .gguf_file import GGUF_TYPES, write_gguf
-from .origin import published_base, recorded
+from .origin import origin_name, published_base, recorded
 from .signals import loading
 from .tokenizer import Tokenizer
 from .weights import model_files, read_end_ids, read_weights, resolve, stored_tensors
@@ -143,7 +143,7 @@ def export(
     rounded = {
         name: tensor.to(getattr(torch, DTYPES[dtype])).contiguous() for name, tensor in tensors.items()
     }
-    title = folder.name.removesuffix(".ckpt") if os.path.exists(checkpoint) else str(checkpoint)
+    title = origin_name(checkpoint).removesuffix(".ckpt")
     base, gguf_file = published_base(checkpoint, folder), f"model-{gguf}.gguf" if gguf else None
     card = model_card(title, folder, config, sum(p.numel() for p in tensors.values()), dtype, gguf_file, base)
     files = model_files(config, DTYPES[dtype], ends)

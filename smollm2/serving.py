@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import os
 import re
 import time
 from collections.abc import AsyncIterator
@@ -84,7 +85,7 @@ class Models:
 
     def __init__(self, folder: Path, name: str | None = None, dtype: str = "auto"):
         """`name` is what the folder is called where its own name says nothing."""
-        self.dtype, self.why = dtype, ""
+        self.dtype, self.why, folder = dtype, "", Path(os.path.abspath(folder))  # "." has no name
         self.default = name or folder.name
         self.folders = {self.default: folder} | {path.name: path for path in candidates(folder.parent)}
         self.waiting = 0  # requests in line, the one that is being written included

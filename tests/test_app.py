@@ -116,6 +116,11 @@ def test_only_the_runs_own_checkpoints_can_be_chosen(page, client):
         assert answer.status_code == 404 and "not one of step-" in answer.json()["error"]
 
 
+def test_a_folder_that_is_current_has_its_name_and_its_neighbours(page, checkpoint, monkeypatch):
+    monkeypatch.chdir(checkpoint)
+    assert [*serving.Models(Path(".")).folders] == [*page.models.folders]
+
+
 @pytest.mark.parametrize(
     "fields",
     [

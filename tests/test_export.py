@@ -138,6 +138,11 @@ def test_a_llama_tokenizer_keeps_its_special_tokens_and_its_size(tmp_path):
     assert 'PARAMETER stop "<end>"' in (out / "Modelfile").read_text()
 
 
+def test_the_card_of_a_folder_that_is_current_has_its_name(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(checkpoint)
+    assert f"\n# {checkpoint.stem}\n" in (export(".", tmp_path / "out") / "README.md").read_text()
+
+
 def test_a_foreign_folder_is_never_overwritten(checkpoint, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
