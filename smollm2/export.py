@@ -107,6 +107,8 @@ def check_out(out: Path, source: Path) -> None:
     """`--out` must be new, empty, or an earlier export, nothing added or changed; raises `ConfigError`."""
     if out.is_relative_to(source.resolve()):
         raise ConfigError(f"--out {out}: lies inside the checkpoint {source}; expected a folder of its own")
+    if Path.cwd().is_relative_to(out):  # whoever stands in it would see the old folder, not the new one
+        raise ConfigError(f"--out {out}: is the current folder; expected another one")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}: {kind_of(out)}; expected a folder that is new or empty")
     ours = recorded(out, RECEIPT).get("files")

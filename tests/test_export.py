@@ -143,6 +143,13 @@ def test_the_card_of_a_folder_that_is_current_has_its_name(checkpoint, tmp_path,
     assert f"\n# {checkpoint.stem}\n" in (export(".", tmp_path / "out") / "README.md").read_text()
 
 
+def test_the_current_folder_is_not_replaced_under_ones_feet(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="is the current folder; expected another one"):
+        export(checkpoint, ".")
+    assert export(checkpoint, "out").is_dir()
+
+
 def test_a_foreign_folder_is_never_overwritten(checkpoint, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
