@@ -29,6 +29,9 @@ REVISIONS = {
     "HuggingFaceTB/SmolLM2-1.7B-Instruct": "31b70e2e869a7173562077fd711b654946d38674",
 }
 STEERING = ("HF_ENDPOINT", "HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
+for name in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"):
+    if not os.environ.get(name, "1").isdecimal():  # the library's import fails on "" and on 2.5
+        del os.environ[name]
 
 
 class HubUnreachable(UserError):

@@ -136,3 +136,14 @@ def test_a_run_ends_beside_the_hubs_model_and_without_it_where_the_hub_stalls(
     )
     fake_hub.behaviour = "serve"
     assert re.search(r"^model  .* on the same [0-9,]+ bytes, where this run has", end("served"), re.M)
+
+
+def test_a_time_out_that_is_no_whole_number_keeps_nothing_from_starting(environment):
+    environment |= {"HF_HUB_ETAG_TIMEOUT": "", "HF_HUB_DOWNLOAD_TIMEOUT": "2.5"}
+    code = (
+        "from smollm2 import hub; from huggingface_hub import constants; print(constants.HF_HUB_ETAG_TIMEOUT)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout == "10\n", done.stderr
