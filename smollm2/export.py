@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
     out = export(args.checkpoint, args.out, args.dtype, args.gguf)
     files = (f"{path.name} {path.stat().st_size:,} bytes" for path in sorted(out.iterdir()))
     print(f"{out}: {', '.join(files)}")
-    print(f"to publish it: hf upload OWNER/NAME {out}")
+    print(f"to publish it: hf upload OWNER/NAME {shlex.quote(str(out))}")
     return 0
 
 

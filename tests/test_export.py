@@ -150,8 +150,8 @@ def test_the_current_folder_is_not_replaced_under_ones_feet(checkpoint, tmp_path
     assert export(checkpoint, "out").is_dir()
 
 
-def test_a_foreign_folder_is_never_overwritten(checkpoint, tmp_path):
-    out = tmp_path / "out"
+def test_a_foreign_folder_is_never_overwritten(checkpoint, tmp_path, capsys):
+    out = tmp_path / "out of it #2"
     out.mkdir()
     for foreign in ("thesis.txt", "export.json"):
         (out / foreign).write_text("{}")
@@ -161,6 +161,7 @@ def test_a_foreign_folder_is_never_overwritten(checkpoint, tmp_path):
     export(checkpoint, out)  # empty: fine
     first = (out / "export.json").read_bytes()
     assert main(["--checkpoint", str(checkpoint), "--out", str(out)]) == 0  # replaced, with equal bytes
+    assert f"hf upload OWNER/NAME '{out}'\n" in capsys.readouterr().out  # as a shell reads it
     assert (out / "export.json").read_bytes() == first
     for foreign in ("notes.txt", "README.md"):  # added, and edited
         (out / foreign).write_text("mine")
