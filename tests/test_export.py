@@ -171,7 +171,7 @@ def test_a_foreign_folder_is_never_overwritten(checkpoint, tmp_path, capsys):
         (out / foreign).unlink()
     with pytest.raises(ConfigError, match="inside the checkpoint"):
         export(checkpoint, checkpoint / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
 
 
 @pytest.mark.parametrize("files", [["a.txt"], {"a.txt": 5}, {"a.txt": {}}, "a.txt", 5])
