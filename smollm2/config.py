@@ -138,8 +138,9 @@ class TrainConfig(_Section):
 
     max_steps: int = Field(1000, ge=1, le=10**9)  # optimizer steps of the first phase
     continue_steps: int = Field(0, ge=0, le=10**9)  # of the second, resumed from the first's checkpoint
-    minutes: float | None = Field(None, gt=0)  # instead of max_steps: what fits, measured when the run begins
-    stop_after: float | None = Field(None, gt=0)  # minutes: saved by then, whatever step that is
+    # instead of max_steps: what fits, measured when the run begins
+    minutes: float | None = Field(None, gt=0, le=10**6)
+    stop_after: float | None = Field(None, gt=0, le=10**6)  # minutes: saved by then, whatever step that is
     batch_size: int = Field(16, ge=1, le=2**20)  # rows of one optimizer step, over all devices
     micro_batch_size: int | None = Field(None, ge=1)  # rows of one forward pass; halved without memory
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, AdamW for the rest

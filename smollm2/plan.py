@@ -355,7 +355,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = ArgumentParser("python -m smollm2.plan", description="What a run needs and what its minutes buy")
     parser.add_argument("--preset", default="auto", help="as in colab_train.py")
     parser.add_argument("--minutes", type=float, help="this many, instead of 10, 20, 60 and 480")
-    parser.add_argument("--input_file", default="input.txt", help="text to count passes over")
+    parser.add_argument("--input_file", help="text to count passes over (default input.txt)")
     parser.add_argument(
         "--gpu", choices=sorted(GPUS), help="a card that is not here: estimated, not measured"
     )
@@ -363,10 +363,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object")
     args = parser.parse_args(argv)
     asked = "smollm2-135m" if args.gpu and args.preset == "auto" else args.preset
-    config = load_config(
-        choose_preset(asked)[0], None, args.overrides, **{"data.input_file": args.input_file}
-    )
-    facts = plan(config, args.gpu, (args.minutes,) if args.minutes else MINUTES)
+    flags = {"data.input_file": args.input_file, "train.minutes": args.minutes}
+    config = load_config(choose_preset(asked)[0], None, args.overrides, **flags)
+    facts = plan(config, args.gpu, (config.train.minutes,) if config.train.minutes else MINUTES)
     print(json.dumps(facts) if args.json else table(facts))
     return 0
 

@@ -123,3 +123,25 @@ def test_peak_memory_is_0_where_the_system_does_not_tell(monkeypatch):
     for status in ("VmRSS: 1 kB\n", OSError()):
         monkeypatch.setattr(Path, "read_text", Mock(side_effect=[status]))
         assert planning._peak_bytes(torch.device("cpu")) == 0
+
+
+@pytest.mark.parametrize("minutes", ["nan", "inf", "-1", "0", "1e300"])
+def test_minutes_that_are_none_are_refused(minutes):
+    with pytest.raises(ConfigError, match=r"train\.minutes: Input should be "):
+        planning.main(["--preset", "smollm2-10m", "--gpu", "t4", f"--minutes={minutes}"])
+
+
+def test_minutes_and_a_dataset_may_be_set(capsys):
+    words = [
+        "--preset",
+        "smollm2-10m",
+        "--gpu",
+        "t4",
+        "--set",
+        "minutes=7",
+        "--set",
+        "dataset=texts",
+        "--json",
+    ]
+    assert planning.main(words) == 0
+    assert [row["minutes"] for row in json.loads(capsys.readouterr().out)["buys"]] == [7]
