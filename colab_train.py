@@ -45,12 +45,13 @@ def prepare(argv: list[str] | None):
     args = parser.parse_args(argv)
     print("SmolLM2 from scratch: loading PyTorch ...", flush=True)
 
-    from smollm2.settings import load_config, read_yaml
+    from smollm2.settings import check_asked_once, load_config, read_yaml
 
     asked = args.preset
     if asked == "auto" and args.config is not None:
         asked = read_yaml(args.config).get("preset", "auto")
     flags = {dotted: getattr(args, name) for name, (dotted, _, _) in FLAGS.items()}
+    check_asked_once(args.overrides, flags)
     configs, mistakes = {}, []
     for preset in AUTOMATIC if asked == "auto" else (asked,):  # what is too long for nano may fit the 135M
         try:

@@ -91,6 +91,15 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise ConfigError(f'--set {name}: expected a JSON list, e.g. \'["one", "two"]\'') from None
 
 
+def check_asked_once(overrides: list[str], flags: dict[str, Any]) -> None:
+    """Raises `ConfigError` for a command line that asks for two of which one would be passed over."""
+    named = {parse_override(text)[0] for text in overrides} | {k for k, v in flags.items() if v is not None}
+    for either in EITHER:
+        words = " and ".join(f"--{key.partition('.')[2]}" for key in either if key in named)
+        if " and " in words:
+            raise ConfigError(f"{words}: give one, for only one would count")
+
+
 def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESET_DIR.glob("*.yaml"))
 
@@ -116,13 +125,9 @@ def load_config(
     }
     given = [parse_override(text) for text in overrides] + [(k, v) for k, v in flags.items() if v is not None]
     for either in EITHER:
-        named = [key for key, value in given if value is not None]
-        asked = [key for key in either if key in named]
-        if len(asked) > 1:
-            words = " and ".join(f"--{key.partition('.')[2]}" for key in asked)
-            raise ConfigError(f"{words}: give one, for only one would count")
-        if asked:  # else the other one of a file would count all the same
-            given += [(key, None) for key in either if key not in asked and FIELDS[key].default is None]
+        asked = {key for key, value in given if value is not None} & {*either}
+        if len(asked) == 1:  # else the other one of a file would count all the same
+            given += [(key, None) for key in {*either} - asked if FIELDS[key].default is None]
     for key, value in given:
         section, leaf = key.split(".")
         if isinstance(fields.setdefault(section, {}), dict):  # else pydantic says what it expected there

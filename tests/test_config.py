@@ -10,7 +10,7 @@ import yaml
 
 from smollm2.config import RunConfig, SmolLM2Config
 from smollm2.errors import ConfigError
-from smollm2.settings import DOTTED, FIELDS, load_config, parse_override, read_yaml
+from smollm2.settings import DOTTED, FIELDS, check_asked_once, load_config, parse_override, read_yaml
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_steps_or_minutes_count_and_it_is_the_last_that_was_asked_for(config_fil
     assert load_config("nano", path, ["max_steps=7"]).train.minutes is None
     assert load_config("nano", path, **{"train.max_steps": 7}).train.minutes is None
     with pytest.raises(ConfigError, match="--minutes and --max_steps: give one"):
-        load_config("nano", None, ["minutes=5"], **{"train.max_steps": 7})
+        check_asked_once(["minutes=5"], {"train.max_steps": 7, "train.seed": None})
 
 
 def test_one_text_is_read_and_it_is_the_last_that_was_asked_for(config_file):
@@ -60,7 +60,9 @@ def test_one_text_is_read_and_it_is_the_last_that_was_asked_for(config_file):
     assert load_config("nano", path, ["chat_file=a.jsonl"]).data.dataset is None
     assert load_config("nano", path, ["input_file=a", "input_file=b"]).data.input_file == "b"
     with pytest.raises(ConfigError, match="--dataset and --input_file: give one"):
-        load_config("nano", None, ["dataset=texts"], **{"data.input_file": "a.txt"})
+        check_asked_once(["dataset=texts"], {"data.input_file": "a.txt"})
+    both = load_config("nano", None, (), **{"data.input_file": "a.txt", "data.dataset": "texts"})
+    assert both.data.dataset == "texts"  # a notebook names both, with None for what is not chosen
 
 
 def test_what_a_run_wrote_gives_the_same_configuration_again(config_file):
