@@ -140,10 +140,8 @@ def test_a_single_document_is_read_and_its_end_held_out(place, name):
 
 
 def test_what_the_run_itself_writes_is_no_text_of_the_folder_it_lies_in(place):
-    write(
-        place, {"a.txt": "1\n<|endoftext|>\n2", "elsewhere/.opened": "", "drive/s-1.ckpt/manifest.json": ""}
-    )
-    for name in ("out/checkpoints/c", "out/logs", "out/previous-1/logs", "elsewhere/logs", "drive/s-1.ckpt"):
+    write(place, {"a.txt": "1\n<|endoftext|>\n2", "other/.opened": "", "drive/s-1.ckpt/manifest.json": ""})
+    for name in ("out/checkpoints/c", "out/logs", "out/previous-1/logs", "other/logs", "drive/s-1.ckpt"):
         write(place / name, {"config.json": "{}", "training_loss.txt": "x"})
     for said in ("read 2 documents", "read earlier"):
         found, words = read(".")
