@@ -710,8 +710,7 @@ def initialise(model, config, residual):
 def thirty_blocks(residual, block=Block):
     """The running vector after the embedding and after each block of a fresh, deep model."""
     spread = tiny.hidden_size**-0.5
-    changes = {"num_hidden_layers": 31, "initializer_range": spread}
-    deep = tiny.model_copy(update=changes)
+    deep = tiny.model_copy(update={"num_hidden_layers": 31, "initializer_range": spread})
     fresh = Skeleton(deep, block, RMSNorm)
     initialise(fresh, deep, residual)
     return torch.stack(hidden_states(fresh, ids)[:-1])  # (31, B, T, C); the 32nd is normed
@@ -721,9 +720,8 @@ torch.manual_seed(1)
 package.initialize()
 torch.manual_seed(1)
 initialise(model, tiny, residual=(2 * tiny.num_hidden_layers) ** -0.5)
-off = max(
-    lesson.largest(p - q) for p, q in zip(model.parameters(), package.parameters(), strict=True)
-)
+pairs = zip(model.parameters(), package.parameters(), strict=True)
+off = max(lesson.largest(p - q) for p, q in pairs)
 lesson.check("the start is the package's, number by number", off)
 states = thirty_blocks(1), thirty_blocks(60**-0.5)
 plain, scaled = (x.square().mean((1, 2, 3)).sqrt() for x in states)  # root mean squares
