@@ -1,8 +1,8 @@
 """The same network made ready to write on a CPU, where a token costs one reading of all weights.
 
 Notable:
-* fewer bytes: the matrices stay fp32, or become bf16, or int8 with one scale a row;
-* the layout that the kernels read fastest, made once (oneDNN's own for fp32 and bf16);
+* fewer bytes: the matrices stay fp32, or become bf16, or int8 with one scale a row (and inputs of 8 bits);
+* the layout that the kernels read fastest, made once (oneDNN's for fp32 and bf16, fbgemm's for int8);
 * fewer calls: q, k and v are one matrix, gate and up another; RoPE is one product of complex numbers.
 
 Between the products everything is fp32, so in fp32 it computes what `SmolLM2` computes (tests: 1e-5).
@@ -11,6 +11,8 @@ Between the products everything is fp32, so in fp32 it computes what `SmolLM2` c
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,6 @@ from .device import choose_decoding, plain_defaults
 from .model import KVCache, SmolLM2, attend, rope_tables
 from .weights import halves_to_pairs
 
-INT8_ROWS = 32  # from here on it is faster to cast the weights back and to multiply in bf16 (docs/log.md)
 WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
 
@@ -29,36 +30,39 @@ def can_pack(dtype: torch.dtype) -> bool:
     return has_onednn and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-class Matrix:
-    """A weight (out, in), made ready: called with x (rows, in) it gives x @ weight.T, (rows, out)."""
+def product(weight: torch.Tensor, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Makes a weight (out, in) ready: what comes back turns x (rows, in) into x @ weight.T, (rows, out)."""
+    if dtype == torch.int8:
+        return int8_product(weight)
+    weight = weight.to(dtype, copy=True)
+    if not can_pack(dtype):
+        return lambda x: F.linear(x.to(dtype), weight)
+    packed, multiply = torch.ops.mkldnn._reorder_linear_weight(weight, 1), torch.ops.mkldnn._linear_pointwise
+    return lambda x: multiply(x.to(dtype), packed, None, "none", [], "")
 
-    def __init__(self, weight: torch.Tensor, dtype: torch.dtype):
-        self.scale, self.is_packed = None, False
-        # torch's int8 product checks no shape: with rows of another length it reads beyond them (torch 2.13)
-        self.int8_rows = INT8_ROWS if weight.shape[1] % 16 == 0 else 0
-        self.input_dtype = torch.bfloat16 if dtype == torch.int8 else dtype
-        if dtype == torch.int8:
-            # the scale first, as it will be read, then the integers: its rounding costs nothing
-            self.scale = (weight.abs().amax(1) / 127).clamp_min(1e-30).to(torch.bfloat16)
-            self.weight = (weight / self.scale[:, None].float()).round().clamp(-127, 127).to(torch.int8)
-        else:
-            self.weight, self.is_packed = weight.to(dtype, copy=True), can_pack(dtype)
-            if self.is_packed:
-                self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, 1)
 
-    def rows(self, ids: torch.Tensor) -> torch.Tensor:
-        """Rows of an int8 matrix as fp32: (...,) ids -> (..., in)."""
-        return self.weight[ids].float() * self.scale[ids].unsqueeze(-1)
+def int8_product(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """One scale for each row of the weight, and for each row of x, which is rounded to 8 bits, too."""
+    scale = (weight.abs().amax(1) / 127).clamp_min(1e-30)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # quantized tensors are deprecated: `choose_decoding` asks for them
+        rounded = torch.quantize_per_channel(weight, scale, torch.zeros_like(scale).long(), 0, torch.qint8)
+        packed = torch.ops.quantized.linear_prepack(rounded, None)
+    multiply = torch.ops.quantized.linear_dynamic
+    # without VNNI two products are added in 16 bits: with 7 bits of x they fit
+    is_narrow = not getattr(torch.cpu, "_is_vnni_supported", bool)()
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.to(self.input_dtype)
-        if self.is_packed:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
-        if self.scale is None:
-            return F.linear(x, self.weight)
-        if len(x) < self.int8_rows:
-            return torch._weight_int8pack_mm(x, self.weight, self.scale)
-        return F.linear(x, self.weight.to(x.dtype)) * self.scale
+    def rounds_and_multiplies(x: torch.Tensor) -> torch.Tensor:
+        if len(x) == 1:
+            return multiply(x, packed, is_narrow)
+        # all of x gets one scale: each row is brought to -1..1, and a row of both ends fixes the scale,
+        # so that no row takes bits from another
+        largest = x.abs().amax(1, keepdim=True).clamp_min(1e-30)
+        rows = F.pad(x / largest, (0, 0, 0, 1))
+        rows[-1, 0], rows[-1, 1] = -1, 1
+        return multiply(rows, packed, is_narrow)[:-1] * largest
+
+    return rounds_and_multiplies
 
 
 def fast_decoder(model: SmolLM2, dtype: str | None = None, take: bool = False):
@@ -74,7 +78,7 @@ class FastDecoder:
 
     Args:
         model: its weights are copied; with `take` they move, layer by layer, and it is empty afterwards.
-        dtype: of the matrices: fp32, bf16 or int8. int8 multiplies in bf16.
+        dtype: of the matrices: fp32, bf16 or int8. int8 rounds its inputs to 8 bits, too.
     """
 
     @torch.inference_mode()
@@ -94,15 +98,14 @@ class FastDecoder:
             matrices = qkv, attention.o_proj.weight, gate_up, mlp.down_proj.weight
             norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
             norms = [self._scaled(gain) for gain in norms]
-            self.layers.append((*norms, *(Matrix(weight.float(), kind) for weight in matrices)))
+            self.layers.append((*norms, *(product(weight.float(), kind) for weight in matrices)))
             if take:
                 layer.to_empty(device="meta")
         self.floor = torch.tensor(model.config.hidden_size * model.config.rms_norm_eps).sqrt()
         self.norm = self._scaled(decoder.norm.weight)
-        self.head = Matrix(model.lm_head.weight.float(), kind)
-        is_shared = model.config.tie_word_embeddings and kind == torch.int8
-        embedding = decoder.embed_tokens.weight.to(self.head.input_dtype, copy=not take)
-        self.embed = self.head.rows if is_shared else lambda ids: embedding[ids].float()
+        self.head = product(model.lm_head.weight.float(), kind)
+        stored = torch.float32 if kind == torch.float32 else torch.bfloat16
+        self.embedding = decoder.embed_tokens.weight.detach().to(stored, copy=not take)
 
     generate = SmolLM2.generate
 
@@ -121,7 +124,7 @@ class FastDecoder:
         if start and time > 1:  # several new tokens behind a filled cache: causal among themselves
             mask = torch.ones(time, start + time, dtype=torch.bool, device=self.device).tril(start)
         (heads, kv_heads), head_dim = self.heads, self.config.head_dim
-        x = self.embed(input_ids).flatten(0, 1)  # (B * T, C)
+        x = self.embedding[input_ids].float().flatten(0, 1)  # (B * T, C)
         for i, (attention_norm, mlp_norm, qkv, o, gate_up, down) in enumerate(self.layers):
             h = qkv(self._normed(x, attention_norm)).float().view(batch, time, -1, head_dim)
             qk, v = h.split((heads + kv_heads, kv_heads), dim=2)
@@ -143,26 +146,29 @@ class FastDecoder:
 
     def _normed(self, x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
         """RMSNorm, in half the operations: x gain sqrt(C) / sqrt(sum(x^2) + C eps), which is a hypotenuse."""
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot(self.floor)
-        return torch.div(x * gain, length, out=x.new_empty(x.shape, dtype=self.head.input_dtype))
+        return (x * gain).div_(torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot(self.floor))
 
     def _one(self, input_ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """One token of one row: what `hidden` does, in as few operations as there are."""
         at, (heads, kv_heads), head_dim = cache.length, self.heads, self.config.head_dim
-        turn, shape = self.turns[at], (1, kv_heads, heads // kv_heads, head_dim)
+        # q, k and v in one product: v turns by what turns position 0, which is 1
+        turn = torch.cat([self.turns[at]] * (heads + kv_heads) + [self.turns[0]] * kv_heads, dim=1)
+        turned = torch.empty_like(turn)
+        q, kv = torch.view_as_real(turned).view(-1, head_dim).split((heads, 2 * kv_heads))
+        q = q.view(1, kv_heads, heads // kv_heads, head_dim)
+        slots = cache.both[:, 0, :, at].unbind()
         seen = [kept[..., : at + 1, :].unbind() for kept in (cache.keys, cache.values)]
-        slots = [kept[:, 0, :, at].unbind() for kept in (cache.keys, cache.values)]
-        x = self.embed(input_ids[0])
-        for layer, keys, values, key, value in zip(self.layers, *seen, *slots, strict=True):
+        # with the floor as one entry more, a vector's length is what RMSNorm divides by
+        floored = torch.cat((self.embedding[input_ids[0]].float(), self.floor.view(1, 1)), dim=1)
+        x = floored[:, :-1]
+        for layer, slot, keys, values in zip(self.layers, slots, *seen, strict=True):
             attention_norm, mlp_norm, qkv, o, gate_up, down = layer
-            h = qkv(self._normed(x, attention_norm)).float().view(-1, head_dim)
-            qk = torch.view_as_complex(h[: heads + kv_heads].unflatten(1, (-1, 2))) * turn
-            qk = torch.view_as_real(qk).view(-1, head_dim)
-            key.copy_(qk[heads:])
-            value.copy_(h[heads + kv_heads :])
-            y = F.scaled_dot_product_attention(qk[:heads].view(shape), keys, values)
-            x += o(y.view(1, -1))
-            gate, up = gate_up(self._normed(x, mlp_norm)).chunk(2, dim=1)
+            h = qkv((x * attention_norm).div_(torch.linalg.vector_norm(floored))).float()
+            torch.mul(h.view(torch.complex64), turn, out=turned)
+            slot.copy_(kv)
+            x += o(F.scaled_dot_product_attention(q, keys, values).view(1, -1))
+            h = gate_up((x * mlp_norm).div_(torch.linalg.vector_norm(floored)))
+            gate, up = h.chunk(2, dim=1)
             x += down(F.silu(gate).mul_(up))
         cache.length = at + 1
         return self._normed(x, self.norm)

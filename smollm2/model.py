@@ -115,9 +115,9 @@ class KVCache:
     """
 
     def __init__(self, config: SmolLM2Config, batch: int, capacity: int, dtype: torch.dtype, device):
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+        shape = (config.num_hidden_layers, batch, 2 * config.num_key_value_heads, capacity, config.head_dim)
+        self.both = torch.empty(shape, dtype=dtype, device=device)
+        self.keys, self.values = self.both.chunk(2, dim=2)
         self.capacity = capacity
         self.length = 0
 
