@@ -1,4 +1,4 @@
-"""Which device, which precision, and why: one decision, one line that explains it; and what does not fit."""
+"""Which device, which precision, and why: one decision, one line that explains it; memory."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from pathlib import Path
 
 import torch
 
-from .config import RunConfig, TrainConfig
+from .config import TrainConfig
 from .errors import ConfigError
-from .parameters import parameter_count, training_bytes
 
 
 @dataclass(frozen=True)
@@ -179,26 +178,6 @@ def memory_bytes(groups: str = "/proc/self/cgroup", mounted: str = "/sys/fs/cgro
                 with contextlib.suppress(OSError, ValueError):  # no such file; "max"
                     limits.append(int((place / name).read_text()))
     return min(limits)
-
-
-def check_memory(config: RunConfig, device: torch.device) -> None:
-    """Raises `ConfigError` for a run that this machine cannot even hold. What is counted is a lower bound."""
-    model, train, length = config.model, config.train, config.data.sequence_length
-    count, rows = parameter_count(model), train.batch_size // config.run.num_nodes
-    needed = rows * length * 10  # the token numbers of one step, as uint16 and as int64
-    if device.type == "cuda":
-        needed += 4 * count  # the weights are drawn here, in fp32
-    else:
-        needed += 4 * count + training_bytes(model, train.optimizer)  # and stay here, with gradients, moments
-        # what every layer keeps of its input until the backward pass
-        needed += (train.micro_batch_size or rows) * length * model.hidden_size * model.num_hidden_layers * 4
-    if needed > (total := memory_bytes()):
-        asked = f"{count:,} parameters and a train.batch_size of {rows:,} x {length:,} tokens"
-        sizes = (
-            f"{needed / 2**30:,.1f} GiB of memory; this machine, or its container, has {total / 2**30:,.1f}"
-        )
-        advice = "choose a smaller train.micro_batch_size, train.batch_size, data.sequence_length, or model"
-        raise ConfigError(f"{asked} need {sizes} GiB: {advice}")
 
 
 @contextlib.contextmanager

@@ -20,6 +20,9 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from .config import RunConfig, SmolLM2Config
 from .dataset import open_text
@@ -30,6 +33,7 @@ from .device import (
     choose_precision,
     choose_preset,
     device_name,
+    kept_memory,
     memory_bytes,
 )
 from .errors import ArgumentParser, ConfigError, run_command
@@ -47,6 +51,9 @@ SHARE_PLANNED = 0.95  # of the time that is left: neighbours and disks are not a
 TOKENS_PER_PARAMETER = 1.5  # the presets of 10M and 30M parameters read 1.5 and 1.7
 # a quarter of an hour of a T4, a minute of an H100
 COMPILING_PAYS_FLOPS, COMPILING_PAYS_MINUTES = 1e16, 5
+# share of what comes and goes on a CPU's heap: glibc fits no aligned block into a hole of just its size
+GAPS = 0.33  # measured: docs/log.md
+KERNEL_BYTES = 12 * 2**20  # that a CPU's products are compiled to
 DISK_BYTES_PER_SECOND = 150e6
 LAUNCH_SECONDS = 1e-5
 PACKED_BYTES_PER_SECOND = 0.7e6  # gzip -9 and xz together, on one core
@@ -76,53 +83,103 @@ GPUS = {
 # --- memory -------------------------------------------------------------------------------------------------
 
 
-def _kept_bytes(config: SmolLM2Config, length: int, is_half: bool, device_type: str) -> int:
-    """Bytes that a forward pass over one row keeps for the backward pass, the weights left out."""
+class _Alive(TorchDispatchMode):
+    """Bytes of the tensors made inside it that are alive, now and at the `most`, but for those of `model`."""
+
+    def __init__(self, model: SmolLM2):
+        super().__init__()
+        self.own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+        self.made: dict[int, tuple[StorageWeakRef, int]] = {}  # by address
+        self.most = 0
+
+    def bytes(self) -> int:
+        self.made = {at: (ref, size) for at, (ref, size) in self.made.items() if not ref.expired()}
+        return sum(size for _, size in self.made.values())
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.own:
+                    self.made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.most = max(self.most, self.bytes())
+        return out
+
+
+def _twin_bytes(config: SmolLM2Config, rows: int, length: int, is_half: bool, device_type: str) -> np.ndarray:
+    """(kept by a forward pass for the backward pass, most that this adds), the weights left out."""
     # a CPU trains a block by one function, which casts the weights for one product; see cpu_block.py
     with torch.device("meta"):  # what the weights are does not matter: none are drawn
         model = SmolLM2(config).train(device_type == "cpu")
     model = model.to_empty(device="cpu")
     model.model.reset_rope()
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    kept: dict[int, torch.Tensor] = {}  # by address; holding the tensor keeps its address from being reused
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-        return tensor
-
+    ids, parameters = torch.zeros(rows, length, dtype=torch.int64), list(model.model.parameters())
     context = torch.autocast("cpu", torch.bfloat16) if is_half else nullcontext()
-    with context, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        model.model(torch.zeros(1, length, dtype=torch.int64))
+    with context, _Alive(model) as alive:
+        hidden = model.model(ids)
+        kept = alive.bytes()
+        torch.autograd.grad(hidden, parameters, torch.empty_like(hidden))
     copies = 2 * sum(p.numel() for p in model.model.layers.parameters() if p.dim() > 1)
-    copies *= is_half and not model.training
-    return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in own) - copies
+    return np.array([kept - copies * (is_half and not model.training), alive.most - kept])
 
 
 @lru_cache
-def activation_bytes(config: SmolLM2Config, length: int, is_half: bool, device_type: str) -> tuple[int, int]:
-    """Bytes of one row of `length` tokens: (of each layer, around the layers)."""
+def activation_bytes(config: SmolLM2Config, length: int, is_half: bool, device_type: str) -> tuple[int, ...]:
+    """Bytes of one row of `length` tokens: (kept of each layer, kept around the layers, of a block's backward
+    pass), and of a block's backward pass whatever the rows: gradients of its weights."""
     small = {"vocab_size": 64, "max_position_embeddings": length, "bos_token_id": 0, "eos_token_id": 0}
-    one, two = (
-        _kept_bytes(config.model_copy(update=small | {"num_hidden_layers": n}), length, is_half, device_type)
-        for n in (1, 2)
+    one, two_rows, two_layers = (
+        _twin_bytes(
+            config.model_copy(update=small | {"num_hidden_layers": n}), rows, length, is_half, device_type
+        )
+        for rows, n in ((1, 1), (2, 1), (1, 2))
     )
-    return two - one, max(2 * one - two, 0)
+    layer, row = (two_layers - one)[0], (two_rows - one)[1]
+    return int(layer), int(max(one[0] - layer, 0)), int(row), int(max(one[1] - row, 0))
 
 
 def memory_parts(config: RunConfig, rows: int, is_half: bool, device_type: str) -> dict[str, int]:
     """Bytes that training holds at its peak with micro-batches of `rows`, by what they are for."""
     model, length = config.model, config.data.sequence_length
     count, tokens = parameter_count(model), rows * length
-    layer, around = activation_bytes(model, length, is_half, device_type)
+    layer, around, backward, once = activation_bytes(model, length, is_half, device_type)
     block = rows_per_block(tokens, model.vocab_size, device_type) * model.vocab_size
+    activations = rows * (layer * model.num_hidden_layers + around)
+    # logits of a block in fp32 and in half, gradients of its two factors in fp32
+    loss = block * (6 if is_half else 4) + 4 * model.hidden_size * (model.vocab_size + tokens)
+    # those of the micro-batches before; else activations go as gradients come, the embedding's first
+    is_first = rows * config.run.devices * config.run.num_nodes >= config.train.batch_size
+    gradients = 0 if is_first else 4 * count
+    coming = max(4 * count - gradients - activations, 4 * model.vocab_size * model.hidden_size)
+    working = max(loss, coming + rows * backward + once)
+    is_cpu = device_type == "cpu"
     return {
         "weights, moments": training_bytes(model, config.train.optimizer),
-        "gradients": 4 * count,
-        "half-precision weights": 2 * count if is_half and device_type != "cpu" else 0,
-        "activations": rows * (layer * model.num_hidden_layers + around),
-        # logits of a block in fp32 and in half, gradients of its two factors in fp32
-        "loss": block * (6 if is_half else 4) + 4 * model.hidden_size * (model.vocab_size + tokens),
+        "gradients": gradients,
+        "half-precision weights": 0 if is_cpu or not is_half else 2 * count,
+        "activations": activations,
+        "loss, or a block's backward pass": working,
+        "gaps, kernels": int(GAPS * (activations + working)) + KERNEL_BYTES if is_cpu else 0,
     }
+
+
+def check_memory(config: RunConfig, device: torch.device, is_half: bool) -> None:
+    """Raises `ConfigError` for a run that this machine's memory cannot hold. A GPU's own is not looked at:
+    there the micro-batch is halved when it does not suffice."""
+    train, length, count = config.train, config.data.sequence_length, parameter_count(config.model)
+    rows, total = train.batch_size // config.run.num_nodes, memory_bytes()
+    needed = 4 * count + rows * length * 10  # weights; token numbers of a step, as uint16 and as int64
+    if device.type == "cpu" and needed <= total:  # else even a twin may be too large
+        micro = min(train.micro_batch_size or rows, rows // config.run.devices)
+        needed += sum(memory_parts(config, micro, is_half, "cpu").values()) - 4 * count
+    if needed > total:
+        asked = f"{count:,} parameters and a train.batch_size of {rows:,} x {length:,} tokens"
+        sizes = (
+            f"{needed / 2**30:,.1f} GiB of memory; this machine, or its container, has {total / 2**30:,.1f}"
+        )
+        advice = "choose a smaller train.micro_batch_size, train.batch_size, data.sequence_length, or model"
+        raise ConfigError(f"{asked} need {sizes} GiB: {advice}")
 
 
 def micro_batch_that_fits(config: RunConfig, is_half: bool, device_type: str, limit: float) -> int:
@@ -146,10 +203,10 @@ class Speed:
     peak_bytes: int = 0
 
 
-def _seconds(action, at_least: float = 0.0) -> float:
-    """Of one `action()`: median of as many as `at_least` seconds hold, and of three."""
-    took: list[float] = []
-    while sum(took) < at_least or len(took) < 3:
+def _seconds(action) -> float:
+    """Of one `action()`: the median of three."""
+    took = []
+    for _ in range(3):
         began = time.perf_counter()
         action()
         took.append(time.perf_counter() - began)
@@ -182,16 +239,22 @@ def measure(config: RunConfig, device: torch.device, precision: Precision, secon
     if train.compile is True:
         model.compile_blocks()
     optimizer = make_optimizer(model, train, precision.autocast_dtype)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
-    def step() -> None:
-        for _ in range(rows // micro):
-            with autocast(precision, device):
-                loss = model.loss(ids[:, :-1], ids[:, 1:])
-            loss.backward()
+    def trial() -> tuple[float, float]:
+        """Seconds of a micro-batch, and of the update."""
+        times = [time.perf_counter()]
+        with autocast(precision, device):
+            loss = model.loss(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        wait()
+        times.append(time.perf_counter())
         torch.nn.utils.clip_grad_norm_(model.parameters(), train.gradient_clip_norm)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        loss.item()  # waits for the device
+        if micro == rows:  # else a micro-batch adds to what those before it left
+            optimizer.zero_grad(set_to_none=True)
+        wait()
+        return times[1] - times[0], time.perf_counter() - times[1]
 
     def score() -> None:
         tokens = ids.flatten().cpu().numpy()
@@ -203,8 +266,12 @@ def measure(config: RunConfig, device: torch.device, precision: Precision, secon
                 tokens.cpu()
 
     for _ in range(2):
-        step()
-    took = _seconds(step, seconds)
+        trial()
+    trials = np.array([trial()])
+    while (spent := trials.sum()) < seconds or (len(trials) < 3 and spent < 3 * seconds):
+        trials = np.vstack([trials, trial()])
+    of_micro_batch, of_update = np.median(trials, axis=0)
+    took = float(rows // micro * of_micro_batch + of_update)
     peak = max(_peak_bytes(device) - before, 0)
     with torch.compiler.set_stance("force_eager"):
         return Speed(took, _seconds(score) / ids.numel(), _seconds(sample) / 8, peak)
@@ -297,7 +364,8 @@ def plan(config: RunConfig, gpu: str | None = None, minutes=MINUTES, seconds=PRO
         )
     micro = min(micro, train.micro_batch_size or micro)
     config = config.model_copy(update={"train": train.model_copy(update={"micro_batch_size": micro})})
-    speed = estimate(config, GPUS[gpu]) if gpu else measure(config, device, precision, seconds)
+    with kept_memory():  # as in training
+        speed = estimate(config, GPUS[gpu]) if gpu else measure(config, device, precision, seconds)
     per_step, text = train.batch_size * length, Path(config.data.input_file)
     in_text = text.stat().st_size / bytes_per_token(config.model.vocab_size) if text.is_file() else 0
     if config.data.dataset:

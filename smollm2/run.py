@@ -37,7 +37,14 @@ from .model import SmolLM2
 from .optim import Schedule, moments_by_name
 from .origin import origin_name, published_base, whereabouts
 from .parameters import parameter_count, training_bytes
-from .plan import compiling_pays, measure, save_seconds, steps_within, why_not_compiled
+from .plan import (
+    check_memory,
+    compiling_pays,
+    measure,
+    save_seconds,
+    steps_within,
+    why_not_compiled,
+)
 from .progress import Reporter
 from .saver import Saver, check_space
 from .settings import read_yaml
@@ -197,8 +204,8 @@ def _open(config: RunConfig, device: torch.device, reporter: Reporter, is_first:
         wait_until_open(output_dir)
     config = _with_base_model(config)
     train, count = config.train, parameter_count(config.model)
-    hardware.check_memory(config, device)
     precision = hardware.choose_precision(train.precision, device)
+    check_memory(config, device, precision.autocast_dtype is not None)
     if is_first:
         if place.resume == "never":
             set_aside(output_dir, say)

@@ -8,10 +8,9 @@ import psutil
 import pytest
 import torch
 
-from smollm2 import device as device_module
+from smollm2 import plan as planning
 from smollm2.config import TrainConfig
 from smollm2.device import (
-    check_memory,
     choose_precision,
     fingerprint,
     kept_memory,
@@ -53,18 +52,19 @@ def test_a_containers_memory_is_what_counts(tmp_path, monkeypatch, groups, files
 @pytest.mark.parametrize(
     ("gib", "device", "batch", "needed"),
     [
-        (2.0, "cpu", 16, "134,515,008 parameters and a train.batch_size of 16 x 512 tokens need 2.3 GiB"),
-        (3.0, "cpu", 16, None),
+        (3.0, "cpu", 16, "134,515,008 parameters and a train.batch_size of 16 x 512 tokens need 4.5 GiB"),
+        (5.0, "cpu", 16, None),
+        (0.2, "cpu", 16, "need 0.5 GiB"),  # not even the weights
         (2.0, "cuda", 16, None),  # gradients and moments are on the GPU
         (1.0, "cuda", 2**18, "262,144 x 512 tokens need 1.8 GiB"),
     ],
 )
 def test_what_cannot_fit_is_refused_with_both_figures(monkeypatch, gib, device, batch, needed):
-    monkeypatch.setattr(device_module, "memory_bytes", lambda: int(gib * GIB))
+    monkeypatch.setattr(planning, "memory_bytes", lambda: int(gib * GIB))
     config = load_config("smollm2-135m", **{"train.batch_size": batch})
     words = f"{re.escape(needed or '')} .* has {gib} GiB: choose a smaller train.micro"
     with pytest.raises(ConfigError, match=words) if needed else contextlib.nullcontext():
-        check_memory(config, torch.device(device))
+        planning.check_memory(config, torch.device(device), is_half=True)
 
 
 def test_repeatable_sums_leave_the_process_as_it_was_and_fill_no_memory():

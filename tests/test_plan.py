@@ -13,6 +13,7 @@ from smollm2 import plan as planning
 from smollm2.config import RunConfig, SmolLM2Config
 from smollm2.device import choose_precision
 from smollm2.errors import ConfigError
+from smollm2.model import SmolLM2
 from smollm2.parameters import parameter_count
 from smollm2.settings import load_config
 
@@ -32,13 +33,28 @@ def test_activations_are_those_that_autograd_keeps():
     """In units of one row's hidden states in fp32: more than a handful, fewer than what a layer computes."""
     config, length = small().model, 32
     unit = 4 * length * config.hidden_size
-    layer, _ = planning.activation_bytes(config, length, False, "cpu")
-    plain, _ = planning.activation_bytes(config, length, False, "cuda")
+    layer, *_ = planning.activation_bytes(config, length, False, "cpu")
+    plain, *_ = planning.activation_bytes(config, length, False, "cuda")
     assert 4 * unit < layer < plain < 32 * unit
-    longer, _ = planning.activation_bytes(config, 2 * length, False, "cpu")
+    longer, *_ = planning.activation_bytes(config, 2 * length, False, "cpu")
     assert 1.8 * layer < longer < 4 * layer  # linear but for attention, and for what a layer keeps once
-    half, _ = planning.activation_bytes(config, length, True, "cpu")
+    half, *_ = planning.activation_bytes(config, length, True, "cpu")
     assert layer / 2 < half < layer
+
+
+def test_what_is_alive_is_counted_once_and_no_longer_than_it_lives():
+    model = SmolLM2(small().model)
+    with planning._Alive(model) as alive:
+        kept = model.model.embed_tokens.weight.T
+        assert alive.bytes() == 0, f"a view of a weight is no new tensor: {kept.shape}"
+        tensor = torch.empty(1000)
+        view = tensor.view(10, 100)
+        assert alive.bytes() == 4000
+        del tensor
+        more = torch.empty(500)
+        assert alive.bytes() == 6000, "the view keeps it"
+        del view, more
+    assert alive.bytes() == 0 and alive.most == 6000
 
 
 def test_the_largest_micro_batch_that_fits_is_chosen_and_divides_the_rows():
