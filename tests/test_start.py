@@ -113,6 +113,6 @@ def test_a_skip_is_a_failure_where_every_test_is_meant_to_run(tmp_path):
     }.items():
         (tmp_path / f"test_{name}.py").write_text(f"{begin}{code}\n")
     words = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-q", "--continue-on-collection-errors"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "SMOLLM2_NO_SKIPS": "1"}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "SMOLLM2_NO_SKIPS": "1"}
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1].startswith("1 failed, 2 passed, 1 skipped, 1 error"), done.stdout
