@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import tempfile
 import time
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -183,27 +185,37 @@ def decode(
     return ours if name == OURS else transformers
 
 
-def llama_cpp(model: SmolLM2, ids: torch.Tensor, job: Job) -> Callable[[], tuple[torch.Tensor, float]]:
-    """llama.cpp's server in this process, on as many threads; it times its own tokens."""
+def serve_llama_cpp(pipe: Connection, path: str, context: int, threads: int) -> None:
+    """Sends the address of llama.cpp's server, which lives until the other end of the pipe is closed."""
     import xllamacpp
 
+    params = xllamacpp.CommonParams()
+    params.n_ctx, params.n_parallel, params.warmup, params.verbosity = context, 1, False, 0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    params.model.path = path
+    server = xllamacpp.Server(params)
+    pipe.send(server.listening_address)
+    with contextlib.suppress(EOFError):
+        pipe.recv()
+
+
+def llama_cpp(model: SmolLM2, ids: torch.Tensor, job: Job) -> Callable[[], tuple[torch.Tensor, float]]:
+    """llama.cpp's server on as many threads; it times its own tokens. In a process of its own: OpenMP puts the
+    threads of a process to sleep at once where they are more than the cores, and all are slower for it."""
     from smollm2.gguf_file import write_gguf
     from smollm2.weights import stored_tensors
 
     kind = {"int8": "q8_0", "fp16": "f16"}[job.dtype]
     tokenizer = Tokenizer.train(["Once upon a time. " * 20], 260)  # a formality: the prompt is given as ids
-    params = xllamacpp.CommonParams()
-    params.n_ctx, params.n_parallel, params.warmup, params.verbosity = (
-        job.length + job.new_tokens + 8,
-        1,
-        False,
-        0,
-    )
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
+    spawn, context = multiprocessing.get_context("spawn"), job.length + job.new_tokens + 8
+    here, there = spawn.Pipe()
     with tempfile.TemporaryDirectory() as folder:
-        params.model.path = f"{folder}/model.gguf"
-        write_gguf(Path(params.model.path), job.config, stored_tensors(model), tokenizer, kind, "model", None)
-        server = xllamacpp.Server(params)
+        path = f"{folder}/model.gguf"
+        write_gguf(Path(path), job.config, stored_tensors(model), tokenizer, kind, "model", None)
+        asked = (there, path, context, torch.get_num_threads())
+        spawn.Process(target=serve_llama_cpp, args=asked, daemon=True).start()
+        there.close()
+        address = here.recv()
     asked = {
         "prompt": ids[0].tolist(),
         "n_predict": job.new_tokens,
@@ -214,8 +226,8 @@ def llama_cpp(model: SmolLM2, ids: torch.Tensor, job: Job) -> Callable[[], tuple
     header = {"Content-Type": "application/json"}
 
     def work() -> tuple[torch.Tensor, float]:
-        address = f"{server.listening_address}/completion"  # named here, the server lives as long as `work`
-        request = urllib.request.Request(address, json.dumps(asked).encode(), header)
+        assert not here.closed  # named here, the pipe and with it the server live as long as `work`
+        request = urllib.request.Request(f"{address}/completion", json.dumps(asked).encode(), header)
         with urllib.request.urlopen(request) as answer:
             told = json.load(answer)
         return torch.tensor([ids[0].tolist() + told["tokens"]]), told["timings"]["predicted_ms"] / 1000
