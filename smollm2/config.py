@@ -142,7 +142,7 @@ class TrainConfig(_Section):
     minutes: float | None = Field(None, gt=0, le=10**6)
     stop_after: float | None = Field(None, gt=0, le=10**6)  # minutes: saved by then, whatever step that is
     batch_size: int = Field(16, ge=1, le=2**20)  # rows of one optimizer step, over all devices
-    micro_batch_size: int | None = Field(None, ge=1)  # rows of one forward pass; halved without memory
+    micro_batch_size: int | None = Field(None, ge=1)  # rows of one forward pass (None: all; GPU: what fits)
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, AdamW for the rest
     learning_rate: float = Field(3e-3, gt=0)  # AdamW's
     muon_learning_rate: float = Field(0.02, gt=0)  # Muon's; both follow one schedule

@@ -190,6 +190,13 @@ def micro_batch_that_fits(config: RunConfig, is_half: bool, device_type: str, li
     return next(fits, 0)
 
 
+def rows_in_free_memory(config: RunConfig, device: torch.device, precision: Precision) -> int:
+    """Micro-batch of a run on this GPU; one row where even that seems too much: it is tried."""
+    torch.cuda.empty_cache()  # what an earlier run of this process keeps for the next
+    free, is_half = torch.cuda.mem_get_info(device)[0], precision.autocast_dtype is not None
+    return micro_batch_that_fits(config, is_half, device.type, SHARE_PLANNED * free) or 1
+
+
 # --- speed --------------------------------------------------------------------------------------------------
 
 

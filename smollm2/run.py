@@ -41,6 +41,7 @@ from .plan import (
     check_memory,
     compiling_pays,
     measure,
+    rows_in_free_memory,
     save_seconds,
     steps_within,
     why_not_compiled,
@@ -233,6 +234,10 @@ def _open(config: RunConfig, device: torch.device, reporter: Reporter, is_first:
     if newest:
         check_unchanged(state, config, began_with, where, way_out)
     data = _prepare_data(config, text, tokenizer, newest, way_out, say)
+    if not (newest or train.micro_batch_size) and device.type == "cuda":
+        rows = rows_in_free_memory(config, device, precision)
+        say(f"micro-batch: {rows} rows, what free memory holds by arithmetic")
+        config = config.model_copy(update={"train": train.model_copy(update={"micro_batch_size": rows})})
     config = _with_compile(config, newest, state, device, precision, say)
     train = config.train
     if train.minutes:

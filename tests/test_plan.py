@@ -57,6 +57,15 @@ def test_what_is_alive_is_counted_once_and_no_longer_than_it_lives():
     assert alive.bytes() == 0 and alive.most == 6000
 
 
+def test_on_a_gpu_a_run_takes_as_many_rows_at_once_as_free_memory_holds(monkeypatch):
+    """A GPU that is not here; what does not fit at all is tried with one row."""
+    config = load_config("nano", **{"train.batch_size": 12})
+    need = sum(planning.memory_parts(config, 12, True, "cuda").values())
+    for free, rows in ((need / planning.SHARE_PLANNED + 1, {12}), (0.9 * need, {6, 4, 3, 2}), (0, {1})):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 2 * free))
+        assert planning.rows_in_free_memory(config, torch.device("cuda"), BF16) in rows
+
+
 def test_the_largest_micro_batch_that_fits_is_chosen_and_divides_the_rows():
     config = small(batch_size=12)
     need = {rows: sum(planning.memory_parts(config, rows, False, "cpu").values()) for rows in range(1, 13)}
