@@ -121,7 +121,7 @@ def launch(checkpoint: str, port: int | None = None, share=False, auth: str | No
             from .serving import Models, app_options
 
         models = Models(folder, None if os.path.isdir(checkpoint) else checkpoint, dtype)
-        models.get()  # a checkpoint that cannot be read is told now
+        models.thread.submit(models.get).result()  # a checkpoint that cannot be read is told now
         page = build_page(gr, models)
         page.models = models
         try:

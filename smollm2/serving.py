@@ -15,13 +15,14 @@ import os
 import re
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 
 import torch
 from fastapi.exceptions import RequestValidationError
 from pydantic import ConfigDict, Field, ValidationError
-from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
@@ -90,6 +91,9 @@ class Models:
         self.folders = {self.default: folder} | {path.name: path for path in candidates(folder.parent)}
         self.waiting = 0  # requests in line, the one that is being written included
         self._turn = asyncio.Lock()
+        # one for all: each thread that computes gets OpenMP threads of its own, and where these are more than
+        # the cores, every one of them writes at half the speed
+        self.thread = ThreadPoolExecutor(1)
         self._loaded: dict[str, tuple] = {}
 
     def get(self, name: str | None = None):
@@ -112,22 +116,25 @@ class Models:
         self.waiting += 1
         try:
             async with self._turn:
-                model, tokenizer, ends = await run_in_threadpool(self.get, ask.checkpoint)
-                ids = await run_in_threadpool(prompt_ids, model, tokenizer, ask.prompt)
+                there = partial(asyncio.get_running_loop().run_in_executor, self.thread)
+                model, tokenizer, ends = await there(self.get, ask.checkpoint)
+                ids = await there(prompt_ids, model, tokenizer, ask.prompt)
                 options = ask.model_dump(include=set(SamplingOptions.model_fields) - {"max_new_tokens"})
                 # one token more than asked for, never shown: its logits are what could come next
                 inputs = torch.tensor([ids], device=model.device)
                 tokens = stream(model, inputs, ask.max_new_tokens + 1, stop_ids=(), **options)
                 decoder, text, count, reason = StreamDecoder(tokenizer, ids), "", 0, None
                 ends_at = time.monotonic() + WALL_SECONDS
-                async for token, logits in iterate_in_threadpool(tokens):
+                while step := await there(next, tokens, None):
+                    token, logits = step
                     if int(token) in ends:
                         reason = "the text ended"
                     elif time.monotonic() > ends_at:
                         reason = f"stopped after {WALL_SECONDS:.0f} s"
                     elif count == ask.max_new_tokens:
                         reason = "length reached"
-                    likely = likely_tokens(tokenizer, logits[0]) if reason or count == 0 else None
+                    is_shown = reason or count == 0
+                    likely = await there(likely_tokens, tokenizer, logits[0]) if is_shown else None
                     text += decoder.flush() if reason else decoder.push(int(token))
                     count += reason is None
                     yield {"text": text, "tokens": count, "reason": reason, "next": likely}
