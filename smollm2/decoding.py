@@ -62,7 +62,15 @@ def int8_product(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]
         rows[-1, 0], rows[-1, 1] = -1, 1
         return multiply(rows, packed, is_narrow)[:-1] * largest
 
-    return rounds_and_multiplies
+    def or_nan(x: torch.Tensor) -> torch.Tensor:
+        try:
+            return rounds_and_multiplies(x)
+        except RuntimeError:  # there is no scale for what is not finite
+            if bool(x.isfinite().all()):
+                raise
+            return x.new_full((len(x), len(scale)), torch.nan)
+
+    return or_nan
 
 
 def fast_decoder(model: SmolLM2, dtype: str | None = None, take: bool = False):

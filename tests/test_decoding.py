@@ -93,6 +93,16 @@ def test_int8_is_off_by_half_a_step_of_each_row_at_most(rows, columns, size, bit
     assert bool((off <= (by_weights + by_inputs) * 1.01 + exact.abs() * 1e-5).all())
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_model_that_is_no_number_says_so_in_every_dtype(dtype):
+    model = tiny_model()
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = torch.nan
+    fast = FastDecoder(model, dtype)
+    cache = fast.new_cache(1, 8)
+    for ids in (torch.tensor([[1, 2, 3]]), torch.tensor([[4]])):
+        assert bool(fast.next_logits(ids, cache).isnan().all())
+
+
 def test_a_real_model_loses_less_than_half_a_percent_in_bits_per_byte():
     folder, text = real_data("stories-656k"), real_data("tinyshakespeare", "input.txt")
     model, tokenizer = load_model_and_tokenizer(folder)
