@@ -374,8 +374,7 @@ def graph_decode(model: SmolLM2, job: Job):
     config, device = model.config, job.device
     capacity = job.length + job.new_tokens
     cache = model.new_cache(1, capacity)
-    cache.values.zero_()  # a masked place counts 0 times what is there, which must be a number
-    cache.keys.zero_()
+    cache.both.zero_()  # a masked place counts 0 times what is there, which must be a number
     places = torch.arange(capacity, device=device)
     token = torch.zeros(1, 1, dtype=torch.long, device=device)
     position = torch.zeros(1, dtype=torch.long, device=device)
@@ -385,7 +384,7 @@ def graph_decode(model: SmolLM2, job: Job):
         cos, sin = model.model.cos[position].unsqueeze(1), model.model.sin[position].unsqueeze(1)
         mask = (places <= position)[None, None, None]
         x = model.model.embed_tokens(token)
-        for layer, keys, values in zip(model.model.layers, cache.keys, cache.values, strict=True):
+        for layer, keys, values in zip(model.model.layers, *cache.both.chunk(2, dim=2), strict=True):
             attention, normed = layer.self_attn, layer.input_layernorm(x)
             q, k, v = (
                 project(normed).view(1, 1, -1, config.head_dim)

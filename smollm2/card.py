@@ -21,14 +21,15 @@ FORMATS = {int: "{:,}", float: "{:.5g}"}
 
 def last_figures(folder: Path, last_step: int | None) -> dict[str, float]:
     """The last value of each number in the run's loss log up to the checkpoint; empty without a log."""
-    path = folder.resolve().parent.parent / "logs" / logs.TRAINING
-    figures: dict[str, float] = {}
+    place = folder.resolve().parent.parent / "logs"
+    path, figures = place / logs.TRAINING, {}
     for event in logs.read_log(path) if last_step is not None and path.is_file() else []:
         row = logs.numbers(event)
         if row.get("step", math.inf) <= last_step:
             figures |= row
-            if "beside" in event:  # what the held-out text costs others, written at the end (result.py)
-                figures[event["beside"] + BESIDE] = row["bits_per_byte"]
+    others = recorded(place, logs.OTHERS)
+    if last_step is not None and others.get("step") == last_step:
+        figures |= {name + BESIDE: bits for name, bits in others["bits_per_byte"].items()}
     return figures
 
 

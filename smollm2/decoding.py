@@ -165,7 +165,7 @@ class FastDecoder:
         q, kv = torch.view_as_real(turned).view(-1, head_dim).split((heads, 2 * kv_heads))
         q = q.view(1, kv_heads, heads // kv_heads, head_dim)
         slots = cache.both[:, 0, :, at].unbind()
-        seen = [kept[..., : at + 1, :].unbind() for kept in (cache.keys, cache.values)]
+        seen = [kept.unbind() for kept in cache.both[..., : at + 1, :].chunk(2, dim=2)]
         # with the floor as one entry more, a vector's length is what RMSNorm divides by
         floored = torch.cat((self.embedding[input_ids[0]].float(), self.floor.view(1, 1)), dim=1)
         x = floored[:, :-1]

@@ -26,6 +26,7 @@ SAMPLES = "generation_samples.txt"
 CHECKPOINTS = "checkpoint_events.txt"
 EPOCHS = "epoch_completion.txt"
 METRICS = "gpu_metrics.txt"
+OTHERS = "others.json"  # what the held-out text costs other ways to predict it; told at the end
 COUNTED = (TRAINING, SAMPLES, EPOCHS, METRICS)  # checkpoint events are a journal: they stay
 CURVES = {  # words of a line that are TensorBoard's, too
     "train_loss": "train/loss", "lr": "train/lr", "gradient_norm": "train/gradient_norm",

@@ -116,17 +116,16 @@ class KVCache:
 
     def __init__(self, config: SmolLM2Config, batch: int, capacity: int, dtype: torch.dtype, device):
         shape = (config.num_hidden_layers, batch, 2 * config.num_key_value_heads, capacity, config.head_dim)
-        self.both = torch.empty(shape, dtype=dtype, device=device)
-        self.keys, self.values = self.both.chunk(2, dim=2)
+        self.both = torch.empty(shape, dtype=dtype, device=device)  # keys, then values
         self.capacity = capacity
         self.length = 0
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Append (B, K, T, D) to a layer and return all its keys and values so far."""
-        end = self.length + k.shape[2]
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        heads, end = k.shape[1], self.length + k.shape[2]
+        self.both[layer, :, :heads, self.length : end] = k
+        self.both[layer, :, heads:, self.length : end] = v
+        return self.both[layer, :, :heads, :end], self.both[layer, :, heads:, :end]
 
 
 class Attention(nn.Module):

@@ -8,11 +8,12 @@ import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import logs
 from .checkpoint import step_name
 from .device import autocast
 from .errors import UserError
 from .evaluate import compressed_bits_per_byte, score_texts, score_tokens
+from .files import dump_json, replace_durably
+from .logs import OTHERS
 from .model import SmolLM2
 from .ngram import NGram
 from .origin import origin_name
@@ -116,8 +117,8 @@ def complete_result(result: TrainResult, run: Run, stopped_by: int | None, secon
             if (other := result.compared) and other.is_whole:
                 result.references[other.name] = other.theirs
         with contextlib.suppress(OSError):  # the disk is full: the run is safe, only its picture is not
-            for name, bits in result.references.items():
-                run.logs.write(logs.TRAINING, newest.step, beside=name, bits_per_byte=bits)
+            told = dump_json({"step": newest.step, "bits_per_byte": result.references})
+            replace_durably(run.logs.folder / OTHERS, told)
             result.report = save_report(config, result.references)
     if run.mirror:
         run.mirror.close()
