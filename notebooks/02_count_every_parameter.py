@@ -326,7 +326,7 @@ lesson.predict(
 
 # %% id="cache-check" tags=["check"]
 cache = KVCache(config, batch=1, capacity=256, dtype=torch.bfloat16, device="cpu")
-measured, long = cache.keys.nbytes + cache.values.nbytes, 8192 * per_token / 2**20
+measured, long = cache.both.nbytes, 8192 * per_token / 2**20  # keys and values
 print(f"cache of 256 tokens: {measured:,} bytes; of 8,192 tokens: {long:.0f} MiB")
 lesson.check("predicted bytes are the cache's bytes", measured - 256 * per_token)
 
