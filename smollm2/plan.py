@@ -47,7 +47,9 @@ from .settings import load_config
 
 PROBE_SECONDS = 4.0  # of measured steps, after two that warm up
 MINUTES = (10, 20, 60, 480)
-SHARE_PLANNED = 0.95  # of the time that is left: neighbours and disks are not always equally fast
+SHARE_PLANNED = 0.95  # of free memory
+# of the time that is left: two CPU cores sustain about a tenth less than they give at first (docs/log.md)
+SHARE_OF_TIME = 0.88
 TOKENS_PER_PARAMETER = 1.5  # the presets of 10M and 30M parameters read 1.5 and 1.7
 # a quarter of an hour of a T4, a minute of an H100
 COMPILING_PAYS_FLOPS, COMPILING_PAYS_MINUTES = 1e16, 5
@@ -328,7 +330,7 @@ def steps_within(
         + held_out_bytes / PACKED_BYTES_PER_SECOND
     )
     each = speed.step + validation / train.val_every + sampling * len(train.prompts) / train.sample_every
-    return max(1, int((seconds - fixed) * SHARE_PLANNED / each))
+    return max(1, int((seconds - fixed) * SHARE_OF_TIME / each))
 
 
 def estimate(config: RunConfig, gpu: Gpu) -> Speed:

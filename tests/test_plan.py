@@ -119,7 +119,7 @@ def test_steps_leave_time_for_what_else_a_run_does():
     speed = planning.Speed(step=1.0, scored_token=0.001, sampled_token=0.01)
     steps = planning.steps_within(config, speed, 1000, 0, seconds=600)
     spent = steps * (1.0 + 1.0 / 10 + 2 * 30 * 0.01 / 20) + 1.0
-    assert 0.92 * 600 < spent < 0.96 * 600
+    assert 0.86 * 600 < spent < 0.89 * 600  # two cores sustain less than they give at first
     assert planning.steps_within(config, speed, 1000, 0, 0.5) == 1  # a run is at least a step
 
 
@@ -141,7 +141,7 @@ def test_the_command_prints_a_table_or_one_json_object(capsys):
     (row,) = facts["buys"]
     assert row["tokens"] == row["steps"] * facts["tokens_per_step"] == row["steps"] * 8192
     training = row["tokens"] / facts["tokens_per_second"]  # the rest: validations, samples, saves
-    assert 0.75 * 20 * 60 < training < 0.95 * 20 * 60
+    assert 0.7 * 20 * 60 < training < planning.SHARE_OF_TIME * 20 * 60
 
 
 def test_peak_memory_is_0_where_the_system_does_not_tell(monkeypatch):
