@@ -67,8 +67,12 @@ NAMES = sorted(payloads(Path("canary")))
 def test_every_payload_is_live(name, tmp_path):
     """A dud would prove nothing: this is what a careless program does with such a file."""
     data = payloads(tmp_path / "canary")[name]
-    # unsafe on purpose, here alone: payloads that only touch a canary in this test's own folder
-    for load in (pickle.load, partial(torch.load, weights_only=False), partial(np.load, allow_pickle=True)):
+    careless = (
+        pickle.load,  # unsafe on purpose, here alone: a payload only touches a canary in this test's own folder
+        partial(torch.load, weights_only=False),  # the same
+        partial(np.load, allow_pickle=True),  # the same
+    )
+    for load in careless:
         with contextlib.suppress(Exception):
             load(io.BytesIO(data))
     assert (tmp_path / "canary").exists()
