@@ -1,6 +1,7 @@
 """What the tests share: one thread, tiny configurations, transformers' twin of a model, and real artefacts where they are at hand."""
 
 import contextlib
+import gc
 import os
 import signal
 from pathlib import Path
@@ -40,6 +41,14 @@ def pytest_runtest_makereport():
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report():
     return unless_run((yield))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def left_behind_goes_here():
+    """Event loops that gradio and jupyter leave open end with their file, not within another test's `ast.parse`, which
+    Python 3.11 answers with SystemError: formatting a finalizer's warning parses, too."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
