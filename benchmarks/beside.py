@@ -52,12 +52,12 @@ def measure_train(names: list[str], job: Job, steps: int, windows: int) -> dict[
         began = time.monotonic()
         losses[name] = [float(work()), float(work())]
         warm_up[name] = time.monotonic() - began
-    # in half precision before the update alone: Adam's first step is the sign of each gradient, so that rounding
-    # decides the small ones (135M, 2 x 512, after it: fp32 11.034, ours in bf16 10.998, transformers' 11.077)
-    compared, tolerance = (2, 1e-4) if job.dtype == "fp32" else (1, 5e-3)
+    # Adam's first step is the sign of each gradient, so that rounding decides the small ones: after it losses lie
+    # further apart (135M, 2 x 512: in fp32 by 1.4e-4 at the most seen; fp32 11.034, bf16 10.998, transformers' 11.077)
+    tolerances = (1e-5, 5e-4) if job.dtype == "fp32" else (5e-3,)
     for name, values in losses.items():
-        pairs = zip(values[:compared], losses[OURS], strict=False)
-        if name != NANOGPT and max(abs(a - b) for a, b in pairs) > tolerance:
+        each = zip(values, losses[OURS], tolerances, strict=False)
+        if name != NANOGPT and any(abs(a - b) > tolerance for a, b, tolerance in each):
             raise RuntimeError(f"{name} computes something else: losses {values}, ours {losses[OURS]}")
     rates: dict[str, list[float]] = {name: [] for name in names}
     for name in alternating(names, windows):

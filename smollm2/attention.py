@@ -20,9 +20,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 BLOCK = 64  # queries; see above
-# Up to this length the probabilities are kept for the backward pass, at most twice the size of q where D is
+# Up to this length the probabilities are kept for the backward pass, at most 4.5 times the size of q where D is
 # 64; beyond it they are computed again: a fifth more time, but memory that grows with T, not its square.
-KEPT_LENGTH = 256
+KEPT_LENGTH = 512
 
 
 def can_attend_in_blocks(q: torch.Tensor) -> bool:
@@ -51,13 +51,13 @@ def _mask(groups: int, like: torch.Tensor) -> torch.Tensor:
 
 
 def _probabilities(q, k, mask) -> torch.Tensor:
-    """Of one block: scaled queries q (N, rows, D) of the last positions among keys k (N, S, D). The scores
-    are made in fp32: rounded to bf16 they would cost the gradients up to a fifth of their exactness."""
-    scores = torch.bmm(q.to(mask.dtype), k.transpose(1, 2).to(mask.dtype))
+    """Of one block: scaled queries q (N, rows, D) of the last positions among keys k (N, S, D), both in fp32:
+    scores rounded to bf16 would cost the gradients up to a fifth of their exactness."""
+    scores = torch.bmm(q, k.transpose(1, 2))
     rows = q.shape[1]
     own = rows * BLOCK // len(mask)  # keys
     scores[:, :, -own:] += mask[:rows, :own]
-    return torch.softmax(scores, dim=-1).to(q.dtype)
+    return torch.softmax(scores, dim=-1)
 
 
 def forward_in_blocks(q, k, v, out) -> list[torch.Tensor]:
@@ -66,8 +66,9 @@ def forward_in_blocks(q, k, v, out) -> list[torch.Tensor]:
     `backward_in_blocks` wants of the probabilities."""
     batch, kv_heads, time, groups, dim = out.shape
     kept, mask = [], _mask(groups, q)
+    wide_q, wide_k = q.to(mask.dtype), k.to(mask.dtype)
     for block, rows, seen in _blocks(time, groups):
-        p = _probabilities(q[:, rows], k[:, seen], mask)
+        p = _probabilities(wide_q[:, rows], wide_k[:, seen], mask).to(v.dtype)
         out[:, :, block] = torch.bmm(p, v[:, seen]).view(batch, kv_heads, -1, groups, dim)
         if time <= KEPT_LENGTH:
             kept.append(p)
@@ -79,9 +80,10 @@ def backward_in_blocks(q, k, v, kept, grad_out) -> tuple[torch.Tensor, torch.Ten
     groups = q.shape[1] // k.shape[1]
     grad_q = torch.empty_like(q)
     mask = _mask(groups, q)
+    wide_q, wide_k = (q, k) if kept else (q.to(mask.dtype), k.to(mask.dtype))
     grad_k, grad_v = (torch.zeros_like(x, dtype=mask.dtype) for x in (k, v))
     for index, (_, rows, seen) in enumerate(_blocks(k.shape[1], groups)):
-        p = kept[index] if kept else _probabilities(q[:, rows], k[:, seen], mask)
+        p = kept[index] if kept else _probabilities(wide_q[:, rows], wide_k[:, seen], mask).to(q.dtype)
         grad_v[:, seen] += torch.bmm(p.transpose(1, 2), grad_out[:, rows])
         grad_p = torch.bmm(grad_out[:, rows], v[:, seen].transpose(1, 2))
         # p * (grad_p - sum(p * grad_p)), in one pass

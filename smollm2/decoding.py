@@ -2,7 +2,7 @@
 
 Notable:
 * fewer bytes: the matrices stay fp32, or become bf16, or int8 with one scale a row (and inputs of 8 bits);
-* the layout that the kernels read fastest, made once (oneDNN's for fp32 and bf16, fbgemm's for int8);
+* the layout that the kernels read fastest, made once (fp32 transposed, oneDNN's for bf16, fbgemm's for int8);
 * fewer calls: q, k and v are one matrix, gate and up another; RoPE is one product of complex numbers.
 
 Between the products everything is fp32, so in fp32 it computes what `SmolLM2` computes (tests: 1e-5).
@@ -24,18 +24,20 @@ from .weights import halves_to_pairs
 WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
 
-def can_pack(dtype: torch.dtype) -> bool:
-    """Whether oneDNN is here and multiplies this dtype in hardware."""
-    has_onednn = torch.backends.mkldnn.is_available()
-    return has_onednn and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+def can_pack() -> bool:
+    """Whether oneDNN is here and multiplies bf16 in hardware."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def product(weight: torch.Tensor, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
     """Makes a weight (out, in) ready: what comes back turns x (rows, in) into x @ weight.T, (rows, out)."""
     if dtype == torch.int8:
         return int8_product(weight)
+    if dtype == torch.float32:
+        across = weight.T.contiguous()  # for one row of x nearly as fast as memory is read (docs/log.md)
+        return lambda x: x @ across
     weight = weight.to(dtype, copy=True)
-    if not can_pack(dtype):
+    if not can_pack():
         return lambda x: F.linear(x.to(dtype), weight)
     packed, multiply = torch.ops.mkldnn._reorder_linear_weight(weight, 1), torch.ops.mkldnn._linear_pointwise
     return lambda x: multiply(x.to(dtype), packed, None, "none", [], "")

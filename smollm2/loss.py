@@ -17,9 +17,9 @@ import math
 import torch
 
 IGNORE_INDEX = -100
-# fp32 bytes of a block's logits: 512 rows of 49,152 on a CPU. Fewer rows read the weights more often;
-# measured in docs/log.md.
-BLOCK_BYTES = {"cpu": 96 * 2**20, "cuda": 512 * 2**20}
+# Bytes of a block's logits: on a CPU 512 rows of 49,152 in fp32, 1,024 in bf16. Fewer rows read the weights
+# more often, and add to their gradient; measured in docs/log.md.
+BLOCK_BYTES = {"cpu": 96 * 2**20, "cuda": 256 * 2**20}
 # Of the block, the softmax and its gradient are taken over so many bytes at a time: several passes over what
 # stays in a core's cache cost less than one over memory.
 PASS_BYTES = {"cpu": 2 * 2**20, "cuda": 512 * 2**20}
@@ -37,10 +37,11 @@ def count_learned(rows: torch.Tensor) -> torch.Tensor:
     return (rows[..., 1:] >= 0).sum().clamp_min(1).float()
 
 
-def rows_per_block(rows: int, vocab_size: int, device_type: str) -> int:
-    """Equal blocks, as few as fit: a last one of a few rows would read the weights as often as a full one."""
+def rows_per_block(rows: int, vocab_size: int, device_type: str, width: int) -> int:
+    """Equal blocks, as few as fit: a last one of a few rows would read the weights as often as a full one.
+    `width`: bytes of a logit."""
     limit = BLOCK_BYTES.get(device_type, BLOCK_BYTES["cpu"])
-    most = max(64, limit // (4 * vocab_size))
+    most = max(64, limit // (width * vocab_size))
     blocks = max(1, math.ceil(rows / most))
     return max(1, math.ceil(rows / blocks))
 
@@ -100,7 +101,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # filled by the first block; without rows there is none
         new = torch.empty_like if rows else torch.zeros_like
         grad_weight = new(weight, dtype=sum_dtype) if wants_grad else None
-        step = rows_per_block(rows, vocab_size, hidden.device.type)
+        step = rows_per_block(rows, vocab_size, hidden.device.type, compute_dtype.itemsize)
         for start in range(0, rows, step):
             block = slice(start, start + step)
             grads = (grad_hidden[block], grad_weight) if wants_grad else (None, None)

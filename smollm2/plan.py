@@ -38,7 +38,7 @@ from .device import (
 )
 from .errors import ArgumentParser, ConfigError, run_command
 from .evaluate import score_tokens
-from .loss import rows_per_block
+from .loss import PASS_BYTES, rows_per_block
 from .model import SmolLM2
 from .optim import make_optimizer
 from .parameters import flops_per_token, parameter_count, training_bytes
@@ -146,10 +146,14 @@ def memory_parts(config: RunConfig, rows: int, is_half: bool, device_type: str) 
     model, length = config.model, config.data.sequence_length
     count, tokens = parameter_count(model), rows * length
     layer, around, backward, once = activation_bytes(model, length, is_half, device_type)
-    block = rows_per_block(tokens, model.vocab_size, device_type) * model.vocab_size
+    width = 2 if is_half else 4
+    block = rows_per_block(tokens, model.vocab_size, device_type, width) * model.vocab_size
     activations = rows * (layer * model.num_hidden_layers + around)
-    # logits of a block in fp32 and in half, gradients of its two factors in fp32
-    loss = block * (6 if is_half else 4) + 4 * model.hidden_size * (model.vocab_size + tokens)
+    # a block's logits, of a pass over them scores and softmax in fp32; gradients of both factors in fp32; in
+    # half the wide factor and its gradient as well
+    wide = model.hidden_size * model.vocab_size
+    in_pass = (1 + is_half) * min(4 * block, PASS_BYTES.get(device_type, PASS_BYTES["cpu"]))
+    loss = block * width + in_pass + 4 * is_half * wide + 4 * (wide + model.hidden_size * tokens)
     # those of the micro-batches before; else activations go as gradients come, the embedding's first
     is_first = rows * config.run.devices * config.run.num_nodes >= config.train.batch_size
     gradients = 0 if is_first else 4 * count

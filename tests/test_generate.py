@@ -64,7 +64,7 @@ FILTERED = {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.02, "seed":
 @pytest.mark.parametrize("new", [1, 90])  # 90: the context of 40 overflows twice
 @pytest.mark.parametrize("time", [9, 39, 40, 70])
 def test_the_cache_changes_no_token(options, new, time):
-    model = lively_model(max_position_embeddings=40)
+    model = lively_model(max_position_embeddings=40).double()  # in fp32 a draw may fall between two roundings
     ids = random_ids(model, batch=3, time=time)
     cached = model.generate(ids, max_new_tokens=new, use_cache=True, **options)
     assert torch.equal(cached, model.generate(ids, max_new_tokens=new, use_cache=False, **options))
