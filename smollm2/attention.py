@@ -20,8 +20,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 BLOCK = 64  # queries; see above
-# Up to this length the probabilities are kept for the backward pass, at most 4.5 times the size of q where D is
-# 64; beyond it they are computed again: a fifth more time, but memory that grows with T, not its square.
+# Up to this length the probabilities are kept for the backward pass, at most 4.5 times the size of q where D
+# is 64; beyond it they are made again: a fifth more time, but memory that grows with T, not its square.
 KEPT_LENGTH = 512
 
 

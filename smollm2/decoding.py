@@ -2,7 +2,7 @@
 
 Notable:
 * fewer bytes: the matrices stay fp32, or become bf16, or int8 with one scale a row (and inputs of 8 bits);
-* the layout that the kernels read fastest, made once (fp32 transposed, oneDNN's for bf16, fbgemm's for int8);
+* the layout that each kernel reads fastest (fp32 transposed; oneDNN's for bf16, fbgemm's for int8);
 * fewer calls: q, k and v are one matrix, gate and up another; RoPE is one product of complex numbers.
 
 Between the products everything is fp32, so in fp32 it computes what `SmolLM2` computes (tests: 1e-5).
