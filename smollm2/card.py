@@ -49,7 +49,7 @@ def training_table(state: dict[str, Any], figures: dict[str, float]) -> str:
         "optimizer": train.get("optimizer"),
         "peak learning rate": train.get("learning_rate"),
         "peak learning rate of Muon": train.get("muon_learning_rate") if is_muon else None,
-        "seed": train.get("seed"),
+        "seed": str(train["seed"]) if "seed" in train else None,  # a name, not a quantity: no commas
         "started from": state.get("init_from"),
         "last training loss (nats a token)": figures.get("train_loss"),
         "last held-out loss (nats a token)": figures.get("val_loss"),

@@ -36,6 +36,15 @@ def choose_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def peak_flops() -> float | None:
+    """About what a GPU's tensor cores could do in half precision, at 1.5 GHz; None on a CPU."""
+    if not torch.cuda.is_available():
+        return None
+    facts = torch.cuda.get_device_properties(0)
+    per_clock = 4096 if facts.major >= 9 else 2048 if (facts.major, facts.minor) == (8, 0) else 1024
+    return 1.5e9 * per_clock * facts.multi_processor_count
+
+
 def choose_precision(requested: str, device: torch.device) -> Precision:
     """bf16 from compute capability 8.0, fp16 with a loss scaler below (a T4 has no bf16 units:
     `torch.cuda.is_bf16_supported()` says True there because it can emulate), bf16 or fp32 on a CPU by its

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from pydantic import ValidationError
@@ -47,6 +48,7 @@ from .plan import (
     why_not_compiled,
 )
 from .progress import Reporter
+from .sampling import prompt_ids
 from .saver import Saver, check_space
 from .settings import read_yaml
 from .state import TrainState, check_unchanged, fixed_settings, read_state, restore_rng, rng_tensors
@@ -211,10 +213,10 @@ def _open(config: RunConfig, device: torch.device, reporter: Reporter, is_first:
         if place.resume == "never":
             set_aside(output_dir, say)
         tidy(output_dir)
-    context, theta = config.model.max_position_embeddings, config.model.rope_theta
-    say(f"model: {config.preset}, {count:,} parameters, context {context:,}, RoPE theta {theta:,.0f}")
+    shape = f"context {config.model.max_position_embeddings:,}, RoPE theta {config.model.rope_theta:,.0f}"
+    say(f"model: {config.preset}, {count:,} parameters, {shape}")
     is_by_hand = device.type == "cpu" and train.compile is not True
-    kernels = "; blocks with a backward pass by hand (cpu_block.py)" if is_by_hand else ""
+    kernels = "; blocks with a backward pass by hand (cpu_block.py)" * is_by_hand
     say(f"device: {hardware.device_name(device)}; precision {precision.name}: {precision.reason}{kernels}")
     where, way_out = whereabouts(place)
     if place.drive_dir and is_first:
@@ -239,10 +241,9 @@ def _open(config: RunConfig, device: torch.device, reporter: Reporter, is_first:
         say(f"micro-batch: {rows} rows, what free memory holds by arithmetic")
         config = config.model_copy(update={"train": train.model_copy(update={"micro_batch_size": rows})})
     config = _with_compile(config, newest, state, device, precision, say)
-    train = config.train
     if train.minutes:
         config = _with_steps(config, state, device, precision, data, is_first, began, say)
-        train = config.train
+    train = config.train
     steps = train.max_steps + train.continue_steps
     if note := note_on_passes(steps, train.batch_size * config.data.sequence_length / len(data.train.tokens)):
         say(note)
@@ -253,8 +254,7 @@ def _open(config: RunConfig, device: torch.device, reporter: Reporter, is_first:
         if state.step < steps:  # else nothing more will be written
             each = training_bytes(config.model, train.optimizer) + len(tokenizer.raw)
             # besides the last ones: the best, the one being written, and the final ones
-            kept = train.keep_last + 2 + bool(train.continue_steps)
-            check_space(checkpoint_dir, each, kept, say)
+            check_space(checkpoint_dir, each, train.keep_last + 2 + bool(train.continue_steps), say)
         replace_durably(output_dir / "config.yaml", config.to_yaml().encode())
         logs = Logs(output_dir / "logs", state.log_lines)
         if place.drive_dir:
@@ -262,10 +262,11 @@ def _open(config: RunConfig, device: torch.device, reporter: Reporter, is_first:
             if newest:
                 mirror.submit(newest)
         announce_open(output_dir)
-    ends_at = math.inf
-    if train.stop_after:
-        ends_at = began + 60 * train.stop_after - 2 * save_seconds(config)
-    return Run(config, device, precision, tokenizer, data, saver, reporter, logs, mirror, ends_at)
+    ends_at = began + 60 * (train.stop_after or math.inf) - 2 * save_seconds(config)
+    run = Run(config, device, precision, tokenizer, data, saver, reporter, logs, mirror, ends_at)
+    for prompt in train.prompts:  # one that is too long is told now, not in the middle of training
+        prompt_ids(SimpleNamespace(config=config.model), tokenizer, run.asked(prompt))
+    return run
 
 
 def close(run: Run) -> None:
@@ -309,7 +310,6 @@ def _choose_tokenizer(
 ) -> Tokenizer:
     """The checkpoint's own, that of `init_from`, or what `data.tokenizer` says."""
     data, base = config.data, config.run.init_from
-
     training_texts = partial(text.training_texts, BPE_TRAINING_CHARACTERS)
     own = newest.folder if newest else base and weights.resolve(base)
     is_own = bool(own) and data.tokenizer == "auto"

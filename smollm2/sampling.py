@@ -148,7 +148,7 @@ def document_ids(model, tokenizer, prompt: str) -> list[int]:
     """Ids of a prompt of any length, behind what begins a document (`Tokenizer.begin_ids`)."""
     ids = [*tokenizer.begin_ids, *tokenizer.encode(prompt)]
     if not ids and model.config.bos_token_id is None:
-        raise ValueError("an empty prompt, and the model has no begin-of-text token")
+        raise UserError("an empty prompt, and the model has no begin-of-text token")
     return ids or [model.config.bos_token_id]
 
 

@@ -268,7 +268,10 @@ BAD_COMMANDS = {
     "temperature": ["GENERATE --temperature nan", "GENERATE --temperature hot"],
     "top_k": ["GENERATE --top_k 0", "GENERATE --top_k 1.5"],
     "max_new_tokens": ["GENERATE --max_new_tokens -1"],
-    "context is 32|shorten": [f"GENERATE --prompt '{'word ' * 100}'"], "chat template": ["GENERATE --chat"],
+    "context is 32|shorten": [
+        f"GENERATE --prompt '{'word ' * 100}'", f"--set 'train.prompts=[\"{'word ' * 100}\"]'",
+    ],
+    "chat template": ["GENERATE --chat"],
     "split|val": ["EVALUATE --split test"],
     "memory|choose a smaller": ["--set hidden_size=65536 --set num_hidden_layers=999"],
     "memory|train.micro_batch_size": ["train --preset nano --input_file good.txt --set batch_size=1048576"],

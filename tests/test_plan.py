@@ -1,9 +1,11 @@
 """What a run needs and what its minutes buy."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 
 from smollm2 import plan as planning
 from smollm2.config import RunConfig, SmolLM2Config
+from smollm2.dataset import open_text
 from smollm2.device import choose_precision
 from smollm2.errors import ConfigError
 from smollm2.model import SmolLM2
@@ -112,6 +115,26 @@ def test_passes_over_a_dataset_count_what_will_be_read_of_it(tmp_path):
     settings["run.output_dir"] = str(tmp_path / "output")
     facts = planning.plan(load_config("smollm2-10m", **settings), gpu="t4", minutes=(1,))
     assert facts["text_tokens"] == 50_000
+
+
+@pytest.mark.parametrize(
+    ("preset", "card", "cores", "millions"),
+    [
+        ("nano", None, 2, 24),
+        ("smollm2-135m", (7, 5, 40), 2, 21),  # a T4 learns from about 15 million in 20 minutes
+        ("smollm2-10m", (7, 5, 40), 2, 96),  # and more of a small model's than two cores read in two minutes
+        ("smollm2-135m", (9, 0, 132), 26, 283),  # an H100
+    ],
+)
+def test_minutes_read_what_this_device_can_learn_from(preset, card, cores, millions, monkeypatch):
+    """A constant of 24 million would be read by an H100 within a minute, and then again and again."""
+    major, minor, processors = card or (0, 0, 0)
+    facts = SimpleNamespace(major=major, minor=minor, multi_processor_count=processors)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: card is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: facts)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    config = load_config(preset, **{"data.dataset": "who/texts", "train.minutes": 20})
+    assert open_text(config, None).tokens == pytest.approx(millions * 1e6 / 0.9, rel=0.05)
 
 
 def test_steps_leave_time_for_what_else_a_run_does():
