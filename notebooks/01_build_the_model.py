@@ -18,7 +18,8 @@
 # * find a bug in a transformer by looking at *where* two models begin to differ.
 #
 # > **You need**, and no more:
-# > * Python, and PyTorch's tensors: their shapes, `@`, `.mean(-1)`;
+# > * Python, and PyTorch's tensors (their shapes, `@`, `.mean(-1)`) and `nn.Module`;
+# > * sine and cosine; variance, the mean of the squared distances from the mean, and its root, here called *spread*;
 # > * what a matrix product is, and that the dot product of two vectors is large when they point the same way;
 # > * **softmax**: e to the power of each number, divided by the sum of all. It makes shares that add up to 1; the largest number gets most.
 #
@@ -165,7 +166,8 @@ lesson.predict(
 # ## 3 · RMSNorm: keep the direction, drop the size
 #
 # Thirty blocks each add something to the same vector. Nothing keeps it from growing, and large inputs make every softmax after it too sure.
-# So each block first divides its input by its **root mean square**. (The older LayerNorm also subtracts the mean.
+# So each block first divides its input by its **root mean square**. Then a learned **gain**, one number a dimension, lets it make a dimension louder or quieter
+# again where that helps. (The older LayerNorm also subtracts the mean.
 # [RMSNorm](https://arxiv.org/abs/1910.07467) saves that and learns as well.) Take five numbers; what is left after dividing? Then write it.
 
 # %% id="rmsnorm-numbers" tags=["lesson"]
@@ -180,7 +182,7 @@ lesson.check("after dividing, the mean square is 1", (x / rms).square().mean() -
 class RMSNorm(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.hidden_size))  # a gain for each dimension
+        self.weight = nn.Parameter(torch.ones(config.hidden_size))  # the gain, 1 at first
         self.eps = config.rms_norm_eps  # keeps the all-zero vector from dividing by zero
 
     def forward(self, x):
@@ -233,12 +235,12 @@ plots.show(fig, alt + "all close to 1 after it.")
 # %% [markdown] id="rope"
 # ## 4 · RoPE: position as a rotation
 #
-# Attention (section 5) compares vectors of one head, 64 numbers. Without a mask it cannot tell *dog bites man* from *man bites dog*. With the causal
-# mask *one* layer knows who came before a token, but not in which order. Several layers can work the order out
+# Attention (section 5) compares vectors of one head, 64 numbers. Left alone it cannot tell *dog bites man* from *man bites dog*. With a *causal mask*
+# (each token sees only itself and what stands before it) *one* layer knows who came before a token, but not in which order. Several layers can work the order out
 # ([arXiv 2203.16634](https://arxiv.org/abs/2203.16634)), but that costs layers. [RoPE](https://arxiv.org/abs/2104.09864) (rotary position
 # embedding) gives it for nothing. It takes the numbers in pairs and turns each pair, like a clock hand, by an angle that grows with the position: the first pair by one radian a token, the last hardly at
-# all. A pair (a, b), turned by an angle, is (a cos − b sin, a sin + b cos). Why should turning be better than adding a position vector? Watch what the
-# dot product does.
+# all. A pair (a, b), turned by an angle, is (a cos − b sin, a sin + b cos). Older models *added* a learned vector for each position instead; what turning does
+# better shows once you have written it.
 
 
 # %% id="rope-code" tags=["lesson"]
@@ -329,7 +331,9 @@ lesson.check("RoPE equals transformers'", mine - library, 1e-5)
 lesson.check("a rotation keeps lengths", mine.norm(dim=-1) - q.norm(dim=-1), 1e-4)
 
 # %% [markdown] id="rope-relative"
-# **The point of it.** Give every position the *same* query `q` and key `k`, rotate both, and take all dot products. The score of query position *m*
+# **The point of it.** The dot product of two arrows is the product of their lengths times the cosine of the angle between them. Turn one by *m* steps and the other by
+# *n*: the lengths stay, and the angle between them changes by *m − n* steps. (With added vectors the score holds terms in *m* and in *n* alone, so that
+# "three back" has to be learned at every place.) Give every position the *same* query `q` and key `k`, rotate both, and take all dot products. The score of query position *m*
 # with key position *n* then depends on *m − n* alone: the table is constant along its diagonals. The model learns "three tokens back" once, for
 # the whole context. Then move *m* and *n* by the same amount: what turns on the left, and what stays on the right?
 #
@@ -388,6 +392,10 @@ widgets.explore(
 #
 # Two details. The scores are divided by √head_dim: a sum of 64 products of numbers of spread 1 has spread √64 = 8, and a softmax over
 # such numbers would pick one token and ignore the rest. And the future is set to −∞ *before* the softmax, so that it gets weight exactly 0.
+#
+# Why hide the future? Training grades all positions of a row at once: position *t* must name token *t + 1*, which stands in the same row. Without the mask it would
+# simply read it there. The loss would fall to almost 0, and when writing, where there is no future yet, the model would be lost.
+#
 # First three tokens and one head, by numbers: which token does each row read most?
 #
 # **✎ Exercise**, when the section is done: give `attention_steps` a window, so that a position sees itself and only the 4 before it.
@@ -577,7 +585,7 @@ plots.show(fig, alt + "Right: attention weights fill the lower triangle, zero ab
 # %% [markdown] id="swiglu"
 # ## 6 · SwiGLU: a gate on every feature
 #
-# Attention moves information between positions; the MLP works on each position alone. `up` computes 1,536 features, `gate` decides how far each
+# Attention moves information between positions; the MLP (multi-layer perceptron: products with a curve between them) works on each position alone. `up` computes 1,536 features, `gate` decides how far each
 # is let through, `down` brings them back to 576. The gate's curve is SiLU, x · sigmoid(x): almost 0 far below zero, almost x far above. So
 # there are **three** matrices, not two. Older MLPs had two, four times as wide as the model; three of 8/3 (1,536 = 8/3 · 576) hold as many
 # numbers. [Trained alike](https://arxiv.org/abs/2002.05202), the gated one learned better; the paper offers no reason.
@@ -695,7 +703,8 @@ lesson.check("the number that SmolLM2-135M has", total - 134_515_008)
 # **How it starts.** Every matrix begins as random numbers of spread 1/√C, so that a product neither blows a vector up nor shrinks it. Two matrices
 # of each block, `o_proj` and `down_proj`, write to the running vector, and they start **smaller**, divided by √(2L). Why? L blocks add 2L times to the
 # same vector. Random additions add up their *variances*: 2L of spread s have the spread s·√(2L). Divided by √(2L), all of them together
-# weigh as much as one, however deep the model. (GPT-2 began this, with the same factor.) It is done once, here; from then on training decides.
+# weigh as much as one, however deep the model. (RMSNorm hides that growth from each branch, not from the sum: in a vector that has grown large, the token's own
+# embedding and every later addition count for less.) (GPT-2 began this, with the same factor.) It is done once, here; from then on training decides.
 
 
 # %% id="init-check" tags=["check"]
@@ -762,7 +771,7 @@ lesson.check("without the plus, all tokens of a row are alike", alike["without"]
 # ## 8 · The official weights in this model
 #
 # Names and shapes agree, so the published weights fit into the classes above. Were a single detail different, so would be the numbers, and the text most
-# often nonsense. Online this loads SmolLM2-135M (270 MB), whose `rope_theta` is 100,000: after pre-training it learned longer contexts. Offline it
+# often nonsense. Online this loads SmolLM2-135M (270 MB), whose `rope_theta` is 100,000: after pre-training (the long first training, on plain text) it learned longer contexts. Offline it
 # makes a small model with random weights and the same 9:3 heads. Either way the reference is transformers, reading the same folder.
 #
 # **✎ Exercise**, when the section is done: build the loaded model again with a tenth of its `rope_theta`. Where does the chart jump now, and which

@@ -56,7 +56,8 @@ report = colab.doctor()
 
 # %% [markdown] id="imports-text"
 # The text is `input.txt`: about 1,100 short pieces (stories, explanations, dialogues, some verse), with a line `<|endoftext|>` between two of them. The last tenth
-# is **held out**: nothing that learns here, not even the tokenizer, ever sees it. **nano** is the project's small model, a SmolLM2 that a laptop can train;
+# is **held out**: nothing that learns here, not even the tokenizer, ever sees it. It is the end of the file, not lines from everywhere, so that no piece but the one at the
+# cut lies on both sides. Choosing is learning, too: settings that are tried until the held-out figure is lowest fit that text a little, and the figure flatters. **nano** is the project's small model, a SmolLM2 that a laptop can train;
 # its settings (vocabulary, row length, batch) are the numbers used below.
 
 # %% id="imports"
@@ -196,7 +197,8 @@ for _ in range(4):
 # %% [markdown] id="bpe-real-text"
 # The same two functions on real text. It is first cut into words, digits and signs, for no merge may cross from one into the next. A blank stays with the
 # word after it and is written `Ġ`: here every byte needs a sign that can be seen. The package lets the `tokenizers` library do this, in Rust. Do both
-# learn the same merges, in the same order?
+# learn the same merges, in the same order? (To **encode** a new text, cut it in the same way, spell each word in bytes, and apply the learned merges in the order in which
+# they were learned. Nothing is counted any more; what no merge joins stays as it is.)
 #
 # **✎ Exercise**, when the section is done. Rewrite `best_pair` so that of equally frequent pairs the *last* one wins, and run section 2 again. How many of the 40 merges differ from the library's? How
 # many with `pieces[:10]` in place of `pieces[:150]`?

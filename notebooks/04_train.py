@@ -176,7 +176,7 @@ lesson.check("first loss = ln V + σ²/2 (notebook 3)", first - expected, 0.3, l
 # %% [markdown] id="accumulate-text"
 # **Accumulation.** A large batch gives a steady gradient, but its activations may not fit into memory. So it goes through in parts. Backward passes *add* to
 # `.grad`, and the mean over all rows is the sum of the parts' means, each times its share of the rows. So accumulation equals the large batch: it is the same sum in
-# another order. **Clipping.** One odd batch must not throw the model off: where all gradients together are longer than a limit, one factor shortens
+# another order. (Here all rows have equally many targets. Where they have not, as in the conversations of notebook 7, a part's share is that of its *targets*.) **Clipping.** One odd batch must not throw the model off: where all gradients together are longer than a limit, one factor shortens
 # them all. The direction stays.
 
 
@@ -491,6 +491,14 @@ widgets.explore(
 # Many projects can resume. The question is whether the resumed run is **the same run**. Three acts with a tiny model, 30 steps: one run is left alone. A second
 # one, in a process of its own, gets `SIGKILL` after step 17: no goodbye, no last save, exactly what a lost runtime looks like. Then it is resumed here. (About 20 s.)
 # Before that, one more run answers another question: does the loop of section 3 do what `smollm2.train` does?
+#
+# | of a checkpoint | holds | without it |
+# |---|---|---|
+# | `model.safetensors` | the weights | all is lost |
+# | `optim.safetensors` | AdamW's two averages of each weight; the states of PyTorch's random generators | the next updates are others; whatever is drawn at random is, too |
+# | `state.json` | the step and the data position, the plan of the rate, fp16's loss scale | the next batch and the next rate are others |
+# | `tokenizer.json` | the numbers of all tokens | the weights mean nothing |
+# | `manifest.json` | the SHA-256 of every file, written last | nobody knows that the rest is whole |
 #
 # **✎ Exercise**, when the section is done. To resume without the optimizer's averages is a common bug: how would this section notice? Then damage the
 # newest checkpoint: change one byte of `output/drill/smooth/checkpoints/final_model.ckpt/optim.safetensors`. What does

@@ -683,7 +683,7 @@ plots.show(fig, f"Bits per byte for one held-out passage: {told}.")
 #
 # * Its limit is a fraction of the best probability: where the best is weak, much of the rest reaches it.
 # * It holds only what can be computed again from the tokens: keys and values of positions that no longer change, because nothing looks ahead.
-# * Every block adds to the same running vector of the same size; the last layer reads that vector, whoever wrote to it last.
+# * Every block adds to the same running vector, always of the same *width*, and the final norm makes its size the same: so the output matrix can read it after any block.
 # </details>
 
 # %% id="score" tags=["check"]

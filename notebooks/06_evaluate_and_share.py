@@ -252,7 +252,8 @@ lesson.check("all held-out bytes are counted", score.bytes - len(held_out))
 
 # %% [markdown] id="best"
 # **The last or the best?** A run also keeps the checkpoint that scored best on the held-out text. Where that is not the last one, the run went on for too long
-# and learned its text by heart. Publish whichever needs fewer bits here; the rest of this notebook takes that one.
+# and learned its text by heart. Publish whichever needs fewer bits here; the rest of this notebook takes that one. (Strictly, what was chosen *on* this text is flattered by it: a
+# third text, used once, would be fair. One choice of a few flatters little, a hundred trials would not.)
 
 # %% id="best-score" tags=["slow", "lesson"]
 best, last, others = best_seen(checkpoints), checkpoints[-1].step, {}
@@ -627,6 +628,7 @@ talk.append({"role": "assistant", "content": answer})
 template, end_id = default_template(tokenizer)  # your tokenizer may know no <|im_start|>
 names = {"eos_token": tokenizer.token(end_id)}
 ids, _ = encode_conversation(tokenizer, talk, template, names)
+# a token that is read and not graded is kept as ~id, which is -id - 1; ~ gives the id back
 print("read only:", tokenizer.decode([~i for i in ids if i < 0]))
 learned = tokenizer.decode([i for i in ids if i >= 0])
 print("learned:  ", learned)
@@ -698,7 +700,7 @@ else:
 # <details><summary>Answers</summary>
 #
 # * A token is a different piece of text for each tokenizer; a byte is the same for all.
-# * They were seen a few times or never; what a few sightings say is mostly chance.
+# * They were seen only a few times, and what a few sightings say is mostly chance. (One never seen leaves the word to the shorter context.)
 # * HellaSwag, ARC, PIQA, CommonsenseQA and OpenBookQA lie well above luck, MMLU somewhat. WinoGrande is luck; GSM8K and TriviaQA are near zero.
 # * A quarter of fp32's bytes, and so faster writing; rounding of about one per cent of a weight, less than half a per cent of the bits per byte.
 #   An Instruct model has the same network. Its weights learned on from conversations: a form, whose turn it is, when to stop.

@@ -40,10 +40,9 @@ from .data import (
     text_bytes,
     write_tokens,
 )
-from .device import peak_flops
+from .device import tokens_to_learn_from
 from .errors import CheckpointError, DataError, is_terminal
 from .files import dump_json, replace_durably, sha256_bytes, sha256_json, strict_json
-from .parameters import flops_per_token
 from .text import SEPARATOR, decoded, documents
 from .tokenizer import Tokenizer
 from .workers import OPENED
@@ -54,10 +53,6 @@ LONGEST_TOKEN = 16  # characters, on average over any text
 LONGEST_VALUE = 2**26  # characters of one JSON value
 _BETWEEN_VALUES = re.compile(r"[\s,\[\]]*")
 LEAST_TOKENS = 2**20  # read even if a run needs fewer: in a second
-# read ahead of `--minutes`, whose steps are not known yet: what a core, or a quarter of a GPU's peak, learns
-# from, in a second
-LEARNED_PER_SECOND, SHARE_OF_PEAK = 10_000, 0.25
-TOKENISED_PER_SECOND, READING = 400_000, 0.1  # by a core; the share of the minutes that it may take
 KINDS = {  # by a file's ending; .gz and the like may stand behind it
     ".txt": "text", ".text": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".ndjson": "json",
     ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow",
@@ -84,18 +79,9 @@ def open_text(config: RunConfig, pinned: dict | None) -> InputFile | Dataset:
     if data.dataset is None:
         return InputFile(data.input_file, data.held_out_fraction, output / "data")
     once = (train.max_steps + train.continue_steps) * train.batch_size * data.sequence_length
-    once = max(once, LEAST_TOKENS, int(60 * (train.minutes or 0) * tokens_ahead(config)))
+    once = max(once, LEAST_TOKENS, tokens_to_learn_from(config, 60 * (train.minutes or 0)))
     needed = math.ceil(once / (1 - data.held_out_fraction))
     return Dataset(data, output, data.dataset_tokens or needed, pinned)
-
-
-def tokens_ahead(config: RunConfig) -> float:
-    """To read for each second that is to be trained, the same after a kill: nothing that must be measured."""
-    cores, peak = os.cpu_count() or 1, peak_flops()
-    learned = LEARNED_PER_SECOND * cores
-    if peak:
-        learned = SHARE_OF_PEAK * peak / flops_per_token(config.model, config.data.sequence_length)
-    return min(learned, READING * TOKENISED_PER_SECOND * cores)
 
 
 class Dataset:

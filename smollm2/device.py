@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
-from .config import TrainConfig
+from .config import RunConfig, TrainConfig
 from .errors import ConfigError
+from .parameters import flops_per_token
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,18 @@ def choose_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def peak_flops() -> float | None:
-    """About what a GPU's tensor cores could do in half precision, at 1.5 GHz; None on a CPU."""
-    if not torch.cuda.is_available():
-        return None
-    facts = torch.cuda.get_device_properties(0)
-    per_clock = 4096 if facts.major >= 9 else 2048 if (facts.major, facts.minor) == (8, 0) else 1024
-    return 1.5e9 * per_clock * facts.multi_processor_count
+def tokens_to_learn_from(config: RunConfig, seconds: float) -> int:
+    """In so many seconds of `--minutes`, whose steps are not known yet; the same after a kill, for nothing is
+    measured. A core learns from 10,000 a second, a GPU at a quarter of its peak in half precision (1.5 GHz);
+    and the cores must have tokenised them (400,000 a second) in a tenth of the time."""
+    cores = os.cpu_count() or 1
+    learned = 10_000 * cores
+    if torch.cuda.is_available():
+        facts = torch.cuda.get_device_properties(0)
+        per_clock = 4096 if facts.major >= 9 else 2048 if (facts.major, facts.minor) == (8, 0) else 1024
+        peak = 1.5e9 * per_clock * facts.multi_processor_count
+        learned = peak / 4 / flops_per_token(config.model, config.data.sequence_length)
+    return int(seconds * min(learned, 400_000 * cores / 10))
 
 
 def choose_precision(requested: str, device: torch.device) -> Precision:
