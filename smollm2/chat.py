@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .conversation import chat_template, render_chat
+from .conversation import chat_template, render_chat, special_tokens, tokenizer_config
 from .data import FORMAT, TokenData, TokenFile
 from .errors import DataError
 from .files import sha256_json
@@ -140,9 +140,14 @@ class ChatFile:
         # what the template writes there: a base model may carry one beside another end of its documents
         end = default_template(tokenizer)[1] if own_end is None else own_end
         talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        said = render_chat(own, talk, {"eos_token": tokenizer.token(end)}, asks_for_answer=False)
+        said = render_chat(own, talk, self.special_tokens(tokenizer, end), asks_for_answer=False)
         ends = [token for token in tokenizer.encode(said) if tokenizer.is_special(token)]
         return own, (ends or [end])[-1]
+
+    def special_tokens(self, tokenizer: Tokenizer, end: int) -> dict[str, str]:
+        """What the template may name, as when it answers: the folder's own, and what ends an answer."""
+        own = special_tokens(tokenizer_config(self.model_folder)) if self.model_folder else {}
+        return own | {"eos_token": tokenizer.token(end)}
 
     def training_texts(self, limit: int) -> Iterator[str]:
         """About `limit` characters of what is said, to train a tokenizer on."""
@@ -167,9 +172,9 @@ class ChatFile:
         }
         identity = sha256_json(key | {"tokenizer": tokenizer.sha256, "held_out_fraction": self.held_out})
         check(identity)
-        special_tokens = {"eos_token": tokenizer.token(end)}
+        special = self.special_tokens(tokenizer, end)
         encoded = [
-            encode_conversation(tokenizer, messages, template, special_tokens)
+            encode_conversation(tokenizer, messages, template, special)
             for messages in read_conversations(self.name)
         ]
         cut = self._trained(len(encoded))
@@ -181,4 +186,5 @@ class ChatFile:
         )
         learned = sum(int((part.tokens >= 0).sum()) for part in (train, val))
         say(f"chat: {len(encoded):,} conversations, {cut:,} to train on; {learned:,} tokens are answers")
-        return TokenData(train, val, identity, Path(self.name).parent, {"chat_template": template})
+        sidecar = {"chat_template": template, "special_tokens": special}
+        return TokenData(train, val, identity, Path(self.name).parent, sidecar)

@@ -94,8 +94,8 @@ class Run:
         """What the model reads when it is asked to go on from `prompt`."""
         if not self.chat_template:
             return prompt
-        end = {"eos_token": self.tokenizer.token(self.config.model.eos_token_id)}
-        return render_chat(self.chat_template, [{"role": "user", "content": prompt}], end)
+        special = self.data.sidecar["special_tokens"]
+        return render_chat(self.chat_template, [{"role": "user", "content": prompt}], special)
 
     @property
     def world_size(self) -> int:

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -85,6 +86,22 @@ def test_an_answer_ends_as_the_models_own_template_ends_it(tokenizer, tmp_path):
     talks = chat.ChatFile("talk.jsonl", 0.1, tmp_path)
     end = tokenizer.token_id("<|im_end|>")
     assert talks.template_and_end(tokenizer, tokenizer.end_of_text_id) == (chat.CHATML, end)
+
+
+def test_a_template_reads_the_same_special_tokens_in_training_as_when_it_answers(tokenizer, tmp_path):
+    """One that begins with `bos_token` trained without it, and was then asked with it."""
+    (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}" + chat.CHATML)
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}'
+    )
+    path = tmp_path / "talk.jsonl"
+    path.write_text(3 * (json.dumps({"messages": TALK[1:3]}) + "\n"))
+    data = chat.ChatFile(str(path), 0.1, tmp_path).prepare(tokenizer, None, lambda _: None, lambda _: None)
+    ids = data.train.tokens.tolist()
+    asked = ids[: next(place for place, i in enumerate(ids) if i >= 0)]
+    stand_in = SimpleNamespace(config=SmolLM2Config(), end_ids=())
+    talk = Conversation(stand_in, tokenizer, tmp_path, chat=True)
+    assert [~i for i in asked] == talk.ask(TALK[1]["content"]) and ~asked[0] == 0
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
