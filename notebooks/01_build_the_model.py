@@ -19,7 +19,7 @@
 #
 # > **You need**, and no more:
 # > * Python, and PyTorch's tensors (their shapes, `@`, `.mean(-1)`) and `nn.Module`;
-# > * sine and cosine; variance, the mean of the squared distances from the mean, and its root, here called *spread*;
+# > * sine and cosine; variance, the mean of the squared distances from the mean, and its root, the standard deviation (here: *spread*);
 # > * what a matrix product is, and that the dot product of two vectors is large when they point the same way;
 # > * **softmax**: e to the power of each number, divided by the sum of all. It makes shares that add up to 1; the largest number gets most.
 #
@@ -235,12 +235,20 @@ plots.show(fig, alt + "all close to 1 after it.")
 # %% [markdown] id="rope"
 # ## 4 · RoPE: position as a rotation
 #
-# Attention (section 5) compares vectors of one head, 64 numbers. Left alone it cannot tell *dog bites man* from *man bites dog*. With a *causal mask*
-# (each token sees only itself and what stands before it) *one* layer knows who came before a token, but not in which order. Several layers can work the order out
-# ([arXiv 2203.16634](https://arxiv.org/abs/2203.16634)), but that costs layers. [RoPE](https://arxiv.org/abs/2104.09864) (rotary position
-# embedding) gives it for nothing. It takes the numbers in pairs and turns each pair, like a clock hand, by an angle that grows with the position: the first pair by one radian a token, the last hardly at
-# all. A pair (a, b), turned by an angle, is (a cos − b sin, a sin + b cos). Older models *added* a learned vector for each position instead; what turning does
-# better shows once you have written it.
+# **Attention in one minute** (section 5 builds it). From its own vector each token makes three more: a **query** (what do I look for?), a **key** (what can I be
+# found by?), a **value** (what do I hand over?). The dot product of a query and a key is a **score**. Softmax makes shares of a token's scores, and the token
+# receives all values, mixed by these shares. All this happens several times side by side; each time is a **head**, with vectors of 64 numbers.
+#
+# **The problem.** A dot product does not know *where* a token stands: *dog bites man* and *man bites dog* are the same three words. A **causal mask** hides the tokens
+# that come later. With it one layer knows who came before, but not in which order. (Several layers can
+# [work it out](https://arxiv.org/abs/2203.16634), but that costs layers.)
+#
+# **The idea.** [RoPE](https://arxiv.org/abs/2104.09864) (rotary position embedding) turns queries and keys, and adds no parameters.
+# 1. Take the 64 numbers in 32 pairs. A pair is an arrow in the plane, like the hand of a clock.
+# 2. Turn each arrow by an angle: position × speed of the pair.
+# 3. The first pair is fast, one radian a token. The last one hardly moves.
+#
+# A pair (a, b), turned by an angle, is (a cos − b sin, a sin + b cos).
 
 
 # %% id="rope-code" tags=["lesson"]
@@ -332,7 +340,7 @@ lesson.check("a rotation keeps lengths", mine.norm(dim=-1) - q.norm(dim=-1), 1e-
 
 # %% [markdown] id="rope-relative"
 # **The point of it.** The dot product of two arrows is the product of their lengths times the cosine of the angle between them. Turn one by *m* steps and the other by
-# *n*: the lengths stay, and the angle between them changes by *m − n* steps. (With added vectors the score holds terms in *m* and in *n* alone, so that
+# *n*: the lengths stay, and the angle between them changes by *m − n* steps. (Older models *added* a learned vector for each position. Their score holds terms in *m* and in *n* alone, so that
 # "three back" has to be learned at every place.) Give every position the *same* query `q` and key `k`, rotate both, and take all dot products. The score of query position *m*
 # with key position *n* then depends on *m − n* alone: the table is constant along its diagonals. The model learns "three tokens back" once, for
 # the whole context. Then move *m* and *n* by the same amount: what turns on the left, and what stays on the right?
@@ -341,11 +349,12 @@ lesson.check("a rotation keeps lengths", mine.norm(dim=-1) - q.norm(dim=-1), 1e-
 # learned with 10,000 on 2,048 tokens, then with 100,000 on 8,192: its slow hands turn no further over the longer text.
 
 # %% id="rope-relative-check" tags=["check"]
-q, k = torch.randn(2, tiny.head_dim)
-scores = rotate(q.expand(128, -1), cos, sin) @ rotate(k.expand(128, -1), cos, sin).T  # (m, n)
-one_step = scores[1:, 1:] - scores[:-1, :-1]  # compares (m, n) with (m - 1, n - 1)
+query, key = torch.randn(2, tiny.head_dim)
+turned = [rotate(one.expand(128, -1), cos, sin) for one in (query, key)]  # at 128 positions
+table = turned[0] @ turned[1].T  # the score of each (m, n)
+one_step = table[1:, 1:] - table[:-1, :-1]  # compares (m, n) with (m - 1, n - 1)
 for m, n in (5, 3), (50, 48), (120, 118):
-    print(f"score of (m, n) = ({m}, {n}): {scores[m, n]:.4f}")
+    print(f"score of (m, n) = ({m}, {n}): {table[m, n]:.4f}")
 lesson.check("the score depends on m - n alone", one_step, 1e-4)
 
 # %% cellView="form" id="rope-widget" tags=["widget", "figure"]
@@ -356,17 +365,18 @@ PAIR = [0, tiny.head_dim // 2]  # the first pair of numbers
 def rope_view(m, n):
     """A query at m and a key at n, as their first pair, and the score over all distances."""
     fig, (left, right) = plots.figure(7.5, 2.9, columns=2, width_ratios=[1, 2])
-    for vector, at, color, name in ((q, m, plots.BLUE, "query"), (k, n, plots.ORANGE, "key")):
+    pair = (query, m, plots.BLUE, "query"), (key, n, plots.ORANGE, "key")
+    for vector, at, color, name in pair:
         tip = rotate(vector, cos[at], sin[at])[PAIR].tolist()
         arrow = {"arrowstyle": "-|>", "color": color, "lw": 2}
         left.annotate("", tip, (0, 0), arrowprops=arrow)
         left.plot([], [], color=color, marker="", label=f"{name} at {at}")
-    reach = 1.2 * max(vector[PAIR].norm().item() for vector in (q, k))
+    reach = 1.2 * max(vector[PAIR].norm().item() for vector in (query, key))
     left.set(xlim=(-reach, reach), ylim=(-1.6 * reach, reach), aspect="equal")
     left.legend(loc="lower center", frameon=False)
     plots.label(left, "the first pair", "first number", "second number")
-    distance, score = list(range(-40, 41)), scores[m, n].item()
-    curve = [scores[max(d, 0), max(-d, 0)].item() for d in distance]
+    distance, score = list(range(-40, 41)), table[m, n].item()
+    curve = [table[max(d, 0), max(-d, 0)].item() for d in distance]
     right.plot(distance, curve, color=plots.GREY, marker="")
     right.plot(m - n, score, "o", color=plots.RED, markersize=9, label=f"score {score:.2f}")
     right.set_ylim(min(curve) - 0.5, max(curve) + 2.5)
@@ -391,21 +401,21 @@ widgets.explore(
 # (In quality it costs [little](https://arxiv.org/abs/2305.13245).)
 #
 # Two details. The scores are divided by √head_dim: a sum of 64 products of numbers of spread 1 has spread √64 = 8, and a softmax over
-# such numbers would pick one token and ignore the rest. And the future is set to −∞ *before* the softmax, so that it gets weight exactly 0.
+# such numbers would give nearly all weight to one token. And the future is set to −∞ *before* the softmax, so that it gets weight exactly 0.
 #
 # Why hide the future? Training grades all positions of a row at once: position *t* must name token *t + 1*, which stands in the same row. Without the mask it would
 # simply read it there. The loss would fall to almost 0, and when writing, where there is no future yet, the model would be lost.
 #
 # First three tokens and one head, by numbers: which token does each row read most?
 #
-# **✎ Exercise**, when the section is done: give `attention_steps` a window, so that a position sees itself and only the 4 before it.
-# Which line changes, and what shows that you are right?
+# **✎ Exercise**, when the section is done: give your `attend` a window, so that a position sees itself and only the 4 before it. (If you left it empty,
+# change the answer's `attention_steps`.) Which line changes, and what shows that you are right?
 #
 # <details><summary>Solution</summary>
 #
-# The line of `future`. Change position 0: position 5 and all after it stay exactly equal. (The checks against the package now fail, as they should.)
+# The line of the mask. Change position 0: position 5 and all after it stay exactly equal. (The checks against the package now fail, as they should.)
 # ```python
-# future = torch.ones(time, time, dtype=torch.bool)  # in attention_steps
+# future = torch.ones(time, time, dtype=torch.bool)  # True: hidden
 # future = future.triu(1) | future.tril(-5)
 # ```
 # ```python
@@ -418,13 +428,16 @@ widgets.explore(
 
 # %% id="attention-numbers" tags=["lesson"]
 q = torch.tensor([[1.0, 0.0], [0.0, 2.0], [2.0, 2.0]])  # three tokens, two numbers each
-k = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
-v = torch.tensor([[10.0], [20.0], [30.0]])
+k, v = (
+    torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]),
+    torch.tensor([[10.0], [20.0], [30.0]]),
+)
 scores = q @ k.T / 2**0.5  # row: who asks; column: who is asked
 past = scores + torch.full((3, 3), -torch.inf).triu(1)
 weights = past.softmax(-1)
-for table in (scores, past, weights, weights @ v):  # a line each; in it a bracket a token
-    print(*[[round(n, 2) for n in row] for row in table.tolist()])
+titles = ("scores", "future hidden", "weights", "output")  # a row for each token that asks
+for title, numbers in zip(titles, (scores, past, weights, weights @ v), strict=True):
+    print(title, *("".join(f"{n:7.2f}" for n in row) for row in numbers.tolist()), sep="\n")
 
 # %% cellView="form" id="predict-kv" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
@@ -585,8 +598,8 @@ plots.show(fig, alt + "Right: attention weights fill the lower triangle, zero ab
 # %% [markdown] id="swiglu"
 # ## 6 · SwiGLU: a gate on every feature
 #
-# Attention moves information between positions; the MLP (multi-layer perceptron: products with a curve between them) works on each position alone. `up` computes 1,536 features, `gate` decides how far each
-# is let through, `down` brings them back to 576. The gate's curve is SiLU, x · sigmoid(x): almost 0 far below zero, almost x far above. So
+# Attention moves information between positions; the MLP (multi-layer perceptron: products with a curve between them) works on each position alone. `up` computes 1,536 features, `gate` multiplies each
+# (near 0 shuts it off, a large value lets it through or enlarges it), `down` brings them back to 576. The gate's curve is SiLU, x · sigmoid(x): almost 0 far below zero, almost x far above. So
 # there are **three** matrices, not two. Older MLPs had two, four times as wide as the model; three of 8/3 (1,536 = 8/3 · 576) hold as many
 # numbers. [Trained alike](https://arxiv.org/abs/2002.05202), the gated one learned better; the paper offers no reason.
 
@@ -700,7 +713,7 @@ print(f"at full size this model has {total:,} parameters")
 lesson.check("the number that SmolLM2-135M has", total - 134_515_008)
 
 # %% [markdown] id="init"
-# **How it starts.** Every matrix begins as random numbers of spread 1/√C, so that a product neither blows a vector up nor shrinks it. Two matrices
+# **How it starts.** Every matrix begins as random numbers of spread 1/√C, so that a product with C inputs neither blows a vector up nor shrinks it. Two matrices
 # of each block, `o_proj` and `down_proj`, write to the running vector, and they start **smaller**, divided by √(2L). Why? L blocks add 2L times to the
 # same vector. Random additions add up their *variances*: 2L of spread s have the spread s·√(2L). Divided by √(2L), all of them together
 # weigh as much as one, however deep the model. (RMSNorm hides that growth from each branch, not from the sum: in a vector that has grown large, the token's own
@@ -770,8 +783,8 @@ lesson.check("without the plus, all tokens of a row are alike", alike["without"]
 # %% [markdown] id="official"
 # ## 8 · The official weights in this model
 #
-# Names and shapes agree, so the published weights fit into the classes above. Were a single detail different, so would be the numbers, and the text most
-# often nonsense. Online this loads SmolLM2-135M (270 MB), whose `rope_theta` is 100,000: after pre-training (the long first training, on plain text) it learned longer contexts. Offline it
+# Names and shapes agree, so the published weights fit into the classes above. If a single detail were different, the numbers would differ, and
+# mostly the text would be nonsense. Online this loads SmolLM2-135M (270 MB), whose `rope_theta` is 100,000: after pre-training (the long first training, on plain text) it learned longer contexts. Offline it
 # makes a small model with random weights and the same 9:3 heads. Either way the reference is transformers, reading the same folder.
 #
 # **✎ Exercise**, when the section is done: build the loaded model again with a tenth of its `rope_theta`. Where does the chart jump now, and which
@@ -857,7 +870,7 @@ lesson.check("the 12 greedy tokens are transformers'", mine - other)
 # * in `shared k`: heads repeated as 0 1 2 0 1 2 … instead of 0 0 0 1 1 1 …;
 # * in `scores`: no division by √head_dim.
 #
-# The chart shows at which step each begins to differ from yours. Who did what?
+# The chart shows at which step each begins to differ from the right one. Who did what?
 
 
 # %% id="bugs-code" tags=["lesson"]

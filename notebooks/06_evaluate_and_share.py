@@ -148,7 +148,7 @@ for name, bits in packed.items():
     print(f"{name:8} {bits:.3f} bits per byte")
 mine = 8 * len(gzip.compress(held_out, 9, mtime=0)) / len(held_out)
 lesson.check("gzip -9 by hand needs what the package says", mine - packed["gzip -9"], 1e-9)
-lesson.check("and it loses nothing", gzip.decompress(gzip.compress(held_out, 9)) != held_out)
+lesson.true("and it loses nothing", gzip.decompress(gzip.compress(held_out, 9)) == held_out)
 
 # %% [markdown] id="counting"
 # ## 3 · The honest rival: counting
@@ -371,7 +371,7 @@ for task, (new, old, luck) in CARD.items():
     print(f"{task:14} {new:7.1f} {old:7.1f} {luck:5} {new - luck:11.1f}")
 new, _, luck = CARD["WinoGrande"]
 name = f"WinoGrande, {new - luck:.1f} points above luck, is within one standard error"
-lesson.check(f"{name} ({error:.1f})", new - luck > error)
+lesson.true(f"{name} ({error:.1f})", new - luck <= error)
 
 # %% cellView="form" id="published-figure" tags=["figure"]
 # @title Figure: published figures { display-mode: "form" }
@@ -435,8 +435,8 @@ probe = held_out.decode()[:5000] + "\n\n1. First, 2,048 steps — déjà vu.\n"
 ids, other = tokenizer.encode(probe), their_tokenizer(probe, add_special_tokens=False)
 likely = "AutoTokenizer of transformers 5 cuts digits in another way; use the class that "
 likely += "tokenizer_config.json names"
-lesson.check("transformers' tokenizer gives the same ids", other.input_ids != ids, 0, likely)
-lesson.check("and the same text back", their_tokenizer.decode(ids) != tokenizer.decode(ids))
+lesson.true("transformers' tokenizer gives the same ids", other.input_ids == ids, likely)
+lesson.true("and the same text back", their_tokenizer.decode(ids) == tokenizer.decode(ids))
 
 # %% id="back-check" tags=["check"]
 folder = Path(place.output_dir) / "there-and-back"
@@ -467,7 +467,7 @@ error = numbers * scale - matrix
 rows = {"weights": matrix, "numbers": numbers, "read back": numbers * scale}
 for name, each in rows.items():
     print(f"{name:10}", "".join(f"{value:>9.4g}" for value in each[0, :7].tolist()))
-lesson.check("rounding is off by half a scale at most", (error.abs() / scale).max() > 0.501)
+lesson.true("rounding is off by half a scale at most", (error.abs() / scale).max() <= 0.501)
 
 # %% cellView="form" id="predict-int8" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
@@ -540,7 +540,7 @@ try:
     gguf_size = (folder / "model-q8_0.gguf").stat().st_size
     print(f"{folder / 'model-q8_0.gguf'}: {gguf_size:,} bytes, beside a Modelfile for Ollama")
     expected = 34 / 32 * sum(p.numel() for p in model.parameters())
-    lesson.check("34 bytes for 32 weights, and a vocabulary", gguf_size < expected)
+    lesson.true("34 bytes for 32 weights, and a vocabulary", gguf_size >= expected)
 except UserError as reason:
     print(f"{reason}.\nSo: no GGUF here; everything else runs.")
 
@@ -577,7 +577,7 @@ plots.show_html(told, told, kind="text/markdown")
 # %% id="card-check" tags=["check"]
 receipt = json.loads((out / "export.json").read_text(encoding="utf-8"))
 parameters = f"{sum(p.numel() for p in copy.parameters()):,} parameters"
-lesson.check("the card names the true number of parameters", parameters not in card)
+lesson.true("the card names the true number of parameters", parameters in card)
 changed = []
 for name, entry in receipt["files"].items():
     if hashlib.sha256((out / name).read_bytes()).hexdigest() != entry["sha256"]:
@@ -632,7 +632,7 @@ ids, _ = encode_conversation(tokenizer, talk, template, names)
 print("read only:", tokenizer.decode([~i for i in ids if i < 0]))
 learned = tokenizer.decode([i for i in ids if i >= 0])
 print("learned:  ", learned)
-lesson.check("only the answer and its end are learned", learned != answer + names["eos_token"])
+lesson.true("only the answer and its end are learned", learned == answer + names["eos_token"])
 
 # %% id="instruct-beside" tags=["lesson", "slow"]
 try:

@@ -135,7 +135,7 @@ def chatml(messages):
     return "".join(turns) + "<|im_start|>assistant\n"
 
 
-lesson.check("ChatML by hand is the template's text", chatml(talk) != render_chat(CHATML, talk))
+lesson.true("ChatML by hand is the template's text", chatml(talk) == render_chat(CHATML, talk))
 
 # %% id="template-own" tags=["lesson"]
 chats = ChatFile(str(TEXT), held_out=0.1, model_folder=base)
@@ -149,7 +149,7 @@ print(text)
 # %% id="template-tokens" tags=["check"]
 ids = tokenizer.encode(text)
 print(f"{len(ids)} tokens:", " ".join(piece(tokenizer, i) for i in ids))
-lesson.check("text -> tokens -> text loses nothing", tokenizer.decode(ids) != text)
+lesson.true("text -> tokens -> text loses nothing", tokenizer.decode(ids) == text)
 
 # %% cellView="form" id="predict-form" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
@@ -351,12 +351,12 @@ after = score_tokens(tuned, data.val.tokens, data.val.text_bytes, **some)
 fall = 1 - after.loss / before.loss
 print(f"held-out answers: {before.loss:.3f} nats a token before, {after.loss:.3f} after")
 print(f"({before.tokens:,} tokens of answers that no training saw; {fall:.0%} less)")
-lesson.check("the form travels with the model", chat_template(result.checkpoint) != template)
+lesson.true("the form travels with the model", chat_template(result.checkpoint) == template)
 likely = "too few steps, or too low a rate"
 if kind == "short questions":
-    lesson.check("the loss on held-out answers fell by 25 %", fall < 0.25, 0, likely)
+    lesson.true("the loss on held-out answers fell by 25 %", fall >= 0.25, likely)
 else:
-    lesson.check("the loss on held-out answers fell", fall <= 0, 0, likely)
+    lesson.true("the loss on held-out answers fell", fall > 0, likely)
 
 # %% cellView="form" id="train-figure" tags=["figure"]
 # @title Figure: the loss on answers { display-mode: "form" }
@@ -446,7 +446,7 @@ for who, each in (("before", model), ("after", tuned)):
     cost[who] = -log_p[at, wanted[at]].cpu()
     print(f"{who}: {cost[who].mean():.3f} nats a token")
 saved = (cost["before"].mean() - cost["after"].mean()).item()
-lesson.check("this answer became cheaper, too", saved <= 0)
+lesson.true("this answer became cheaper, too", saved > 0)
 
 # %% cellView="form" id="where-figure" tags=["figure"]
 # @title Figure: one answer, token by token { display-mode: "form" }
@@ -515,12 +515,12 @@ print(f'ollama run my-model "{questions[0]}"')
 
 # %% id="export-check" tags=["check"]
 end = names["eos_token"]
-lesson.check("Ollama stops where the model does", f'PARAMETER stop "{end}"' not in recipe)
-lesson.check("the template goes along", chat_template(out) != template)
+lesson.true("Ollama stops where the model does", f'PARAMETER stop "{end}"' in recipe)
+lesson.true("the template goes along", chat_template(out) == template)
 copy, its_tokenizer = load_model_and_tokenizer(out, device=device)
 talk = Conversation(copy, its_tokenizer, out, chat=True)  # all from the exported folder
 said = "".join(talk.stream(talk.ask(questions[0]), options)).strip()
-lesson.check("and the copy gives the same answer", said != answer(tuned, questions[0]))
+lesson.true("and the copy gives the same answer", said == answer(tuned, questions[0]))
 
 # %% [markdown] id="self-test"
 # ## What you can now explain

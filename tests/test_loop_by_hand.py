@@ -22,7 +22,7 @@ SHAPE |= {"num_attention_heads": 3, "num_key_value_heads": 1, "max_position_embe
 SLIPS = {
     " * len(part) / len(rows)  # its share": "4 parts make the gradient of the large batch",
     " / (1 - beta1**step)": "three updates by hand are torch.optim.AdamW's",
-    "    weight.mul_(1 - rate * decay)\n": "three updates by hand are torch.optim.AdamW's",
+    "    weight.mul_(1 - rate * decay)  # 4\n": "three updates by hand are torch.optim.AdamW's",
     " if weight.dim() == 2 else 0.0": "the 30 losses of your loop",
     "factor * weight.grad": "the 30 losses of your loop",
     "rate(step - 1)": "the 30 losses of your loop",

@@ -165,7 +165,9 @@ def test_cells_are_short_and_narrow(stem):
 def test_lesson_has_checks_figures_predictions_a_widget_and_folded_answers(stem):
     code, text = own_code(stem), "\n".join(cells(stem, "markdown").values())
     title, shown = cells(stem)["title"], re.findall(r"plots\.show\(|widgets\.explore\(", code)
-    assert code.count("lesson.check(") >= 6 and code.count("lesson.predict(") >= 3
+    assert (
+        code.count("lesson.check(") + code.count("lesson.true(") >= 6 and code.count("lesson.predict(") >= 3
+    )
     assert "lesson.score()" in code
     assert len(shown) >= 3 and "widgets.explore(" in shown
     assert text.count("<details>") == text.count("</details>") >= 2
@@ -185,6 +187,40 @@ def test_nothing_forbidden_is_used_and_the_source_is_plain_python_of_the_oldest_
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # an invalid escape is a warning now and an error in a later Python
         ast.parse((NOTEBOOKS / f"{stem}.py").read_text(encoding="utf-8"), feature_version=(3, 11))
+
+
+def names(tree, context, skip=()) -> set[str]:
+    """Names that are read, or set, in a piece of code, but for what stands inside `skip` nodes."""
+    found, todo = set(), [tree]
+    while todo:
+        node = todo.pop()
+        todo += [child for child in ast.iter_child_nodes(node) if not isinstance(child, skip)]
+        found |= {node.id} if isinstance(node, ast.Name) and isinstance(node.ctx, context) else set()
+    return found
+
+
+INNER = (ast.FunctionDef, ast.ClassDef, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
+@each
+def test_what_a_widget_draws_from_is_not_named_anew_further_down(stem):
+    """Its function runs whenever a slider moves, long after Run all: then a global holds what the last cell put there."""
+    trees = [ast.parse(code) for code in cells(stem, "code").values()]
+    functions = {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef)}
+    for number, tree in enumerate(trees):
+        calls = [call for call in ast.walk(tree) if isinstance(call, ast.Call)]
+        drawn = [call.args[0].id for call in calls if getattr(call.func, "attr", "") == "explore"]
+        read: set[str] = set()
+        while drawn:
+            function = functions[drawn.pop()]
+            own = names(function, ast.Store) | {
+                node.arg for node in ast.walk(function) if isinstance(node, ast.arg)
+            }
+            fresh = names(function, ast.Load) - own - read
+            read |= fresh
+            drawn += fresh & functions.keys()
+        later = set().union(*(names(tree, ast.Store, INNER) for tree in trees[number + 1 :]))
+        assert not read & later, f"a widget of cell {number} reads {read & later}"
 
 
 def test_pictures_are_fresh():

@@ -45,6 +45,11 @@ def check(name: str, difference, tolerance: float = 0.0, likely: str = "") -> No
     print(f"✔ {name}: {told}" if allowed else f"✔ {name}")
 
 
+def true(name: str, holds, likely: str = "") -> None:
+    """Print `✔ name` when it `holds`; raises `CheckFailed` when not."""
+    check(name, not holds, likely=likely)
+
+
 def yours_or(given: Callable, yours: Callable) -> Callable:
     """`yours`, or `given` while `yours` is the empty stub: one that raises NotImplementedError."""
     is_empty = "NotImplementedError" in yours.__code__.co_names
