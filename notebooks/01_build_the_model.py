@@ -83,8 +83,8 @@ lesson.quiet()
 # ## 1 · A skeleton that already runs
 #
 # A language model reads text as whole numbers, the *token ids*, and gives at every position one score for each entry of its vocabulary:
-# the *logits*. Between the two lie a stack of blocks and a norm. We first build that chain with *placeholders* that do nothing, then replace them
-# one by one, so there is a running whole from the first minute. Our widths are an eighth of SmolLM2's; 9 query heads and 3 key/value heads stay.
+# the *logits*. Between the two lie a stack of blocks and a norm. We first build that chain with *placeholders* that do nothing, so there is a running
+# whole from the first minute; then we write the parts, and section 7 puts them in. Our widths are an eighth of SmolLM2's; 9 query heads and 3 key/value heads stay.
 # The figure shows the block that we are heading for (B rows of T tokens each).
 
 # %% cellView="form" id="block-figure" tags=["figure"]
@@ -102,7 +102,7 @@ plots.show(data_plots.flow(title, steps, skips=[(0, 3), (3, 6)]), alt)
 full = SmolLM2Config()
 small = {"vocab_size": 512, "hidden_size": 72, "intermediate_size": 192, "num_hidden_layers": 3}
 tiny = SmolLM2Config(**small, max_position_embeddings=128)
-for name in (*small, "num_attention_heads", "num_key_value_heads"):
+for name in (*small, "num_attention_heads", "num_key_value_heads", "head_dim"):
     print(f"{name:22} SmolLM2-135M {getattr(full, name):6,}   here {getattr(tiny, name):4}")
 
 
@@ -237,18 +237,37 @@ plots.show(fig, alt + "all close to 1 after it.")
 #
 # **Attention in one minute** (section 5 builds it). From its own vector each token makes three more: a **query** (what do I look for?), a **key** (what can I be
 # found by?), a **value** (what do I hand over?). The dot product of a query and a key is a **score**. Softmax makes shares of a token's scores, and the token
-# receives all values, mixed by these shares. All this happens several times side by side; each time is a **head**, with vectors of 64 numbers.
+# receives all values, mixed by these shares. All this happens several times side by side; each time is a **head**, with vectors of 64 numbers (8 in our small model). Three tokens and
+# one head, by numbers: which token does each row read most?
 #
-# **The problem.** A dot product does not know *where* a token stands: *dog bites man* and *man bites dog* are the same three words. A **causal mask** hides the tokens
-# that come later. With it one layer knows who came before, but not in which order. (Several layers can
-# [work it out](https://arxiv.org/abs/2203.16634), but that costs layers.)
+# A **causal mask** hides the tokens that come later. The last check swaps the first two tokens.
+
+# %% id="attention-numbers" tags=["lesson"]
+q = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 2.0]])  # three tokens, two numbers each
+k = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+v = torch.tensor([[10.0], [20.0], [30.0]])
+scores = q @ k.T / 2**0.5  # row: who asks; column: who is asked (section 5: why divided)
+past = scores + torch.full((3, 3), -torch.inf).triu(1)
+weights = past.softmax(-1)
+tables = {"scores": scores, "future hidden": past, "weights": weights, "output": weights @ v}
+for title, numbers in tables.items():  # a row for each token that asks
+    print(title, *("".join(f"{n:7.2f}" for n in row) for row in numbers.tolist()), sep="\n")
+
+# %% id="attention-swap" tags=["check"]
+swap = [1, 0, 2]  # the first two tokens change places
+other = (q[2] @ k[swap].T / 2**0.5).softmax(-1) @ v[swap]
+lesson.check("the order of the past changes nothing", other - weights[2] @ v, 1e-4)
+
+# %% [markdown] id="rope-idea"
+# **The problem.** So a dot product does not know *where* a token stands: to the last word, *dog bites* and *bites dog* are the same. (Several layers with a mask can
+# [work the order out](https://arxiv.org/abs/2203.16634), but that costs layers.)
 #
 # **The idea.** [RoPE](https://arxiv.org/abs/2104.09864) (rotary position embedding) turns queries and keys, and adds no parameters.
 # 1. Take the 64 numbers in 32 pairs. A pair is an arrow in the plane, like the hand of a clock.
 # 2. Turn each arrow by an angle: position × speed of the pair.
 # 3. The first pair is fast, one radian a token. The last one hardly moves.
 #
-# A pair (a, b), turned by an angle, is (a cos − b sin, a sin + b cos).
+# A pair (a, b), turned by an angle, is (a cos − b sin, a sin + b cos). Which numbers form a pair is a convention: SmolLM2's weights expect *i* and *i* + 32.
 
 
 # %% id="rope-code" tags=["lesson"]
@@ -263,12 +282,14 @@ def rope_angles(config):
 # %% cellView="form" id="predict-rope" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
 guess = None  # @param {type:"raw"}
-turn = 2 * math.pi * full.rope_theta ** (1 - 2 / full.head_dim)  # tokens, of the slowest pair
+slowest = (
+    2 * math.pi * full.rope_theta ** (1 - 2 / full.head_dim)
+)  # tokens, of the slowest pair
 lesson.predict(
     "The fastest hand needs 2π = 6.3 tokens for a turn. How many does the slowest of the "
     f"{full.head_dim // 2} need (rope_theta = {full.rope_theta:,.0f})?",
-    guess, turn, unit="tokens", within=0.25,
-    why=f"2π · θ^(62/64) = {turn:,.0f}, far longer than the context of "
+    guess, slowest, unit="tokens", within=0.25,
+    why=f"2π · θ^(62/64) = {slowest:,.0f}, far longer than the context of "
     f"{full.max_position_embeddings:,}: slow pairs say 'near or far', fast ones 'how far "
     "exactly'.",
 )  # fmt: skip
@@ -405,39 +426,6 @@ widgets.explore(
 #
 # Why hide the future? Training grades all positions of a row at once: position *t* must name token *t + 1*, which stands in the same row. Without the mask it would
 # simply read it there. The loss would fall to almost 0, and when writing, where there is no future yet, the model would be lost.
-#
-# First three tokens and one head, by numbers: which token does each row read most?
-#
-# **✎ Exercise**, when the section is done: give your `attend` a window, so that a position sees itself and only the 4 before it. (If you left it empty,
-# change the answer's `attention_steps`.) Which line changes, and what shows that you are right?
-#
-# <details><summary>Solution</summary>
-#
-# The line of the mask. Change position 0: position 5 and all after it stay exactly equal. (The checks against the package now fail, as they should.)
-# ```python
-# future = torch.ones(time, time, dtype=torch.bool)  # True: hidden
-# future = future.triu(1) | future.tril(-5)
-# ```
-# ```python
-# x = torch.randn(1, 10, tiny.hidden_size)  # in a cell below the class Attention
-# y, attention = x.clone(), Attention(tiny)
-# y[:, 0] += 1
-# lesson.check("a window of 5", (attention(x) - attention(y))[:, 5:])
-# ```
-# </details>
-
-# %% id="attention-numbers" tags=["lesson"]
-q = torch.tensor([[1.0, 0.0], [0.0, 2.0], [2.0, 2.0]])  # three tokens, two numbers each
-k, v = (
-    torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]),
-    torch.tensor([[10.0], [20.0], [30.0]]),
-)
-scores = q @ k.T / 2**0.5  # row: who asks; column: who is asked
-past = scores + torch.full((3, 3), -torch.inf).triu(1)
-weights = past.softmax(-1)
-titles = ("scores", "future hidden", "weights", "output")  # a row for each token that asks
-for title, numbers in zip(titles, (scores, past, weights, weights @ v), strict=True):
-    print(title, *("".join(f"{n:7.2f}" for n in row) for row in numbers.tolist()), sep="\n")
 
 # %% cellView="form" id="predict-kv" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
@@ -480,7 +468,7 @@ def attention_steps(q, k, v, share=share_heads, scale=None):
     step = {"q": q, "k": k, "shared k": share(k, groups)}
     scale = scale or q.shape[-1] ** -0.5
     step["scores"] = step["q"] @ step["shared k"].transpose(-1, -2) * scale
-    future = torch.ones(time, time, dtype=torch.bool).triu(1)
+    future = torch.ones(time, time, dtype=torch.bool, device=q.device).triu(1)
     step["weights"] = step["scores"].masked_fill(future, -torch.inf).softmax(-1)  # (B, H, T, T)
     step["output"] = step["weights"] @ share(v, groups)  # (B, H, T, D)
     return step
@@ -526,7 +514,10 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
-        self.cos, self.sin = rope_angles(config)
+        for name, table in zip(("cos", "sin"), rope_angles(config), strict=True):
+            self.register_buffer(
+                name, table, persistent=False
+            )  # moves with the model, is not saved
 
     def project(self, x):
         """(B, T, C) -> q (B, H, T, D) and k, v (B, K, T, D)."""
@@ -595,6 +586,25 @@ plots.label(right, "head 0: only the past", "key position", "query position")
 alt = "Left: query heads 0-2, 3-5 and 6-8 each join one key/value head. "
 plots.show(fig, alt + "Right: attention weights fill the lower triangle, zero above it.")
 
+# %% [markdown] id="gqa-exercise"
+# **✎ Exercise**: give your `attend` a window, so that a position sees itself and only the 4 before it. (If you left it empty,
+# change the answer's `attention_steps`.) Which line changes, and what shows that you are right?
+#
+# <details><summary>Solution</summary>
+#
+# The line of the mask. Change position 0: position 5 and all after it stay exactly equal. (The checks against the package now fail, as they should.)
+# ```python
+# future = torch.ones(time, time, dtype=torch.bool)  # True: hidden
+# future = future.triu(1) | future.tril(-5)
+# ```
+# ```python
+# x = torch.randn(1, 10, tiny.hidden_size)  # in a cell below the class Attention
+# y, attention = x.clone(), Attention(tiny)
+# y[:, 0] += 1
+# lesson.check("a window of 5", (attention(x) - attention(y))[:, 5:])
+# ```
+# </details>
+
 # %% [markdown] id="swiglu"
 # ## 6 · SwiGLU: a gate on every feature
 #
@@ -661,18 +671,6 @@ plots.show(fig, alt + "close to x on the right; ReLU for comparison.")
 # A block takes each token's running vector (the *residual stream*), adds what attention found, then adds what the MLP made of it. Both read through
 # a norm and *add*, so each token keeps what it was. What happens without the plus? The last check of this section shows it. Now the
 # placeholders go.
-#
-# **✎ Exercise**, when the section is done: let `Block.forward` add the MLP first, attention second. Which check fails, and at which layer does the
-# chart of section 8 jump?
-#
-# <details><summary>Solution</summary>
-#
-# *the whole model equals the package's* fails, and the chart jumps at layer 1: the embedding (layer 0) is still the same.
-# ```python
-# x = x + self.mlp(self.post_attention_layernorm(x))  # in Block.forward
-# return x + self.self_attn(self.input_layernorm(x))
-# ```
-# </details>
 
 
 # %% id="block-code" tags=["lesson"]
@@ -716,8 +714,8 @@ lesson.check("the number that SmolLM2-135M has", total - 134_515_008)
 # **How it starts.** Every matrix begins as random numbers of spread 1/√C, so that a product with C inputs neither blows a vector up nor shrinks it. Two matrices
 # of each block, `o_proj` and `down_proj`, write to the running vector, and they start **smaller**, divided by √(2L). Why? L blocks add 2L times to the
 # same vector. Random additions add up their *variances*: 2L of spread s have the spread s·√(2L). Divided by √(2L), all of them together
-# weigh as much as one, however deep the model. (RMSNorm hides that growth from each branch, not from the sum: in a vector that has grown large, the token's own
-# embedding and every later addition count for less.) (GPT-2 began this, with the same factor.) It is done once, here; from then on training decides.
+# weigh as much as one, however deep the model. RMSNorm hides that growth from each branch, not from the sum: in a vector that has grown large, the token's own
+# embedding and every later addition count for less. GPT-2 began this, with the same factor. It is done once, here; from then on training decides.
 
 
 # %% id="init-check" tags=["check"]
@@ -780,28 +778,25 @@ for name, block in (("with the plus", Block), ("without", NoPlus)):
     print(f"{name}: cosine between two tokens of a row, on average {alike[name]:.6f}")
 lesson.check("without the plus, all tokens of a row are alike", alike["without"] - 1, 1e-3)
 
+# %% [markdown] id="whole-exercise"
+# **✎ Exercise**: let `Block.forward` add the MLP first, attention second. Which check fails, and at which layer does the
+# chart of section 8 jump?
+#
+# <details><summary>Solution</summary>
+#
+# *the whole model equals the package's* fails, and the chart jumps at layer 1: the embedding (layer 0) is still the same.
+# ```python
+# x = x + self.mlp(self.post_attention_layernorm(x))  # in Block.forward
+# return x + self.self_attn(self.input_layernorm(x))
+# ```
+# </details>
+
 # %% [markdown] id="official"
 # ## 8 · The official weights in this model
 #
 # Names and shapes agree, so the published weights fit into the classes above. If a single detail were different, the numbers would differ, and
 # mostly the text would be nonsense. Online this loads SmolLM2-135M (270 MB), whose `rope_theta` is 100,000: after pre-training (the long first training, on plain text) it learned longer contexts. Offline it
 # makes a small model with random weights and the same 9:3 heads. Either way the reference is transformers, reading the same folder.
-#
-# **✎ Exercise**, when the section is done: build the loaded model again with a tenth of its `rope_theta`. Where does the chart jump now, and which
-# position never differs?
-#
-# <details><summary>Solution</summary>
-#
-# At layer 1, the first that turns anything. Position 0 agrees in every layer: it sees only itself.
-# ```python
-# theta = {"rope_theta": config.rope_theta / 10}
-# other = Skeleton(config.model_copy(update=theta), Block, RMSNorm)
-# other.load_state_dict(model.state_dict())
-# pairs = list(zip(hidden_states(other, ids), reference.hidden_states))
-# print("every layer", [f"{gap(a, b):.0e}" for a, b in pairs])
-# print("position 0 ", [f"{gap(a[:, 0], b[:, 0]):.0e}" for a, b in pairs])
-# ```
-# </details>
 
 # %% id="load" tags=["lesson", "slow"]
 try:
@@ -862,10 +857,28 @@ with torch.no_grad():
 print("12 tokens:", tokenizer.decode(mine[0].tolist()) if tokenizer else mine[0, -12:].tolist())
 lesson.check("the 12 greedy tokens are transformers'", mine - other)
 
+# %% [markdown] id="official-exercise"
+# **✎ Exercise**: build the loaded model again with a tenth of its `rope_theta`. Where does the chart jump now, and which
+# position never differs?
+#
+# <details><summary>Solution</summary>
+#
+# At layer 1, the first that turns anything. Position 0 agrees in every layer: it sees only itself.
+# ```python
+# theta = {"rope_theta": config.rope_theta / 10}
+# other = Skeleton(config.model_copy(update=theta), Block, RMSNorm)
+# other.load_state_dict(model.state_dict())
+# pairs = list(zip(hidden_states(other, ids), reference.hidden_states))
+# print("every layer", [f"{gap(a, b):.0e}" for a, b in pairs])
+# print("position 0 ", [f"{gap(a[:, 0], b[:, 0]):.0e}" for a, b in pairs])
+# ```
+# </details>
+
 # %% [markdown] id="bugs"
 # ## 9 · Bug hunt
 #
-# Three colleagues wrote attention too. Their code runs, has the right shapes, and even trains. It is wrong. Each made one classic mistake:
+# Three colleagues wrote attention too. Their code runs, has the right shapes, and even trains. (The first two would do in a model that was trained
+# that way from the start; with SmolLM2's weights they are wrong.) Each made one classic mistake:
 # * in `q`: RoPE pairs neighbours instead of halves;
 # * in `shared k`: heads repeated as 0 1 2 0 1 2 … instead of 0 0 0 1 1 1 …;
 # * in `scores`: no division by √head_dim.

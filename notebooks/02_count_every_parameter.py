@@ -150,18 +150,6 @@ lesson.check("the output matrix is the embedding itself, not a copy", is_copy)
 #
 # Here every parameter has the same area. The column on the left is the vocabulary; each of the 30 thin rows is a block. What strikes you? Keys and
 # values, thanks to sharing, are slivers, and the norms cannot be seen at all: 1,152 numbers a block.
-#
-# **✎ Exercise**, when the section is done. SmolLM2-360M and 1.7B: which share does the vocabulary have there? Why does tying matter less in large models?
-#
-# <details><summary>Solution</summary>
-#
-# 13.0 % and 5.9 %. The vocabulary grows with the width, the blocks with its square.
-# ```python
-# for preset in ("smollm2-360m", "smollm2-1.7b"):
-#     totals = group_totals(parameter_table(load_config(preset).model))
-#     print(preset, f"{totals['embedding'] / sum(totals.values()):.1%}")
-# ```
-# </details>
 
 # %% cellView="form" id="map-figure" tags=["figure"]
 # @title Figure: a map of the model { display-mode: "form" }
@@ -199,6 +187,19 @@ lesson.check(
     "MLP share is 59.2 %, attention 19.7 %", shares - torch.tensor([0.592, 0.197]), 1e-3
 )
 
+# %% [markdown] id="map-exercise"
+# **✎ Exercise**: smolLM2-360M and 1.7B: which share does the vocabulary have there? Why does tying matter less in large models?
+#
+# <details><summary>Solution</summary>
+#
+# 13.0 % and 5.9 %. The vocabulary grows with the width, the blocks with its square.
+# ```python
+# for preset in ("smollm2-360m", "smollm2-1.7b"):
+#     totals = group_totals(parameter_table(load_config(preset).model))
+#     print(preset, f"{totals['embedding'] / sum(totals.values()):.1%}")
+# ```
+# </details>
+
 # %% [markdown] id="wrong-sum"
 # ## 4 · A sum that is wrong, and what it tells
 #
@@ -234,16 +235,6 @@ lesson.check("one gate_proj and all of attention have the same size", C * M - at
 # Each design choice has a price in parameters. Move the controls: what does untying cost, what do nine key/value heads cost instead of three, and how
 # narrow must a 60-layer model be to stay at 135M? (The MLP keeps its width of 8/3 of the hidden size: three such matrices are as many numbers as the
 # two of width 4 in older models.)
-#
-# **✎ Exercise**, when the section is done. Design a model of 100 million parameters, within 1 %, with the same vocabulary, tied, and head_dim 64. Prove it with `lesson.check`.
-#
-# <details><summary>Solution</summary>
-#
-# For example 20 layers, which leaves the width, and so head_dim, as they are.
-# ```python
-# lesson.check("100M", count_with(num_hidden_layers=20) / 1e8 - 1, 0.01)
-# ```
-# </details>
 
 
 # %% cellView="form" id="counterfactual-widget" tags=["widget", "figure"]
@@ -296,23 +287,22 @@ lesson.check("one key/value head (multi-query): 130,091,328", one - 130_091_328)
 deep = count_with(num_hidden_layers=60, hidden_size=432, intermediate_size=1152)
 lesson.check("60 layers want a width of 432 (relative)", deep / total - 1, 0.05)
 
+# %% [markdown] id="counterfactual-exercise"
+# **✎ Exercise**: design a model of 100 million parameters, within 1 %, with the same vocabulary, tied, and head_dim 64. Prove it with `lesson.check`.
+#
+# <details><summary>Solution</summary>
+#
+# For example 20 layers, which leaves the width, and so head_dim, as they are.
+# ```python
+# lesson.check("100M", count_with(num_hidden_layers=20) / 1e8 - 1, 0.01)
+# ```
+# </details>
+
 # %% [markdown] id="kv-cache"
 # ## 6 · The KV cache: what a conversation weighs
 #
 # While a model writes, it keeps keys and values of every earlier token, in every layer. Weights are paid once; this is paid per token and per
 # user. It is the [real reason](https://arxiv.org/abs/1911.02150) for sharing heads: 9 → 3 saves 9 % of the parameters, but two thirds of the cache.
-#
-# **✎ Exercise**, when the section is done. How long must a conversation with SmolLM2-1.7B be (32 key/value heads) until its cache outweighs its weights?
-#
-# <details><summary>Solution</summary>
-#
-# A token costs 196,608 bytes, so the 3.4 GB of bf16 weights are passed after 17,400 tokens.
-# ```python
-# big = load_config("smollm2-1.7b").model
-# a_token = 2 * big.num_hidden_layers * big.num_key_value_heads * big.head_dim * 2
-# print(f"{a_token:,} bytes a token, {2 * parameter_count(big) / a_token:,.0f} tokens")
-# ```
-# </details>
 
 # %% cellView="form" id="predict-cache" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
@@ -345,6 +335,19 @@ title = "With 3 heads the cache outweighs the model from 11,700 tokens on"
 plots.label(ax, title, "context (tokens)", "KV cache (MiB, bf16)", legend=True)
 alt = "KV cache in MiB against context: 180 MiB at 8,192 tokens with 3 heads, 540 with 9, 60 "
 plots.show(fig, alt + "with 1; the weights, 257 MiB, are passed at 11,700.")
+
+# %% [markdown] id="kv-cache-exercise"
+# **✎ Exercise**: how long must a conversation with SmolLM2-1.7B be (32 key/value heads) until its cache outweighs its weights?
+#
+# <details><summary>Solution</summary>
+#
+# A token costs 196,608 bytes, so the 3.4 GB of bf16 weights are passed after 17,400 tokens.
+# ```python
+# big = load_config("smollm2-1.7b").model
+# a_token = 2 * big.num_hidden_layers * big.num_key_value_heads * big.head_dim * 2
+# print(f"{a_token:,} bytes a token, {2 * parameter_count(big) / a_token:,.0f} tokens")
+# ```
+# </details>
 
 # %% [markdown] id="flops"
 # ## 7 · FLOPs: how much arithmetic is a token?

@@ -199,15 +199,6 @@ for _ in range(4):
 # word after it and is written `Ġ`: here every byte needs a sign that can be seen. The package lets the `tokenizers` library do this, in Rust. Do both
 # learn the same merges, in the same order? (To **encode** a new text, cut it in the same way, spell each word in bytes, and apply the learned merges in the order in which
 # they were learned. Nothing is counted any more; what no merge joins stays as it is.)
-#
-# **✎ Exercise**, when the section is done. Rewrite `best_pair` so that of equally frequent pairs the *last* one wins, and run section 2 again. How many of the 40 merges differ from the library's? How
-# many with `pieces[:10]` in place of `pieces[:150]`?
-#
-# <details><summary>Solution</summary>
-#
-# The key becomes `(-counts[pair], -number[pair[0]], -number[pair[1]])`. With 150 pieces none of the 40 differs: frequent pairs hardly ever tie. With 10
-# pieces counts are small, some tie, and the check fails: about ten merges stand at another place. So a rule that rarely matters still has to be the same.
-# </details>
 
 # %% id="bpe-real" tags=["check"]
 sample = "".join(pieces[:150])  # enough for 40 merges
@@ -228,6 +219,16 @@ library = json.loads(Tokenizer.train([sample], len(number)).raw)["model"]["merge
 differing = sum(tuple(theirs) != ours for theirs, ours in zip(library, mine, strict=True))
 likely = "another rule for equally frequent pairs"
 lesson.check("40 merges learned here equal the library's, in order", differing, likely=likely)
+
+# %% [markdown] id="bpe-real-text-exercise"
+# **✎ Exercise**: rewrite `best_pair` so that of equally frequent pairs the *last* one wins, and run section 2 again. How many of the 40 merges differ from the library's? How
+# many with `pieces[:10]` in place of `pieces[:150]`?
+#
+# <details><summary>Solution</summary>
+#
+# The key becomes `(-counts[pair], -number[pair[0]], -number[pair[1]])`. With 150 pieces none of the 40 differs: frequent pairs hardly ever tie. With 10
+# pieces counts are small, some tie, and the check fails: about ten merges stand at another place. So a rule that rarely matters still has to be the same.
+# </details>
 
 # %% [markdown] id="size"
 # ## 3 · How many entries?
@@ -492,14 +493,6 @@ plots.show(fig, alt + f"{measured[-1]:.2f} at width {small}, {smol[0]:.2f} at {l
 # Most training loops shuffle with a stateful loader: to know batch 12,345 you must draw all those before it, and after a crash you hope. Here the rows of
 # batch *n* (counted from 0) are a **pure function of (seed, n)**. A run that died after 5,000 steps asks for batch 5,000 and goes on. An **epoch** is one
 # walk through the whole text; each has an order of its own.
-#
-# **✎ Exercise**, when the section is done. Give `BatchOrder` another seed. How many rows does batch 0 share with the old one? What did you expect?
-#
-# <details><summary>Solution</summary>
-#
-# `set(BatchOrder(len(train), T, B, 1).starts(0)) & set(order.starts(0))` is almost always empty: two draws of 16 rows from
-# about 2,600, and the cut into rows begins at another token besides.
-# </details>
 
 # %% id="order-code" tags=["lesson"]
 train = tokens.train.tokens
@@ -545,6 +538,15 @@ ax.legend(loc="upper left", bbox_to_anchor=(1, 1), markerscale=3, frameon=False)
 alt = f"Row starts of {2 * per_epoch} batches scatter evenly over the whole text; "
 plots.show(fig, alt + "epoch 2 has another order than epoch 1.")
 
+# %% [markdown] id="order-exercise"
+# **✎ Exercise**: give `BatchOrder` another seed. How many rows does batch 0 share with the old one? What did you expect?
+#
+# <details><summary>Solution</summary>
+#
+# `set(BatchOrder(len(train), T, B, 1).starts(0)) & set(order.starts(0))` is almost always empty: two draws of 16 rows from
+# about 2,600, and the cut into rows begins at another token besides.
+# </details>
+
 # %% [markdown] id="bpb"
 # ## 8 · Bits per byte
 #
@@ -553,13 +555,6 @@ plots.show(fig, alt + "epoch 2 has another order than epoch 1.")
 # bits; how many does the untrained model need?
 #
 # $$\text{bits per byte} = \frac{\text{nats of all tokens}}{\ln 2 \cdot \text{bytes of the text}}$$
-#
-# **✎ Exercise**, when the section is done. A model has 1.9 bits per byte on a text of 3.1 bytes per token. What is its loss in nats per token?
-#
-# <details><summary>Solution</summary>
-#
-# 1.9 bits · ln 2 · 3.1 bytes = 4.08 nats per token.
-# </details>
 
 # %% id="bpb-check" tags=["check"]
 part = tokens.val.tokens[:1024].astype(np.int64)
@@ -621,6 +616,14 @@ plots.label(right, "Per byte, they are better", entries, "bits per byte", legend
 nats, bits = unigrams[-1]
 alt = f"From 257 to 8,192 entries nats per token rise to {nats:.1f} while bits per byte fall "
 plots.show(fig, alt + f"to {bits:.2f}; gzip: {packed['gzip -9']:.2f}.")
+
+# %% [markdown] id="bpb-exercise"
+# **✎ Exercise**: a model has 1.9 bits per byte on a text of 3.1 bytes per token. What is its loss in nats per token?
+#
+# <details><summary>Solution</summary>
+#
+# 1.9 bits · ln 2 · 3.1 bytes = 4.08 nats per token.
+# </details>
 
 # %% [markdown] id="self-test"
 # ## What you can now explain

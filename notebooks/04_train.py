@@ -18,7 +18,7 @@
 # * write a training loop: accumulation, clipping, AdamW, each equal to the library's; and tell in a minute whether one is sound;
 # * say which number format your GPU should compute in, and why;
 # * kill a run with no warning, resume it, and get the *same bits* as a run that was never killed (on a GPU with `train.deterministic`, which the drill sets;
-#   else equal up to rounding);
+#   without it two runs drift apart slowly, from rounding);
 # * train SmolLM2-135M in two phases with one live panel, stop it, go on, and find every checkpoint with its hash.
 #
 # About 35 minutes to read. The run itself: about 3 minutes on two quiet CPU cores (the small `nano` model, on `input.txt`); on a GPU such as Colab's free T4
@@ -152,7 +152,7 @@ drive_dir = place.drive_dir / name if place.drive_dir else None
 # %% [markdown] id="overfit"
 # ## 3 · A training loop you can read
 #
-# Section 7 calls `smollm2.train`. Here is the same loop bare, in 30 lines without an optimizer class. One **update**: run some rows forward and backward, so that
+# Section 7 calls `smollm2.train`. Here is the same loop bare, in 30 lines without an optimizer class (with AdamW in fp32; nano's own run uses Muon, see section 5). One **update**: run some rows forward and backward, so that
 # every weight has a gradient; **clip** the gradients; let **AdamW** change the weights. A sound loop can learn **one** small batch by heart: its loss falls
 # nearly to zero. We take nano (seconds on any machine), a tokenizer like its own, and 4 rows of 64 tokens. Where does the loss (in *nats*, the unit of the natural
 # logarithm) begin?
@@ -232,12 +232,6 @@ lesson.check("clipping is one factor, PyTorch's", off, 1e-6)
 # With β₁ = 0.9 the average reaches back about 1 / (1 − β₁) = 10 updates, with β₂ = 0.95 about 20. A β nearer to 1 remembers longer: steadier, but slower to follow.
 #
 # The decay, the W, is a step of its own. As a part of g it would be divided by √v̂ in step 5, too. Only matrices decay: the norms' gains are meant to be near 1.
-#
-# **✎ Exercise**: set `beta1` to 0 in `adamw`, then `beta2` to 0, and run this cell and the next again. Which check fails, and which loop still learns the batch by heart?
-#
-# <details><summary>Solution</summary>The comparison with `torch.optim.AdamW` fails both times (take it out, to go on). Without β₁ the loop still learns the batch,
-# but slowly: 0.2 nats after 60 updates in place of 0.001. Each zigzag counts, nothing cancels. Without β₂ the loss jumps to thousands of nats: where a gradient
-# happens to be near zero, the average is divided by next to nothing.</details>
 
 
 # %% id="adamw" tags=["lesson", "check"]
@@ -279,16 +273,28 @@ def learn(model, batches, rate, settings, parts=1):
         losses.append(backward(model, rows, parts))  # every weight has its gradient
         gradients = gradient(model)
         factor = clip_factor(gradients, settings.gradient_clip_norm)
-        how = {"step": step, "rate": rate(step - 1), "settings": settings}
         for weight, memory in memories.items():
+            clipped = factor * weight.grad
             decay = settings.weight_decay if weight.dim() == 2 else 0.0
-            adamw(weight, factor * weight.grad, memory, decay=decay, **how)
+            adamw(
+                weight, clipped, memory,
+                step=step, rate=rate(step - 1), decay=decay, settings=settings,
+            )  # fmt: skip
             weight.grad = None
     return losses, gradients.abs().cpu()
 
 
-model.zero_grad()
+torch.manual_seed(ADAMW.seed)
+model = SmolLM2(shape).to(device)  # a fresh one, also when this cell runs again
 losses, by_heart = learn(model, [one_batch] * 60, lambda step: ADAMW.learning_rate, ADAMW)
+print(f"loss {losses[0]:.2f} -> {losses[-1]:.3f}")
+
+# %% [markdown] id="adamw-exercise"
+# **✎ Exercise**: set `beta1` to 0 in `adamw`, then `beta2` in its place, and run its cell and the loop's again. Which check fails, and which loop still learns the batch by heart?
+#
+# <details><summary>Solution</summary>The comparison with `torch.optim.AdamW` fails both times (take it out, to go on). Without β₁ the loop still learns the batch,
+# but slowly: 0.2 nats after 60 updates in place of 0.001. Each zigzag counts, nothing cancels. Without β₂ the loss jumps to thousands of nats: where a gradient
+# happens to be near zero, the average is divided by next to nothing.</details>
 
 # %% cellView="form" id="overfit-predict" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
@@ -519,23 +525,6 @@ widgets.explore(
 # | `state.json` | the step and the data position, the plan of the rate, fp16's loss scale | the next batch and the next rate are others |
 # | `tokenizer.json` | the numbers of all tokens | the weights mean nothing |
 # | `manifest.json` | the SHA-256 of every file, written last | nobody knows that the rest is whole |
-#
-# **✎ Exercise**, when the section is done. To resume without the optimizer's averages is a common bug: how would this section notice? Then damage the
-# newest checkpoint: change one byte of `output/drill/smooth/checkpoints/final_model.ckpt/optim.safetensors`. What does
-# `smollm2.train(drill("smooth"), reporter=Lines())` say, and where does it go on?
-#
-# <details><summary>Solution</summary>
-#
-# The first resumed loss would still agree (the weights are right), the second would not: the check of all 30 logged losses fails.
-# ```python
-# path = Path("output/drill/smooth/checkpoints/final_model.ckpt/optim.safetensors")
-# raw = bytearray(path.read_bytes())
-# raw[-1] ^= 1
-# path.write_bytes(raw)
-# ```
-# It says "... is not usable: optim.safetensors: sha256 differs from the manifest: damaged; trying the one before", goes back to step 20
-# and trains the last ten steps again, to the same bits: `hashes("smooth")` is what it was.
-# </details>
 
 # %% id="kill-smooth" tags=["lesson", "slow"]
 DRILL = Path("output/drill")
@@ -564,7 +553,8 @@ smooth = smollm2.train(drill("smooth"), reporter=Reporter())
 begin, end = smooth.losses[0][1], smooth.losses[-1][1]
 print(f"left alone: {smooth.step} steps, loss {begin:.3f} -> {end:.3f}")
 
-# %% id="loop-check" tags=["check", "slow"]
+# %% cellView="form" id="loop-check" tags=["check", "slow"]
+# @title Check: your loop and smollm2.train, the same 30 batches { display-mode: "form" }
 # is the package's loop yours? The same 30 batches through both, in fp32
 plain = {"train.precision": "fp32", "train.optimizer": "adamw", "train.micro_batch_size": 2}
 plain["train.learning_rate"] = 1e-3  # at a high rate rounding errors grow quickly
@@ -581,11 +571,12 @@ rate = Schedule(
 torch.manual_seed(seed)
 batches = (stream.batch(n).to(device) for n in range(30))
 mine, _ = learn(SmolLM2(same.model).to(device), batches, rate, same.train, parts=rows // 2)
-off = np.array(mine) - np.array([loss for _, loss in package.losses])
+difference = np.array(mine) - np.array([loss for _, loss in package.losses])
 allowed = 1e-5 if device.type == "cpu" else 1e-3  # a GPU adds up in another order every time
-lesson.check("the 30 losses of your loop are those of smollm2.train", off, allowed)
+lesson.check("the 30 losses of your loop are those of smollm2.train", difference, allowed)
 
-# %% id="kill-child" tags=["check", "slow"]
+# %% cellView="form" id="kill-child" tags=["check", "slow"]
+# @title The second run is killed { display-mode: "form" }
 (DRILL / "killed.yaml").write_text(drill("killed").to_yaml(), encoding="utf-8")
 command = [sys.executable, str(REPO / "colab_train.py"), "--config", DRILL / "killed.yaml"]
 with open(DRILL / "killed.txt", "w") as said:
@@ -664,6 +655,24 @@ begins = f"resumed from step {resumed.losses[0][0] - 1}"
 alt = f"The run killed after step {max(before)} and {begins} lies exactly on the curve of the "
 plots.show(fig, alt + "run left alone.")
 
+# %% [markdown] id="kill-exercise"
+# **✎ Exercise**: to resume without the optimizer's averages is a common bug: how would this section notice? Then damage the
+# newest checkpoint: change one byte of `output/drill/smooth/checkpoints/final_model.ckpt/optim.safetensors`. What does
+# `smollm2.train(drill("smooth"), reporter=Lines())` say, and where does it go on?
+#
+# <details><summary>Solution</summary>
+#
+# The first resumed loss would still agree (the weights are right), the second would not: the check of all 30 logged losses fails.
+# ```python
+# path = Path("output/drill/smooth/checkpoints/final_model.ckpt/optim.safetensors")
+# raw = bytearray(path.read_bytes())
+# raw[-1] ^= 1
+# path.write_bytes(raw)
+# ```
+# It says "... is not usable: optim.safetensors: sha256 differs from the manifest: damaged; trying the one before", goes back to step 20
+# and trains the last ten steps again, to the same bits: `hashes("smooth")` is what it was.
+# </details>
+
 # %% [markdown] id="run"
 # ## 7 · The real run
 #
@@ -697,7 +706,7 @@ else:
     print(result.table())
     if not result.losses:
         print("\nNothing was left to train: this run has had all its steps. For more, set")
-        print(f"STEPS (section 1) to {steps}, MORE_STEPS to {more + 100}, say, and run all.")
+        print(f"STEPS (section 1) to {result.step}, MORE_STEPS to 100, say, and run all.")
 
 # %% id="run-check" tags=["check"]
 logs = place.output_dir / "logs"

@@ -162,14 +162,6 @@ plots.show(fig, alt + f"{', '.join(best)}; the lower T, the thinner the tail.")
 # Each unlikely token is rare, but there are thousands, and one bad choice spoils the rest of the text. So we cut, and share the probability of what is
 # cut among the rest. **top-k** keeps the k likeliest tokens. [**top-p**](https://arxiv.org/abs/1904.09751) goes down from the likeliest until their sum reaches p. [**min-p**](https://arxiv.org/abs/2407.01082) keeps each token
 # with at least min-p times the probability of the likeliest. Which of them keeps fewer tokens where the model is sure?
-#
-# **✎ Exercise**, when the section is done. Write `keep_typical(p, n)`: the n tokens whose −log p lies nearest to the entropy (the mean of −log p). When does it remove the likeliest token?
-#
-# <details><summary>Solution</summary>
-#
-# `(-p.log() - entropy).abs().argsort()[:n]` with `entropy = -(p * p.log()).sum()`. It removes the likeliest where much of the probability lies elsewhere:
-# of 0.4 and five times 0.12 (entropy 1.64; −log p 0.92 and 2.12), n = 5 keeps the five. A sure model, 0.9 and a hundred times 0.001, keeps its best.
-# </details>
 
 
 # %% id="filters-code" tags=["lesson"]
@@ -241,19 +233,21 @@ title = "Only top-k ignores how sure the model is"
 plots.label(ax, title, "", "tokens kept of 60", legend=True)
 plots.show(fig, alt)
 
+# %% [markdown] id="filters-exercise"
+# **✎ Exercise**: write `keep_typical(p, n)`: the n tokens whose −log p lies nearest to the entropy (the mean of −log p). When does it remove the likeliest token?
+#
+# <details><summary>Solution</summary>
+#
+# `nearest = (-p.log() - entropy).abs().argsort()[:n]` with `entropy = -(p * p.log()).sum()`, then `torch.zeros_like(p, dtype=bool).index_fill(0, nearest, True)`. It removes the likeliest where much of the probability lies elsewhere:
+# of 0.4 and five times 0.12 (entropy 1.64; −log p 0.92 and 2.12), n = 5 keeps the five. A sure model, 0.9 and a hundred times 0.001, keeps its best.
+# </details>
+
 # %% [markdown] id="sampler"
 # ## 4 · Play
 #
 # **Write** streams text; the same seed with more new tokens goes on from there. Every setting moves the bars at once. Grey bars are what the model believes,
 # blue ones what the next token is drawn from. The darker a word, the less likely the model itself found it. Try temperature 0 (greedy: always the likeliest),
 # then 1.5, then 1.5 with min-p 0.1. What is the price of each? To stop early, interrupt (■ in Jupyter, *Runtime → Interrupt execution* in Colab): the text stays.
-#
-# **✎ Exercise**, when the section is done. Batch the prompts: call `model.generate` with two copies of `ids` and temperature 1. Why do the rows differ although the seed is the same?
-#
-# <details><summary>Solution</summary>
-#
-# `model.generate(ids.repeat(2, 1), 20, temperature=1.0, seed=1)`: one generator serves both rows, one after the other, so they get different random numbers.
-# </details>
 
 # %% cellView="form" id="sampler-widget" tags=["widget", "figure"]
 # @title Try it: play { display-mode: "form" }
@@ -267,6 +261,14 @@ lesson.true("the same seed writes the same text", texts[0] == texts[1])
 nearly = complete(model, tokenizer, PROMPT, 30, temperature=1e-9, seed=5)
 greedy = complete(model, tokenizer, PROMPT, 30, temperature=0.0)
 lesson.true("a tiny temperature is greedy", nearly == greedy)
+
+# %% [markdown] id="sampler-exercise"
+# **✎ Exercise**: batch the prompts: call `model.generate` with two copies of `ids` and temperature 1. Why do the rows differ although the seed is the same?
+#
+# <details><summary>Solution</summary>
+#
+# `model.generate(ids.repeat(2, 1), 20, temperature=1.0, seed=1)`: one generator serves both rows, one after the other, so they get different random numbers.
+# </details>
 
 # %% [markdown] id="surprise"
 # ## 5 · What surprises the model
@@ -374,7 +376,7 @@ def milliseconds(length, use_cache, repeats=5):
     text, best = torch.randint(config.vocab_size, (1, length), device=model.device), math.inf
     for _ in range(repeats):
         cache = model.new_cache(1, length + 1)
-        model(text[:, :-1], cache)  # what is known already
+        model(text[:, :-1], cache)[0, -1, 0].item()  # what is known already; waits for a GPU
         start = time.perf_counter()
         scores = model(text[:, -1:], cache) if use_cache else model(text)
         scores[0, -1, 0].item()  # waits for a GPU
@@ -461,15 +463,6 @@ widgets.explore(
 # Looking at heads one by one is fun and proves nothing. Measure instead: how much of its attention does each head spend on the token itself, on the one
 # just before, and on the very first? In many models the first gets most although it says nothing: a head with nothing to do must look *somewhere*, since
 # its row sums to 1. This is called an [**attention sink**](https://arxiv.org/abs/2309.17453). Does yours have one?
-#
-# **✎ Exercise**, when the section is done. Switch off one head: in a copy of the model set its `head_dim` columns of `o_proj.weight` to zero, and score the passage again. Which head costs most?
-#
-# <details><summary>Solution</summary>
-#
-# `import copy`; for each head in turn `other = copy.deepcopy(model)`, then
-# `other.model.layers[layer].self_attn.o_proj.weight.data[:, head * D : (head + 1) * D] = 0` with `D = config.head_dim`, and
-# `-token_probabilities(other, read).log2().sum()`. Often a head of the first layer costs most, and several cost almost nothing.
-# </details>
 
 # %% id="habits-shares" tags=["lesson"]
 rows = attention[:, 0, :, 2:].cpu()  # (L, H, T - 2, T): those with two tokens before them
@@ -500,7 +493,8 @@ plots.show(fig, alt + f"Spread evenly it would be {even:.0%} on each.")
 # **The logit lens.** Every block adds to the same running vector, so the model's last step (norm, output matrix) can be applied after *any* block: what would
 # it say if it stopped there? First a check and your guess. In the figure each column is a position, each row a block; the word is the best guess so far,
 # the colour how sure it is. Row 0, the embedding alone, mostly repeats the token just read: the output matrix *is* the embedding (notebook 1). Where it shows
-# something odd, such as `a9`, a lone byte, that entry never occurs in the training text. Training pushed its row away from every answer and never towards one,
+# something odd, such as `a9`, a lone byte, that entry hardly occurs in the training text. (Early blocks may also use directions that the output matrix was
+# not made for: read the first rows with care.) Training pushed its row away from every answer and never towards one,
 # so it grew long, and wins where a rarer token's own row is short.
 
 # %% id="lens-check" tags=["check"]
@@ -522,7 +516,8 @@ lesson.predict(
     f"{agreement[-2]:.0%}. The rest is decided in the last block.",
 )  # fmt: skip
 
-# %% id="lens-words" tags=["lesson"]
+# %% cellView="form" id="lens-words" tags=["lesson"]
+# @title The guesses in numbers { display-mode: "form" }
 shown = [*range(0, layers, -(-layers // 8)), layers]  # at most nine rows
 columns = range(max(0, len(names) - 9), len(names))
 sureness, best = lens[shown][:, columns].max(-1)
@@ -559,19 +554,21 @@ told = f"'{piece(tokenizer, int(best[-1, -1]))}' with {percent(sureness[-1, -1].
 alt = f"Best next token after each block for the last {len(columns)} positions; at the end, "
 plots.show(fig, alt + f"after '{names[-1]}', the model says {told}.")
 
+# %% [markdown] id="habits-exercise"
+# **✎ Exercise**: switch off one head: in a copy of the model set its `head_dim` columns of `o_proj.weight` to zero, and score the passage again. Which head costs most?
+#
+# <details><summary>Solution</summary>
+#
+# `import copy`; for each head in turn `other = copy.deepcopy(model)`, then
+# `other.model.layers[layer].self_attn.o_proj.weight.data[:, head * D : (head + 1) * D] = 0` with `D = config.head_dim`, and
+# `-token_probabilities(other, read).log2().sum()`. Often a head of the first layer costs most, and several cost almost nothing.
+# </details>
+
 # %% [markdown] id="time"
 # ## 8 · Your run through time, and the official model
 #
 # Every checkpoint is a whole model. Give each the same prompt and the same seed, and slide through your own run. A run keeps its newest checkpoints only,
 # but its log also holds what the earlier ones wrote. What comes first: spelling, words, or sense?
-#
-# **✎ Exercise**, when the section is done. Train a small run with early checkpoints (one to two minutes on a CPU) and slide through it as in section 8. At which step do words appear?
-#
-# <details><summary>Solution</summary>
-#
-# In section 1 put `checkpoints = own_run(REPO / "input.txt", "early")` in place of the first line. Run that cell, the one in section 2 that makes `ids`, and
-# section 8 again. Its checkpoints are those of steps 50 to 300, beside step 0.
-# </details>
 
 # %% id="time-code" tags=["lesson", "slow"]
 eight = held_out[1:9]
@@ -674,6 +671,15 @@ ax.set_xlim(0, 1.15 * max(costs.values()))
 plots.label(ax, f"The {size} bytes of section 5 (less is better)", "bits per byte", "")
 told = ", ".join(f"{name} {value:.2f}" for name, value in costs.items())
 plots.show(fig, f"Bits per byte for one held-out passage: {told}.")
+
+# %% [markdown] id="time-exercise"
+# **✎ Exercise**: train a small run with early checkpoints (one to two minutes on a CPU) and slide through it as in section 8. At which step do words appear?
+#
+# <details><summary>Solution</summary>
+#
+# In section 1 put `checkpoints = own_run(REPO / "input.txt", "early")` in place of the first line. Run that cell, the one in section 2 that makes `ids`, and
+# section 8 again. Its checkpoints are those of steps 50 to 300, beside step 0.
+# </details>
 
 # %% [markdown] id="self-test"
 # ## What you can now explain

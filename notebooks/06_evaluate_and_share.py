@@ -304,16 +304,6 @@ plots.show(fig, f"Bits per byte on the held-out text: {told}.")
 # %% [markdown] id="where"
 # **Where** does each of the two win? Take one passage, share each token's bits out evenly among its bytes, and add up yours minus counting's as we read. The
 # curve falls where your model is better and rises where counting is.
-#
-# **✎ Exercise**, when the section is done. Blend: give each byte the mean of both probabilities, your model's and counting's. Is the blend better than
-# either? Then score your model with `block_length=16`: what does it lose, and what does that say about the context it uses?
-#
-# <details><summary>Solution</summary>
-#
-# Compare the means of `per_byte`, `counted_bits` and `-np.log2((2.0**-per_byte + 2.0**-counted_bits) / 2)`. Often better: they are wrong in different places, and the mean
-# of two distributions never costs more than 1 bit above the better one. (A rough figure: your model's bits were shared out evenly among bytes.)
-# `score_file(model, tokenizer, TEXT, "val", block_length=16)`: each block starts without a past; the difference is what longer context is worth.
-# </details>
 
 # %% id="where-bits" tags=["check"]
 passage = [text for text, _ in documents([held_out.decode()])][1]  # its first whole piece
@@ -337,6 +327,17 @@ plots.label(ax, title, "bytes read", "bits: yours minus counting's")
 winner = "yours" if gained[-1] < 0 else "counting"
 alt = f"Running difference in bits, your model minus counting, over {len(gained)} bytes; "
 plots.show(fig, alt + f"it ends at {gained[-1]:+.0f} bits, {winner} is ahead.")
+
+# %% [markdown] id="where-exercise"
+# **✎ Exercise**: blend: give each byte the mean of both probabilities, your model's and counting's. Is the blend better than
+# either? Then score your model with `block_length=16`: what does it lose, and what does that say about the context it uses?
+#
+# <details><summary>Solution</summary>
+#
+# Compare the means of `per_byte`, `counted_bits` and `-np.log2((2.0**-per_byte + 2.0**-counted_bits) / 2)`. Often better: they are wrong in different places, and the mean
+# of two distributions never costs more than 1 bit above the better one. (A rough figure: your model's bits were shared out evenly among bytes.)
+# `score_file(model, tokenizer, TEXT, "val", block_length=16)`: each block starts without a past; the difference is what longer context is worth.
+# </details>
 
 # %% [markdown] id="published"
 # ## 5 · Published figures, and how to read them
@@ -550,22 +551,6 @@ except UserError as reason:
 # A model without a card is a file of numbers. The export wrote one from the run's own log: nothing in it is typed by hand, and what the log does not know
 # is left out. Read it as a stranger would: what was it trained on, for how long, how good is it, what must it not be used for? Which of these answers is
 # missing, so that you must write it before you publish?
-#
-# **✎ Exercise**, when the section is done: add 1e-3 to one weight of the exported `model.safetensors`. Which checks of sections 6 and 8 notice, and which cannot?
-#
-# <details><summary>Solution</summary>
-#
-# ```python
-# from safetensors.torch import load_file, save_file
-#
-# file = out / "model.safetensors"
-# tensors = load_file(file)
-# tensors["model.norm.weight"][0] += 1e-3
-# save_file(tensors, file, metadata={"format": "pt"})
-# ```
-# Run the checks again, not the export. *every weight is the same number* and the hash notice. The probabilities cannot: both programs read the same
-# changed file, and still agree.
-# </details>
 
 # %% id="card-show" tags=["lesson"]
 card = (out / "README.md").read_text(encoding="utf-8")
@@ -583,6 +568,23 @@ for name, entry in receipt["files"].items():
     if hashlib.sha256((out / name).read_bytes()).hexdigest() != entry["sha256"]:
         changed.append(name)
 lesson.check("every file has the hash that the receipt says", len(changed))
+
+# %% [markdown] id="card-exercise"
+# **✎ Exercise**: add 1e-3 to one weight of the exported `model.safetensors`. Which checks of sections 6 and 8 notice, and which cannot?
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# from safetensors.torch import load_file, save_file
+#
+# file = out / "model.safetensors"
+# tensors = load_file(file)
+# tensors["model.norm.weight"][0] += 1e-3
+# save_file(tensors, file, metadata={"format": "pt"})
+# ```
+# Run the checks again, not the export. *every weight is the same number* and the hash notice. The probabilities cannot: both programs read the same
+# changed file, and still agree.
+# </details>
 
 # %% [markdown] id="share"
 # ## 9 · Share it (only if you want to)

@@ -156,6 +156,7 @@ def kept_memory():
         yield
         return
     trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # malloc.h
+    libc.malloc_trim(0)  # what was freed before
     libc.mallopt(trim_threshold, -1)  # never
     libc.mallopt(mmap_max, 0)
     try:

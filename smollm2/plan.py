@@ -149,11 +149,11 @@ def memory_parts(config: RunConfig, rows: int, is_half: bool, device_type: str) 
     width = 2 if is_half else 4
     block = rows_per_block(tokens, model.vocab_size, device_type, width) * model.vocab_size
     activations = rows * (layer * model.num_hidden_layers + around)
-    # a block's logits, of a pass over them scores and softmax in fp32; gradients of both factors in fp32; in
-    # half the wide factor and its gradient as well
+    # a block's logits, in half as its products pack them, too; of a pass over them scores and softmax in
+    # fp32; gradients of both factors in fp32; in half the wide factor and its gradient as well
     wide = model.hidden_size * model.vocab_size
     in_pass = (1 + is_half) * min(4 * block, PASS_BYTES.get(device_type, PASS_BYTES["cpu"]))
-    loss = block * width + in_pass + 4 * is_half * wide + 4 * (wide + model.hidden_size * tokens)
+    loss = 4 * block + in_pass + 4 * is_half * wide + 4 * (wide + model.hidden_size * tokens)
     # those of the micro-batches before; else activations go as gradients come, the embedding's first
     is_first = rows * config.run.devices * config.run.num_nodes >= config.train.batch_size
     gradients = 0 if is_first else 4 * count

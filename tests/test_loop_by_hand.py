@@ -53,7 +53,8 @@ def names(tmp_path_factory):
     names |= {"drill": drill, "DRILL": folder, "device": torch.device("cpu")}
     names["smollm2"] = SimpleNamespace(train=trained_once)
     names["one_batch"] = torch.arange(4 * 17).view(4, 17)
-    names["model"] = SmolLM2(SmolLM2Config(**SHAPE))
+    names["shape"] = SmolLM2Config(**SHAPE)
+    names["model"] = SmolLM2(names["shape"])
     return names
 
 
