@@ -55,7 +55,7 @@ TOKENS_PER_PARAMETER = 1.5  # the presets of 10M and 30M parameters read 1.5 and
 COMPILING_PAYS_FLOPS, COMPILING_PAYS_MINUTES = 1e16, 5
 # share of what comes and goes on a CPU's heap: glibc fits no aligned block into a hole of just its size
 GAPS = 0.33  # measured: docs/log.md
-KERNEL_BYTES = 32 * 2**20  # that a CPU's products are compiled to, and what libraries keep from their first use
+KERNEL_BYTES = 32 * 2**20  # that a CPU's products are compiled to, and what libraries keep
 DISK_BYTES_PER_SECOND = 150e6
 LAUNCH_SECONDS = 1e-5
 PACKED_BYTES_PER_SECOND = 0.7e6  # gzip -9 and xz together, on one core
