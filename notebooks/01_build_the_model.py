@@ -143,7 +143,7 @@ lesson.check("one score per vocabulary entry, at every position", wrong)
 #
 # An embedding is a table: row *i* is the vector of token *i*. Looking up a row is the same as multiplying by a one-hot vector (zeros, and
 # a single 1 at *i*). The last line of the skeleton multiplies by the *transposed* table: a token scores high when its row points where the hidden
-# vector points. Using one matrix for both ends is called [**tying**](https://arxiv.org/abs/1608.05859). How much does it save?
+# vector points. At both ends a row stands for one token, so one table can serve twice: this is called [**tying**](https://arxiv.org/abs/1608.05859). How much does it save?
 
 # %% id="embedding-check" tags=["check"]
 table = nn.Embedding(tiny.vocab_size, tiny.hidden_size)
@@ -827,10 +827,10 @@ def gap(mine, reference):
     return ((mine - reference).abs().max() / reference.abs().max()).item()
 
 
-ids = torch.tensor([prompt])
+official_ids = torch.tensor([prompt])
 with torch.no_grad():
-    reference, logits = library(ids, output_hidden_states=True), model(ids)
-pairs = zip(hidden_states(model, ids), reference.hidden_states, strict=True)
+    reference, logits = library(official_ids, output_hidden_states=True), model(official_ids)
+pairs = zip(hidden_states(model, official_ids), reference.hidden_states, strict=True)
 gaps = [gap(mine, other) for mine, other in pairs]
 lesson.check("every layer equals transformers' (relative)", max(gaps), 1e-4)
 lesson.check("the logits equal transformers' (relative)", gap(logits, reference.logits), 1e-4)
@@ -848,12 +848,14 @@ alt = "Relative difference after each layer: at most {:.0e}, against a tolerance
 plots.show(fig, alt.format(max(gaps)))
 
 # %% id="greedy-check" tags=["check"]
-mine = ids
+mine = official_ids
 greedy = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 12}
 with torch.no_grad():
     for _ in range(12):  # always take the likeliest next token
         mine = torch.cat((mine, model(mine)[:, -1:].argmax(-1)), dim=1)
-    other = library.generate(ids, attention_mask=torch.ones_like(ids), **greedy)
+    other = library.generate(
+        official_ids, attention_mask=torch.ones_like(official_ids), **greedy
+    )
 print("12 tokens:", tokenizer.decode(mine[0].tolist()) if tokenizer else mine[0, -12:].tolist())
 lesson.check("the 12 greedy tokens are transformers'", mine - other)
 
@@ -868,7 +870,7 @@ lesson.check("the 12 greedy tokens are transformers'", mine - other)
 # theta = {"rope_theta": config.rope_theta / 10}
 # other = Skeleton(config.model_copy(update=theta), Block, RMSNorm)
 # other.load_state_dict(model.state_dict())
-# pairs = list(zip(hidden_states(other, ids), reference.hidden_states))
+# pairs = list(zip(hidden_states(other, official_ids), reference.hidden_states))
 # print("every layer", [f"{gap(a, b):.0e}" for a, b in pairs])
 # print("position 0 ", [f"{gap(a[:, 0], b[:, 0]):.0e}" for a, b in pairs])
 # ```

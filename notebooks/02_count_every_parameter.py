@@ -188,7 +188,7 @@ lesson.check(
 )
 
 # %% [markdown] id="map-exercise"
-# **✎ Exercise**: smolLM2-360M and 1.7B: which share does the vocabulary have there? Why does tying matter less in large models?
+# **✎ Exercise**: SmolLM2-360M and 1.7B: which share does the vocabulary have there? Why does tying matter less in large models?
 #
 # <details><summary>Solution</summary>
 #

@@ -343,7 +343,7 @@ plots.show(fig, alt + "per token, while the learning rate rises, stays and falls
 # ## 4 · Which number format, and why
 #
 # The usual number, **fp32**, has 32 bits. On a GPU numbers of half the size are several times faster (a T4's data sheet: 8 million million operations a second in fp32, 65 in fp16).
-# **bf16** keeps the range of fp32 and gives up digits; **fp16** keeps more digits and gives up range. Of the two, a T4's fast matrix units know only fp16. (It *emulates* bf16,
+# Both lose digits: fp32 has about 7, **fp16** 3, **bf16** 2. bf16 keeps the range of fp32, fp16 does not. Of the two, a T4's fast matrix units know only fp16. (It *emulates* bf16,
 # slowly, which is why `torch.cuda.is_bf16_supported()` says yes there.) Which format does
 # this machine get, and how small can a number be in each?
 
@@ -469,9 +469,9 @@ print(f"peak learning rates: AdamW's {train.learning_rate}{muon}")
 # @title Your prediction { display-mode: "form" }
 guess = None  # @param {type:"raw"}
 lesson.predict(
-    f"{total} steps, the last {train.decay_fraction:.0%} of them decay. At which step is the "
-    "rate down to half its peak?",
-    guess, (schedule.decay_start + total) / 2, within=0.03, unit="(step)",
+    f"{schedule.total} steps, the last {train.decay_fraction:.0%} of them decay. At which step "
+    "is the rate down to half its peak?",
+    guess, (schedule.decay_start + schedule.total) / 2, within=0.03, unit="(step)",
     why=f"The decay begins at step {schedule.decay_start}; half-way from there to the end.",
 )  # fmt: skip
 
@@ -521,7 +521,7 @@ widgets.explore(
 # | of a checkpoint | holds | without it |
 # |---|---|---|
 # | `model.safetensors` | the weights | all is lost |
-# | `optim.safetensors` | AdamW's two averages of each weight; the states of PyTorch's random generators | the next updates are others; whatever is drawn at random is, too |
+# | `optim.safetensors` | the optimizer's averages of each weight (AdamW two, Muon one); the states of PyTorch's random generators | the next updates are others; whatever is drawn at random is, too |
 # | `state.json` | the step and the data position, the plan of the rate, fp16's loss scale | the next batch and the next rate are others |
 # | `tokenizer.json` | the numbers of all tokens | the weights mean nothing |
 # | `manifest.json` | the SHA-256 of every file, written last | nobody knows that the rest is whole |
@@ -596,7 +596,8 @@ print(f"its log ends at step {max(before)}")
 # @title Your prediction { display-mode: "form" }
 guess = None  # @param {type:"raw"}
 rows = kept([("here", DRILL / "killed" / "checkpoints")])
-newest = max(row["step"] for row in rows if row["state"] == "whole")
+whole = [row["step"] for row in rows if row["state"] == "whole"]
+newest = max(step for step in whole if step <= max(before))  # also after the resume
 lesson.predict(
     f"It was killed after step {max(before)} and saved every 10 steps. At which step will it "
     "resume?",

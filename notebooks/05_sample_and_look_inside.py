@@ -105,7 +105,7 @@ print(f"{layers} layers, {heads} heads, vocabulary {config.vocab_size:,}, {count
 # ## 2 · From scores to a choice
 #
 # A model does not write. It gives each token of its vocabulary a score (a **logit**), and something else must choose. Softmax makes
-# probabilities of the scores: e to the power of each, divided by their sum. Dividing the scores by a **temperature** T first makes the choice bolder
+# probabilities of the scores: e to the power of each, divided by their sum. Dividing the scores by a **temperature** T first makes the choice flatter, more varied
 # (T above 1) or safer (T below 1). Take five tokens: what does T = 0.5 do to the best?
 
 # %% id="temperature-numbers" tags=["lesson"]
@@ -305,7 +305,7 @@ print("hardest:", ", ".join(f"'{words[i + 1]}' (1 in {1 / chances[i]:,.0f})" for
 # ## 6 · The KV cache: read everything once
 #
 # To choose token 101, attention compares the query of token 100 with the keys of tokens 1 to 100, and mixes their values. All but the last of these keys and
-# values were computed before, to choose token 100, and nothing changes them. Keep them, and each step reads **one** new token instead of all. But is
+# values were computed before, to choose token 100, and nothing changes them, for the mask hides later tokens. Keep them, and each step reads **one** new token instead of all. But is
 # the answer still the same? The price is memory (notebook 2, section 6). Below the checks, a picture goes through it step by step.
 
 # %% cellView="form" id="predict-cache" tags=["predict"]
@@ -493,9 +493,9 @@ plots.show(fig, alt + f"Spread evenly it would be {even:.0%} on each.")
 # **The logit lens.** Every block adds to the same running vector, so the model's last step (norm, output matrix) can be applied after *any* block: what would
 # it say if it stopped there? First a check and your guess. In the figure each column is a position, each row a block; the word is the best guess so far,
 # the colour how sure it is. Row 0, the embedding alone, mostly repeats the token just read: the output matrix *is* the embedding (notebook 1). Where it shows
-# something odd, such as `a9`, a lone byte, that entry hardly occurs in the training text. (Early blocks may also use directions that the output matrix was
-# not made for: read the first rows with care.) Training pushed its row away from every answer and never towards one,
-# so it grew long, and wins where a rarer token's own row is short.
+# something odd, such as `a9`, a lone byte, that entry hardly occurs in the training text. Training pushed its row away from every answer and never towards one,
+# so it grew long, and wins where a rarer token's own row is short. (Early blocks may also use directions that the output matrix was not made for: read the
+# first rows with care.)
 
 # %% id="lens-check" tags=["check"]
 lens = logit_lens(model, inside.hidden)[:, 0].cpu()  # (L + 1, T, V)

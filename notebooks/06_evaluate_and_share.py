@@ -130,7 +130,7 @@ guess = None  # @param {type:"raw"}
 lesson.predict(
     "Another model cuts the same 400 bytes into 200 tokens and has a loss of 1.5 nats a token. "
     "How many bits per byte?",
-    guess, 1.5 * 200 / math.log(2) / size, within=0.01, unit="bits per byte",
+    guess, 1.5 * 200 / math.log(2) / 400, within=0.01, unit="bits per byte",
     why="Half the loss, twice the tokens: just as good a model. Losses of different tokenizers "
     "cannot be compared, bits per byte can.",
 )  # fmt: skip
@@ -153,7 +153,7 @@ lesson.true("and it loses nothing", gzip.decompress(gzip.compress(held_out, 9)) 
 # %% [markdown] id="counting"
 # ## 3 · The honest rival: counting
 #
-# How often did *e* follow *th* in the training text? Divide by how often *th* occurred: a model, and it has read what yours has read. But what if a context
+# How often did *e* follow *th* in the training text? Divide by how often *th* occurred: a model, and it has read what yours has read (if that was `input.txt`). But what if a context
 # never occurred, or only once? Blend with the shorter one: Witten and Bell (1991) give it a weight of as many sightings as there were *different* next bytes.
 # What must hold for every context, seen or not?
 
@@ -191,7 +191,8 @@ lesson.predict(
     "+ 1, from 1 to 8) does counting do best here?",
     guess, best_order, within=0,
     why="A longer context was seen fewer times, so its counts are mostly chance, and they "
-    "outweigh the better ones of the shorter. (One never seen does no harm.)",
+    "outweigh the better ones of the shorter. (One never seen does no harm. And chosen on this "
+    "text, the order flatters counting a little.)",
 )  # fmt: skip
 
 
@@ -350,13 +351,13 @@ plots.show(fig, alt + f"it ends at {gained[-1]:+.0f} bits, {winner} is ahead.")
 # @title Your prediction { display-mode: "form" }
 guess = None  # @param {type:"raw"}
 questions = 1267  # WinoGrande's validation set; each has two answers
-error = 100 * math.sqrt(0.5 * 0.5 / questions)
+standard_error = 100 * math.sqrt(0.5 * 0.5 / questions)
 lesson.predict(
     f"Answer WinoGrande's {questions:,} questions by flipping a coin. By how many points (per "
     "cent) will you typically miss 50 %: the standard error?",
-    guess, error, unit="points",
-    why=f"√(0.5 · 0.5 / {questions}) = {error:.1f} points. A result less than two of them "
-    "above luck may be luck.",
+    guess, standard_error, unit="points",
+    why=f"√(0.5 · 0.5 / {questions}) = {standard_error:.1f} points. A result less than two of "
+    "them above luck may be luck.",
 )  # fmt: skip
 
 # %% id="published-table" tags=["lesson", "check"]
@@ -372,7 +373,7 @@ for task, (new, old, luck) in CARD.items():
     print(f"{task:14} {new:7.1f} {old:7.1f} {luck:5} {new - luck:11.1f}")
 new, _, luck = CARD["WinoGrande"]
 name = f"WinoGrande, {new - luck:.1f} points above luck, is within one standard error"
-lesson.true(f"{name} ({error:.1f})", new - luck <= error)
+lesson.true(f"{name} ({standard_error:.1f})", new - luck <= standard_error)
 
 # %% cellView="form" id="published-figure" tags=["figure"]
 # @title Figure: published figures { display-mode: "form" }

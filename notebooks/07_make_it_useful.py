@@ -154,10 +154,13 @@ lesson.true("text -> tokens -> text loses nothing", tokenizer.decode(ids) == tex
 # %% cellView="form" id="predict-form" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
 guess = None  # @param {type:"raw"}
-empty = [{"role": m["role"], "content": ""} for m in talk]
-form = len(tokenizer.encode(render_chat(template, empty, names)))
+three = talk[:3]  # more is said further down
+empty = [{"role": said["role"], "content": ""} for said in three]
+form, whole = (
+    len(tokenizer.encode(render_chat(template, each, names))) for each in (empty, three)
+)
 lesson.predict(
-    f"These {len(ids)} tokens hold three messages. How many would three empty ones need: the "
+    f"These {whole} tokens hold three messages. How many would three empty ones need: the "
     "form alone?",
     guess, form, unit="tokens",
     why="Each turn pays for its marks; short messages are half form.",
@@ -476,15 +479,15 @@ plots.show(fig, alt + f"'{dearest}' costs most.")
 # The form is cheap to learn; knowledge comes from what the base model read.</details>
 
 # %% id="chat" tags=["widget"]
-talk = conversation(tuned)
+dialogue = conversation(tuned)
 you, page = widgets.text("you", questions[0]), ipywidgets.HTML()
 
 
 def send(_change=None):
     """Ask what stands in the field, and show the answer while it is written."""
     try:
-        for _ in talk.stream(talk.ask(you.value), options):
-            said = (f"<b>{m['role']}</b>: {escape(m['content'])}" for m in talk.messages)
+        for _ in dialogue.stream(dialogue.ask(you.value), options):
+            said = (f"<b>{m['role']}</b>: {escape(m['content'])}" for m in dialogue.messages)
             page.value = f'<div style="background:#fff;color:#000">{"<br>".join(said)}</div>'
     except UserError as reason:  # a message that does not fit the context
         page.value = escape(str(reason))
@@ -492,7 +495,7 @@ def send(_change=None):
 
 send()
 you.observe(send, names="value")
-said = "\n".join(f"{m['role']}: {m['content']}" for m in talk.messages)
+said = "\n".join(f"{m['role']}: {m['content']}" for m in dialogue.messages)
 plots.show_html(page.value, said, ipywidgets.VBox([you, page]))
 
 # %% [markdown] id="export-text"
@@ -518,8 +521,8 @@ end = names["eos_token"]
 lesson.true("Ollama stops where the model does", f'PARAMETER stop "{end}"' in recipe)
 lesson.true("the template goes along", chat_template(out) == template)
 copy, its_tokenizer = load_model_and_tokenizer(out, device=device)
-talk = Conversation(copy, its_tokenizer, out, chat=True)  # all from the exported folder
-said = "".join(talk.stream(talk.ask(questions[0]), options)).strip()
+dialogue = Conversation(copy, its_tokenizer, out, chat=True)  # all from the exported folder
+said = "".join(dialogue.stream(dialogue.ask(questions[0]), options)).strip()
 lesson.true("and the copy gives the same answer", said == answer(tuned, questions[0]))
 
 # %% [markdown] id="self-test"
