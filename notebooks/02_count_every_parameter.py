@@ -429,14 +429,13 @@ lesson.check("16 bytes a parameter", held / parameter_count(nano) - 16, 1e-9)
 # * four vectors of M: gate, SiLU of gate, up, and their product;
 # * 2 + H single numbers (one a norm, one a head), too few to count.
 #
-# PyTorch tells what it keeps if we hook into it. To see one block alone: measure with two blocks, with one, and subtract. (This is the plain form, with 512
-# tokens; up to 256 a CPU's attention keeps the softmax's weights, too. A GPU's fused norms keep one vector of C less each; a T4's attention wants keys and values
-# expanded to all H heads, 2 - 2 K/H vectors more. The two nearly cancel. Trained on a CPU, a block of this project makes some of these numbers a second time
-# and keeps half: `smollm2/cpu_block.py`.)
+# PyTorch tells what it keeps if we hook into it. To see one block alone: measure with two blocks, with one, and subtract. (This is the plain form, with 1,024
+# tokens; up to 512 a CPU's attention keeps the softmax's weights, too. Other devices differ a little. Trained on a CPU, a block of this project makes some of
+# these numbers a second time and keeps half: `smollm2/cpu_block.py`.)
 
 
 # %% id="saved-code" tags=["lesson"]
-def saved_bytes(depth, is_plain=True, length=512):
+def saved_bytes(depth, is_plain=True, length=1024):
     """Bytes that one forward pass keeps for the backward pass, without the model's own."""
     shape = {"num_hidden_layers": depth, "vocab_size": 64, "max_position_embeddings": length}
     net = SmolLM2(SmolLM2Config(**shape)).train(not is_plain)
@@ -456,8 +455,8 @@ def saved_bytes(depth, is_plain=True, length=512):
 
 # %% id="saved-check" tags=["check"]
 predicted = 4 * ((8 + 2 * K / H) * C + 4 * M)  # bytes a token and block, fp32
-measured = (saved_bytes(2) - saved_bytes(1)) / 512
-spared = (saved_bytes(2, is_plain=False) - saved_bytes(1, is_plain=False)) / 512
+measured = (saved_bytes(2) - saved_bytes(1)) / 1024
+spared = (saved_bytes(2, is_plain=False) - saved_bytes(1, is_plain=False)) / 1024
 print(f"one block keeps {measured:,.0f} bytes a token; predicted {predicted:,.0f}")
 print(f"in training on a CPU: {spared:,.0f}")
 lesson.check("activations are what was predicted (relative)", predicted / measured - 1, 0.005)
