@@ -235,12 +235,12 @@ plots.show(fig, alt + "all close to 1 after it.")
 # %% [markdown] id="rope"
 # ## 4 · RoPE: position as a rotation
 #
-# **Attention in one minute** (section 5 builds it). From its own vector each token makes three more: a **query** (what do I look for?), a **key** (what can I be
+# **First: attention in one minute.** RoPE turns queries and keys, so you need these two words first; section 5 builds all of it. From its own vector each token makes three more: a **query** (what do I look for?), a **key** (what can I be
 # found by?), a **value** (what do I hand over?). The dot product of a query and a key is a **score**. Softmax makes shares of a token's scores, and the token
 # receives all values, mixed by these shares. All this happens several times side by side; each time is a **head**, with vectors of 64 numbers (8 in our small model). Three tokens and
 # one head, by numbers: which token does each row read most?
 #
-# A **causal mask** hides the tokens that come later. The last check swaps the first two tokens.
+# A **causal mask** hides the tokens that come later. Then we swap the first two tokens: does the third one's output change?
 
 # %% id="attention-numbers" tags=["lesson"]
 q = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 2.0]])  # three tokens, two numbers each
@@ -259,7 +259,7 @@ other = (q[2] @ k[swap].T / 2**0.5).softmax(-1) @ v[swap]
 lesson.check("the order of the past changes nothing", other - weights[2] @ v, 1e-4)
 
 # %% [markdown] id="rope-idea"
-# **The problem.** So a dot product does not know *where* a token stands: to the last word, *dog bites* and *bites dog* are the same. (Several layers with a mask can
+# **Then: where does a token stand?** A dot product does not know: to the last word, *dog bites* and *bites dog* are the same. (Several layers with a mask can
 # [work the order out](https://arxiv.org/abs/2203.16634), but that costs layers.)
 #
 # **The idea.** [RoPE](https://arxiv.org/abs/2104.09864) (rotary position embedding) turns queries and keys, and adds no parameters.
@@ -371,8 +371,9 @@ lesson.check("a rotation keeps lengths", mine.norm(dim=-1) - q.norm(dim=-1), 1e-
 
 # %% id="rope-relative-check" tags=["check"]
 query, key = torch.randn(2, tiny.head_dim)
-turned = [rotate(one.expand(128, -1), cos, sin) for one in (query, key)]  # at 128 positions
-table = turned[0] @ turned[1].T  # the score of each (m, n)
+queries = rotate(query.expand(128, -1), cos, sin)  # the same query at 128 positions
+keys = rotate(key.expand(128, -1), cos, sin)
+table = queries @ keys.T  # the score of each (m, n)
 one_step = table[1:, 1:] - table[:-1, :-1]  # compares (m, n) with (m - 1, n - 1)
 for m, n in (5, 3), (50, 48), (120, 118):
     print(f"score of (m, n) = ({m}, {n}): {table[m, n]:.4f}")
@@ -514,10 +515,9 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
-        for name, table in zip(("cos", "sin"), rope_angles(config), strict=True):
-            self.register_buffer(
-                name, table, persistent=False
-            )  # moves with the model, is not saved
+        cos, sin = rope_angles(config)
+        self.register_buffer("cos", cos, persistent=False)  # moves with the model, is not saved
+        self.register_buffer("sin", sin, persistent=False)
 
     def project(self, x):
         """(B, T, C) -> q (B, H, T, D) and k, v (B, K, T, D)."""
@@ -711,7 +711,7 @@ print(f"at full size this model has {total:,} parameters")
 lesson.check("the number that SmolLM2-135M has", total - 134_515_008)
 
 # %% [markdown] id="init"
-# **How it starts.** Every matrix begins as random numbers of spread 1/√C, so that a product with C inputs neither blows a vector up nor shrinks it. Two matrices
+# **How it starts.** In SmolLM2 matrices begin as random numbers of spread 1/√C, so that a product with C inputs neither blows a vector up nor shrinks it. Two matrices
 # of each block, `o_proj` and `down_proj`, write to the running vector, and they start **smaller**, divided by √(2L). Why? L blocks add 2L times to the
 # same vector. Random additions add up their *variances*: 2L of spread s have the spread s·√(2L). Divided by √(2L), all of them together
 # weigh as much as one, however deep the model. RMSNorm hides that growth from each branch, not from the sum: in a vector that has grown large, the token's own
@@ -841,7 +841,7 @@ fig, ax = plots.figure(7.5, 2.8)
 name = "this model against transformers (0 drawn as 1e-9)"
 ax.semilogy([max(value, 1e-9) for value in gaps], color=plots.BLUE, marker="o", label=name)
 ax.axhline(1e-4, color=plots.RED, ls="--", label="tolerance")
-ax.set_ylim(5e-10, 1e-3)
+ax.set_ylim(5e-10, max(1e-3, 3 * max(gaps)))
 title = "Layer by layer: rounding, nothing else"
 plots.label(ax, title, "layer (0 = embedding)", "max|difference|, relative", legend=True)
 alt = "Relative difference after each layer: at most {:.0e}, against a tolerance of 1e-4."

@@ -94,7 +94,7 @@ lesson.quiet()
 # %% [markdown] id="knobs-text"
 # ## 1 · Seven knobs
 #
-# Everything you may want to change:
+# On a first visit change nothing and go on: sections 3 to 7 explain the words. Later, everything you may want to change:
 #
 # | knob | what it sets | left as it is |
 # |---|---|---|
@@ -226,7 +226,7 @@ lesson.check("clipping is one factor, PyTorch's", off, 1e-6)
 # | 1 average gradient | m = β₁ · m + (1 − β₁) · g | batches disagree: what changes its sign cancels, what stays remains |
 # | 2 average square | v = β₂ · v + (1 − β₂) · g² | how large are this weight's gradients usually? |
 # | 3 correct the start | m̂ = m / (1 − β₁ᵗ), v̂ = v / (1 − β₂ᵗ) | both begin at 0, so the first values are too small |
-# | 4 decay | w = w · (1 − rate · decay) | a weight that no gradient asks for fades, so the model stays simple |
+# | 4 decay | w = w · (1 − rate · decay) | a weight that no gradient asks for fades, so weights do not grow without need |
 # | 5 move | w = w − rate · m̂ / (√v̂ + ε) | divided by its usual size, no weight moves much farther than another |
 #
 # With β₁ = 0.9 the average reaches back about 1 / (1 − β₁) = 10 updates, with β₂ = 0.95 about 20. A β nearer to 1 remembers longer: steadier, but slower to follow.
@@ -316,7 +316,9 @@ lesson.check(f"the likeliest token is the right one, at all {targets.numel()} po
 
 # %% id="minute-run" tags=["lesson", "slow"]
 # about a minute on two CPU cores: your loop trains nano, each batch in 4 parts
-T, B, updates = (64, 4, 12) if SMOKE else (NANO.data.sequence_length, ADAMW.batch_size, 150)
+T, B, updates = NANO.data.sequence_length, ADAMW.batch_size, 150
+if SMOKE:  # the project's own quick test
+    T, B, updates = 64, 4, 12
 rate = Schedule(ADAMW.learning_rate, ADAMW.warmup_steps, ADAMW.decay_fraction, 0, updates)
 order = BatchOrder(len(tokens), T, B, ADAMW.seed)  # notebook 3, section 7
 torch.manual_seed(ADAMW.seed)
@@ -343,7 +345,7 @@ plots.show(fig, alt + "per token, while the learning rate rises, stays and falls
 # ## 4 · Which number format, and why
 #
 # The usual number, **fp32**, has 32 bits. On a GPU numbers of half the size are several times faster (a T4's data sheet: 8 million million operations a second in fp32, 65 in fp16).
-# Both lose digits: fp32 has about 7, **fp16** 3, **bf16** 2. bf16 keeps the range of fp32, fp16 does not. Of the two, a T4's fast matrix units know only fp16. (It *emulates* bf16,
+# There are two such formats, **fp16** and **bf16**. Both keep fewer digits: fp32 has about 7, fp16 3, bf16 2. bf16 keeps the range of fp32, fp16 does not. Of the two, a T4's fast matrix units know only fp16. (It *emulates* bf16,
 # slowly, which is why `torch.cuda.is_bf16_supported()` says yes there.) Which format does
 # this machine get, and how small can a number be in each?
 
@@ -425,7 +427,8 @@ plots.show(fig, alt + "{}; of a batch known by heart {}.".format(*shares.values(
 #
 # **Try it**, below. Move the end of phase one: what happens to the curve? And how much of the peak is lost, on average, if all steps are decay?
 
-# %% id="run-config" tags=["lesson"]
+# %% cellView="form" id="run-config" tags=["lesson"]
+# @title Settings of your run { display-mode: "form" }
 TINY = {  # the model of the drills below
     "model.vocab_size": 512, "data.tokenizer_vocab_size": 512, "model.hidden_size": 96,
     "model.intermediate_size": 256, "model.num_hidden_layers": 3, "data.sequence_length": 64,
@@ -451,7 +454,8 @@ if by_clock or SMOKE:  # what they buy: some steps are tried
     print(planning.table(facts), end="\n\n")
     planned = facts["buys"][0]["steps"]
 
-# %% id="run-steps" tags=["lesson"]
+# %% cellView="form" id="run-steps" tags=["lesson"]
+# @title Steps of both phases { display-mode: "form" }
 steps, more = (30, 15) if SMOKE else (STEPS or 4 * planned // 5, MORE_STEPS or planned // 5)
 total, often = steps + more, max(1, (steps + more) // 8)
 settings |= {"train.max_steps": steps, "train.continue_steps": more}
@@ -745,8 +749,10 @@ class PressStop(Lines):
 
 
 pretend = DRILL / "pretend-drive"
-settings = {"run.drive_dir": str(pretend)}
-stopped = smollm2.train(drill("stopped", **settings), reporter=PressStop())
+for folder in (pretend, DRILL / "stopped"):  # of an earlier try
+    shutil.rmtree(folder, ignore_errors=True)
+with_drive = drill("stopped", **{"run.drive_dir": str(pretend)})
+stopped = smollm2.train(with_drive, reporter=PressStop())
 
 # %% id="stop-check" tags=["check"]
 by = stopped.stopped_by
@@ -764,7 +770,7 @@ lesson.check("it is on this machine and on the pretended Drive, whole", 2 - len(
 
 # %% id="died-run" tags=["slow", "lesson", "check"]
 shutil.rmtree(DRILL / "stopped")
-restored = smollm2.train(drill("stopped", **settings), reporter=Lines())
+restored = smollm2.train(with_drive, reporter=Lines())
 lesson.check("it began where the lost machine had stopped", restored.losses[0][0] - 15)
 same_bytes("stopped")
 

@@ -273,7 +273,7 @@ lesson.true("a tiny temperature is greedy", nearly == greedy)
 # %% [markdown] id="surprise"
 # ## 5 · What surprises the model
 #
-# The same probabilities can read a text instead of writing one. Below is a piece of the **held-out** text, the end of `input.txt` that no training saw;
+# The same probabilities can read a text instead of writing one. Below is a piece of the **held-out** text, the end of `input.txt` that *your* training did not see;
 # each token has the colour of the probability it got. Where is it darker: where a word begins, or where it goes on?
 
 # %% cellView="form" id="surprise-view" tags=["figure"]
@@ -568,7 +568,8 @@ plots.show(fig, alt + f"after '{names[-1]}', the model says {told}.")
 # ## 8 · Your run through time, and the official model
 #
 # Every checkpoint is a whole model. Give each the same prompt and the same seed, and slide through your own run. A run keeps its newest checkpoints only,
-# but its log also holds what the earlier ones wrote. What comes first: spelling, words, or sense?
+# but its log also holds what the earlier ones wrote. (**Bits per byte** is the sum of −log₂ of the probabilities of a text's tokens, divided by its bytes: less is better, and
+# models with different tokenizers can be compared. Notebooks 3 and 6 have more.) What comes first: spelling, words, or sense?
 
 # %% id="time-code" tags=["lesson", "slow"]
 eight = held_out[1:9]
