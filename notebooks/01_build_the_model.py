@@ -236,7 +236,8 @@ plots.show(fig, alt + "all close to 1 after it.")
 # ## 4 · RoPE: position as a rotation
 #
 # **First: attention in one minute.** RoPE turns queries and keys, so you need these two words first; section 5 builds all of it. From its own vector each token makes three more: a **query** (what do I look for?), a **key** (what can I be
-# found by?), a **value** (what do I hand over?). The dot product of a query and a key is a **score**. Softmax makes shares of a token's scores, and the token
+# found by?), a **value** (what do I hand over?). In *the cat slept because it was tired*, the query of *it* asks "which animal?", the key of *cat* answers "here", and its
+# value brings what *cat* means. The dot product of a query and a key is a **score**. Softmax makes shares of a token's scores, and the token
 # receives all values, mixed by these shares. All this happens several times side by side; each time is a **head**, with vectors of 64 numbers (8 in our small model). Three tokens and
 # one head, by numbers: which token does each row read most?
 #
@@ -743,8 +744,15 @@ initialise(model, tiny, residual=(2 * tiny.num_hidden_layers) ** -0.5)
 pairs = zip(model.parameters(), package.parameters(), strict=True)
 off = max(lesson.largest(p - q) for p, q in pairs)
 lesson.check("the start is the package's, number by number", off)
-states = thirty_blocks(1), thirty_blocks(60**-0.5)
-plain, scaled = (x.square().mean((1, 2, 3)).sqrt() for x in states)  # root mean squares
+
+
+# %% id="init-sizes" tags=["check"]
+def size(states):
+    """The root mean square of the running vector after each block."""
+    return states.square().mean((1, 2, 3)).sqrt()
+
+
+plain, scaled = size(thirty_blocks(1)), size(thirty_blocks(60**-0.5))
 gained = [(x[-1] ** 2 - x[0] ** 2).item() for x in (plain, scaled)]  # variance, by 60 additions
 print(f"60 additions gain a variance of {gained[0]:.1f}, scaled {gained[1]:.3f}")
 lesson.check("scaled, they gain about a 60th (relative)", gained[0] / gained[1] / 60 - 1, 0.3)

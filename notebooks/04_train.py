@@ -117,7 +117,8 @@ MORE_STEPS = 0  # @param {type:"integer"}
 PROMPT = "Once upon a time"  # @param {type:"string"}
 USE_DRIVE = True  # @param {type:"boolean"}
 
-# %% id="text" tags=["setup"]
+# %% cellView="form" id="text" tags=["setup"]
+# @title Choose the text { display-mode: "form" }
 SETS = {
     "TinyStories": "roneneldan/TinyStories",  # CDLA-Sharing-1.0
     "FineWeb-Edu": "HuggingFaceFW/fineweb-edu:sample-10BT",  # ODC-By
@@ -141,7 +142,8 @@ print(f"text: {text}")
 # if you allow it: each copied file is read back and compared. Colab asks for permission **now**, so that Run all can be left alone afterwards. Refused? The
 # run works all the same. What does the banner say about *your* run?
 
-# %% id="storage" tags=["setup"]
+# %% cellView="form" id="storage" tags=["setup"]
+# @title Choose the model, and where the run is kept { display-mode: "form" }
 fits = MODEL == "fits"
 preset, why = planning.preset_that_fits(MINUTES) if fits else choose_preset(MODEL)
 print(f"preset: {preset} ({why})")
@@ -154,8 +156,8 @@ drive_dir = place.drive_dir / name if place.drive_dir else None
 #
 # Section 7 calls `smollm2.train`. Here is the same loop bare, in 30 lines without an optimizer class (with AdamW in fp32; nano's own run uses Muon, see section 5). One **update**: run some rows forward and backward, so that
 # every weight has a gradient; **clip** the gradients; let **AdamW** change the weights. A sound loop can learn **one** small batch by heart: its loss falls
-# nearly to zero. We take nano (seconds on any machine), a tokenizer like its own, and 4 rows of 64 tokens. Where does the loss (in *nats*, the unit of the natural
-# logarithm) begin?
+# nearly to zero. We take nano (seconds on any machine), a tokenizer like its own, and 4 rows of 64 tokens. The loss is the mean of −ln(probability that the model
+# gives to the true next token), in *nats*: 0 if it is sure and right, ln V if all V tokens seem equally likely to it. Where does it begin?
 
 # %% id="overfit-batch" tags=["lesson", "check"]
 NANO = load_config("nano")
@@ -179,6 +181,8 @@ first = model.loss(inputs, targets).item()
 expected = math.log(shape.vocab_size) + shape.hidden_size * shape.initializer_range**2 / 2
 likely = "targets not shifted, or a wrong initialisation"
 lesson.check("first loss = ln V + σ²/2 (notebook 3)", first - expected, 0.3, likely)
+by_hand = model(inputs).flatten(0, 1).log_softmax(-1).gather(1, targets.reshape(-1, 1))
+lesson.check("the loss is the mean of -ln(probability)", -by_hand.mean() - first, 1e-4)
 
 # %% [markdown] id="accumulate-text"
 # **Accumulation.** A large batch gives a steady gradient, but its activations may not fit into memory. So it goes through in parts. Backward passes *add* to
@@ -581,6 +585,7 @@ lesson.check("the 30 losses of your loop are those of smollm2.train", difference
 
 # %% cellView="form" id="kill-child" tags=["check", "slow"]
 # @title The second run is killed { display-mode: "form" }
+shutil.rmtree(DRILL / "killed", ignore_errors=True)  # of an earlier try
 (DRILL / "killed.yaml").write_text(drill("killed").to_yaml(), encoding="utf-8")
 command = [sys.executable, str(REPO / "colab_train.py"), "--config", DRILL / "killed.yaml"]
 with open(DRILL / "killed.txt", "w") as said:

@@ -213,6 +213,20 @@ for name, *rest in filters:
     off = torch.stack(list(differences(name, *rest)))
     lesson.check(f"{name} equals the package's and transformers'", off, 1e-6, likely)
 
+
+# %% id="write-code" tags=["lesson"]
+@torch.inference_mode()
+def write(ids, new, temperature=0.8, p=0.9):
+    """The whole of writing: predict, cut, draw one token, append it, again."""
+    for _ in range(new):
+        chances = (model(ids)[0, -1].float() / temperature).softmax(-1)
+        chances = chances * keep_top_p(chances, p)
+        ids = torch.cat((ids, chances.multinomial(1)[None]), dim=1)
+    return ids
+
+
+print(" ".join(tokenizer.decode(write(ids, 30)[0].tolist()).split()))
+
 # %% cellView="form" id="filters-figure" tags=["figure"]
 # @title Figure: what each filter keeps { display-mode: "form" }
 fig, ax = plots.figure(7.5, 3)
@@ -292,9 +306,12 @@ lesson.check("the mean of -log(probability) is the training loss", off, 1e-4)
 
 # %% id="surprise-words" tags=["lesson"]
 words = [piece(tokenizer, i) for i in read[0].tolist()]
-begins = [i for i, word in enumerate(words[1:]) if word[0] == "·" and word[-1].isalpha()]
-letters = [(before[-1] + word[0]).isalpha() for before, word in pairwise(words)]
-goes_on = [i for i, joined in enumerate(letters) if joined]
+begins, goes_on = [], []  # numbers of the tokens that begin a word, or go on with one
+for i, (before, word) in enumerate(pairwise(words)):
+    if word[0] == "·" and word[-1].isalpha():
+        begins.append(i)
+    elif before[-1].isalpha() and word[0].isalpha():
+        goes_on.append(i)
 for name, where in (("begins", begins), ("goes on with", goes_on)):
     bits = -chances[where].log2().mean()
     print(f"a token that {name} a word costs {bits:.1f} bits on average ({len(where)} tokens)")
@@ -493,7 +510,7 @@ plots.show(fig, alt + f"Spread evenly it would be {even:.0%} on each.")
 # **The logit lens.** Every block adds to the same running vector, so the model's last step (norm, output matrix) can be applied after *any* block: what would
 # it say if it stopped there? First a check and your guess. In the figure each column is a position, each row a block; the word is the best guess so far,
 # the colour how sure it is. Row 0, the embedding alone, mostly repeats the token just read: the output matrix *is* the embedding (notebook 1). Where it shows
-# something odd, such as `a9`, a lone byte, that entry hardly occurs in the training text. Training pushed its row away from every answer and never towards one,
+# something odd, such as `a9`, a lone byte, that entry hardly occurs in the training text. A likely reason: training pushed its row away from every answer and never towards one,
 # so it grew long, and wins where a rarer token's own row is short. (Early blocks may also use directions that the output matrix was not made for: read the
 # first rows with care.)
 
