@@ -69,8 +69,8 @@ def test_every_payload_is_live(name, tmp_path):
     data = payloads(tmp_path / "canary")[name]
     careless = (
         pickle.load,  # unsafe on purpose, here alone: a payload only touches a canary in this test's own folder
-        partial(torch.load, weights_only=False),  # the same
-        partial(np.load, allow_pickle=True),  # the same
+        partial(torch.load, weights_only=False),  # unsafe on purpose: shows that the payload is live
+        partial(np.load, allow_pickle=True),  # unsafe on purpose: shows that the payload is live
     )
     for load in careless:
         with contextlib.suppress(Exception):
