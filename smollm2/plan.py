@@ -35,6 +35,7 @@ from .device import (
     device_name,
     kept_memory,
     memory_bytes,
+    sharing_cores,
 )
 from .errors import ArgumentParser, ConfigError, run_command
 from .evaluate import score_tokens
@@ -377,7 +378,7 @@ def plan(config: RunConfig, gpu: str | None = None, minutes=MINUTES, seconds=PRO
         )
     micro = min(micro, train.micro_batch_size or micro)
     config = config.model_copy(update={"train": train.model_copy(update={"micro_batch_size": micro})})
-    with kept_memory():  # as in training
+    with kept_memory(), sharing_cores():  # as in training
         speed = estimate(config, GPUS[gpu]) if gpu else measure(config, device, precision, seconds)
     per_step, text = train.batch_size * length, Path(config.data.input_file)
     in_text = text.stat().st_size / bytes_per_token(config.model.vocab_size) if text.is_file() else 0

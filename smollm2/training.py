@@ -21,7 +21,7 @@ from . import logs
 from .checkpoint import step_name
 from .config import RunConfig
 from .data import BatchOrder, BatchStream
-from .device import autocast, kept_memory, plain_defaults, repeatable_sums
+from .device import autocast, kept_memory, plain_defaults, repeatable_sums, sharing_cores
 from .errors import MemoryStop, disk_failures_named, is_out_of_memory
 from .evaluate import score_tokens
 from .guard import NumericGuard, make_scaler, update_scale
@@ -287,6 +287,7 @@ def train(config: RunConfig, reporter: Reporter | None = None, began: float | No
         plain_defaults(),
         repeatable_sums(config.train.deterministic),
         kept_memory(),
+        sharing_cores(),
         open_run(config, reporter, began) as run,
         signals,
     ):

@@ -2,6 +2,8 @@
 
 import contextlib
 import re
+import threading
+import time
 from types import SimpleNamespace
 
 import psutil
@@ -16,6 +18,7 @@ from smollm2.device import (
     kept_memory,
     memory_bytes,
     repeatable_sums,
+    sharing_cores,
 )
 from smollm2.errors import ConfigError
 from smollm2.settings import load_config
@@ -98,3 +101,43 @@ def test_memory_is_kept_only_where_there_is_a_c_library_to_ask(monkeypatch):
     monkeypatch.setattr("ctypes.CDLL", lambda name: name.lower())  # as there, no None
     with kept_memory():
         pass
+
+
+def teams() -> int:
+    return sum(thread.name.startswith("second OpenMP team") for thread in threading.enumerate())
+
+
+def test_threads_wait_asleep_only_while_others_want_their_cores(monkeypatch):
+    others, used, at = 0.0, 0.0, time.monotonic()  # cores; seconds of them, up to `at`
+
+    def use(cores: float) -> None:
+        nonlocal others, used, at
+        used, at, others = used + others * (time.monotonic() - at), time.monotonic(), cores
+
+    def cpu_times():
+        return SimpleNamespace(user=time.process_time() + used + others * (time.monotonic() - at), system=0.0)
+
+    def becomes(count: int) -> bool:
+        until = time.monotonic() + 20
+        while teams() != count and time.monotonic() < until:
+            time.sleep(0.01)
+        return teams() == count
+
+    monkeypatch.setattr(psutil, "cpu_times", cpu_times)
+    monkeypatch.setattr(psutil, "cpu_count", torch.get_num_threads)  # none to spare
+    with sharing_cores(every=0.02):
+        time.sleep(0.2)
+        assert teams() == 0
+        for cores in (1.0, 0.0, 1.0):
+            use(cores)
+            assert becomes(int(cores))
+    assert teams() == 0
+
+
+def test_a_system_that_does_not_tell_of_its_cores_trains_all_the_same(monkeypatch):
+    def cpu_times():
+        raise FileNotFoundError("/proc/stat")
+
+    monkeypatch.setattr(psutil, "cpu_times", cpu_times)
+    with sharing_cores(every=0.01):
+        time.sleep(0.05)
