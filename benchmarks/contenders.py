@@ -121,8 +121,10 @@ def logits_of(name: str, model: torch.nn.Module, ids: torch.Tensor) -> torch.Ten
     return model(ids) if name == OURS else model(input_ids=ids, use_cache=False).logits
 
 
-def train_step(name: str, model: torch.nn.Module, job: Job) -> Callable[[], torch.Tensor]:
-    """One optimizer step on batch x length tokens; returns the loss before it."""
+def train_step(
+    name: str, model: torch.nn.Module, job: Job
+) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+    """One optimizer step on batch x length tokens; returns the loss before it and its gradient's norm."""
     job = own_job(name, job)
     ids = job.input_ids()
     targets = targets_of(ids)
@@ -134,11 +136,11 @@ def train_step(name: str, model: torch.nn.Module, job: Job) -> Callable[[], torc
             loss = loss_of(name, model, ids, targets)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+        return loss.detach(), norm
 
     return step
 

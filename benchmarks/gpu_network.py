@@ -250,7 +250,7 @@ def tokens_per_second(step, count: int, job: Job) -> float:
 def warm_up(case: str, model, job: Job) -> tuple:
     """A step function, and what its first steps say: compile time, memory, loss."""
     step = train_step(case.split()[0], model, job)
-    facts = {"first_step_seconds": seconds_of(step, job.device), "first_loss": float(step())}
+    facts = {"first_step_seconds": seconds_of(step, job.device), "first_loss": float(step()[0])}
     if job.device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
