@@ -197,15 +197,16 @@ class Dataset:
         def parts(state: dict | None, shards: dict[str, Shard]) -> Iterator[tuple]:
             state, count = state or new_state(), sum(shard.tokens for shard in shards.values())
             look = {"unit": "token", "unit_scale": True, "disable": not is_terminal(sys.stderr)}
+            pieces = self.documents(tokenizer, end, state)
             with tqdm(None, "tokenising", self.tokens, initial=count, **look) as bar:
-                for piece, ids in self.documents(tokenizer, end, state):
+                # enough may have been read when the process was killed that read it
+                while count < self.tokens and (found := next(pieces, None)):
+                    piece, ids = found
                     split = "val" if self.is_held_out(piece.key) else "train"
                     yield split, ids, text_bytes(piece.text, piece.ends), state
                     bar.update(len(ids))
                     count += len(ids)
-                    if count >= self.tokens:
-                        break
-            if len(self._first_two) == 1:
+            if len(self._first_two) == 1 and not shards["val"].tokens:
                 _hold_out_the_end(shards, self.fraction, tokenizer, end)
 
         def sidecar(splits: dict, state: dict) -> dict:

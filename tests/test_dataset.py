@@ -21,6 +21,7 @@ import pytest
 from fake_hub import FIRST, SECOND, FakeHub
 from huggingface_hub import HfApi
 
+import smollm2.data as data_module
 from smollm2.config import DataConfig
 from smollm2.data import TokenData
 from smollm2.dataset import Dataset
@@ -396,6 +397,22 @@ def test_after_a_full_disk_or_a_damaged_record_the_shards_are_the_same(expected,
         path.write_bytes(raw)
     prepare(SPEC, 10**9)
     assert hashes() == expected
+
+
+@pytest.mark.parametrize("name, tokens", [("e.jsonl.gz", 5000), ("one.txt", 5000), ("one.txt", 200)])
+def test_killed_when_all_is_read_it_neither_reads_nor_holds_out_more(expected, monkeypatch, name, tokens):
+    Path("one.txt").write_text("the king said one. " * 40)
+    prepare(name, tokens)
+    whole = hashes()
+    shutil.rmtree("out")
+    replace = data_module.replace_durably
+    with monkeypatch.context() as patch:
+        fails_at_last = lambda path, raw: 1 / (path.stem != "tokens") and replace(path, raw)  # noqa: E731
+        patch.setattr(data_module, "replace_durably", fails_at_last)
+        with pytest.raises(ZeroDivisionError):
+            prepare(name, tokens)
+    prepare(name, tokens)
+    assert hashes() == whole
 
 
 def test_what_a_killed_process_left_goes_when_other_tokens_are_wanted(expected):
