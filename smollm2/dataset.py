@@ -336,7 +336,9 @@ class Source:
                 for texts in self._rows(name, row):
                     key = None
                     for number, (text, ends) in enumerate(_documents(texts), start=1):
-                        key = int(sha256_bytes(text[: 2**16].encode())[:16], 16) if key is None else key
+                        if key is None:  # the same whether or not a file's last line has its line break
+                            beginning = f"{text.rstrip(chr(10))}\n"[: 2**16]
+                            key = int(sha256_bytes(beginning.encode())[:16], 16)
                         if number > piece:
                             yield Piece(text, ends, key, (file, row, number))
                         key, is_empty = None if ends else key, False
@@ -366,7 +368,8 @@ class Source:
             if not isinstance(text, str):
                 raise DataError(f"column {column!r} holds {type(text).__name__}, expected text")
             # half a surrogate pair is no character
-            text = text.replace("\0", "").encode(errors="replace").decode().rstrip("\r\n")
+            text = text.replace("\0", "").encode(errors="replace").decode()
+            text = re.sub("\r\n?", "\n", text).rstrip("\n")  # as `decoded` reads a text file
             yield [f"{text}\n{SEPARATOR}"]
 
 

@@ -280,6 +280,17 @@ def test_a_document_is_in_one_part_wherever_and_how_often_it_stands(place):
     assert len({*parts(prepare(tokens=10**6))[1]} ^ {*val}) <= 4  # of the first two documents alone
 
 
+def test_the_same_text_in_files_of_other_kinds_and_systems_is_one_document(place):
+    """With or without its last line break, with line breaks of Windows or of old Macs."""
+    texts = [f"{text}\nend" for text in stories(60)]
+    write(place / "in", {f"{n}.txt": text for n, text in enumerate(texts)})
+    write(place / "in", {"a.jsonl": jsonl(*({"text": t.replace("\n", "\r\n")} for t in texts))})
+    write(place / "in", {"b.csv": "text\r\n" + "".join(f'"{t}"\r\n'.replace("\n", "\r") for t in texts)})
+    write(place / "in", {"c.md": "\r\n<|endoftext|>\r\n".join(texts)})
+    train, val = parts(prepare(tokens=10**6))
+    assert Counter(train + val) == Counter(f"{text}\n" for text in texts * 4) and not {*train} & {*val}
+
+
 def test_a_tokenizer_sees_training_documents_only(place):
     write(place / "in", {"a.jsonl": jsonl(*({"text": t} for t in stories(2000)))})
     dataset = Dataset(DataConfig(dataset="in"), Path("out"), 10**6)
