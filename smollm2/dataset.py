@@ -362,7 +362,7 @@ class Source:
         with suppress(Exception):  # it is told where it is met again, below
             sample.extend(islice(_table(file), SAMPLE_ROWS))
         column = _choose(sample, self.column)
-        for row in _table(file, start, column):
+        for row in _table(file, start, column if sample else None):  # what failed above fails here, too
             text = row.get(column)
             text = "" if text is None or text != text else text  # NaN, which is what pandas writes for none
             if not isinstance(text, str):
@@ -421,10 +421,13 @@ def _parquet_rows(raw: BinaryIO, start: int, column: str | None) -> Iterator[dic
 
     # by pages, for a group of rows may be as large as the file
     file = pyarrow.parquet.ParquetFile(raw, pre_buffer=False, buffer_size=2**20)
+    leaves = map(file.schema.column, range(len(file.schema)))
+    # a date that Python does not know, in a column that nobody reads, need not be readable
+    columns = [column] if column else [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
     for group in range(file.num_row_groups):
         count = file.metadata.row_group(group).num_rows
         if start < count:
-            batches = file.iter_batches(100, row_groups=[group], columns=column and [column])
+            batches = file.iter_batches(100, row_groups=[group], columns=columns or None)
             yield from islice(chain.from_iterable(batch.to_pylist() for batch in batches), start, None)
         start = max(0, start - count)
 

@@ -30,6 +30,7 @@ from smollm2.folder import absent_folders, clear
 from smollm2.tokenizer import END_OF_TEXT, Tokenizer
 
 datasets = pytest.importorskip("datasets", reason="pip install datasets")
+pyarrow = pytest.importorskip("pyarrow")
 
 TOKENIZER = Tokenizer.train(["the king said one two three\n" * 50], 300)
 
@@ -90,7 +91,6 @@ def test_a_text_file_is_one_document_and_its_own_separators_count(place):
 
 def test_every_text_of_a_folder_is_read_whatever_its_name_and_others_are_named(place):
     """The datasets package drops files without a word where one of them is called test, train or dev."""
-    import pyarrow
     from pyarrow import feather
 
     texts = ["a.txt", "dev.txt", "night-train.txt", "test/A.TXT", "[x]{1}*?.md", "#5%.txt", "__s__/t::u.txt"]
@@ -203,6 +203,23 @@ def test_the_column_is_chosen_or_named(place, column, rows, expected, kind):
             read(dataset_column=column)
 
 
+def one_row(**more: pyarrow.Array) -> bytes:
+    """A Parquet file with the text "a" and more columns."""
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"text": ["a"], "id": ["i"]} | more), raw := io.BytesIO())
+    return raw.getvalue()
+
+
+def test_a_date_that_python_does_not_know_costs_no_text(place):
+    late = pyarrow.array([2**62], pyarrow.timestamp("us"))
+    write(place / "in", {"z.txt": "other", "a.parquet": one_row(late=late)})
+    assert read()[0] == ["a\n", "other\n"]
+
+
+NO_TEXT = pyarrow.Array.from_buffers(
+    pyarrow.string(), 1, [None, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0"), pyarrow.py_buffer(b"\xff")]
+)
 PACKED = gzip.compress(jsonl(*({"text": str(random.Random(n).random())} for n in range(20_000))).encode())
 BROKEN = [
     ("a.txt", b"x" * 300 + b"caf\xe9", r"row 1: the text: not UTF-8 at byte offset 303 \(byte 0xe9\)"),
@@ -216,6 +233,7 @@ BROKEN = [
     ("a.jsonl.gz", PACKED[: len(PACKED) // 2], r"after row \d\d+: EOFError"),
     ("a.jsonl.gz", b"no gzip", "after row 0: BadGzipFile"),
     ("a.parquet", b"PAR1 and then nothing", "after row 0: ArrowInvalid"),
+    ("a.parquet", one_row(broken=NO_TEXT), "after row 0: UnicodeDecodeError"),
 ]  # fmt: skip
 
 
