@@ -48,6 +48,7 @@ from .tokenizer import Tokenizer
 from .workers import OPENED
 
 SAMPLE_ROWS = 100  # that tell which columns hold text
+ADVICE = "choose one with --set data.dataset_column=NAME"
 BYTES_PER_TOKEN = 4.5  # of English under the SmolLM2 tokenizer, rounded up
 LONGEST_TOKEN = 16  # characters, on average over any text
 LONGEST_VALUE = 2**26  # characters of one JSON value
@@ -363,6 +364,10 @@ class Source:
             sample.extend(islice(_table(file), SAMPLE_ROWS))
         column = _choose(sample, self.column)
         for row in _table(file, start, column if sample else None):  # what failed above fails here, too
+            if isinstance(row.get("text"), str) and not (self.column or column == "text"):
+                raise DataError(f"a column 'text', but {column!r} is the one that was chosen: {ADVICE}")
+            if column not in row and (words := f"rows of {file} without {column!r}") not in self.left_out:
+                self.left_out.append(words)
             text = row.get(column)
             text = "" if text is None or text != text else text  # NaN, which is what pandas writes for none
             if not isinstance(text, str):
@@ -477,14 +482,14 @@ def _flat(row: dict, prefix: str = "") -> dict:
 
 
 def _choose(rows: list[dict], wanted: str | None) -> str:
-    """The column to read: `wanted`, else text, the only one that holds strings, or content."""
+    """The column to read: `wanted`, else text, the only one that may hold it, or content."""
     names = list(dict.fromkeys(key for row in rows for key in row))
-    strings = [key for key in names if any(isinstance(row.get(key), str) for row in rows)]
-    column = wanted or ("text" if "text" in names else strings[0] if len(strings) == 1 else "content")
+    # beside messages, which are a list, or an image, which is bytes, an id is no text
+    may = [key for key in names if any(isinstance(row.get(key), str | list | bytes) for row in rows)]
+    column = wanted or ("text" if "text" in names else may[0] if len(may) == 1 else "content")
     if rows and column not in names:
-        advice = "choose one with --set data.dataset_column=NAME"
         some = ", ".join(names[:20]) + " ..." * (len(names) > 20)
-        raise DataError(f"no text column {column!r}; it has {some}: {advice}")
+        raise DataError(f"no text column {column!r}; it has {some}: {ADVICE}")
     return column
 
 

@@ -184,6 +184,8 @@ COLUMNS = [
     (None, [{"meta": {"lang": {"code": "a"}}, "n": 1}], "a\n"), ("body", [{"text": "a"}], "no text column 'body'; it has text"),
     (None, [{"title": "t", "body": "a"}], "no text column 'content'; it has title, body: choose one with --set"),
     (None, [{"id": "x", "t": {"de": "a", "en": "b"}}], "it has id, t.de, t.en"),
+    (None, [{"id": "x", "messages": [{"role": "user", "content": "a"}]}], "it has id, messages: choose"),
+    (None, [{"messages": [{"role": "user", "content": "a"}]}], "column 'messages' holds list, expected text"),
     (None, [{f"c{n}": "x" for n in range(99)}], r"it has c0, [^:]*c19 \.\.\.: choose"),
 ]  # fmt: skip
 
@@ -220,6 +222,17 @@ def test_a_date_that_python_does_not_know_costs_no_text(place):
 NO_TEXT = pyarrow.Array.from_buffers(
     pyarrow.string(), 1, [None, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0"), pyarrow.py_buffer(b"\xff")]
 )
+def test_a_column_that_comes_late_or_ends_early_is_told(place):
+    late = [{"id": f"x{n}"} for n in range(100)] + [{"id": "y", "text": "a"}]
+    write(place / "in", {"a.jsonl": jsonl(*late)})
+    with pytest.raises(DataError, match="a.jsonl, row 101: a column 'text', but 'id' is the one that was chosen"):
+        read()
+    assert len(read(dataset_column="id")[0]) == 101
+    write(place / "in", {"a.jsonl": jsonl(*[{"text": f"{n}"} for n in range(3)], *[{"body": "b"}] * 300)})
+    found, said = read()
+    assert found == ["0\n", "1\n", "2\n"] and said.endswith(f"; not read: rows of {place}/in/a.jsonl without 'text'")
+
+
 PACKED = gzip.compress(jsonl(*({"text": str(random.Random(n).random())} for n in range(20_000))).encode())
 BROKEN = [
     ("a.txt", b"x" * 300 + b"caf\xe9", r"row 1: the text: not UTF-8 at byte offset 303 \(byte 0xe9\)"),
