@@ -58,8 +58,6 @@ KINDS = {  # by a file's ending; .gz and the like may stand behind it
     ".txt": "text", ".text": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".ndjson": "json",
     ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow",
 }  # fmt: skip
-
-
 # by a run, into its folder
 WRITTEN = ("checkpoints", "data/tokens-*", "data/dataset-*", "data/commits.json", "logs", "previous-*")
 BESIDE_ARROW = ("dataset_info.json", "dataset_dict.json", "state.json")  # by the datasets package
@@ -94,7 +92,8 @@ class Dataset:
 
     def __init__(self, data: DataConfig, output_dir: Path, tokens: int, pinned: dict | None = None):
         self.name, self.fraction, self.output = data.dataset, data.held_out_fraction, output_dir
-        parts = [re.fullmatch(r"\s*(.+?)\s*=\s*(\d*\.?\d+)\s*", part) for part in self.name.split(",")]
+        named = r"\s*(.+?)\s*=\s*(\d*\.?\d+(?:e[+-]?\d+)?)\s*"
+        parts = [re.fullmatch(named, part) for part in self.name.split(",")]
         is_mixture = all(parts) and not os.path.exists(self.name)
         shares = {os.path.expanduser(part[1]): float(part[2]) for part in parts} if is_mixture else {}
         weights = shares or {self.name: 1.0}
@@ -162,13 +161,7 @@ class Dataset:
 
     # --- tokens
 
-    def prepare(
-        self,
-        tokenizer: Tokenizer,
-        own_end: int | None,
-        check: Callable[[str | None], None],
-        say: Callable[[str], None],
-    ) -> TokenData:
+    def prepare(self, tokenizer: Tokenizer, own_end: int | None, check, say) -> TokenData:
         """Its token files, read earlier or now, or from where a killed process stopped. Their identity, the
         hash of what is in them, is for `check` to refuse."""
         end = tokenizer.end_id(own_end)
@@ -183,9 +176,10 @@ class Dataset:
         else:
             if not self.pinned:
                 check(None)
-            if not self._first_two:  # what cannot be read at all is told before anything is written
-                kinds = f"no text in files of {', '.join(KINDS)}"
-                raise DataError(f"--dataset {self.name}: {kinds}{self._left_out()}")
+            for name, source in self.sources.items():  # told before anything is written
+                if next(source.pieces(), None) is None:
+                    kinds = f"no text in files of {', '.join(KINDS)}"
+                    raise DataError(f"--dataset {name}: {kinds}{self._left_out()}")
             data = self._read(folder, tokenizer, end, say)
         check(data.sha256)
         return data
@@ -224,9 +218,8 @@ class Dataset:
         sizes, state = data.sidecar["read"]["sizes"], data.sidecar["read"]
         total, size = sum(sizes.values()), data.train.text_bytes + data.val.text_bytes
         shares = ", ".join(f"{count / total:.1%} {name}" for name, count in sizes.items())
-        rest = self._left_out(state["places"] if total >= self.tokens else None)
-        read = f"read {state['documents']:,} documents, {size:,} bytes"
-        say(f"dataset: {self.name}: {read}{f' ({shares})' * (len(sizes) > 1)}{rest}")
+        read = f"read {state['documents']:,} documents, {size:,} bytes{f' ({shares})' * (len(sizes) > 1)}"
+        say(f"dataset: {self.name}: {read}{self._left_out(state['places'])}")
         return data
 
     def _announce(self, tokenizer: Tokenizer, say: Callable[[str], None]) -> None:
@@ -239,10 +232,11 @@ class Dataset:
         say(f"dataset: {self.name}: reading {words}; {disk}")
 
     def _left_out(self, places: dict | None = None) -> str:
-        """What is not read: no text, or, where reading stopped at `places`, behind enough of it."""
-        names = [name for source in self.sources.values() for name in source.left_out]
+        """What is not read: no text, or, where reading stopped at `places`, behind that."""
+        names = list(chain.from_iterable(source.left_out for source in self.sources.values()))
         for name, (file, *_) in (places or {}).items():
             names += self.sources[name].files[file + 1 :] if self.sources[name].is_local else []
+        names = list(dict.fromkeys(names))
         return f"; not read: {', '.join(names[:20])}{' ...' * (len(names) > 20)}" * bool(names)
 
 
@@ -274,7 +268,8 @@ class Source:
     """One dataset: its files, and their documents in order. `pinned` is the commit to read it at."""
 
     def __init__(self, spec: str, column: str | None, output: Path, pinned: str | None):
-        self.spec, self.column, self.revision, self.left_out = spec, column, pinned, []
+        self.spec, self.column, self.revision = spec, column, pinned
+        self.left_out: dict[str, None] = {}  # in order
         self.is_local = os.path.exists(spec)  # a path may hold the signs : and @ itself
         if self.is_local:
             self.files = self._local_files(output)
@@ -302,7 +297,8 @@ class Source:
         paths = [path for path in paths if path not in hidden]
         files = [path for path in paths if _kind(path.name) and path.name not in BESIDE_ARROW]
         files = [path for path in files if path.is_file() and path.stat().st_size]
-        self.left_out = [str(path.relative_to(root.parent)) for path in paths if path not in {*files}]
+        others = [path.relative_to(root.parent) for path in paths if path not in {*files}]
+        self.left_out = dict.fromkeys(map(str, others))
         return [str(path) for path in files]
 
     @cached_property
@@ -337,9 +333,8 @@ class Source:
                 for texts in self._rows(name, row):
                     key = None
                     for number, (text, ends) in enumerate(_documents(texts), start=1):
-                        if key is None:  # the same whether or not a file's last line has its line break
-                            beginning = f"{text.rstrip(chr(10))}\n"[: 2**16]
-                            key = int(sha256_bytes(beginning.encode())[:16], 16)
+                        beginning = (text.rstrip("\n") + "\n")[: 2**16]  # a last line may lack its end
+                        key = int(sha256_bytes(beginning.encode())[:16], 16) if key is None else key
                         if number > piece:
                             yield Piece(text, ends, key, (file, row, number))
                         key, is_empty = None if ends else key, False
@@ -349,8 +344,8 @@ class Source:
             except Exception as error:  # many unrelated types for what cannot be read
                 kept = "; what was read is kept: the same command goes on from there" * (not self.is_local)
                 raise DataError(f"--dataset {name}, after row {row}: {_in_one_line(error)}{kept}") from None
-            if is_empty and name not in self.left_out:
-                self.left_out.append(name)
+            if is_empty:
+                self.left_out[name] = None
             row = piece = 0
 
     def _rows(self, file: str, start: int) -> Iterator[Iterable[str]]:
@@ -366,8 +361,8 @@ class Source:
         for row in _table(file, start, column if sample else None):  # what failed above fails here, too
             if isinstance(row.get("text"), str) and not (self.column or column == "text"):
                 raise DataError(f"a column 'text', but {column!r} is the one that was chosen: {ADVICE}")
-            if column not in row and (words := f"rows of {file} without {column!r}") not in self.left_out:
-                self.left_out.append(words)
+            if column not in row:
+                self.left_out[f"rows of {file} without {column!r}"] = None
             text = row.get(column)
             text = "" if text is None or text != text else text  # NaN, which is what pandas writes for none
             if not isinstance(text, str):
@@ -440,9 +435,8 @@ def _parquet_rows(raw: BinaryIO, start: int, column: str | None) -> Iterator[dic
 def _csv_rows(lines: io.TextIOBase, kind: str) -> Iterator[dict]:
     csv.field_size_limit(2**31 - 1)  # a cell is a document; more is no C long on Windows
     first = next(lines, "")
-    delimiter = (
-        "\t" if kind == "tsv" else next((c for c in ",;\t" if c in first), ",")
-    )  # by the spreadsheet's language
+    # else by the spreadsheet's language
+    delimiter = "\t" if kind == "tsv" else next((c for c in ",;\t" if c in first), ",")
     rows = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
     header = next(rows, [])
     if len(set(header)) < len(header):

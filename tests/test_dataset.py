@@ -125,7 +125,8 @@ def test_every_text_of_a_folder_is_read_whatever_its_name_and_others_are_named(p
     found, said = read()
     assert found == sorted(f"{name}\n" for name in [*texts, *rows])
     empty = ", ".join(f"{place}/in/without rows.{kind}" for kind in ("csv", "parquet"))
-    others = "LICENSE, empty.txt, linked, lost.txt, picture.png, saved/dataset_info.json, saved/state.json"
+    others = "LICENSE, empty.txt, linked, lost.txt, picture.png, "
+    others += "saved/dataset_info.json, saved/state.json"
     assert said.endswith(f"; not read: in/{others.replace(', ', ', in/')}, {empty}")
 
 
@@ -222,15 +223,18 @@ def test_a_date_that_python_does_not_know_costs_no_text(place):
 NO_TEXT = pyarrow.Array.from_buffers(
     pyarrow.string(), 1, [None, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0"), pyarrow.py_buffer(b"\xff")]
 )
+
+
 def test_a_column_that_comes_late_or_ends_early_is_told(place):
     late = [{"id": f"x{n}"} for n in range(100)] + [{"id": "y", "text": "a"}]
     write(place / "in", {"a.jsonl": jsonl(*late)})
-    with pytest.raises(DataError, match="a.jsonl, row 101: a column 'text', but 'id' is the one that was chosen"):
+    with pytest.raises(DataError, match=r"a.jsonl, row 101: a column 'text', but 'id' is the one that was"):
         read()
     assert len(read(dataset_column="id")[0]) == 101
     write(place / "in", {"a.jsonl": jsonl(*[{"text": f"{n}"} for n in range(3)], *[{"body": "b"}] * 300)})
     found, said = read()
-    assert found == ["0\n", "1\n", "2\n"] and said.endswith(f"; not read: rows of {place}/in/a.jsonl without 'text'")
+    assert found == ["0\n", "1\n", "2\n"]
+    assert said.endswith(f"; not read: rows of {place}/in/a.jsonl without 'text'")
 
 
 PACKED = gzip.compress(jsonl(*({"text": str(random.Random(n).random())} for n in range(20_000))).encode())
@@ -345,6 +349,14 @@ def test_a_mixture_has_its_shares_of_tokens_and_ends_with_its_first_source(place
     for spec in ("a.jsonl=0.7,a.jsonl=0.3", "a.jsonl=1,b.jsonl=0"):
         with pytest.raises(DataError, match="each name once, each with a share above 0"):
             prepare(spec)
+    write(place, {"c/1.txt": "C", "c/2.txt": "CC", "blank.txt": "\n"})
+    words = prepare("c=1e-05,b.jsonl=9e-1", 20_000, said.append) and said[-1]
+    assert re.search(r"\(100\.0% b\.jsonl, 0\.0% c\); not read: \S*c/2\.txt$", words)
+    write(place, {"b/1.jsonl": (place / "b.jsonl").read_text(), "b/2.txt": "B"})
+    prepare("b=1,c=1", 10**6, said.append)  # it ends with c
+    assert re.search(r"not read: \S*b/2\.txt$", said[-1])
+    with pytest.raises(DataError, match=r"^--dataset blank.txt: no text in .*; not read: \S*blank.txt$"):
+        prepare("a.jsonl=1,blank.txt=1")
 
 
 # --- nothing is lost ------------------------------------------------------------------------------------------
