@@ -60,7 +60,8 @@ KINDS = {  # by a file's ending; .gz and the like may stand behind it
 }  # fmt: skip
 # by a run, into its folder
 WRITTEN = ("checkpoints", "data/tokens-*", "data/dataset-*", "data/commits.json", "logs", "previous-*")
-BESIDE_ARROW = ("dataset_info.json", "dataset_dict.json", "state.json")  # by the datasets package
+# by the datasets package; a cache is what `map` or `shuffle` made of the texts
+BESIDE_ARROW = ("dataset_info.json", "dataset_dict.json", "state.json", "cache-*.arrow")
 
 
 class Piece(NamedTuple):
@@ -295,7 +296,7 @@ class Source:
         paths = [path for path in paths if path.is_symlink() or not path.is_dir()]
         hidden = {path for path in paths if any(part[0] == "." for part in path.relative_to(root).parts)}
         paths = [path for path in paths if path not in hidden]
-        files = [path for path in paths if _kind(path.name) and path.name not in BESIDE_ARROW]
+        files = [path for path in paths if _kind(path.name) and not any(map(path.match, BESIDE_ARROW))]
         files = [path for path in files if path.is_file() and path.stat().st_size]
         others = [path.relative_to(root.parent) for path in paths if path not in {*files}]
         self.left_out = dict.fromkeys(map(str, others))

@@ -105,6 +105,7 @@ def test_every_text_of_a_folder_is_read_whatever_its_name_and_others_are_named(p
     datasets.Dataset.from_dict({"text": ["stored"]}).to_parquet(place / "in/a.parquet")
     datasets.Dataset.from_dict({"text": []}).to_parquet(place / "in/without rows.parquet")
     datasets.Dataset.from_dict({"text": ["kept"]}).save_to_disk(place / "in/saved")
+    write(place / "in", {"saved/cache-1c80317fa3b1799d.arrow": "what map made of it"})
     feather.write_feather(pyarrow.table({"text": ["quick"]}), str(place / "in/f.feather"))
     (place / "in/linked").symlink_to(place / "saved")
     (place / "in/lost.txt").symlink_to(place / "nowhere")
@@ -125,7 +126,7 @@ def test_every_text_of_a_folder_is_read_whatever_its_name_and_others_are_named(p
     found, said = read()
     assert found == sorted(f"{name}\n" for name in [*texts, *rows])
     empty = ", ".join(f"{place}/in/without rows.{kind}" for kind in ("csv", "parquet"))
-    others = "LICENSE, empty.txt, linked, lost.txt, picture.png, "
+    others = "LICENSE, empty.txt, linked, lost.txt, picture.png, saved/cache-1c80317fa3b1799d.arrow, "
     others += "saved/dataset_info.json, saved/state.json"
     assert said.endswith(f"; not read: in/{others.replace(', ', ', in/')}, {empty}")
 
