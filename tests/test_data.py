@@ -80,7 +80,10 @@ def test_a_byte_that_is_not_utf8_is_refused_by_place(monkeypatch, text_file, chu
         list(read_text(text_file(before + content)))
 
 
-@pytest.mark.parametrize("text", ["BZh is funny", "PK met PK", "%PDF begins a PDF", "\x1b[1mbold\x1b[0m\n"])
+@pytest.mark.parametrize(
+    "text",
+    ["The end.\n\x1a", "a\x08" * 8, "BZh is funny", "PK met PK", "%PDF begins a PDF", "\x1b[1mbold\x1b[0m\n"],
+)
 def test_text_may_begin_with_the_letters_of_another_kind(text_file, text):
     assert "".join(read_text(text_file(text))) == text
 
