@@ -49,7 +49,7 @@ def default_template(tokenizer: Tokenizer) -> tuple[str, int]:
 
 def read_conversations(path: str | Path) -> Iterator[list[dict]]:
     """The messages of each conversation; raises `DataError` that names file and line."""
-    if Path(path).suffix.lower() != ".jsonl":
+    if Path(path).suffix.lower() not in (".jsonl", ".ndjson", ".json"):
         yield from _pairs(path)
         return
     for number, line in enumerate(_lines(path), 1):
@@ -69,12 +69,16 @@ def _messages(line: str, where: str) -> list[dict]:
     try:
         messages = json.loads(line)["messages"]
         found = [{"role": said["role"], "content": said["content"]} for said in messages]
-    except (ValueError, TypeError, KeyError, RecursionError):
+        calls_a_tool = any(said.get("tool_calls") for said in messages)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         form = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
         raise DataError(f"{where}: {line[:60]!r}; expected {form}") from None
+    if calls_a_tool:
+        raise DataError(f"{where}: tool_calls, which are not learned; expected roles and texts alone")
     for said in found:
         if said["role"] not in ROLES or not isinstance(said["content"], str):
             raise DataError(f"{where}: {str(said)[:80]}; expected a role of {', '.join(ROLES)} and a text")
+        said["content"] = said["content"].encode(errors="replace").decode()  # half a surrogate pair is none
     if not any(said["role"] == "assistant" for said in found):
         raise DataError(f"{where}: nobody answers; expected a message with role assistant")
     return found
@@ -87,7 +91,7 @@ def _pairs(path: str | Path) -> Iterator[list[dict]]:
         pieces.append(piece)
         if not is_end:
             continue
-        title, _, text = "".join(pieces).partition("\n\n")
+        title, _, text = "".join(pieces).strip("\n").partition("\n\n")
         pieces = []
         if text.strip() and "\n" not in title:
             explains = title.split(" ")[0] in ("How", "Why", "What", "Where", "When")

@@ -115,6 +115,7 @@ BAD_LINES = {
     '{"messages": [{"role": "user", "content": null}]}': "None",
     '{"messages": [{"role": "robot", "content": "a"}]}': "robot",
     '{"messages": [{"role": "user", "content": "a"}]}': "nobody answers",
+    '{"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]}': "tool_calls",
 }  # fmt: skip
 
 
@@ -128,9 +129,18 @@ def test_a_bad_line_is_named(tmp_path, line, found):
         next(conversations)
 
 
+def test_half_a_character_in_a_conversation_is_none(tokenizer, tmp_path):
+    (path := tmp_path / "talk.ndjson").write_text(
+        json.dumps({"messages": [TALK[1], {"role": "assistant", "content": "a\ud800", "tool_calls": None}]})
+    )
+    talk = next(chat.read_conversations(path))
+    assert talk == [TALK[1], {"role": "assistant", "content": "a?"}]
+    chat.encode_conversation(tokenizer, talk, chat.CHATML, {})
+
+
 def test_the_pieces_of_a_text_become_pairs(tmp_path):
     path = tmp_path / "pieces.txt"
-    path.write_text("Why Rain Falls\n\nIt is heavy.\n<|endoftext|>\nThe Hat\n\nOnce.\n\nTwice.\n")
+    path.write_text("Why Rain Falls\n\nIt is heavy.\n<|endoftext|>\n\n\nThe Hat\n\nOnce.\n\nTwice.\n")
     pairs = [tuple(said["content"] for said in messages) for messages in chat.read_conversations(path)]
     assert pairs == [
         ("Explain: Why Rain Falls", "It is heavy."),
