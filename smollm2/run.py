@@ -137,10 +137,10 @@ class Run:
         """Hand everything to the saver as the checkpoint `name`; returns as soon as the copies are made."""
         if not self.is_first_worker:
             return
-        config, shape = self.config, self.config.model
+        config, shape, special = self.config, self.config.model, self.data.sidecar.get("special_tokens")
         state.log_lines, state.config = dict(self.logs.counts), fixed_settings(config)
-        ids = shape.bos_token_id, shape.eos_token_id, shape.pad_token_id
-        files = weights.model_files(shape) | self.tokenizer.files(shape.max_position_embeddings, *ids)
+        tokens = shape.bos_token_id, shape.eos_token_id, shape.pad_token_id, special
+        files = weights.model_files(shape) | self.tokenizer.files(shape.max_position_embeddings, *tokens)
         if self.chat_template:
             files["chat_template.jinja"] = self.chat_template.encode()
         files["state.json"] = dump_json(state.to_json())

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny_models import real_data
+from tiny_models import instruct, real_data
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from smollm2 import chat
@@ -176,6 +176,21 @@ def test_a_run_on_conversations_resumes_bit_for_bit_and_its_folder_answers(pairs
     greedy = SamplingOptions(max_new_tokens=12, temperature=0)
     answer = "".join(talk.stream(talk.ask("What is 2 and 3?"), greedy))
     assert answer and "Question" not in answer
+
+
+def test_a_base_whose_files_disagree_on_bos_gives_a_resumed_run_the_same_text(pairs, tmp_path):
+    """Its template is asked with the one that it was trained with, too."""
+    base = instruct(tmp_path / "base", "{{ bos_token }}" + chat.CHATML)
+    said = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps(said | {"bos_token": "<|endoftext|>"}))
+    run = train(chatting(pairs, tmp_path / "a", place={"init_from": str(base)}, max_steps=1))
+    tokenizer = Tokenizer.from_file(base)
+    first, again = (
+        chat.ChatFile(str(pairs), 0.1, folder).prepare(tokenizer, None, lambda _: None, lambda _: None)
+        for folder in (base, run.checkpoint)
+    )
+    assert first.train.tokens.tolist() == again.train.tokens.tolist()
+    assert "<|endoftext|>" in tokenizer.decode([~first.train.tokens[0]])
 
 
 def test_micro_batches_and_the_whole_batch_give_the_same_mean_over_answers(pairs, tmp_path):
