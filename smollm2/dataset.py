@@ -449,7 +449,7 @@ def _csv_rows(lines: io.TextIOBase, kind: str) -> Iterator[dict]:
 
 
 def _json_rows(file: io.TextIOBase) -> Iterator[dict]:
-    """Values, one after the other or in a list."""
+    """Values, one after the other or in a list. One that is not whole is tried again with twice as much."""
     decoder, text, place = json.JSONDecoder(), "", 0
     while True:
         place = _BETWEEN_VALUES.match(text, place).end()
@@ -457,7 +457,7 @@ def _json_rows(file: io.TextIOBase) -> Iterator[dict]:
             row, place = decoder.raw_decode(text, place)
             yield row
         except ValueError:
-            more = file.read(2**16) if len(text) - place < LONGEST_VALUE else ""
+            more = file.read(max(2**16, len(text) - place)) if len(text) - place < LONGEST_VALUE else ""
             if not more and place < len(text):
                 raise
             if not more:

@@ -24,7 +24,7 @@ from huggingface_hub import HfApi
 import smollm2.data as data_module
 from smollm2.config import DataConfig
 from smollm2.data import TokenData
-from smollm2.dataset import Dataset
+from smollm2.dataset import Dataset, _json_rows
 from smollm2.errors import DataError, UserError
 from smollm2.folder import absent_folders, clear
 from smollm2.tokenizer import END_OF_TEXT, Tokenizer
@@ -224,6 +224,16 @@ def test_a_date_that_python_does_not_know_costs_no_text(place):
 NO_TEXT = pyarrow.Array.from_buffers(
     pyarrow.string(), 1, [None, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0"), pyarrow.py_buffer(b"\xff")]
 )
+
+
+def test_a_long_value_is_not_tried_again_with_every_block_of_it():
+    class Counted(io.StringIO):
+        def read(self, size):
+            reads.append(size)
+            return super().read(size)
+
+    reads, rows = [], [{"text": "ab" * 2**22}, {"text": "c"}]
+    assert [*_json_rows(Counted(jsonl(*rows)))] == rows and len(reads) < 20
 
 
 def test_a_column_that_comes_late_or_ends_early_is_told(place):
