@@ -315,7 +315,7 @@ class Source:
         try:
             self.revision = HfApi().dataset_info(self.repo, revision=self.revision, timeout=10).sha
             builder = load_dataset_builder(self.repo, name=self.config, revision=self.revision)
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, FileNotFoundError, RuntimeError) as error:
             raise DataError(f"--dataset {self.spec}: {_in_one_line(error)}") from None
         except Exception as error:  # connection errors of several libraries share no base class
             raise hub.explained(error, self.repo) from None

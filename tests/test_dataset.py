@@ -573,6 +573,9 @@ def test_configuration_and_split_are_chosen_or_those_that_are_there_named(fake_h
         read("owner/set:none")
     with pytest.raises(UserError, match=r"^owner/absent on .*: check the spelling"):
         read("owner/absent")
+    fake_hub.commits[FIRST] = {"set.py": b"import datasets"}
+    with pytest.raises(DataError, match=r"^--dataset owner/set: RuntimeError: Dataset scripts are no longer"):
+        read("owner/set")
 
 
 FAULTS = [
