@@ -19,6 +19,10 @@ from .config import RunConfig, TrainConfig
 from .errors import ConfigError
 from .parameters import flops_per_token
 
+# What equal sums need of cuBLAS. torch reads it once, at a process's first product on a GPU: set any later, a
+# deterministic run behind another one, or behind a measurement of the speed, is refused.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -137,7 +141,6 @@ def repeatable_sums(wanted: bool):
         return
     before, settings = torch.get_deterministic_debug_mode(), torch.utils.deterministic
     was_filling = settings.fill_uninitialized_memory
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first product
     torch.use_deterministic_algorithms(True)
     # else torch fills every empty tensor with NaN, to find reads of what was never written: only time
     settings.fill_uninitialized_memory = False
