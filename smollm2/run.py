@@ -54,7 +54,7 @@ from .settings import read_yaml
 from .state import TrainState, check_unchanged, fixed_settings, read_state, restore_rng, rng_tensors
 from .text import END_OF_TEXT, source_identity
 from .tokenizer import Tokenizer, choose_tokenizer
-from .workers import announce_open, check_workers, is_first_worker, wait_until_open
+from .workers import announce_open, check_workers, is_first_worker, use_own_gpu, wait_until_open
 
 BPE_TRAINING_CHARACTERS = 2**26  # enough for any vocabulary
 
@@ -183,8 +183,8 @@ def open_run(config: RunConfig, reporter: Reporter, began: float) -> Iterator[Ru
         source_identity(config.data.chat_file or config.data.input_file)
     check_places(output_dir, place.drive_dir, place.resume)
     check_workers(place, torch.cuda.device_count() if device.type == "cuda" else 0)
-    is_first = is_first_worker(place)
-    run, made = None, absent_folders(output_dir)
+    use_own_gpu(place, device)
+    is_first, run, made = is_first_worker(place), None, absent_folders(output_dir)
     with locked_folder(output_dir, locks=is_first):
         try:
             run = _open(config, device, reporter if is_first else Reporter(), is_first, began)

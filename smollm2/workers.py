@@ -67,6 +67,15 @@ def check_workers(place: PlaceConfig, gpus: int) -> None:
         raise ConfigError(f"--devices {place.devices}: this machine has {gpus} GPU(s); expected no more")
 
 
+def use_own_gpu(place: PlaceConfig, device) -> None:
+    """From here on "cuda" is this process's own GPU. Lightning says so only when training begins: until then
+    every process of a machine would measure, try and fill its first GPU."""
+    if device.type == "cuda" and place.devices > 1:
+        import torch
+
+        torch.cuda.set_device(_number("SLURM_LOCALID" if launcher() == "srun" else "LOCAL_RANK"))
+
+
 def announce_open(output_dir: Path) -> None:
     """The first worker: tokens, tokenizer and checkpoint choice are settled."""
     (output_dir / OPENED).write_bytes(b"")

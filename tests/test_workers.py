@@ -7,10 +7,13 @@ import signal
 
 import numpy as np
 import pytest
+import torch
 
+from smollm2 import run
 from smollm2.config import PlaceConfig
 from smollm2.errors import ConfigError
 from smollm2.logs import CHECKPOINTS, TRAINING, read_log
+from smollm2.progress import Reporter
 from smollm2.workers import LAUNCHED_BY, check_workers, is_first_worker
 from tests.soak import command_line, small_config
 
@@ -76,6 +79,36 @@ def test_processes_that_would_each_train_alone_or_wait_are_refused(launched, var
     with pytest.raises(ConfigError, match=re.escape(problem)):
         check_workers(PlaceConfig(**place), gpus)
         is_first_worker(PlaceConfig(**place))
+
+
+class Chosen(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("variables", "devices", "gpu"),
+    [
+        ({}, 2, 0),
+        (LIGHTNINGS_CHILD, 2, 1),
+        (TORCHRUN | {"LOCAL_RANK": "3"}, 4, 3),
+        (SRUN | {"SLURM_LOCALID": "1"}, 2, 1),
+    ],
+    ids=str,
+)
+def test_a_process_measures_and_tries_its_own_gpu(
+    launched, monkeypatch, text, tmp_path, variables, devices, gpu
+):
+    def choose(number):
+        raise Chosen(number)
+
+    monkeypatch.setattr(run.hardware, "choose_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", choose)
+    monkeypatch.delattr(run, "is_first_worker")  # by then it must be chosen
+    launched(variables)
+    config = small_config(text, tmp_path / "out", place={"devices": devices})
+    with pytest.raises(Chosen, match=f"^{gpu}$"), run.open_run(config, Reporter(), 0.0):
+        pass
 
 
 @pytest.mark.parametrize("variables", STRAY, ids=str)
