@@ -8,6 +8,7 @@ GPU that is not here (`--gpu t4`) it is an estimate, and says so.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import math
 import re
@@ -37,7 +38,7 @@ from .device import (
     memory_bytes,
     sharing_cores,
 )
-from .errors import ArgumentParser, ConfigError, run_command
+from .errors import ArgumentParser, ConfigError, is_out_of_memory, run_command
 from .evaluate import score_tokens
 from .loss import PASS_BYTES, rows_per_block
 from .model import SmolLM2
@@ -238,7 +239,23 @@ def _peak_bytes(device: torch.device) -> int:
 
 
 def measure(config: RunConfig, device: torch.device, precision: Precision, seconds=PROBE_SECONDS) -> Speed:
-    """From some steps of the real model on random tokens, all thrown away; random states stay as they are."""
+    """From some steps of the real model on random tokens, all thrown away; random states stay as they are. As
+    in training, a micro-batch that does not fit is halved."""
+    train = config.train
+    micro = train.micro_batch_size or train.batch_size // (config.run.devices * config.run.num_nodes)
+    while True:
+        asked = config.model_copy(update={"train": train.model_copy(update={"micro_batch_size": micro})})
+        try:
+            return _measure(asked, device, precision, seconds)
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or micro == 1:
+                raise
+        gc.collect()  # behind the handler: inside it the traceback still holds the trial's tensors
+        torch.cuda.empty_cache()
+        micro //= 2
+
+
+def _measure(config: RunConfig, device: torch.device, precision: Precision, seconds: float) -> Speed:
     train, length, world = (
         config.train,
         config.data.sequence_length,

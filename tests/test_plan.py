@@ -146,6 +146,23 @@ def test_steps_leave_time_for_what_else_a_run_does():
     assert planning.steps_within(config, speed, 1000, 0, 0.5) == 1  # a run is at least a step
 
 
+def test_the_trial_halves_a_micro_batch_that_does_not_fit_as_training_does(monkeypatch):
+    original, room, tried = SmolLM2.loss, [2], []
+
+    def loss(model, ids, targets):
+        tried.append(len(ids))
+        if torch.is_grad_enabled() and len(ids) > room[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory: planted")
+        return original(model, ids, targets)
+
+    monkeypatch.setattr(SmolLM2, "loss", loss)
+    assert planning.measure(small(), torch.device("cpu"), FP32, seconds=0.0).step > 0
+    assert tried[:4] == [8, 4, 2, 2]
+    room[0] = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        planning.measure(small(), torch.device("cpu"), FP32, seconds=0.0)
+
+
 def test_measuring_leaves_random_numbers_as_they_were():
     torch.manual_seed(5)
     expected = torch.rand(3)
