@@ -3,7 +3,6 @@
 `FAKECOLAB_MOUNT_POINT`  the folder that plays /content/drive
 `FAKECOLAB_DRIVE`        ok | refused | timeout | enterprise | errno107:N | vanish:N | quota:BYTES
                          (N: file operations on the mounted Drive that still succeed)
-`FAKECOLAB_SECRET_X`     value of the secret X;  `FAKECOLAB_SECRETS`=denied | timeout
 """
 
 import os

@@ -44,7 +44,6 @@ def _fail(root, event, arguments):
 
 
 def mount(mountpoint, force_remount=False, timeout_ms=120000, readonly=False):
-    """Mount your Google Drive at the specified mountpoint path."""
     drill, _, amount = os.environ.get("FAKECOLAB_DRIVE", "ok").partition(":")
     marker = Path(f"{mountpoint}.mounted")  # plays the kernel's mount table: it outlives the process
     if drill == "enterprise":
@@ -64,6 +63,5 @@ def mount(mountpoint, force_remount=False, timeout_ms=120000, readonly=False):
 
 
 def flush_and_unmount(timeout_ms=24 * 60 * 60 * 1000):
-    """Unmount Google Drive and flush any outstanding writes to it."""
     Path(f"{state['root']}.mounted").unlink(missing_ok=True)
     state.update(root="", drill="ok")
