@@ -1,5 +1,4 @@
-"""The block with a backward pass by hand is the plain block: loss, gradients, masks, precision, and when it is
-used."""
+"""The block with a backward pass by hand is the plain block: loss, gradients, precision."""
 
 import math
 
@@ -26,8 +25,6 @@ def loss_and_gradients(model, ids, dtype=None) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def plain(monkeypatch):
-    """Runs a call with the plain block and PyTorch's own attention."""
-
     def run(call, *args):
         with monkeypatch.context() as patch:
             patch.setattr(network, "trains_in_one_function", lambda block, x: False)
@@ -42,18 +39,11 @@ def error(found: dict, exact: dict) -> dict[str, float]:
     return {k: ((found[k] - x).norm() / x.norm().clamp_min(0.1)).item() for k, x in exact.items()}
 
 
-SHAPES = [(9, 3, 72), (3, 1, 48), (4, 4, 64), (8, 1, 64)]
-
-
 @pytest.mark.parametrize("time", [1, 2, 64, 65, 130, 300])
-@pytest.mark.parametrize(("heads", "kv_heads", "width"), SHAPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(9, 3, 72), (3, 1, 48), (4, 4, 64), (8, 1, 64)])
 def test_loss_and_every_gradient_equal_the_plain_block(plain, heads, kv_heads, width, time):
-    model = make_model(
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        hidden_size=width,
-        max_position_embeddings=300,
-    )
+    shape = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "hidden_size": width}
+    model = make_model(max_position_embeddings=300, **shape)
     ids = random_ids(model, batch=2, time=time + 1)
     single = error(loss_and_gradients(model, ids), plain(loss_and_gradients, model, ids))
     assert max(single.values()) < 1e-5, single
@@ -88,27 +78,3 @@ def test_equal_steps_give_equal_bits():
     ids = random_ids(model, batch=3, time=300)
     first, second = (loss_and_gradients(model, ids, torch.bfloat16) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def test_frozen_parts_stay_without_gradient():
-    model = make_model()
-    frozen = model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
-    ids = random_ids(model, batch=2, time=9)
-    model.loss(ids[:, :-1], ids[:, 1:]).backward()
-    assert frozen.grad is None
-    assert all(p.grad is not None for p in model.parameters() if p is not frozen)
-
-
-def test_it_is_used_in_training_alone(monkeypatch):
-    used = []
-    original = network.cpu_block
-    monkeypatch.setattr(network, "cpu_block", lambda *args: used.append(1) or original(*args))
-    model = make_model()
-    ids = random_ids(model, batch=1, time=9)
-    with torch.no_grad():
-        model(ids)
-    model.eval()(ids)
-    model.train()(ids, model.new_cache(1, 9))
-    assert used == []
-    model(ids)
-    assert len(used) == model.config.num_hidden_layers
