@@ -33,11 +33,3 @@ def test_the_longest_context_keeps_all_its_bytes_apart_and_lower_orders_are_in_i
     assert model.probabilities(b"\xffbcdefg")[ord("X")] > 0.8
     assert model.probabilities(b"abcdefg")[ord("Y")] > 0.8
     np.testing.assert_array_equal(NGram(TEXT, 6).bits(b"the dog", order=2), NGram(TEXT, 2).bits(b"the dog"))
-
-
-def test_empty_things_are_refused_or_cost_nothing():
-    assert NGram(b"a", 8).bits(b"").shape == (0,)
-    assert NGram(b"a", 8).probabilities(b"a" * 10).sum() == pytest.approx(1)
-    for text, order in ((b"", 5), (b"abc", 0), (b"abc", 9)):
-        with pytest.raises(ValueError, match="expected order 1 to 8, and a text"):
-            NGram(text, order)
