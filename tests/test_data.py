@@ -14,7 +14,7 @@ import smollm2.text as text_module
 from smollm2.data import BatchOrder, BatchStream, encode_documents, identity_key, prepare_tokens
 from smollm2.errors import DataError
 from smollm2.files import sha256_file
-from smollm2.text import documents, read_split, read_text, source_identity, split_bytes
+from smollm2.text import documents, read_split, read_text, split_bytes
 from smollm2.tokenizer import END_OF_TEXT, Tokenizer
 from smollm2.training import train
 from tests.soak import small_config
@@ -50,9 +50,6 @@ def awkward_texts(count: int) -> list[str]:
     return ["".join(draw.choices(parts, k=draw.randrange(1, 80))) for _ in range(count)]
 
 
-# --- reading --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 10**6])
 def test_pieces_crlf_cr_and_a_byte_order_mark_make_no_difference(monkeypatch, text_file, chunk):
     set_chunk(monkeypatch, chunk)
@@ -64,15 +61,12 @@ def test_pieces_crlf_cr_and_a_byte_order_mark_make_no_difference(monkeypatch, te
     assert "".join(read_text(text_file("a\r\r\n\n\r"))) == "a\n\n\n\n"
 
 
-NOT_UTF8 = [
-    (b"abc\xffdef", 3), ("é".encode() * 9 + b"\xc3(", 18), ("日本".encode()[:-1], 3), (b"x\xed\xa0\x80", 1),
-    ("größe\n".encode("latin-1"), 2),
-]  # fmt: skip
-
-
 @pytest.mark.parametrize("chunk", [1, 5, 10**6])
 @pytest.mark.parametrize("before", [b"", b"\xef\xbb\xbf", b"0123456789\r\n" * 5000], ids=len)
-@pytest.mark.parametrize("content, offset", NOT_UTF8)
+@pytest.mark.parametrize("content, offset", [
+    (b"abc\xffdef", 3), ("é".encode() * 9 + b"\xc3(", 18), ("日本".encode()[:-1], 3), (b"x\xed\xa0\x80", 1),
+    ("größe\n".encode("latin-1"), 2),
+])  # fmt: skip
 def test_a_byte_that_is_not_utf8_is_refused_by_place(monkeypatch, text_file, chunk, before, content, offset):
     set_chunk(monkeypatch, chunk)
     place = f"not UTF-8 at byte offset {len(before) + offset:,} (byte 0x{content[offset]:02x})"
@@ -93,9 +87,6 @@ def test_markup_is_learned_but_not_without_a_word(text_file, tokenizer, tmp_path
         prepare_tokens(text_file(TEXT, name), tokenizer, tmp_path / "c", 0.1)
         said = capsys.readouterr().out
         assert said.count("\n") == said.count("markup is learned with the text; --dataset reads") == lines
-
-
-# --- documents and tokens -------------------------------------------------------------------------------------
 
 
 def tokens_of(tokenizer, texts) -> list[int]:
@@ -133,15 +124,6 @@ def test_documents_and_tokens_do_not_depend_on_how_the_text_arrives(monkeypatch,
             assert tokens_of(tokenizer, in_pieces(text, chunk)) == tokens
 
 
-@pytest.mark.parametrize("chunk", [20, 1000])
-def test_streamed_tokens_of_the_real_tokenizer_equal_those_of_the_whole_text(monkeypatch, test_data, chunk):
-    real = Tokenizer.from_file(test_data / "tokenizer")
-    text = TEXT + "".join(awkward_texts(60)) + (test_data / "tinyshakespeare/input.txt").read_text()[:20000]
-    text = text.replace(END_OF_TEXT, "")
-    set_chunk(monkeypatch, chunk)
-    assert tokens_of(real, in_pieces(text, chunk)) == real.encode(text)
-
-
 def test_paragraphs_of_a_chinese_novel_are_cut_into_pieces(monkeypatch, tokenizer):
     """Two ideographic blanks, a blank line between: no blank and no line break there stands alone."""
     novel = "\u3000\u3000大江東去浪淘盡千古風流人物\n\n" * 200
@@ -176,12 +158,9 @@ def test_a_run_from_a_llama_model_says_how_documents_end_and_what_is_lost(tmp_pa
     text.write_text(f"the king said: come hither é.\n{END_OF_TEXT}\n" * 200)
     config = small_config(text, tmp_path / "out", place={"init_from": str(source)}, max_steps=1)
     train(config, heard := Heard())
-    assert [line for line in heard.messages if "documents end with <end> (id 2), the model's own" in line]
-    assert [
-        line
-        for line in heard.messages
-        if "('é.')" in line and "bits per byte of this run are too good" in line
-    ]
+    said = "\n".join(heard.messages)
+    assert "documents end with <end> (id 2), the model's own" in said
+    assert re.search(r"\('é\.'\).*bits per byte of this run are too good", said)
 
 
 def test_tiny_shakespeare_gives_the_reference_counts(test_data, tmp_path):
@@ -196,9 +175,6 @@ def test_tiny_shakespeare_gives_the_reference_counts(test_data, tmp_path):
     assert splits.train.tokens.tolist() == real.encode(text[:1_003_854])
 
 
-# --- splits ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("chunk", [1, 7, 50, 10**6])
 @pytest.mark.parametrize("fraction", [0.1, 0.3337, 0.9])
 def test_the_splits_join_to_the_text_and_cut_no_character(monkeypatch, text_file, chunk, fraction):
@@ -209,19 +185,6 @@ def test_the_splits_join_to_the_text_and_cut_no_character(monkeypatch, text_file
         assert train + val == text == "".join(read_split(path, "all", fraction))
         assert split_bytes(path, fraction) == (len(train.encode()), len(val.encode()))
         assert 0 <= int(len(text.encode()) * (1 - fraction)) - len(train.encode()) < 4
-
-
-def test_a_text_is_hashed_once_and_again_when_it_changed(monkeypatch, text_file):
-    path = text_file(TEXT)
-    first = source_identity(path)
-    with monkeypatch.context() as patch:
-        patch.setattr(text_module, "read_text", None)  # reading it again would now fail
-        assert source_identity(path) == first
-    assert source_identity(text_file(TEXT.replace("cat", "dog"))) != first
-    assert source_identity(text_file(TEXT.replace("\n", "\r\n"))) == first
-
-
-# --- the token cache ------------------------------------------------------------------------------------------
 
 
 def test_the_sidecar_counts_what_is_there(text_file, tokenizer, tmp_path):
@@ -243,6 +206,9 @@ def test_the_cache_is_used_again_and_by_nothing_else(text_file, tokenizer, tmp_p
     more = text_file(TEXT + "more", "b.txt")
     for changed in ((path, tokenizer, cache, 0.2), (path, other, cache, 0.1), (more, tokenizer, cache, 0.1)):
         assert prepare_tokens(*changed).folder != first.folder
+    text_file(TEXT.replace("cat", "dog"))  # the same size
+    assert prepare_tokens(path, tokenizer, cache, 0.1).folder != first.folder
+    text_file(TEXT.replace("\n", "\r\n"))
     assert prepare_tokens(path, tokenizer, cache, 0.1).folder == first.folder
     assert (first.folder / "train.bin").stat().st_ino == before
 
@@ -286,8 +252,6 @@ def test_what_a_failure_leaves_the_next_start_completes(text_file, tokenizer, tm
     assert {path.name for path in made.folder.iterdir()} == {"train.bin", "val.bin", "tokens.json"}
 
 
-# --- batches --------------------------------------------------------------------------------------------------
-
 SHAPES = [(1000, 16, 4), (130, 64, 1), (65, 64, 3), (129, 64, 2), (10_000, 7, 5), (50, 2, 8)]
 
 
@@ -302,27 +266,11 @@ def test_every_row_is_used_once_an_epoch_and_none_straddles_the_end(count, lengt
         assert ordered[0] >= 0 and ordered[-1] + length + 1 <= count
 
 
-@pytest.mark.parametrize(("count", "length", "batch"), SHAPES)
-def test_batch_n_is_a_pure_function_of_seed_and_n(count, length, batch):
-    forward = [BatchOrder(count, length, batch, 5).starts(n) for n in range(20)]
-    used = BatchOrder(count, length, batch, 5)  # in any order, from one object or many
-    assert [used.starts(n) for n in reversed(range(20))] == forward[::-1]
-    if count > 500:
-        assert [BatchOrder(count, length, batch, 6).starts(n) for n in range(20)] != forward
-
-
 def test_the_order_is_the_same_on_every_machine():
     """Stored numbers: a changed order would silently break the exact resume of every run made before."""
-    assert BatchOrder(1000, 16, 4, seed=1337).starts(0) == [161, 273, 305, 353]
-    assert BatchOrder(1000, 16, 4, seed=1337).starts(100) == [244, 628, 68, 228]
-
-
-def test_every_epoch_has_another_order_and_other_row_boundaries():
-    order = BatchOrder(10_000, 16, 4, seed=5)
-    rows = order.rows_per_epoch
-    epochs = [[order.row_start(epoch * rows + i) for i in range(rows)] for epoch in range(3)]
-    assert epochs[0] != epochs[1] != epochs[2] and len({min(epoch) % 16 for epoch in epochs}) > 1
-    assert (order.epoch_of(0), order.epoch_of(rows)) == (0, 4)
+    order = BatchOrder(1000, 16, 4, seed=1337)
+    assert order.starts(100) == [244, 628, 68, 228] and order.starts(0) == [161, 273, 305, 353]
+    assert BatchOrder(1000, 16, 4, seed=1338).starts(0) != order.starts(0)
 
 
 def test_a_batch_holds_the_tokens_it_says_and_a_resumed_stream_those_of_one_long_run():
