@@ -1,8 +1,5 @@
-"""Bad input of every kind: the right exit code, one clear line, nothing left behind, and never a traceback.
-
-The cases run in this process, through the same `run_command` as the real programs, in a folder full of good
-and bad things, the shop.
-"""
+"""Bad input of every kind: the right exit code, one clear line, nothing left behind, and never a traceback. In this
+process, through the real programs' `run_command`, in a folder full of good and bad things, the shop."""
 
 import contextlib
 import io
@@ -257,6 +254,7 @@ BAD_COMMANDS = {
     "eos_token_id=70 is|special token": ["--set eos_token_id=70"],
     "bos_token_id=5000 is None|special token": ["--set bos_token_id=5000"],
     "--dataset and --input_file: give one": ["--dataset nobody/nothing"],
+    "--minutes and --max_steps: give one": ["--minutes 3 --max_steps 5", "--minutes 3 --set max_steps=5"],
     "training tokens, but one row needs 17": ["--input_file short.txt"],
     "missing|no such file": ["--set run.init_from=./missing", "GENERATE --checkpoint missing"],
     "pickle.bin|never opened": ["--set run.init_from=pickle.bin", "GENERATE --checkpoint pickle.bin"],
@@ -297,7 +295,6 @@ def test_an_output_folder_that_another_process_writes_is_refused(refused, tmp_pa
 
 
 def tensors(change: Callable[[torch.Tensor], torch.Tensor | None]) -> Callable[[bytes], bytes]:
-    """`change` for each tensor of a safetensors file; None takes it away."""
     return lambda raw: save({name: new for name, t in load(raw).items() if (new := change(t)) is not None})
 
 

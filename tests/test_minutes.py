@@ -3,14 +3,11 @@
 import signal
 import time
 
-import pytest
 from conftest import Heard
 from test_resume import FINAL, same_result
 
-import colab_train
 from smollm2 import run as run_module
 from smollm2.checkpoint import verify
-from smollm2.errors import ConfigError
 from smollm2.plan import Speed
 from smollm2.signals import OUT_OF_TIME
 from smollm2.state import read_state
@@ -67,8 +64,3 @@ def test_stop_after_leaves_in_good_order_and_the_same_command_goes_on(text, tmp_
     assert first.stopped_by == OUT_OF_TIME and time.monotonic() - began < 8
     assert verify(first.checkpoint).step == first.step > 0 and "--stop_after" in words(heard)
     assert train(config).step > first.step
-
-
-def test_minutes_and_steps_are_not_asked_for_together():
-    with pytest.raises(ConfigError, match="--minutes and --max_steps: give one"):
-        colab_train.main(["--minutes", "3", "--max_steps", "5"])
