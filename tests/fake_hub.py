@@ -40,10 +40,8 @@ class Handler(BaseHTTPRequestHandler):
     def reply(self, body: bytes | list | dict = b"", status: int = 200, length=None, **headers: str) -> None:
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
-        own = {
-            "Content_Length": str(len(raw) if length is None else length),
-            "X_Repo_Commit": self.server.newest,
-        }
+        size = len(raw) if length is None else length
+        own = {"Content_Length": str(size), "X_Repo_Commit": self.server.newest}
         for key, value in (own | headers).items():
             self.send_header(key.replace("_", "-"), value)
         self.end_headers()
@@ -90,13 +88,10 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection |= is_cut
 
     def tell(self, path: str, asked: bytes) -> None:
-        """What the Hub's API says of a repository and its files."""
         commit = next((c for c in self.server.commits if c in path), self.server.newest)
         files = self.server.commits[commit]
-        facts = [
-            {"type": "file", "path": name, "size": len(raw), "oid": hashlib.sha1(raw).hexdigest()}
-            for name, raw in files.items()
-        ]
+        sha1 = {name: hashlib.sha1(raw).hexdigest() for name, raw in files.items()}
+        facts = [{"type": "file", "path": p, "size": len(files[p]), "oid": oid} for p, oid in sha1.items()]
         facts.append({"type": "directory", "path": "data", "oid": "0" * 40})
         if "/paths-info/" in path:
             wanted = json.loads(asked) if asked.startswith(b"{") else parse_qs(asked.decode())

@@ -46,14 +46,15 @@ def environment(fake_hub, tmp_path):
     return kept | {"HF_ENDPOINT": fake_hub.address, "HF_HOME": str(tmp_path / "home")}
 
 
+def run(environment: dict, *words: str) -> subprocess.CompletedProcess:
+    options = {"cwd": ROOT, "timeout": 100, "capture_output": True, "text": True}
+    return subprocess.run([sys.executable, *words], env=environment, **options)
+
+
 def fetch(environment: dict, name: str, seconds: float = 0) -> dict:
     """{file name: path}, or {"kind", "text"} of the error. What was said beside it is under "said". The Hub library
     waits so long for an answer (0: as by itself), and not at all between two tries."""
-    command, options = (
-        [sys.executable, "-c", FETCH, name, str(seconds)],
-        {"capture_output": True, "text": True},
-    )
-    done = subprocess.run(command, env=environment, cwd=ROOT, timeout=100, **options)
+    done = run(environment, "-c", FETCH, name, str(seconds))
     return json.loads(done.stdout) | {"said": done.stderr}
 
 
@@ -80,20 +81,17 @@ def test_a_broken_hub_ends_soon_in_the_cached_copy_or_one_line(fake_hub, environ
         assert "model.safetensors is not in the local cache" in failed["text"]
 
 
-@pytest.mark.parametrize(
-    ("variables", "kind", "words"),
-    [
-        ({"HF_TOKEN": "hf_a\x01b"}, "UserError", "HF_TOKEN holds characters that no access token has"),
-        ({"HF_HUB_CACHE": "FILE/hub"}, "UserError", "FILE/hub cannot be used"),
-        ({"HF_HOME": "", "XDG_CACHE_HOME": "FILE/x"}, "UserError", "FILE/x/huggingface.* cannot be used"),
-        ({"HF_ENDPOINT": "hf-mirror.com"}, "UserError", "HF_ENDPOINT='hf-mirror.com': expected https://"),
-        ({"SSL_CERT_FILE": "FILE"}, "UserError", "SSL_CERT_FILE=.*FILE cannot be read"),
-        ({"SSL_CERT_FILE": "FILE/x"}, "UserError", "SSL_CERT_FILE=.*FILE/x cannot be read"),
-        ({"ALL_PROXY": "socks5://127.0.0.1:9"}, "UserError", "cannot be asked from here .*ALL_PROXY is set"),
-        ({"HF_HUB_OFFLINE": "1"}, "HubUnreachable", "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set"),
-        ({"HF_ENDPOINT": "https://huggingface.co", "HTTPS_PROXY": "HUB"}, "HubUnreachable", "ProxyError.*HTTPS_PROXY is set"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("variables, kind, words", [
+    ({"HF_TOKEN": "hf_a\x01b"}, "UserError", "HF_TOKEN holds characters that no access token has"),
+    ({"HF_HUB_CACHE": "FILE/hub"}, "UserError", "FILE/hub cannot be used"),
+    ({"HF_HOME": "", "XDG_CACHE_HOME": "FILE/x"}, "UserError", "FILE/x/huggingface.* cannot be used"),
+    ({"HF_ENDPOINT": "hf-mirror.com"}, "UserError", "HF_ENDPOINT='hf-mirror.com': expected https://"),
+    ({"SSL_CERT_FILE": "FILE"}, "UserError", "SSL_CERT_FILE=.*FILE cannot be read"),
+    ({"SSL_CERT_FILE": "FILE/x"}, "UserError", "SSL_CERT_FILE=.*FILE/x cannot be read"),
+    ({"ALL_PROXY": "socks5://127.0.0.1:9"}, "UserError", "cannot be asked from here .*ALL_PROXY is set"),
+    ({"HF_HUB_OFFLINE": "1"}, "HubUnreachable", "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set"),
+    ({"HF_ENDPOINT": "https://huggingface.co", "HTTPS_PROXY": "HUB"}, "HubUnreachable", "ProxyError.*HTTPS_PROXY is set"),
+])  # fmt: skip
 def test_the_right_one_is_blamed(fake_hub, environment, tmp_path, variables, kind, words):
     """Only a Hub that did not answer is out of reach: a token that it refuses and our own cache are other matters."""
     (tmp_path / "FILE").touch()
@@ -106,44 +104,25 @@ def test_the_right_one_is_blamed(fake_hub, environment, tmp_path, variables, kin
     assert "hf_a" not in failed["text"]
 
 
-COMPARE = """
-import sys
-from huggingface_hub import constants
-constants.HF_HUB_DOWNLOAD_TIMEOUT = constants.HF_HUB_ETAG_TIMEOUT = 0.5
-from smollm2.training import train
-from tests.soak import small_config
-config = small_config(sys.argv[1], sys.argv[2], max_steps=3)
-place = config.run.model_copy(update={"compare_with": "owner/model"})
-print(train(config.model_copy(update={"run": place})).table())
-"""
-
-
-@pytest.mark.slow
-def test_a_run_ends_beside_the_hubs_model_and_without_it_where_the_hub_stalls(
-    fake_hub, environment, text, tmp_path
-):
-    def end(place: str) -> str:
-        command = [sys.executable, "-c", COMPARE, str(text), str(tmp_path / place)]
-        done = subprocess.run(command, env=environment, cwd=ROOT, timeout=100, capture_output=True, text=True)
-        return done.stdout + done.stderr
-
+@pytest.mark.parametrize("trouble", ["serve", "stall"])
+def test_a_model_of_the_hub_writes_and_a_hub_that_stalls_is_told(fake_hub, environment, tmp_path, trouble):
     files = save_folder(tmp_path / "with tokenizer", tiny_model(vocab_size=400), tiny_tokenizer())
     fake_hub.commits[FIRST] |= {path.name: path.read_bytes() for path in files.iterdir()}
-    fake_hub.behaviour = "stall"
-    stalled = end("stalled")
-    assert (
-        "not compared with owner/model: " in stalled and "out of reach" in stalled and "talk to it" in stalled
-    )
-    fake_hub.behaviour = "serve"
-    assert re.search(r"^model  .* on the same [0-9,]+ bytes, where this run has", end("served"), re.M)
+    fake_hub.behaviour = trouble
+    environment["HF_HUB_ETAG_TIMEOUT"] = environment["HF_HUB_DOWNLOAD_TIMEOUT"] = "1"
+    done = run(environment, "-m", "smollm2.generate", "--checkpoint=owner/model", "--prompt=a", "--seed=1")
+    if trouble == "stall":
+        assert (
+            re.fullmatch("error: owner/model on .* out of reach .*\n", done.stderr) and done.returncode == 2
+        )
+    else:
+        assert done.returncode == 0 and len(done.stdout) > 20, done.stderr
 
 
 def test_a_time_out_that_is_no_whole_number_keeps_nothing_from_starting(environment):
     environment |= {"HF_HUB_ETAG_TIMEOUT": "", "HF_HUB_DOWNLOAD_TIMEOUT": "2.5"}
     code = (
-        "from smollm2 import hub; from huggingface_hub import constants; print(constants.HF_HUB_ETAG_TIMEOUT)"
+        "from smollm2 import hub\nfrom huggingface_hub import constants\nprint(constants.HF_HUB_ETAG_TIMEOUT)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True
-    )
+    done = run(environment, "-c", code)
     assert done.stdout == "10\n", done.stderr
