@@ -2,7 +2,6 @@
 
 import os
 import re
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -62,9 +61,5 @@ def test_an_interrupted_training_cell_saves_returns_and_the_notebook_goes_on(tmp
     checkpoints = tmp_path / "output" / "checkpoints"
     assert verify(checkpoints / f"step-{step:08d}.ckpt").step == step
     assert verify(checkpoints / "final_model.ckpt").step == step + 3
-    kinds = [message["msg_type"] for message in panels]
-    assert kinds == ["display_data"] + ["update_display_data"] * (len(panels) - 1), "one display, updated"
     assert len({message["content"]["transient"]["display_id"] for message in panels}) == 1
-    times = [message["header"]["date"].timestamp() for message in panels[:-1]]  # the end may come sooner
-    assert all(later - earlier > 0.9 for earlier, later in pairwise(times))
     assert "SIGINT: finishing this step and saving" in panels[-1]["content"]["data"]["text/html"]
