@@ -50,7 +50,6 @@ class Difference(AssertionError):
 
 
 def small_text(path: Path, words: int = 1000) -> Path:
-    """A text of a few thousand tokens: three epochs in a hundred steps."""
     rng = random.Random(7)
     vocabulary = ["".join(rng.choice("aeiounrstlm") for _ in range(rng.randint(2, 7))) for _ in range(150)]
     path.write_text("".join(rng.choice(vocabulary) + rng.choice([" "] * 9 + [".\n"]) for _ in range(words)))
@@ -76,9 +75,6 @@ def small_config(text: Path, output_dir: Path, accumulation=1, place=(), data=()
         train=TrainConfig(**(settings | train)),
         run=PlaceConfig(output_dir=str(output_dir), **dict(place)),
     )
-
-
-# --- what is compared -----------------------------------------------------------------------------------------------
 
 
 def log_events(path: Path) -> list[dict[str, str]]:
@@ -112,9 +108,6 @@ def newest_verified_step(output_dir: Path) -> int:
         except (CheckpointError, OSError):
             continue
     return 0
-
-
-# --- the fork server ------------------------------------------------------------------------------------------------
 
 
 class Blackboard:
@@ -207,8 +200,6 @@ def kill(pid: int) -> None:
 
 @dataclass
 class Reference:
-    """The undisturbed run: how it ends, and how long its parts take."""
-
     expected: dict[str, object]
     startup_seconds: float
     seconds: float
@@ -225,8 +216,6 @@ def reference(config: RunConfig, log: Path, drop_tokens: bool = True) -> Referen
 
 
 class Soak:
-    """Counts kills by phase over many runs."""
-
     def __init__(self, folder: Path, seed: int = 0, sabotage=lambda: None):
         self.folder, self.rng, self.sabotage = folder, random.Random(seed), sabotage
         self.kills: Counter[str] = Counter()
@@ -316,9 +305,6 @@ def fresh_run(config: RunConfig, undisturbed: Reference, rng: random.Random, max
         compare(output_dir, undisturbed.expected)
         shutil.rmtree(output_dir)
         return killed
-
-
-# --- broken on purpose ----------------------------------------------------------------------------------------------
 
 
 def spoil_what_is_loaded(spoil: Callable) -> None:
