@@ -81,49 +81,43 @@ def killed_at(config, log: Path, trigger) -> None:
     assert soak.wait(pid) == -signal.SIGKILL, log.read_text()
 
 
-def plant_kill(name_prefix: str, after: bool):
+def plant_kill(owner, name: str, is_it, after: bool = True):
+    """Kill the process before or after that call of `owner.name` of which `is_it(*arguments)` holds."""
+
     def plant() -> None:
-        original = saver.commit
+        original = getattr(owner, name)
 
-        def commit(parent, name, *args):
-            is_it = name.startswith(name_prefix)
-            manifest = original(parent, name, *args) if after or not is_it else None
-            if is_it:
+        def killed(*arguments):
+            is_here = is_it(*arguments)
+            result = original(*arguments) if after or not is_here else None
+            if is_here:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return manifest
+            return result
 
-        saver.commit = commit
+        setattr(owner, name, killed)
 
     return plant
 
 
-@pytest.mark.parametrize("after", [False, True], ids=["before it", "before older ones are pruned"])
-def test_killed_at_the_final_folder_the_rest_is_made_up(text, finished, tmp_path, after):
-    config = fifty(text, tmp_path / "output")
-    killed_at(config, tmp_path / "log", plant_kill("final", after))
-    assert (tmp_path / "output/checkpoints" / FINAL).exists() == after
-    assert train(config, Reporter()).step == 50
-    same_result(tmp_path / "output", FINAL, finished, FINAL)
+def named(prefix: str):
+    return lambda parent, name, *rest: name.startswith(prefix)
 
 
-@pytest.mark.parametrize("hook", ["validate", "sample"])
-def test_killed_in_what_is_due_at_a_step_it_is_done_again_and_once(text, finished, tmp_path, hook):
-    def plant() -> None:
-        original = getattr(TrainingLoop, hook)
+KILLS = {  # where, and the steps that may be saved then: that of step 20 may still be under way at step 30
+    "before the final folder": (plant_kill(saver, "commit", named("final"), after=False), (40,)),
+    "before older ones are pruned": (plant_kill(saver, "commit", named("final")), (50,)),
+    "in validation": (plant_kill(TrainingLoop, "validate", lambda loop: loop.state.step == 30), (10, 20)),
+    "in sampling": (plant_kill(TrainingLoop, "sample", lambda loop: loop.state.step == 30), (10, 20)),
+}
 
-        def killed(self):
-            result = original(self)
-            if self.state.step == 30:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
 
-        setattr(TrainingLoop, hook, killed)
-
-    config = fifty(text, tmp_path / "output")
+@pytest.mark.parametrize("where", KILLS)
+def test_killed_there_the_rest_is_made_up_and_once(text, finished, tmp_path, where):
+    """A save comes when all that is due at its step is done."""
+    config, (plant, saved) = fifty(text, tmp_path / "output"), KILLS[where]
     killed_at(config, tmp_path / "log", plant)
-    # that of step 20 may still have been under way
-    assert soak.newest_verified_step(tmp_path / "output") in (10, 20), "saved when all due there is done"
-    train(config, Reporter())
+    assert soak.newest_verified_step(tmp_path / "output") in saved
+    assert train(config, Reporter()).step == 50
     same_result(tmp_path / "output", FINAL, finished, FINAL)
 
 
@@ -149,7 +143,7 @@ def test_a_finished_run_can_be_extended_and_killed_meanwhile(text, finished, tmp
     train(fifty(text, tmp_path / "whole", max_steps=80), heard := Heard())
     assert any("new cycle of 30 steps" in line for line in heard.messages)
     killed = fifty(text, tmp_path / "killed", max_steps=80)
-    killed_at(killed, tmp_path / "log", plant_kill("step-00000070", after=True))
+    killed_at(killed, tmp_path / "log", plant_kill(saver, "commit", named("step-00000070")))
     assert train(killed, Reporter()).step == 80
     compare(tmp_path / "killed", outcome(tmp_path / "whole"))
     assert verify(tmp_path / "killed" / "checkpoints" / FINAL).step == 80
