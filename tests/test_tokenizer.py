@@ -8,9 +8,11 @@ import pytest
 import tokenizers as hf
 from tiny_models import metaspace_tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from smollm2 import hub
+from smollm2 import SmolLM2Config, hub
 from smollm2.tokenizer import Tokenizer, choose_tokenizer
+from smollm2.weights import model_files
 
 REFERENCE_IDS = {"\n\n1.": [1116, 33, 30], "How's it going?": [2020, 506, 357, 2045, 47]}
 AWKWARD = [
@@ -59,11 +61,6 @@ def test_the_real_tokenizer_gives_the_reference_ids(real):
 
 def test_a_saved_folder_gives_the_same_ids_through_transformers(real, trained, gpt2_like, tmp_path):
     """`AutoTokenizer` of transformers 5 drops the digit split for SmolLM2's own files; for ours it must not."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    from smollm2.config import SmolLM2Config
-    from smollm2.weights import model_files
-
     for name, tokenizer in {"real": real, "trained": trained, "gpt2": gpt2_like}.items():
         folder = tmp_path / name
         folder.mkdir()
@@ -132,14 +129,6 @@ def test_documents_begin_and_end_as_the_tokenizer_says_and_its_files_name_the_sa
 def test_ids_that_begin_at_1_need_a_row_more():
     words = hf.models.WordLevel({"<unk>": 1, "a": 2, "b": 5}, unk_token="<unk>")
     assert Tokenizer(hf.Tokenizer(words).to_str().encode()).vocab_size == 6
-
-
-def test_what_a_tokenizer_cannot_hold_is_counted_in_bytes(trained, real):
-    assert trained.not_kept(["any 漢字 \x00 ", "text\n"]) == (0.0, "")
-    assert real.not_kept([" 1\n\n2 ", "\ufffd"]) == (0.0, "")
-    words = "29 % of the bytes are characters that do not come back from the tokenizer ('é漢')"
-    assert metaspace_tokenizer().not_kept(["the king é", "the sun é漢"]) == (7 / 24, words)
-    assert real.not_kept(["a\x04bc"])[0] == 1 / 4  # dropped without a token
 
 
 def test_auto_trains_where_the_preset_asks_for_it_or_the_hub_is_out_of_reach(monkeypatch, capsys):
