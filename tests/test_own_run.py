@@ -3,14 +3,13 @@
 import errno
 import json
 import os
-import time
 from pathlib import Path
 
 import pytest
 from tiny_models import tiny_model, tiny_tokenizer
 
 from smollm2.checkpoint import commit
-from smollm2.notebook.own_run import best_seen, own_checkpoints, own_run
+from smollm2.notebook.own_run import best_seen, own_checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -71,12 +70,6 @@ def test_what_this_machine_has_is_not_read_from_drive_and_a_drive_that_is_gone_i
     monkeypatch.setattr(Path, "glob", gone)
     assert [checkpoint.step for checkpoint in own_checkpoints(folders, said.append)] == [10]
     assert len(said) == 1 and "drive: out of reach (Drive is mounted but no longer connected" in said[0]
-
-
-def test_it_is_said_which_run_was_found_and_of_when(save, tmp_path, capsys):
-    save("drive/nano/step-00000050.ckpt", 50, age_seconds=time.time())
-    own_run("no text is needed", tmp_path / "output", [tmp_path / "drive"])
-    assert "steps 50 to 50, the last saved 01 January 1970, 00:00 UTC, in" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("best", "step"), [({"step": 2}, 2), ({"step": 4}, 10), ({}, 10), (None, 10)])
