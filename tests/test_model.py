@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_ids, tiny_config, tiny_model, transformers_twin
+from conftest import earlier_cell, random_ids, tiny_config, tiny_model, transformers_twin
 
 import smollm2.model as network
 from smollm2.config import SmolLM2Config
@@ -193,3 +193,14 @@ def test_the_default_configuration_is_smollm2_135m_and_needs_no_memory_to_be_loo
     with torch.device("meta"):
         logits = SmolLM2(SmolLM2Config())(torch.zeros(1, 8, dtype=torch.long))
     assert logits.shape == (1, 8, 49152) and logits.device.type == "meta"
+
+
+@pytest.mark.parametrize("stray", ["bfloat16", "meta"])
+def test_a_default_set_in_an_earlier_cell_changes_no_weight_and_no_token(tmp_path, stray):
+    tiny_model().save_pretrained(tmp_path)
+    said, ids = [], random_ids(tiny_model(), batch=1, time=9)
+    for default in (None, stray):
+        with earlier_cell(default):
+            model = SmolLM2.from_pretrained(tmp_path)
+            said.append((model.generate(ids, 9, temperature=1.0, top_p=0.9, seed=1), model.state_dict()))
+    torch.testing.assert_close(*said, atol=0, rtol=0)
