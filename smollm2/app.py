@@ -146,7 +146,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DECODING_DTYPES, default="auto", help="of the weights")
     page, address = launch(**vars(parser.parse_args(argv)))
     print(f"the page is at {address} (Ctrl-C ends it), {page.models.why}", flush=True)
-    page.block_thread()
+    from .device import sharing_cores
+
+    with sharing_cores():
+        page.block_thread()
     return 0
 
 

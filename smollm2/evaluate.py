@@ -132,13 +132,14 @@ def main(argv: list[str] | None = None) -> int:
     next(iter(read_split(args.input_file, args.split)), None)
     folder = resolve(args.checkpoint)
     with loading():
-        from .device import choose_device
+        from .device import choose_device, sharing_cores
         from .pretrained import load_model_and_tokenizer
     model, tokenizer = load_model_and_tokenizer(folder, device=choose_device())
     # the rows and the held-out part of the run's own validation, so that both give the same figure
     run = trained_with(folder)
     options = {"held_out_fraction": run.held_out_fraction, "block_length": run.sequence_length} if run else {}
-    score = score_file(model, tokenizer, args.input_file, args.split, **options)
+    with sharing_cores():
+        score = score_file(model, tokenizer, args.input_file, args.split, **options)
     if args.json:
         print(json.dumps(asdict(score)))
         return 0

@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         prompt = read_prompt()
     folder = resolve(args.checkpoint)
     with loading():
+        from .device import sharing_cores
         from .pretrained import load_to_write
         from .sampling import prompt_ids
 
@@ -39,13 +40,14 @@ def main(argv: list[str] | None = None) -> int:
     if args.dtype == "auto":
         tell(why)
     conversation = Conversation(model, tokenizer, folder, args.chat)
-    if args.interactive:
-        return talk(conversation, prompt, options)
-    ids = conversation.ask(prompt) if args.chat else prompt_ids(model, tokenizer, prompt)
-    print("" if args.chat else prompt, end="", flush=True)
-    for piece in conversation.stream(ids, options):
-        print(piece, end="", flush=True)
-    print(flush=True)
+    with sharing_cores():
+        if args.interactive:
+            return talk(conversation, prompt, options)
+        ids = conversation.ask(prompt) if args.chat else prompt_ids(model, tokenizer, prompt)
+        print("" if args.chat else prompt, end="", flush=True)
+        for piece in conversation.stream(ids, options):
+            print(piece, end="", flush=True)
+        print(flush=True)
     return 0
 
 
