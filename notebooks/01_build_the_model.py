@@ -23,13 +23,15 @@
 # > * what a matrix product is, and that the dot product of two vectors is large when they point the same way;
 # > * **softmax**: e to the power of each number, divided by the sum of all. It makes shares that add up to 1; the largest number gets most.
 #
-# **Time** about 60 minutes with the four parts you write, 1 minute to run · **hardware** any CPU · **network** only for the official weights of section 8;
+# **Time** about 60 minutes with the four parts you write, 1 minute to run · **hardware** any CPU · **network** only for the official weights of section 9;
 # without it the same lesson runs on a small local model.
 #
-# *Runtime → Run all* runs everything. Each `?` asks you to guess first: type a number in place of `None` and run that cell again. Each `✔`
-# is a check: the largest difference between two things that should be equal, and how much of it rounding may cause (the tolerance). A check that
-# fails stops the notebook. Four cells say **Your turn**: write the body, run it and the two cells after it. The check names the likely mistake. Left
-# empty, the given answer takes over.
+# **How to read it.** *Runtime → Run all* runs everything.
+# * Each `?` asks you to guess first: type a number in place of `None` and run that cell again.
+# * Each `✔` is a check: the largest difference between two things that should be equal, and how much of it rounding may cause (the tolerance). A check
+#   that fails stops the notebook.
+# * Four cells say **Your turn**: write the body, run it and the two cells after it. The check names the likely mistake. Left empty, the given answer takes over.
+# * Folded cells hold figures, answers and checks. The code of the model is always in sight.
 
 # %% cellView="form" id="setup" tags=["setup"]
 # @title Set-up (about 20 s on Colab) { display-mode: "form" }
@@ -68,24 +70,36 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
-from transformers.models.llama import modeling_llama as theirs
+from transformers.models.llama import modeling_llama as theirs  # transformers' model
 
-import smollm2.model as ours
+import smollm2.model as ours  # this project's model
 from smollm2 import SmolLM2, SmolLM2Config, plots, widgets
 from smollm2.errors import UserError
 from smollm2.notebook import data_plots, lesson
 from smollm2.tokenizer import Tokenizer
 from smollm2.weights import resolve
 
+torch.set_printoptions(precision=2, sci_mode=False)
 lesson.quiet()
 
 # %% [markdown] id="skeleton"
-# ## 1 · A skeleton that already runs
+# ## 1 · The whole first, then its parts
 #
-# A language model reads text as whole numbers, the *token ids*, and gives at every position one score for each entry of its vocabulary:
-# the *logits*. Between the two lie a stack of blocks and a norm. We first build that chain with *placeholders* that do nothing, so there is a running
-# whole from the first minute; then we write the parts, and section 7 puts them in. Our widths are an eighth of SmolLM2's; 9 query heads and 3 key/value heads stay.
-# The figure shows the block that we are heading for (B rows of T tokens each).
+# A language model reads text as whole numbers, the **token ids**. At every position it gives one score for each entry of its vocabulary: the **logits**. The
+# entry with the highest score is its guess at the next token. Between ids and logits lies a short chain:
+#
+# | step | what it does | shape after it | section |
+# |---|---|---|---|
+# | token ids | B rows of text, T tokens in each | (B, T) | |
+# | embedding | looks up a vector of C numbers for each token, its **running vector** | (B, T, C) | 2 |
+# | a **block**, 30 times: norm, attention, add; | each token collects from the tokens before it, | (B, T, C) | 3 to 6 |
+# | norm, MLP, add | and works on what it has collected | (B, T, C) | 7 |
+# | norm, embedding again | compares each running vector with all V entries of the vocabulary | (B, T, V) | 2, 3 |
+#
+# Sections 2 to 7 write the parts, section 8 puts them together, section 9 loads the official weights into the result.
+#
+# We begin with a **skeleton**: the whole chain, with placeholders that do nothing. So there is something that runs from the first minute, and each part
+# has a place to go. It is small: our widths are an eighth of SmolLM2's; 9 query heads and 3 key/value heads stay (section 6).
 
 # %% cellView="form" id="block-figure" tags=["figure"]
 # @title Figure: one block { display-mode: "form" }
@@ -106,9 +120,9 @@ for name in (*small, "num_attention_heads", "num_key_value_heads", "head_dim"):
     print(f"{name:22} SmolLM2-135M {getattr(full, name):6,}   here {getattr(tiny, name):4}")
 
 
-# %% id="skeleton-code" tags=["lesson", "check"]
-class Nothing(nn.Module):
-    """A placeholder: gives back what it gets."""
+# %% id="skeleton-code" tags=["lesson"]
+class Placeholder(nn.Module):
+    """Stands where a part will be: gives back what it gets."""
 
     def __init__(self, config):
         super().__init__()
@@ -117,38 +131,44 @@ class Nothing(nn.Module):
         return x
 
 
-class Skeleton(nn.Module):  # shapes: B rows, T tokens in each, C hidden_size, V vocab_size
-    def __init__(self, config, block=Nothing, norm=Nothing):
+class Skeleton(nn.Module):
+    def __init__(self, config, block=Placeholder, norm=Placeholder):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)  # (V, C)
         self.layers = nn.ModuleList(block(config) for _ in range(config.num_hidden_layers))
         self.norm = norm(config)
 
-    def forward(self, ids):  # (B, T) token ids
+    def forward(self, ids):  # (B, T)
         x = self.embed_tokens(ids)  # (B, T, C)
         for layer in self.layers:
             x = layer(x)  # (B, T, C)
         return self.norm(x) @ self.embed_tokens.weight.T  # (B, T, V)
 
 
+# %% id="skeleton-run" tags=["check"]
 torch.manual_seed(0)
-ids = torch.randint(tiny.vocab_size, (2, 10))
+ids = torch.randint(tiny.vocab_size, (2, 10))  # 2 rows of 10 tokens, drawn at random
 logits = Skeleton(tiny)(ids)
 print("ids", tuple(ids.shape), "-> logits", tuple(logits.shape))
-wrong = logits.shape != (*ids.shape, tiny.vocab_size)
-lesson.check("one score per vocabulary entry, at every position", wrong)
+right = logits.shape == (2, 10, tiny.vocab_size)
+lesson.true("one score per vocabulary entry, at every position", right)
 
 # %% [markdown] id="tying"
 # ## 2 · Embedding, and the same matrix again at the end
 #
-# An embedding is a table: row *i* is the vector of token *i*. Looking up a row is the same as multiplying by a one-hot vector (zeros, and
-# a single 1 at *i*). The last line of the skeleton multiplies by the *transposed* table: a token scores high when its row points where the hidden
-# vector points. At both ends a row stands for one token, so one table can serve twice: this is called [**tying**](https://arxiv.org/abs/1608.05859). How much does it save?
+# > *Map:* ids → **embedding** → 30 × ( norm → attention → + → norm → MLP → + ) → norm → **embedding again** → logits
+#
+# An embedding is a table: row *i* is the vector of token *i*. Looking up a row is the same as multiplying by a **one-hot** vector: zeros, and a single 1 at *i*.
+# The next cell checks that.
+#
+# The last line of the skeleton multiplies by the *transposed* table. A token's logit is then the dot product of its row with the running vector: high where
+# both point the same way. At both ends a row stands for one token, so one table can serve twice. This is called
+# [**tying**](https://arxiv.org/abs/1608.05859). How many parameters does it save?
 
 # %% id="embedding-check" tags=["check"]
 table = nn.Embedding(tiny.vocab_size, tiny.hidden_size)
 one_hot = F.one_hot(ids, tiny.vocab_size).float()  # (B, T, V), a single 1 in each row
-product = one_hot @ table.weight
+product = one_hot @ table.weight  # (B, T, C)
 lesson.check("a look-up is a product with a one-hot vector", table(ids) - product)
 
 # %% cellView="form" id="predict-tying" tags=["predict"]
@@ -165,17 +185,22 @@ lesson.predict(
 # %% [markdown] id="rmsnorm"
 # ## 3 · RMSNorm: keep the direction, drop the size
 #
-# Thirty blocks each add something to the same vector. Nothing keeps it from growing, and large inputs make every softmax after it too sure.
-# So each block first divides its input by its **root mean square**. Then a learned **gain**, one number a dimension, lets it make a dimension louder or quieter
-# again where that helps. (The older LayerNorm also subtracts the mean.
-# [RMSNorm](https://arxiv.org/abs/1910.07467) saves that and learns as well.) Take five numbers; what is left after dividing? Then write it.
+# > *Map:* ids → embedding → 30 × ( **norm** → attention → + → **norm** → MLP → + ) → **norm** → embedding again → logits
+#
+# Thirty blocks add to the same running vector, twice each. Nothing keeps it from growing, and from large numbers a softmax gives nearly everything to the largest.
+# So every part reads the vector through a norm: it divides it by its **root mean square**. The direction stays, the size becomes 1.
+#
+# Then a learned **gain**, one number a dimension, makes a dimension louder or quieter where that helps. (The older LayerNorm also subtracts the mean.
+# [RMSNorm](https://arxiv.org/abs/1910.07467) saves that and learns as well.)
+#
+# First five numbers: what is left of 3 and 4? Then write it for whole batches.
 
 # %% id="rmsnorm-numbers" tags=["lesson"]
 x = torch.tensor([3.0, 4.0, 0.0, 0.0, 0.0])
-mean_square = x.square().mean()
-rms = mean_square.sqrt()
-print(f"mean square {mean_square:.4f} · root {rms:.4f} · divided {(x / rms).tolist()}")
-lesson.check("after dividing, the mean square is 1", (x / rms).square().mean() - 1, 1e-6)
+mean_square = x.square().mean()  # (9 + 16) / 5
+root = mean_square.sqrt()
+print(f"mean square {mean_square:.2f}, its root {root:.2f}; divided:", x / root)
+lesson.check("after dividing, the mean square is 1", (x / root).square().mean() - 1, 1e-6)
 
 
 # %% id="rmsnorm-turn" tags=["exercise"]
@@ -232,51 +257,74 @@ low, high = before.square().mean(-1).sqrt().aminmax()
 alt = f"Root mean square of ten tokens: from {low:.2f} to {high:.0f} before RMSNorm, "
 plots.show(fig, alt + "all close to 1 after it.")
 
-# %% [markdown] id="rope"
-# ## 4 · RoPE: position as a rotation
+# %% [markdown] id="attention"
+# ## 4 · Attention, by numbers
 #
-# **First: attention in one minute.** RoPE turns queries and keys, so you need these two words first; section 5 builds all of it. From its own vector each token makes three more: a **query** (what do I look for?), a **key** (what can I be
-# found by?), a **value** (what do I hand over?). In *the cat slept because it was tired*, the query of *it* asks "which animal?", the key of *cat* answers "here", and its
-# value brings what *cat* means. The dot product of a query and a key is a **score**. Softmax makes shares of a token's scores, and the token
-# receives all values, mixed by these shares. All this happens several times side by side; each time is a **head**, with vectors of 64 numbers (8 in our small model). Three tokens and
-# one head, by numbers: which token does each row read most?
+# > *Map:* ids → embedding → 30 × ( norm → **attention** → + → norm → MLP → + ) → norm → embedding again → logits
 #
-# A **causal mask** hides the tokens that come later. Then we swap the first two tokens: does the third one's output change?
+# Embedding, norm and MLP treat each token alone. Attention is the one place where tokens pass something on. From its own vector each token makes three more:
+# * a **query**: what do I look for?
+# * a **key**: what can I be found by?
+# * a **value**: what do I hand over?
+#
+# In *the cat slept because it was tired*, the query of *it* asks "which animal?", the key of *cat* answers "here", and its value brings what *cat* means. In three steps:
+# 1. The dot product of a query and a key is a **score**.
+# 2. Softmax turns the scores of a token into **weights**: shares that add up to 1.
+# 3. The token receives all values, mixed by these weights.
+#
+# Here are three tokens, with queries and keys of two numbers and values of one. Which token does each row read most?
 
 # %% id="attention-numbers" tags=["lesson"]
-q = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 2.0]])  # three tokens, two numbers each
-k = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
-v = torch.tensor([[10.0], [20.0], [30.0]])
-scores = q @ k.T / 2**0.5  # row: who asks; column: who is asked (section 5: why divided)
-past = scores + torch.full((3, 3), -torch.inf).triu(1)
-weights = past.softmax(-1)
-tables = {"scores": scores, "future hidden": past, "weights": weights, "output": weights @ v}
-for title, numbers in tables.items():  # a row for each token that asks
-    print(title, *("".join(f"{n:7.2f}" for n in row) for row in numbers.tolist()), sep="\n")
+q = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 2.0]])  # a query for each of three tokens
+k = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])  # their keys
+v = torch.tensor([[10.0], [20.0], [60.0]])  # their values
+scores = q @ k.T  # (3, 3); row: who asks, column: who is asked
+weights = scores.softmax(-1)  # each row sums to 1
+print("scores", scores, "weights", weights, "output", weights @ v, sep="\n")
+
+# %% [markdown] id="attention-mask"
+# Tokens 1 and 2 find tokens 1 and 3, whose keys are equal; token 3 mostly reads token 2.
+#
+# **The causal mask.** But token 1 has read token 3, which comes later. Training grades all positions of a row at once: position *t* must name token *t + 1*, which
+# stands in the same row. Without a mask it would simply read it there. The loss would fall to almost 0, and when writing, where there is no future yet, the model
+# would be lost. So the scores of later tokens become −∞ *before* the softmax; e to the power of −∞ is 0, and their weight is exactly 0.
+#
+# Then we swap the first two tokens: does the third one's output change?
+
+# %% id="attention-masked" tags=["lesson"]
+future = torch.ones(3, 3).triu(1).bool()  # True above the diagonal: who is asked comes later
+scores = scores.masked_fill(future, -torch.inf)
+weights = scores.softmax(-1)
+print("scores", scores, "weights", weights, "output", weights @ v, sep="\n")
 
 # %% id="attention-swap" tags=["check"]
 swap = [1, 0, 2]  # the first two tokens change places
-other = (q[2] @ k[swap].T / 2**0.5).softmax(-1) @ v[swap]
-lesson.check("the order of the past changes nothing", other - weights[2] @ v, 1e-4)
+swapped = (q[2] @ k[swap].T).softmax(-1) @ v[swap]  # what the third one receives now
+lesson.check("the order of the past changes nothing", swapped - weights[2] @ v, 1e-4)
 
-# %% [markdown] id="rope-idea"
-# **Then: where does a token stand?** A dot product does not know: to the last word, *dog bites* and *bites dog* are the same. (Several layers with a mask can
+# %% [markdown] id="rope"
+# ## 5 · RoPE: position as a rotation
+#
+# > *Map:* ids → embedding → 30 × ( norm → **attention: where?** → + → norm → MLP → + ) → norm → embedding again → logits
+#
+# A dot product does not know where a token stands: to the word that follows, *dog bites* and *bites dog* are the same. (Several layers with a mask can
 # [work the order out](https://arxiv.org/abs/2203.16634), but that costs layers.)
 #
-# **The idea.** [RoPE](https://arxiv.org/abs/2104.09864) (rotary position embedding) turns queries and keys, and adds no parameters.
-# 1. Take the 64 numbers in 32 pairs. A pair is an arrow in the plane, like the hand of a clock.
+# [RoPE](https://arxiv.org/abs/2104.09864) (rotary position embedding) turns queries and keys before they are compared, and needs no parameters.
+# 1. Take the 64 numbers of a query in 32 pairs. A pair is an arrow in the plane, like the hand of a clock.
 # 2. Turn each arrow by an angle: position × speed of the pair.
 # 3. The first pair is fast, one radian a token. The last one hardly moves.
 #
-# A pair (a, b), turned by an angle, is (a cos − b sin, a sin + b cos). Which numbers form a pair is a convention: SmolLM2's weights expect *i* and *i* + 32.
+# The next cell makes the angles. How slow is the slowest pair?
 
 
 # %% id="rope-code" tags=["lesson"]
 def rope_angles(config):
-    """cos and sin of (position x frequency), each (positions, head_dim / 2)."""
+    """cos and sin of position x speed, each (positions, head_dim / 2)."""
     pair = torch.arange(config.head_dim // 2)
-    frequency = config.rope_theta ** (-2 * pair / config.head_dim)  # radians a token
-    angle = torch.outer(torch.arange(config.max_position_embeddings).float(), frequency)
+    speed = config.rope_theta ** (-2 * pair / config.head_dim)  # radians a token, 1 for pair 0
+    position = torch.arange(config.max_position_embeddings).float()
+    angle = torch.outer(position, speed)  # (positions, pairs)
     return angle.cos(), angle.sin()
 
 
@@ -320,7 +368,8 @@ plots.show(fig, alt + "pair 16 only 0.01 and seems to stand.")
 def rotate(x, cos, sin):
     """Turn x (..., T, D) by its positions; cos and sin are (T, D/2).
 
-    Number i and number i + D/2 form a pair: (x[..., 0], x[..., D/2]) is the first.
+    A pair (a, b), turned by an angle, is (a cos - b sin, a sin + b cos). Which numbers form a
+    pair is a convention. SmolLM2's weights expect i and i + D/2: x[..., 0] with x[..., D/2].
     """
     raise NotImplementedError  # Your turn: replace this line
 
@@ -332,7 +381,7 @@ def turn(x, cos, sin):
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
-def pair_neighbours(x, cos, sin):  # a classic mistake; section 9 meets it again
+def pair_neighbours(x, cos, sin):  # a classic mistake; section 10 meets it again
     a, b = x[..., 0::2], x[..., 1::2]
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
 
@@ -361,23 +410,21 @@ lesson.check("RoPE equals transformers'", mine - library, 1e-5)
 lesson.check("a rotation keeps lengths", mine.norm(dim=-1) - q.norm(dim=-1), 1e-4)
 
 # %% [markdown] id="rope-relative"
-# **The point of it.** The dot product of two arrows is the product of their lengths times the cosine of the angle between them. Turn one by *m* steps and the other by
-# *n*: the lengths stay, and the angle between them changes by *m − n* steps. (Older models *added* a learned vector for each position. Their score holds terms in *m* and in *n* alone, so that
-# "three back" has to be learned at every place.) Give every position the *same* query `q` and key `k`, rotate both, and take all dot products. The score of query position *m*
-# with key position *n* then depends on *m − n* alone: the table is constant along its diagonals. The model learns "three tokens back" once, for
-# the whole context. Then move *m* and *n* by the same amount: what turns on the left, and what stays on the right?
+# **The point of it.** Turn a query at position *m* and a key at position *n*. Each arrow keeps its length, and the angle between the two changes by *m − n* steps. A dot
+# product is made of lengths and angles between, so the score depends on *m − n* alone. The model learns "three tokens back" once, for the whole context.
+# (Older models *added* a learned vector for each position. Their scores hold terms in *m* and in *n* alone, so "three back" has to be learned at every place.)
 #
-# Only queries and keys are turned, for only their comparison asks *where*; the values say *what*. A larger θ slows the hands down. SmolLM2
-# learned with 10,000 on 2,048 tokens, then with 100,000 on 8,192: its slow hands turn no further over the longer text.
+# The next cell gives every position the same query and the same key, turns both, and takes all dot products. Look at the three printed scores: all have *m − n* = 2.
+# Then move *m* and *n* by the same amount: what turns on the left, and what stays on the right?
 
 # %% id="rope-relative-check" tags=["check"]
 query, key = torch.randn(2, tiny.head_dim)
 queries = rotate(query.expand(128, -1), cos, sin)  # the same query at 128 positions
 keys = rotate(key.expand(128, -1), cos, sin)
 table = queries @ keys.T  # the score of each (m, n)
-one_step = table[1:, 1:] - table[:-1, :-1]  # compares (m, n) with (m - 1, n - 1)
 for m, n in (5, 3), (50, 48), (120, 118):
     print(f"score of (m, n) = ({m}, {n}): {table[m, n]:.4f}")
+one_step = table[1:, 1:] - table[:-1, :-1]  # compares (m, n) with (m - 1, n - 1)
 lesson.check("the score depends on m - n alone", one_step, 1e-4)
 
 # %% cellView="form" id="rope-widget" tags=["widget", "figure"]
@@ -416,18 +463,20 @@ widgets.explore(
 )
 
 # %% [markdown] id="gqa"
-# ## 5 · Grouped-query attention: nine ask, three answer
+# ## 6 · Grouped-query attention: nine ask, three answer
 #
-# Each position asks a question (*query*) of itself and all earlier ones, compares it with their *keys*, and collects their *values*. It asks nine at
-# once, each with its own 64 numbers: a *head*. SmolLM2 has 9 query heads but only 3 key/value heads: heads 0, 1, 2 share the first, 3, 4, 5 the
-# second, 6, 7, 8 the third. While generating, keys and values of all earlier tokens stay in memory; how much of that does sharing save?
-# (In quality it costs [little](https://arxiv.org/abs/2305.13245).)
+# > *Map:* ids → embedding → 30 × ( norm → **attention: in heads** → + → norm → MLP → + ) → norm → embedding again → logits
 #
-# Two details. The scores are divided by √head_dim: a sum of 64 products of numbers of spread 1 has spread √64 = 8, and a softmax over
-# such numbers would give nearly all weight to one token. And the future is set to −∞ *before* the softmax, so that it gets weight exactly 0.
+# One token may look for several things at once. So attention happens several times side by side, each time with a query of its own, 64 numbers long (8 in our
+# small model): a **head**. SmolLM2 has 9 query heads, but only 3 key/value heads: heads 0, 1, 2 share the first, 3, 4, 5 the second, 6, 7, 8 the third.
+# While a model writes, keys and values of all earlier tokens stay in memory; how much of that does sharing save? (In quality it costs
+# [little](https://arxiv.org/abs/2305.13245).)
 #
-# Why hide the future? Training grades all positions of a row at once: position *t* must name token *t + 1*, which stands in the same row. Without the mask it would
-# simply read it there. The loss would fall to almost 0, and when writing, where there is no future yet, the model would be lost.
+# One thing is new: the scores are divided by √head_dim. A sum of 64 products of numbers of spread 1 has spread √64 = 8, and from such numbers a softmax
+# would give nearly all weight to one token.
+#
+# First you write `attend`, section 4 for a batch with heads. The class after it is all of attention: three matrices make queries, keys and values, each cut into heads;
+# queries and keys are turned; a fourth matrix, `o_proj`, mixes what the heads found.
 
 # %% cellView="form" id="predict-kv" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
@@ -460,12 +509,12 @@ def share_heads(x, groups):
     return x.repeat_interleave(groups, dim=1)
 
 
-def repeat_in_turn(x, groups):  # a classic mistake; section 9 meets it again
+def repeat_in_turn(x, groups):  # a classic mistake; section 10 meets it again
     return x.repeat(1, groups, 1, 1)
 
 
 def attention_steps(q, k, v, share=share_heads, scale=None):
-    """Every step, by name. The last two arguments are for the mistakes of section 9."""
+    """Every step, by name. The last two arguments are for the mistakes of section 10."""
     groups, time = q.shape[1] // k.shape[1], q.shape[2]
     step = {"q": q, "k": k, "shared k": share(k, groups)}
     scale = scale or q.shape[-1] ** -0.5
@@ -509,30 +558,32 @@ lesson.check("the weights of every query sum to 1", weights.sum(-1) - 1, 1e-5)
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.head_dim = config.head_dim
-        query_size = config.num_attention_heads * config.head_dim
-        kv_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        C, D = config.hidden_size, config.head_dim
+        H, K = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = D
+        self.q_proj = nn.Linear(C, H * D, bias=False)
+        self.k_proj = nn.Linear(C, K * D, bias=False)
+        self.v_proj = nn.Linear(C, K * D, bias=False)
+        self.o_proj = nn.Linear(H * D, C, bias=False)
         cos, sin = rope_angles(config)
         self.register_buffer("cos", cos, persistent=False)  # moves with the model, is not saved
         self.register_buffer("sin", sin, persistent=False)
 
-    def project(self, x):
-        """(B, T, C) -> q (B, H, T, D) and k, v (B, K, T, D)."""
-        vectors = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        return [v.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for v in vectors]
+    def split(self, x):  # (B, T, heads * D) -> (B, heads, T, D)
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def forward(self, x):
-        q, k, v = self.project(x)
-        cos, sin = self.cos[: x.shape[1]], self.sin[: x.shape[1]]
-        heads = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)  # (B, H, T, D)
-        return self.o_proj(heads.transpose(1, 2).flatten(2))
+    def forward(self, x):  # (B, T, C)
+        q = self.split(self.q_proj(x))  # (B, H, T, D)
+        k = self.split(self.k_proj(x))  # (B, K, T, D)
+        v = self.split(self.v_proj(x))  # (B, K, T, D)
+        T = x.shape[1]
+        cos, sin = self.cos[:T], self.sin[:T]
+        found = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)  # (B, H, T, D)
+        return self.o_proj(found.transpose(1, 2).flatten(2))  # (B, T, H * D) -> (B, T, C)
 
 
-# %% id="attention-check" tags=["check"]
+# %% cellView="form" id="attention-check" tags=["check"]
+# @title Check it { display-mode: "form" }
 mine, package = Attention(tiny), ours.Attention(tiny, layer=0)
 hf_config = LlamaConfig.from_dict(tiny.to_hf_dict())
 hf_config._attn_implementation = "sdpa"
@@ -543,7 +594,7 @@ x = torch.randn(2, 10, tiny.hidden_size)
 from_package = package(x, cos[:10], sin[:10])
 angles = [t[:, :10] for t in twice]
 from_library = library(x, position_embeddings=angles, attention_mask=None)[0]
-likely = "the order of heads and numbers in `project`"
+likely = "the order of heads and numbers in `split`"
 lesson.check("attention equals the package's", mine(x) - from_package, 1e-5, likely)
 lesson.check("attention equals transformers'", mine(x) - from_library, 1e-5, likely)
 changed = x.clone()
@@ -587,7 +638,7 @@ plots.label(right, "head 0: only the past", "key position", "query position")
 alt = "Left: query heads 0-2, 3-5 and 6-8 each join one key/value head. "
 plots.show(fig, alt + "Right: attention weights fill the lower triangle, zero above it.")
 
-# %% [markdown] id="gqa-exercise"
+# %% [markdown] id="swiglu"
 # **✎ Exercise**: give your `attend` a window, so that a position sees itself and only the 4 before it. (If you left it empty,
 # change the answer's `attention_steps`.) Which line changes, and what shows that you are right?
 #
@@ -605,14 +656,20 @@ plots.show(fig, alt + "Right: attention weights fill the lower triangle, zero ab
 # lesson.check("a window of 5", (attention(x) - attention(y))[:, 5:])
 # ```
 # </details>
-
-# %% [markdown] id="swiglu"
-# ## 6 · SwiGLU: a gate on every feature
 #
-# Attention moves information between positions; the MLP (multi-layer perceptron: products with a curve between them) works on each position alone. `up` computes 1,536 features, `gate` multiplies each
-# (near 0 shuts it off, a large value lets it through or enlarges it), `down` brings them back to 576. The gate's curve is SiLU, x · sigmoid(x): almost 0 far below zero, almost x far above. So
-# there are **three** matrices, not two. Older MLPs had two, four times as wide as the model; three of 8/3 (1,536 = 8/3 · 576) hold as many
-# numbers. [Trained alike](https://arxiv.org/abs/2002.05202), the gated one learned better; the paper offers no reason.
+# ## 7 · SwiGLU: a gate on every feature
+#
+# > *Map:* ids → embedding → 30 × ( norm → attention → + → norm → **MLP** → + ) → norm → embedding again → logits
+#
+# Attention moves information between positions. The MLP (multi-layer perceptron: matrices with a curve between them) works on each position alone, with three matrices:
+# * `up` makes 1,536 features of the 576 numbers;
+# * `gate` decides, for each feature, how much of it passes: near 0 shuts it off, a large value enlarges it;
+# * `down` brings the features back to 576 numbers.
+#
+# The gate's curve is **SiLU**, x · sigmoid(x): almost 0 far below zero, almost x far above.
+#
+# Older MLPs had two matrices, four times as wide as the model. Three of 8/3 (1,536 = 8/3 · 576) hold as many numbers. [Trained alike](https://arxiv.org/abs/2002.05202),
+# the gated one learned better; the paper offers no reason.
 
 
 # %% id="swiglu-turn" tags=["exercise"]
@@ -636,7 +693,6 @@ def forward(self, x):
 
 
 MLP.forward = lesson.yours_or(forward, MLP.forward)
-
 
 # %% cellView="form" id="swiglu-check" tags=["check"]
 # @title Check it { display-mode: "form" }
@@ -667,11 +723,17 @@ alt = "SiLU against its input from -6 to 6: near zero on the left, lowest -0.28 
 plots.show(fig, alt + "close to x on the right; ReLU for comparison.")
 
 # %% [markdown] id="whole"
-# ## 7 · The block, and the whole model
+# ## 8 · The block, and the whole model
 #
-# A block takes each token's running vector (the *residual stream*), adds what attention found, then adds what the MLP made of it. Both read through
-# a norm and *add*, so each token keeps what it was. What happens without the plus? The last check of this section shows it. Now the
-# placeholders go.
+# > *Map:* ids → embedding → 30 × **( norm → attention → + → norm → MLP → + )** → norm → embedding again → logits
+#
+# All parts are written. A block adds to each running vector what attention found, then what the MLP made of it. Both read through a norm of their own.
+#
+# Then the skeleton of section 1 gets blocks and norms in place of its placeholders, and the weights of the package's model. Does it give the same logits? And how many
+# parameters has it at full size?
+#
+# **Why the plus?** It lets each token keep what it was. The last cell of this section leaves it out: attention is a mean over tokens, and after 30 means
+# nothing tells them apart.
 
 
 # %% id="block-code" tags=["lesson"]
@@ -683,96 +745,26 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x):
+    def forward(self, x):  # (B, T, C)
         x = x + self.self_attn(self.input_layernorm(x))
         return x + self.mlp(self.post_attention_layernorm(x))
-
-
-@torch.no_grad()
-def hidden_states(model, ids):
-    """The running vector after the embedding and after each block; as in transformers, the
-    last one stands behind the final norm."""
-    x = [model.embed_tokens(ids)]
-    for layer in model.layers:
-        x.append(layer(x[-1]))
-    return [*x[:-1], model.norm(x[-1])]
 
 
 # %% id="whole-check" tags=["check"]
 torch.manual_seed(1)
 package = SmolLM2(tiny)
-model = Skeleton(tiny, Block, RMSNorm)  # the skeleton of section 1, every placeholder replaced
-_ = model.load_state_dict(package.model.state_dict())  # raises unless names and shapes agree
+model = Skeleton(tiny, Block, RMSNorm)
+model.load_state_dict(package.model.state_dict())  # raises unless names and shapes agree
 lesson.check("the whole model equals the package's", model(ids) - package(ids), 1e-4)
 
 with torch.device("meta"):  # shapes without memory
     real = Skeleton(full, Block, RMSNorm)
-total = sum(parameter.numel() for parameter in real.parameters())
+total = sum(weight.numel() for weight in real.parameters())
 print(f"at full size this model has {total:,} parameters")
 lesson.check("the number that SmolLM2-135M has", total - 134_515_008)
 
-# %% [markdown] id="init"
-# **How it starts.** In SmolLM2 matrices begin as random numbers of spread 1/√C, so that a product with C inputs neither blows a vector up nor shrinks it. Two matrices
-# of each block, `o_proj` and `down_proj`, write to the running vector, and they start **smaller**, divided by √(2L). Why? L blocks add 2L times to the
-# same vector. Random additions add up their *variances*: 2L of spread s have the spread s·√(2L). Divided by √(2L), all of them together
-# weigh as much as one, however deep the model. RMSNorm hides that growth from each branch, not from the sum: in a vector that has grown large, the token's own
-# embedding and every later addition count for less. GPT-2 began this, with the same factor. It is done once, here; from then on training decides.
-
-
-# %% id="init-check" tags=["check"]
-def initialise(model, config, residual):
-    """Normal numbers; `residual` is the factor for what writes to the running vector."""
-    for name, weight in model.named_parameters():
-        if weight.dim() == 2:
-            writes = name.endswith(("o_proj.weight", "down_proj.weight"))
-            nn.init.normal_(weight, std=config.initializer_range * (residual if writes else 1))
-
-
-def thirty_blocks(residual, block=Block):
-    """The running vector after the embedding and after each block of a fresh, deep model."""
-    spread = tiny.hidden_size**-0.5
-    deep = tiny.model_copy(update={"num_hidden_layers": 31, "initializer_range": spread})
-    fresh = Skeleton(deep, block, RMSNorm)
-    initialise(fresh, deep, residual)
-    return torch.stack(hidden_states(fresh, ids)[:-1])  # (31, B, T, C); the 32nd is normed
-
-
-torch.manual_seed(1)
-package.initialize()
-torch.manual_seed(1)
-initialise(model, tiny, residual=(2 * tiny.num_hidden_layers) ** -0.5)
-pairs = zip(model.parameters(), package.parameters(), strict=True)
-off = max(lesson.largest(p - q) for p, q in pairs)
-lesson.check("the start is the package's, number by number", off)
-
-
-# %% id="init-sizes" tags=["check"]
-def size(states):
-    """The root mean square of the running vector after each block."""
-    return states.square().mean((1, 2, 3)).sqrt()
-
-
-plain, scaled = size(thirty_blocks(1)), size(thirty_blocks(60**-0.5))
-gained = [(x[-1] ** 2 - x[0] ** 2).item() for x in (plain, scaled)]  # variance, by 60 additions
-print(f"60 additions gain a variance of {gained[0]:.1f}, scaled {gained[1]:.3f}")
-lesson.check("scaled, they gain about a 60th (relative)", gained[0] / gained[1] / 60 - 1, 0.3)
-
-# %% cellView="form" id="init-figure" tags=["figure"]
-# @title Figure: why they start smaller { display-mode: "form" }
-fig, ax = plots.figure(7.5, 2.7)
-ax.plot(plain, color=plots.ORANGE, marker="s", label="every matrix alike")
-ax.plot(scaled, color=plots.BLUE, marker="o", label="o_proj, down_proj divided by √60")
-ax.set_ylim(0)
-title = "A fresh model of 30 blocks: who writes 60 times must write quietly"
-plots.label(ax, title, "after block (0 = embedding)", "root mean square", legend=True)
-alt = f"Size of the running vector over 30 blocks: from {plain[0]:.2f} to {plain[-1]:.2f} "
-plots.show(
-    fig, alt + f"with every matrix alike, to {scaled[-1]:.2f} with the two divided by √60."
-)
-
 
 # %% id="plus-check" tags=["check"]
-# and without the plus? Attention is a mean; after 30 of them nothing tells tokens apart
 class NoPlus(Block):
     def forward(self, x):
         x = self.self_attn(self.input_layernorm(x))
@@ -780,15 +772,18 @@ class NoPlus(Block):
 
 
 alike = {}
-for name, block in (("with the plus", Block), ("without", NoPlus)):
-    vectors = F.normalize(thirty_blocks(60**-0.5, block)[-1], dim=-1)  # (B, T, C), length 1
-    alike[name] = (vectors @ vectors.mT).mean().item()
-    print(f"{name}: cosine between two tokens of a row, on average {alike[name]:.6f}")
-lesson.check("without the plus, all tokens of a row are alike", alike["without"] - 1, 1e-3)
+for kind in (Block, NoPlus):
+    x = torch.randn(2, 10, tiny.hidden_size)  # (B, T, C)
+    for _ in range(30):
+        x = kind(tiny)(x)  # a fresh block with random weights
+    x = F.normalize(x, dim=-1)  # each vector gets length 1
+    alike[kind] = (x @ x.mT).mean().item()
+    print(f"{kind.__name__:6}: cosine of two tokens of a row, on average {alike[kind]:.4f}")
+lesson.check("without the plus, all tokens of a row are alike", alike[NoPlus] - 1, 1e-3)
 
-# %% [markdown] id="whole-exercise"
+# %% [markdown] id="official"
 # **✎ Exercise**: let `Block.forward` add the MLP first, attention second. Which check fails, and at which layer does the
-# chart of section 8 jump?
+# chart of section 9 jump?
 #
 # <details><summary>Solution</summary>
 #
@@ -798,15 +793,20 @@ lesson.check("without the plus, all tokens of a row are alike", alike["without"]
 # return x + self.self_attn(self.input_layernorm(x))
 # ```
 # </details>
-
-# %% [markdown] id="official"
-# ## 8 · The official weights in this model
 #
-# Names and shapes agree, so the published weights fit into the classes above. If a single detail were different, the numbers would differ, and
-# mostly the text would be nonsense. Online this loads SmolLM2-135M (270 MB), whose `rope_theta` is 100,000: after pre-training (the long first training, on plain text) it learned longer contexts. Offline it
-# makes a small model with random weights and the same 9:3 heads. Either way the reference is transformers, reading the same folder.
+# ## 9 · The official weights in this model
+#
+# > *Map:* the whole chain, with the weights that Hugging Face trained
+#
+# Names and shapes agree, so the published weights fit into the classes above. If a single detail were different, the numbers would differ, and mostly the text would be
+# nonsense. The reference is transformers' model (`library`), reading the same folder as the package's (`package`). We compare the running vector after every layer, then
+# the logits, then 12 tokens that both write.
+#
+# Online the next cell loads SmolLM2-135M (270 MB), whose `rope_theta` is 100,000: after pre-training (the long first training, on plain text) it learned longer
+# contexts. Offline it makes a small model with random weights and the same 9:3 heads.
 
-# %% id="load" tags=["lesson", "slow"]
+# %% cellView="form" id="load" tags=["setup", "slow"]
+# @title Load the weights into two models { display-mode: "form" }
 try:
     source = resolve("HuggingFaceTB/SmolLM2-135M")
     tokenizer = Tokenizer.from_file(source)
@@ -820,26 +820,35 @@ except UserError as reason:
     prompt = list(b"Gravity is the force that")
 library = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
 package = SmolLM2.from_pretrained(source)
-config = package.config
-model = Skeleton(config, Block, RMSNorm)
-_ = model.load_state_dict(package.model.state_dict())
-count = sum(p.numel() for p in model.parameters())
-print(
-    f"{config.num_hidden_layers} layers, theta {config.rope_theta:,.0f}, {count:,} parameters"
-)
+config, official_ids = package.config, torch.tensor([prompt])
+count = sum(p.numel() for p in package.parameters())
+layers, theta = config.num_hidden_layers, f"{config.rope_theta:,.0f}"
+print(f"{layers} layers, theta {theta}, {count:,} parameters; prompt of {len(prompt)} tokens")
 
 
-# %% id="layers-check" tags=["check"]
 def gap(mine, reference):
     """Largest difference, relative to the largest value."""
     return ((mine - reference).abs().max() / reference.abs().max()).item()
 
 
-official_ids = torch.tensor([prompt])
+# %% id="layers-check" tags=["check"]
+@torch.no_grad()
+def hidden_states(model, ids):
+    """The running vector after the embedding and after each block; as in transformers, the
+    last one stands behind the final norm."""
+    x = [model.embed_tokens(ids)]
+    for layer in model.layers:
+        x.append(layer(x[-1]))
+    x[-1] = model.norm(x[-1])
+    return x
+
+
+model = Skeleton(config, Block, RMSNorm)
+model.load_state_dict(package.model.state_dict())
+mine = hidden_states(model, official_ids)
 with torch.no_grad():
     reference, logits = library(official_ids, output_hidden_states=True), model(official_ids)
-pairs = zip(hidden_states(model, official_ids), reference.hidden_states, strict=True)
-gaps = [gap(mine, other) for mine, other in pairs]
+gaps = [gap(x, y) for x, y in zip(mine, reference.hidden_states, strict=True)]
 lesson.check("every layer equals transformers' (relative)", max(gaps), 1e-4)
 lesson.check("the logits equal transformers' (relative)", gap(logits, reference.logits), 1e-4)
 
@@ -857,17 +866,16 @@ plots.show(fig, alt.format(max(gaps)))
 
 # %% id="greedy-check" tags=["check"]
 mine = official_ids
-greedy = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 12}
 with torch.no_grad():
-    for _ in range(12):  # always take the likeliest next token
-        mine = torch.cat((mine, model(mine)[:, -1:].argmax(-1)), dim=1)
-    other = library.generate(
-        official_ids, attention_mask=torch.ones_like(official_ids), **greedy
-    )
+    for _ in range(12):
+        best = model(mine)[:, -1:].argmax(-1)  # (1, 1): the likeliest next token
+        mine = torch.cat((mine, best), dim=1)  # it joins the text
 print("12 tokens:", tokenizer.decode(mine[0].tolist()) if tokenizer else mine[0, -12:].tolist())
+rules = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 12}
+other = library.generate(official_ids, attention_mask=torch.ones_like(official_ids), **rules)
 lesson.check("the 12 greedy tokens are transformers'", mine - other)
 
-# %% [markdown] id="official-exercise"
+# %% [markdown] id="bugs"
 # **✎ Exercise**: build the loaded model again with a tenth of its `rope_theta`. Where does the chart jump now, and which
 # position never differs?
 #
@@ -883,9 +891,10 @@ lesson.check("the 12 greedy tokens are transformers'", mine - other)
 # print("position 0 ", [f"{gap(a[:, 0], b[:, 0]):.0e}" for a, b in pairs])
 # ```
 # </details>
-
-# %% [markdown] id="bugs"
-# ## 9 · Bug hunt
+#
+# ## 10 · Bug hunt
+#
+# > *Map:* ids → embedding → 30 × ( norm → **attention: what goes wrong** → + → norm → MLP → + ) → norm → embedding again → logits
 #
 # Three colleagues wrote attention too. Their code runs, has the right shapes, and even trains. (The first two would do in a model that was trained
 # that way from the start; with SmolLM2's weights they are wrong.) Each made one classic mistake:
@@ -893,12 +902,15 @@ lesson.check("the 12 greedy tokens are transformers'", mine - other)
 # * in `shared k`: heads repeated as 0 1 2 0 1 2 … instead of 0 0 0 1 1 1 …;
 # * in `scores`: no division by √head_dim.
 #
-# The chart shows at which step each begins to differ from the right one. Who did what?
+# The chart compares each with the right one, step by step. Before a mistake all numbers agree. Who did what?
 
 
-# %% id="bugs-code" tags=["lesson"]
+# %% cellView="form" id="bugs-code" tags=["lesson"]
+# @title Three colleagues { display-mode: "form" }
 def all_steps(x, rotate=rotate, **how):
-    (q, k, v), turns = attention.project(x), (attention.cos[:10], attention.sin[:10])
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    q, k, v = (attention.split(projection(x)) for projection in projections)
+    turns = (attention.cos[:10], attention.sin[:10])
     return attention_steps(rotate(q, *turns), rotate(k, *turns), v, **how)
 
 
@@ -936,17 +948,85 @@ for name, step in first.items():
     question = f"Where is {name}'s mistake: q, shared k or scores?"
     lesson.predict(question, guesses[name], step, why=f"Before '{step}' all numbers agree.")
 
-# %% id="bugs-check" tags=["check"]
+# %% cellView="form" id="bugs-check" tags=["check"]
+# @title Check: each mistake is found { display-mode: "form" }
 for name, steps in wrong.items():
     off = steps["output"] - right_steps["output"]
     lesson.check_fails(f"{name}'s bug", lambda off=off: lesson.check("attention", off, 1e-5))
-step = right_steps
-off = attend(step["q"], step["k"], attention.project(x)[2]) - step["output"]
+off = attention(x) - attention.o_proj(right_steps["output"].transpose(1, 2).flatten(2))
 lesson.check("and without a mistake the check passes", off, 1e-5)
 lesson.score()
 
+# %% [markdown] id="init"
+# ## 11 · Go deeper: how it starts
+#
+# > *Map:* the whole chain, before any training. (Not needed for what follows.)
+#
+# SmolLM2's matrices begin as random numbers of spread 1/√C: a product with C inputs then neither blows a vector up nor shrinks it. Two matrices of each block, `o_proj` and
+# `down_proj`, write to the running vector, and they start **smaller**, divided by √(2L), where L is the number of blocks. Why?
+# * L blocks add 2L times to the same vector.
+# * Random additions add up their *variances*: 2L of spread s have together the spread s·√(2L).
+# * Divided by √(2L), all of them together weigh as much as one, however deep the model.
+#
+# The norms hide that growth from each branch, not from the sum: in a vector that has grown large, the token's own embedding and every later addition count for less.
+# GPT-2 began this, with the same factor. It is done once, here; from then on training decides. The figure shows 30 fresh blocks with and without the factor.
+
+
+# %% id="init-code" tags=["lesson"]
+def initialise(model, config, factor):
+    """Normal numbers; those of what writes to the running vector are multiplied by factor."""
+    for name, weight in model.named_parameters():
+        if weight.dim() == 2:  # the gains of the norms stay 1
+            writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+            spread = config.initializer_range * (factor if writes else 1)
+            nn.init.normal_(weight, std=spread)
+
+
+# %% cellView="form" id="init-check" tags=["check"]
+# @title Check: the package's start, and 30 fresh blocks { display-mode: "form" }
+mine, package = Skeleton(tiny, Block, RMSNorm), SmolLM2(tiny)
+torch.manual_seed(1)
+package.initialize()
+torch.manual_seed(1)
+initialise(mine, tiny, factor=(2 * tiny.num_hidden_layers) ** -0.5)
+pairs = zip(mine.parameters(), package.parameters(), strict=True)
+off = max(lesson.largest(p - q) for p, q in pairs)
+lesson.check("the start is the package's, number by number", off)
+
+
+def sizes(factor):
+    """The root mean square of the running vector over 30 blocks of a fresh model."""
+    spread = tiny.hidden_size**-0.5
+    deep = tiny.model_copy(update={"num_hidden_layers": 31, "initializer_range": spread})
+    fresh = Skeleton(deep, Block, RMSNorm)
+    initialise(fresh, deep, factor)
+    states = torch.stack(hidden_states(fresh, ids)[:-1])  # (31, B, T, C); the 32nd is normed
+    return states.square().mean((1, 2, 3)).sqrt()
+
+
+plain, scaled = sizes(1), sizes(60**-0.5)
+gained = [(x[-1] ** 2 - x[0] ** 2).item() for x in (plain, scaled)]  # variance, by 60 additions
+print(f"60 additions gain a variance of {gained[0]:.1f}, scaled {gained[1]:.3f}")
+lesson.check("scaled, they gain about a 60th (relative)", gained[0] / gained[1] / 60 - 1, 0.3)
+
+# %% cellView="form" id="init-figure" tags=["figure"]
+# @title Figure: why they start smaller { display-mode: "form" }
+fig, ax = plots.figure(7.5, 2.7)
+ax.plot(plain, color=plots.ORANGE, marker="s", label="every matrix alike")
+ax.plot(scaled, color=plots.BLUE, marker="o", label="o_proj, down_proj divided by √60")
+ax.set_ylim(0)
+title = "A fresh model of 30 blocks: who writes 60 times must write quietly"
+plots.label(ax, title, "after block (0 = embedding)", "root mean square", legend=True)
+alt = f"Size of the running vector over 30 blocks: from {plain[0]:.2f} to {plain[-1]:.2f} "
+plots.show(
+    fig, alt + f"with every matrix alike, to {scaled[-1]:.2f} with the two divided by √60."
+)
+
 # %% [markdown] id="self-test"
 # ## What you can now explain
+#
+# You have a model of 134,515,008 parameters, written part by part: an embedding that is used twice, and blocks in which each token looks back (attention), works (MLP)
+# and adds. It equals transformers' in every layer.
 #
 # * Why is the score matrix of RoPE constant along its diagonals?
 # * Why does `repeat` in place of `repeat_interleave` give the right shapes and wrong answers?
