@@ -17,6 +17,8 @@
 # * find out from a *wrong* sum what was forgotten;
 # * predict memory and arithmetic (KV cache, FLOPs, training memory) before you rent a GPU, and check the prediction by measuring.
 #
+# The way: first the parameters (guess, ledger, map, a wrong sum, what if: sections 1 to 5), then what they cost (KV cache, FLOPs, memory, a T4: sections 6 to 9).
+#
 # **Time** about 30 minutes to read, half a minute to run · **hardware** any CPU · **network** none.
 #
 # Each `?` asks you to guess first: type a number in place of `None` and run that cell again. Each `✔` is a check: the largest difference between
@@ -74,8 +76,10 @@ T4_GIB = 14.7  # what PyTorch can use of a T4's 16 GB
 # %% [markdown] id="guess"
 # ## 1 · Guess first
 #
-# The name says 135M. But of what? Is most of it the vocabulary, attention, or the MLPs? Guess before you count; a number you have been wrong about
-# is one you remember. These are the six numbers that decide everything.
+# The name says 135M: 135 million parameters, the numbers that training changes. Is most of it the vocabulary, attention, or the MLPs? Guess before you count; a number
+# you have been wrong about is one you remember.
+#
+# Six numbers decide everything; the letters are those of notebook 1.
 
 # %% id="six-numbers" tags=["lesson"]
 V, C, M = config.vocab_size, config.hidden_size, config.intermediate_size
@@ -98,16 +102,16 @@ lesson.predict(
 # %% [markdown] id="ledger"
 # ## 2 · The ledger
 #
-# No layer has a bias, so every parameter sits in a matrix or in the gain of a norm. Write the formula of each, in the order in which data passes.
-# The embedding comes first; the output matrix is the same tensor (*tied*), so it costs nothing more.
+# Every parameter sits in a matrix or in the gain of a norm (no layer has a bias). Here is the formula of each, in the order in which data passes.
+# A matrix with C inputs and n outputs has C · n numbers. The embedding comes first; the output matrix is the same tensor (*tied*), so it costs nothing more.
 
 # %% id="by-hand" tags=["lesson"]
 embedding = V * C
 attention = C * H * D + C * K * D + C * K * D + H * D * C  # q, k, v, o
 mlp = C * M + C * M + M * C  # gate, up, down
-norms = C + C  # before attention, before the MLP
+norms = C + C  # the gains before attention and before the MLP
 block = attention + mlp + norms
-total = embedding + L * block + C  # and the final norm
+total = embedding + L * block + C  # the last C: the final norm
 print(f"block: attention {attention:,} + MLP {mlp:,} + norms {norms:,} = {block:,}")
 print(f"embedding {embedding:,} + {L} x {block:,} + {C} = {total:,}")
 
@@ -116,10 +120,11 @@ lesson.check("your sum is what the published weights hold", total - 134_515_008)
 lesson.check("and what the package computes", total - parameter_count(config))
 
 # %% [markdown] id="ledger-why"
-# A sum can be right by luck: two mistakes may cancel. So the package writes the ledger row by row, each with its formula, shape and number, and the
-# next cells hold every row against the tensor it speaks of. The model is made on the `meta` device: shapes without memory.
+# A sum can be right by luck: two mistakes may cancel. So the package writes the ledger row by row, each with its formula, shape and number. The cell after it
+# holds every row against the tensor it speaks of. The model is made on the `meta` device: shapes without memory.
 
-# %% id="rows" tags=["lesson"]
+# %% cellView="form" id="rows" tags=["lesson"]
+# @title The ledger, row by row { display-mode: "form" }
 rows = parameter_table(config)
 words = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
 words = (*words, "num_key_value_heads", "head_dim")
@@ -136,20 +141,23 @@ print(f"{len(rows)} rows; the nine of layer 0 come {L} times. Sum {summed:,}")
 with torch.device("meta"):
     model = SmolLM2(config)
 tensors = dict(model.named_parameters())
-unpaired = set(tensors) ^ {row.name for row in rows}
-lesson.check("every tensor has a row, and every row a tensor", len(unpaired))
-shapes = {name: (tuple(tensor.shape), tensor.numel()) for name, tensor in tensors.items()}
-wrong = [row.name for row in rows if shapes[row.name] != (row.shape, row.count)]
+names = {row.name for row in rows}
+lesson.true("every tensor has a row, and every row a tensor", names == set(tensors))
+wrong = []
+for row in rows:
+    tensor = tensors[row.name]
+    if (tuple(tensor.shape), tensor.numel()) != (row.shape, row.count):
+        wrong.append(row.name)
 lesson.check("every row has its tensor's shape and number", len(wrong))
 lesson.check("the tensors sum to the total", sum(t.numel() for t in tensors.values()) - total)
-is_copy = model.lm_head.weight is not model.model.embed_tokens.weight
-lesson.check("the output matrix is the embedding itself, not a copy", is_copy)
+is_tied = model.lm_head.weight is model.model.embed_tokens.weight
+lesson.true("the output matrix is the embedding itself, not a copy", is_tied)
 
 # %% [markdown] id="map"
 # ## 3 · A map of the model
 #
-# Here every parameter has the same area. The column on the left is the vocabulary; each of the 30 thin rows is a block. What strikes you? Keys and
-# values, thanks to sharing, are slivers, and the norms cannot be seen at all: 1,152 numbers a block.
+# The ledger as a picture: every parameter has the same area. The column on the left is the vocabulary; each of the 30 thin rows is a block. Keys and
+# values, thanks to sharing, are slivers, and the norms cannot be seen at all: 1,152 numbers a block. What strikes you most?
 
 # %% cellView="form" id="map-figure" tags=["figure"]
 # @title Figure: a map of the model { display-mode: "form" }
@@ -232,9 +240,12 @@ lesson.check("one gate_proj and all of attention have the same size", C * M - at
 # %% [markdown] id="counterfactual"
 # ## 5 · What if?
 #
-# Each design choice has a price in parameters. Move the controls: what does untying cost, what do nine key/value heads cost instead of three, and how
-# narrow must a 60-layer model be to stay at 135M? (The MLP keeps its width of 8/3 of the hidden size: three such matrices are as many numbers as the
-# two of width 4 in older models.)
+# Each design choice has a price in parameters. Move the controls:
+# * What does untying cost?
+# * What do nine key/value heads cost instead of three?
+# * How narrow must a 60-layer model be to stay at 135M?
+#
+# (The MLP keeps its width of 8/3 of the hidden size: three such matrices are as many numbers as the two of width 4 in older models.)
 
 
 # %% cellView="form" id="counterfactual-widget" tags=["widget", "figure"]
@@ -301,8 +312,8 @@ lesson.check("60 layers want a width of 432 (relative)", deep / total - 1, 0.05)
 # %% [markdown] id="kv-cache"
 # ## 6 · The KV cache: what a conversation weighs
 #
-# While a model writes, it keeps keys and values of every earlier token, in every layer. Weights are paid once; this is paid per token and per
-# user. It is the [real reason](https://arxiv.org/abs/1911.02150) for sharing heads: 9 → 3 saves 9 % of the parameters, but two thirds of the cache.
+# From here on: what the parameters cost, first while the model writes. It keeps keys and values of every earlier token, in every layer: the **KV cache**. Weights are paid
+# once; this is paid per token and per user. It is the [real reason](https://arxiv.org/abs/1911.02150) for sharing heads: 9 → 3 saves 9 % of the parameters, but two thirds of the cache.
 
 # %% cellView="form" id="predict-cache" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
@@ -352,9 +363,11 @@ plots.show(fig, alt + "with 1; the weights, 257 MiB, are passed at 11,700.")
 # %% [markdown] id="flops"
 # ## 7 · FLOPs: how much arithmetic is a token?
 #
-# A FLOP is one addition or multiplication of floating-point numbers. A matrix entry costs two a token, one of each. Training does it three times:
+# A **FLOP** is one addition or multiplication of floating-point numbers. A matrix entry costs two a token, one of each. Training does it three times:
 # forward, for the gradient of the input, for the gradient of the weight. So [6 FLOPs a parameter](https://arxiv.org/abs/2001.08361) and token, plus
-# attention, which grows with the distance looked back. PyTorch can count what it executes, even on `meta` tensors that hold no numbers. Do rule and count agree?
+# attention, which grows with the distance looked back.
+#
+# PyTorch can count what it executes, even on `meta` tensors that hold no numbers. Do rule and count agree?
 
 # %% id="flops-check" tags=["check"]
 length = load_config("smollm2-135m").data.sequence_length  # tokens of a row in training
@@ -362,15 +375,15 @@ with torch.device("meta"):
     ids = torch.zeros(1, length, dtype=torch.long)
 with FlopCounterMode(display=False) as counter:
     F.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
-operations = counter.get_flop_counts()["Global"].items()
-counted = {str(operation).split(".")[-1]: flops for operation, flops in operations}
+counted = counter.get_flop_counts()["Global"]  # of each operation of PyTorch
 matrices = length * flops_per_token(config, 0)  # looking back 0 tokens: the matrices alone
 attending = length * flops_per_token(config, length) - matrices
 print(f"one row of {length} tokens, forward and backward, in GFLOP:")
 print(f"matrices {matrices / 1e9:.1f}, attention {attending / 1e9:.1f}")
-ratios = counted["mm"] / matrices, counted["bmm"] / attending
-lesson.check("6 FLOPs a matrix parameter and token (relative)", ratios[0] - 1, 1e-9)
-lesson.check("attention: the count is twice the rule (relative)", ratios[1] / 2 - 1, 1e-9)
+ratio = counted[torch.ops.aten.mm] / matrices  # mm: products of two matrices
+lesson.check("6 FLOPs a matrix parameter and token (relative)", ratio - 1, 1e-9)
+ratio = counted[torch.ops.aten.bmm] / attending  # bmm: one product for each head
+lesson.check("attention: the count is twice the rule (relative)", ratio / 2 - 1, 1e-9)
 
 # %% [markdown] id="flops-note"
 # Why twice? Computed plainly, attention multiplies the whole square of scores and throws the future half away. Fused kernels skip that half. The rule
@@ -394,8 +407,9 @@ plots.show(fig, alt + "512, 0.21 at 2,048 and 3.4 at 32,768 tokens.")
 # %% [markdown] id="memory"
 # ## 8 · Training memory: predict, then measure
 #
-# Training holds four fp32 numbers for every parameter: the weight, its gradient, and Adam's two averages. That part does not depend on the batch.
-# The rest are **activations**: numbers of the forward pass that the backward pass will need. Guess the fixed part first.
+# Training holds four fp32 numbers (4 bytes each) for every parameter: the weight, its gradient (how the loss changes with it), and the two averages of the optimizer Adam
+# (notebook 4). That part does not depend on the batch. The rest are **activations**: numbers of the forward pass that the backward pass will need. Guess the fixed part
+# first.
 
 # %% cellView="form" id="predict-memory" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
@@ -415,9 +429,11 @@ optimizer = torch.optim.AdamW(small.parameters())
 ids = torch.randint(nano.vocab_size, (2, 64))
 small.loss(ids, ids).backward()
 optimizer.step()
-tensors = [t for p in small.parameters() for t in (p, p.grad)]
-tensors += [t for s in optimizer.state.values() for t in s.values() if t.dim()]  # no counters
-held = sum(t.nbytes for t in tensors)
+held = 0
+for weight in small.parameters():
+    adam = optimizer.state[weight]
+    averages = adam["exp_avg"].nbytes + adam["exp_avg_sq"].nbytes
+    held += weight.nbytes + weight.grad.nbytes + averages
 print(f"held for {parameter_count(nano):,} parameters: {held:,} bytes")
 lesson.check("16 bytes a parameter", held / parameter_count(nano) - 16, 1e-9)
 
@@ -429,12 +445,14 @@ lesson.check("16 bytes a parameter", held / parameter_count(nano) - 16, 1e-9)
 # * four vectors of M: gate, SiLU of gate, up, and their product;
 # * 2 + H single numbers (one a norm, one a head), too few to count.
 #
-# PyTorch tells what it keeps if we hook into it. To see one block alone: measure with two blocks, with one, and subtract. (This is the plain form, with 1,024
-# tokens; up to 512 a CPU's attention keeps the softmax's weights, too. Other devices differ a little. Trained on a CPU, a block of this project makes some of
-# these numbers a second time and keeps half: `smollm2/cpu_block.py`.)
+# PyTorch tells what it keeps if we hook into it. To see one block alone: measure with two blocks, with one, and subtract.
+#
+# (This is the plain form, with 1,024 tokens; up to 512 a CPU's attention keeps the softmax's weights, too. Other devices differ a little. Trained on a CPU, a block of this
+# project makes some of these numbers a second time and keeps half: `smollm2/cpu_block.py`.)
 
 
-# %% id="saved-code" tags=["lesson"]
+# %% cellView="form" id="saved-code" tags=["lesson"]
+# @title Measure what a forward pass keeps { display-mode: "form" }
 def saved_bytes(depth, is_plain=True, length=1024):
     """Bytes that one forward pass keeps for the backward pass, without the model's own."""
     shape = {"num_hidden_layers": depth, "vocab_size": 64, "max_position_embeddings": length}
@@ -464,8 +482,10 @@ lesson.check("activations are what was predicted (relative)", predicted / measur
 # %% [markdown] id="t4"
 # ## 9 · What fits on a T4?
 #
-# Colab's free GPU, the T4, has about 14.7 GiB to use. Everything so far adds up to a prediction: the fixed 16 bytes a parameter, plus activations for
-# each row of a micro-batch, the rows that go through the model at once. (In half precision activations shrink to 0.6, not 0.5: what the norms keep
+# Colab's free GPU, the T4, has about 14.7 GiB to use. Sections 2 and 8 add up to a prediction: the fixed 16 bytes a parameter, plus activations for
+# each row of a **micro-batch**, the rows that go through the model at once.
+#
+# (In half precision activations shrink to 0.6, not 0.5: what the norms keep
 # stays fp32. The logits of 49,152 entries would add 0.1 GiB a row, several times over; this project's loss never holds them all, see `smollm2/loss.py`.)
 
 # %% cellView="form" id="predict-t4" tags=["predict"]
@@ -528,6 +548,8 @@ print(f"SmolLM2-135M's training on one T4, at 30 % of 65 TFLOP/s in fp16: {years
 
 # %% [markdown] id="self-test"
 # ## What you can now explain
+#
+# Six numbers gave all 134,515,008 parameters, and these gave the cache, the arithmetic and the memory.
 #
 # * Why does 9 → 3 key/value heads save so little of the parameters and so much of the cache?
 # * A sum of parts is 20 % short. What do you do before you look for "other parameters"?
