@@ -20,6 +20,8 @@
 # * name the rows of batch 12,345 without drawing those before it;
 # * compare models that use different tokenizers, in bits per byte.
 #
+# The way: text → tokens (sections 1 to 3) → a file of numbers (4) → rows (5) → a first loss (6) → an order of batches (7) → a fair measure, bits per byte (8).
+#
 # About 20 minutes to read, 1 minute to run. Any CPU, no GPU, no Drive. Works offline; online it also fetches SmolLM2's own tokenizer (2 MB).
 #
 # Each `?` asks you to guess first: type a number in place of `None` and run that cell again. Each `✔` is a check: the largest difference between
@@ -54,13 +56,8 @@ from smollm2 import colab
 colab.install_missing(REPO / "requirements.txt")
 report = colab.doctor()
 
-# %% [markdown] id="imports-text"
-# The text is `input.txt`: about 1,100 short pieces (stories, explanations, dialogues, some verse), with a line `<|endoftext|>` between two of them. The last tenth
-# is **held out**: nothing that learns here, not even the tokenizer, ever sees it. It is the end of the file, not lines from everywhere, so that no piece but the one at the
-# cut lies on both sides. Choosing is learning, too: settings that are tried until the held-out figure is lowest fit that text a little, and the figure flatters. **nano** is the project's small model, a SmolLM2 that a laptop can train;
-# its settings (vocabulary, row length, batch) are the numbers used below.
-
-# %% id="imports"
+# %% cellView="form" id="imports" tags=["setup"]
+# @title Imports { display-mode: "form" }
 import json
 import math
 import time
@@ -80,9 +77,21 @@ from smollm2.notebook import data_plots, lesson
 from smollm2.text import documents, read_split, split_bytes
 from smollm2.tokenizer import END_OF_TEXT, SMOLLM2_TOKENIZER, load_tokenizer
 
+# %% [markdown] id="text"
+# ## The text, and what is held out
+#
+# The text is `input.txt`: about 1,100 short pieces (stories, explanations, dialogues, some verse), with a line `<|endoftext|>` between two of them. The last tenth is
+# **held out**: nothing that learns here, not even the tokenizer, ever sees it. So it can tell later what was learned and what is only known by heart.
+#
+# It is the end of the file, not lines from everywhere, so that no piece but the one at the cut lies on both sides. (Choosing is learning, too: settings that are tried
+# until the held-out figure is lowest fit that text a little, and the figure flatters.)
+#
+# **nano** is the project's small model, a SmolLM2 that a laptop can train. Its settings (vocabulary, row length, batch) are the numbers used below.
+
+# %% id="text-code" tags=["lesson"]
 TEXT = REPO / "input.txt"
 NANO = load_config("nano")
-pieces = [text for text, _ in documents(read_split(TEXT, "train"))]
+pieces = [piece for piece, _ in documents(read_split(TEXT, "train"))]
 held_out = "".join(read_split(TEXT, "val"))
 print(f"{len(pieces):,} pieces to learn from. The first begins: {pieces[0][:60]!r}")
 
@@ -96,9 +105,13 @@ lesson.check("the held-out share is a tenth", share - NANO.data.held_out_fractio
 # %% [markdown] id="token"
 # ## 1 · A token you can see
 #
-# The network multiplies numbers; it cannot read. One number per *letter* makes rows long, one per *word* leaves no number for a word it never met.
+# > *Way:* text → **tokens** → file → rows → loss
+#
+# The network multiplies numbers; it cannot read. One number per *letter* makes rows long. One per *word* leaves no number for a word it never met.
 # A **token** is the compromise: frequent letter sequences get a number of their own, rare words are spelt in pieces. Which sequences are frequent is
-# learned from the text. Into how many tokens will the sentence in the next cell fall?
+# learned from the text, by the **tokenizer**; all that it has a number for is its **vocabulary**.
+#
+# Into how many tokens will the sentence in the next cell fall?
 
 # %% id="token-train" tags=["lesson"]
 tokenizer = Tokenizer.train(pieces, NANO.data.tokenizer_vocab_size)
@@ -161,9 +174,15 @@ widgets.explore(
 # %% [markdown] id="bpe"
 # ## 2 · Train a tokenizer yourself
 #
-# **[Byte-pair encoding](https://arxiv.org/abs/1508.07909)** (BPE) needs two steps, repeated: find the pair of neighbours that occurs most often, and make it one new entry; this is a **merge**.
-# Of equally frequent pairs, the one with the oldest entries wins; letters are numbered by the alphabet. Take *low* (5 times), *lower* (2), *slow* (1) and
-# *newest* (4). `l o` and `o w` both occur eight times: which is merged first, and what does the second merge see?
+# > *Way:* text → **tokens: who learns them?** → file → rows → loss
+#
+# **[Byte-pair encoding](https://arxiv.org/abs/1508.07909)** (BPE) repeats two steps:
+# 1. find the pair of neighbours that occurs most often;
+# 2. make it one new entry. This is a **merge**.
+#
+# Of equally frequent pairs, the one with the oldest entries wins; letters are numbered by the alphabet.
+#
+# Take *low* (5 times), *lower* (2), *slow* (1) and *newest* (4). `l o` and `o w` both occur eight times: which is merged first, and what does the second merge see?
 
 
 # %% id="bpe-code" tags=["lesson"]
@@ -173,65 +192,82 @@ def best_pair(words, number):
     for word, times in words.items():
         for pair in pairwise(word):
             counts[pair] += times
-    return min(counts, key=lambda pair: (-counts[pair], number[pair[0]], number[pair[1]]))
+
+    def rank(pair):
+        return -counts[pair], number[pair[0]], number[pair[1]]
+
+    return min(counts, key=rank)
 
 
 def merge(word, pair):
     """The word with every occurrence of `pair`, from the left, replaced by its union."""
-    out = list(word)
-    for i in range(len(out) - 1):
-        if i < len(out) - 1 and (out[i], out[i + 1]) == pair:
-            out[i : i + 2] = [out[i] + out[i + 1]]
+    out = []
+    for entry in word:
+        if out and (out[-1], entry) == pair:
+            out[-1] += entry
+        else:
+            out.append(entry)
     return tuple(out)
 
 
 # %% id="bpe-tiny" tags=["lesson"]
 words = {tuple("low"): 5, tuple("lower"): 2, tuple("slow"): 1, tuple("newest"): 4}
-number = {letter: n for n, letter in enumerate(sorted({c for word in words for c in word}))}
+number = {letter: n for n, letter in enumerate("elnorstw")}  # the oldest entries
 for _ in range(4):
     pair = best_pair(words, number)
     words = {merge(word, pair): times for word, times in words.items()}
-    number["".join(pair)] = len(number)
+    number["".join(pair)] = len(number)  # the new entry
     print(f"merge {pair[0]!r} + {pair[1]!r}:", "  ".join(" ".join(word) for word in words))
 
 # %% [markdown] id="bpe-real-text"
-# The same two functions on real text. It is first cut into words, digits and signs, for no merge may cross from one into the next. A blank stays with the
+# `l o` came first, as the older pair; after it, `o w` is gone, and the second merge sees `lo w`.
+#
+# **The same two functions on real text.** It is first cut into words, digits and signs, for no merge may cross from one into the next. A blank stays with the
 # word after it and is written `Ġ`: here every byte needs a sign that can be seen. The package lets the `tokenizers` library do this, in Rust. Do both
-# learn the same merges, in the same order? (To **encode** a new text, cut it in the same way, spell each word in bytes, and apply the learned merges in the order in which
+# learn the same merges, in the same order?
+#
+# (To **encode** a new text, cut it in the same way, spell each word in bytes, and apply the learned merges in the order in which
 # they were learned. Nothing is counted any more; what no merge joins stays as it is.)
 
-# %% id="bpe-real" tags=["check"]
+# %% cellView="form" id="bpe-cut" tags=["lesson"]
+# @title Cut 150 pieces into words, as the library does { display-mode: "form" }
 sample = "".join(pieces[:150])  # enough for 40 merges
 digits = pre_tokenizers.Digits(individual_digits=True)
 cut = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
 counts = Counter(word for word, _ in cut.pre_tokenize_str(sample))
+print(f"{len(counts):,} words; the most frequent:", counts.most_common(5))
+
+# %% id="bpe-real" tags=["check"]
 words = {tuple(word): times for word, times in counts.items()}
-alphabet = [END_OF_TEXT, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+alphabet = [END_OF_TEXT, *sorted(pre_tokenizers.ByteLevel.alphabet())]  # and all 256 bytes
 number = {entry: n for n, entry in enumerate(alphabet)}
 mine = []
 for _ in range(40):
-    mine.append(best_pair(words, number))
-    words = {merge(word, mine[-1]): times for word, times in words.items()}
-    number["".join(mine[-1])] = len(number)
+    pair = best_pair(words, number)
+    words = {merge(word, pair): times for word, times in words.items()}
+    number["".join(pair)] = len(number)
+    mine.append(list(pair))
 print("the first merges:", "  ".join("".join(pair) for pair in mine[:16]))
 
 library = json.loads(Tokenizer.train([sample], len(number)).raw)["model"]["merges"]
-differing = sum(tuple(theirs) != ours for theirs, ours in zip(library, mine, strict=True))
 likely = "another rule for equally frequent pairs"
-lesson.check("40 merges learned here equal the library's, in order", differing, likely=likely)
+lesson.true("40 merges learned here equal the library's, in order", mine == library, likely)
 
 # %% [markdown] id="bpe-real-text-exercise"
-# **✎ Exercise**: rewrite `best_pair` so that of equally frequent pairs the *last* one wins, and run section 2 again. How many of the 40 merges differ from the library's? How
+# **✎ Exercise**: rewrite `rank` so that of equally frequent pairs the *last* one wins, and run section 2 again. How many of the 40 merges differ from the library's? How
 # many with `pieces[:10]` in place of `pieces[:150]`?
 #
 # <details><summary>Solution</summary>
 #
-# The key becomes `(-counts[pair], -number[pair[0]], -number[pair[1]])`. With 150 pieces none of the 40 differs: frequent pairs hardly ever tie. With 10
-# pieces counts are small, some tie, and the check fails: about ten merges stand at another place. So a rule that rarely matters still has to be the same.
+# It returns `-counts[pair], -number[pair[0]], -number[pair[1]]`, and `sum(a != b for a, b in zip(mine, library))` counts. With 150 pieces none of the 40 differs: frequent
+# pairs hardly ever tie. With 10 pieces counts are small, some tie, and the check fails: about ten merges stand at another place. So a rule that rarely matters still has
+# to be the same.
 # </details>
 
 # %% [markdown] id="size"
 # ## 3 · How many entries?
+#
+# > *Way:* text → **tokens: how many kinds?** → file → rows → loss
 #
 # More entries, fewer tokens: the network reads the same text in fewer positions. But every entry needs a row in the embedding, and a rare entry is seen
 # too seldom to be learned. The step from 257 to 512 entries halves the number of tokens. What does the step from 4,096 to 8,192 bring?
@@ -285,6 +321,8 @@ except UserError as error:
 # %% [markdown] id="disk"
 # ## 4 · Tokens on disk
 #
+# > *Way:* text → tokens → **file** → rows → loss
+#
 # Tokenising during training would waste time and make the order of batches hard to repeat. So it is done once: all ids go, one after the other, into a
 # flat file of 16-bit numbers. Training maps that file into memory, so that only the rows it asks for are read. How large is it, compared with the text?
 
@@ -315,6 +353,8 @@ print(f"tokenised {speed / 1e6:.1f} MB a second: 1 TB of web text would take {da
 # %% [markdown] id="rows"
 # ## 5 · Rows, packed and shifted
 #
+# > *Way:* text → tokens → file → **rows** → loss
+#
 # Every row is a window of T + 1 tokens. The first T are the **inputs**, the last T the **targets**: at each position the model must say the next token. So
 # one row with T = 128 holds 128 exercises. Tiny numbers first: what is the target of the first position?
 
@@ -325,14 +365,22 @@ print("inputs ", inputs)
 print("targets", targets)
 
 # %% [markdown] id="rows-real-text"
-# Now real rows. A shift by zero is the classic mistake: the model would copy its input, reach a loss near 0 and write nonsense. The second check would
-# notice; to prove it, the last line plants that mistake.
+# Now real rows: B of them make a **batch**. Read the two printed lines: the second is the first, one token later.
+#
+# A shift by zero is the classic mistake: the model would copy its input, reach a loss near 0 and write nonsense. The folded checks would
+# notice; to prove it, the last one plants that mistake.
 
-# %% id="rows-check" tags=["check"]
+# %% id="rows-code" tags=["lesson"]
 T, B = NANO.data.sequence_length, NANO.train.batch_size
-order = BatchOrder(len(tokens.train.tokens), T, B, seed=NANO.train.seed)
+order = BatchOrder(len(tokens.train.tokens), T, B, seed=NANO.train.seed)  # section 7
 batch = BatchStream(tokens.train.tokens, order, position=0).batch(0)  # (B, T + 1)
-inputs, targets = batch[:, :-1], batch[:, 1:]
+inputs, targets = batch[:, :-1], batch[:, 1:]  # (B, T) each
+for name, rows in ("inputs ", inputs), ("targets", targets):
+    words = [tokenizer.decode([i]) for i in rows[0, :8].tolist()]
+    print(name, tuple(rows.shape), "the first row begins:", words)
+
+# %% cellView="form" id="rows-check" tags=["check"]
+# @title Check: windows of the file, shifted by one { display-mode: "form" }
 flat = np.stack([tokens.train.tokens[s : s + T + 1] for s in order.starts(0)]).astype(np.int64)
 lesson.check(f"{B} rows of {T} + 1 tokens are windows of the flat file", batch.numpy() - flat)
 likely = "shifted by zero or by two"
@@ -363,9 +411,9 @@ fig = data_plots.flow(
 plots.show(fig, f"{alt}. The targets go past the model to the loss.")
 
 # %% [markdown] id="pack"
-# Pieces differ in length, rows do not. **Padding** would give each piece a row of its own and fill it up with a token that teaches nothing. **Packing** lets
-# the pieces follow each other, with `<|endoftext|>` between them. (Attention may look across the border; that token is the only sign of something new, and
-# the model learns to heed it.) How much would padding waste here?
+# **Padding or packing?** Pieces differ in length, rows do not. **Padding** would give each piece a row of its own and fill it up with a token that teaches nothing.
+# **Packing** lets the pieces follow each other, with `<|endoftext|>` between them. (Attention may look across the border; that token is the only sign of something
+# new, and the model learns to heed it.) How much would padding waste here?
 
 # %% id="pack-code" tags=["lesson"]
 lengths = [len(ids) + 1 for ids in tokenizer.encode_batch(pieces)]  # + 1: its <|endoftext|>
@@ -415,10 +463,16 @@ plots.show(fig, alt + f"Packed, they fill {rows} rows of {row}, a black edge bet
 # %% [markdown] id="first"
 # ## 6 · The first loss, before the first step
 #
-# The loss of a token is −ln p, where p is the chance that the model gave it; its unit, for the natural logarithm, is the **nat**. A model that has learned
-# nothing should give each of the V entries the same chance, 1/V. Its loss, $-\ln(1/V) = \ln V$, is known in advance; a start far from it means a bug.
-# SmolLM2 has V = 49,152. What is ln V? The loss of a batch is the mean over its tokens: the cell after the guess makes it in three steps. Papers often print
-# the **perplexity**, e to the loss: the model is as unsure as if so many tokens were equally likely.
+# > *Way:* text → tokens → file → rows → **loss**
+#
+# The loss of a token is −ln p, where p is the chance that the model gave it; its unit, for the natural logarithm, is the **nat**. The loss of a batch is the mean over its
+# tokens.
+#
+# A model that has learned nothing should give each of the V entries the same chance, 1/V. Its loss, $-\ln(1/V) = \ln V$, is known in advance; a start far from it means a
+# bug. SmolLM2 has V = 49,152. What is ln V?
+#
+# The cell after the guess makes the loss in three steps. It also prints the **perplexity**, e to the loss, which papers like: the model is as unsure as if so many
+# tokens were equally likely.
 
 # %% cellView="form" id="first-predict" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
@@ -442,9 +496,11 @@ print(f"untrained nano model, V = {V:,}: ln V = {math.log(V):.3f}, measured {los
 print(f"perplexity {loss.exp():,.0f}: as unsure as among so many equally likely tokens")
 
 # %% [markdown] id="first-why"
-# Close, yet too high, and so for every seed. A fresh network is not quite uniform: its logits z are small random numbers with variance σ², and for normal
-# numbers $\ln \sum e^{z}$ is larger than ln V by **σ²/2**. How large is σ? The last norm makes each hidden vector as long as √width; the embedding, which is also
-# the output, is drawn with the standard deviation *init* (1/24 here); so σ = init · √width. Does this finer prediction hold for other vocabularies?
+# Close, yet too high, and so for every seed. Why? A fresh network is not quite uniform: its logits z are small random numbers.
+# * If they are normal with variance σ², then $\ln \sum e^{z}$ is larger than ln V by **σ²/2**.
+# * The last norm makes each hidden vector as long as √width. The embedding, which is also the output, is drawn with the standard deviation *init* (1/24 here). So σ = init · √width.
+#
+# Does this finer prediction hold for other vocabularies?
 
 
 # %% id="first-sizes" tags=["lesson"]
@@ -490,6 +546,8 @@ plots.show(fig, alt + f"{measured[-1]:.2f} at width {small}, {smol[0]:.2f} at {l
 # %% [markdown] id="order"
 # ## 7 · The order of batches is a function
 #
+# > *Way:* text → tokens → file → **rows: which, when?** → loss
+#
 # Most training loops shuffle with a stateful loader: to know batch 12,345 you must draw all those before it, and after a crash you hope. Here the rows of
 # batch *n* (counted from 0) are a **pure function of (seed, n)**. A run that died after 5,000 steps asks for batch 5,000 and goes on. An **epoch** is one
 # walk through the whole text; each has an order of its own.
@@ -500,7 +558,8 @@ again = BatchOrder(len(train), T, B, seed=NANO.train.seed)
 print("the rows of batch 12,345 begin at tokens", *again.starts(12345)[:5], "...")
 print(f"one epoch has {order.rows_per_epoch:,} rows of {T} tokens; a batch has {B}")
 
-# %% id="order-check" tags=["check"]
+# %% cellView="form" id="order-check" tags=["check"]
+# @title Check: backwards, once each, in two halves { display-mode: "form" }
 walked = [BatchOrder(len(train), T, B, NANO.train.seed).starts(n) for n in range(40)]
 asked = np.array([again.starts(n) for n in reversed(range(40))][::-1])
 lesson.check("batches 39, 38, ... asked backwards are those walked forwards", asked - walked)
@@ -550,11 +609,14 @@ plots.show(fig, alt + "epoch 2 has another order than epoch 1.")
 # %% [markdown] id="bpb"
 # ## 8 · Bits per byte
 #
-# Loss is counted per *token*, and tokens differ: longer tokens mean fewer, harder guesses. So the losses of two tokenizers cannot be compared. Bits per
-# **byte** can: all nats of a text, divided by ln 2 (that makes bits), divided by its bytes. (Perplexity is counted per token, too: it cannot.) A byte has 8
-# bits; how many does the untrained model need?
+# > *Way:* text → tokens → file → rows → **loss: of what?**
+#
+# Loss is counted per *token*, and tokens differ: longer tokens mean fewer, harder guesses. So the losses, and the perplexities, of two tokenizers cannot be compared.
+# Bits per **byte** can: all nats of a text, divided by ln 2 (that makes bits), divided by its bytes.
 #
 # $$\text{bits per byte} = \frac{\text{nats of all tokens}}{\ln 2 \cdot \text{bytes of the text}}$$
+#
+# A byte has 8 bits; how many does the untrained model need?
 
 # %% id="bpb-check" tags=["check"]
 part = tokens.val.tokens[:1024].astype(np.int64)
@@ -627,6 +689,8 @@ plots.show(fig, alt + f"to {bits:.2f}; gzip: {packed['gzip -9']:.2f}.")
 
 # %% [markdown] id="self-test"
 # ## What you can now explain
+#
+# You can follow a text all the way: cut into tokens, stored once, read as shifted rows in an order that needs no memory, and scored so that tokenizers can be compared.
 #
 # <details><summary>Why does "unbelievably" become several tokens and "the" one?</summary>Merges are learned from frequency: " the" is one
 # of the first, " t" + "he"; the rare word never earned an entry of its own.</details>
