@@ -18,6 +18,9 @@
 # * check that a KV cache changes no token, and draw what it saves;
 # * see where a head looks, what the model would say after each block, and how your own run learned to write.
 #
+# The way: your model (section 1) → scores, chances, a choice: it writes (2 to 4) → the same chances read a text (5) → writing, made fast (6) → inside: heads and blocks (7)
+# → your run through time (8).
+#
 # **Time** about 35 minutes to read; to run, 1 minute with a run of yours, 1 to 2 more on a CPU without one · **hardware** T4 or any CPU ·
 # **network** only for the official model of section 8; offline the comparison is with your own untrained model.
 #
@@ -53,7 +56,8 @@ from smollm2 import colab
 colab.install_missing(REPO / "requirements.txt")
 report = colab.doctor()
 
-# %% id="imports" tags=["setup"]
+# %% cellView="form" id="imports" tags=["setup"]
+# @title Imports { display-mode: "form" }
 import math
 import time
 from itertools import pairwise
@@ -72,7 +76,7 @@ from smollm2.notebook.inspect_model import logit_lens, look_inside, token_probab
 from smollm2.notebook.own_run import own_run
 from smollm2.origin import recorded
 from smollm2.pretrained import load_model_and_tokenizer
-from smollm2.sampling import complete, next_token_probabilities, prompt_ids, stream
+from smollm2.sampling import complete, next_token_probabilities, prompt_ids
 from smollm2.text import SEPARATOR, documents, read_split
 from smollm2.token_text import percent, piece
 
@@ -82,6 +86,8 @@ lesson.quiet()
 
 # %% [markdown] id="your-run"
 # ## 1 · Your run
+#
+# > *Way:* **your run** → scores → filters → play → read → cache → inside → through time
 #
 # This notebook looks at a model that *you* trained: the newest run in the folder `output`, as notebook 4 leaves it, or on your
 # Google Drive, if an earlier machine copied it there (Colab asks for permission). Where there is no run, a small one is trained now: 300 steps,
@@ -104,15 +110,20 @@ print(f"{layers} layers, {heads} heads, vocabulary {config.vocab_size:,}, {count
 # %% [markdown] id="scores"
 # ## 2 · From scores to a choice
 #
-# A model does not write. It gives each token of its vocabulary a score (a **logit**), and something else must choose. Softmax makes
-# probabilities of the scores: e to the power of each, divided by their sum. Dividing the scores by a **temperature** T first makes the choice flatter, more varied
-# (T above 1) or safer (T below 1). Take five tokens: what does T = 0.5 do to the best?
+# > *Way:* your run → **scores** → filters → play → read → cache → inside → through time
+#
+# A model does not write. It gives each token of its vocabulary a score (a **logit**), and something else must choose.
+# 1. Divide the scores by a **temperature** T: above 1 makes the choice flatter and more varied, below 1 safer.
+# 2. **Softmax** makes probabilities of them: e to the power of each, divided by their sum.
+# 3. Draw one token by these probabilities.
+#
+# Take five tokens: what does T = 0.5 do to the best?
 
 # %% id="temperature-numbers" tags=["lesson"]
 five = torch.tensor([2.0, 1.0, 0.5, 0.0, -2.0])
 for temperature in (0.5, 1.0, 2.0):
-    chances = (five / temperature).softmax(-1).tolist()
-    print(f"T = {temperature}: ", "".join(f"{percent(chance):>9}" for chance in chances))
+    chances = (five / temperature).softmax(-1)
+    print(f"T = {temperature}: ", "  ".join(f"{chance:6.1%}" for chance in chances.tolist()))
 
 # %% cellView="form" id="predict-temperature" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
@@ -126,7 +137,7 @@ lesson.predict(
 )  # fmt: skip
 
 # %% id="logits" tags=["lesson"]
-ids = torch.tensor([prompt_ids(model, tokenizer, PROMPT)], device=model.device)
+ids = torch.tensor([prompt_ids(model, tokenizer, PROMPT)], device=model.device)  # (1, T)
 with torch.inference_mode():
     logits = model(ids)[0, -1]  # (V,) scores of the token after the prompt
 print(f"after '{PROMPT}': {len(logits):,} scores from {logits.min():.1f} to {logits.max():.1f}")
@@ -159,21 +170,29 @@ plots.show(fig, alt + f"{', '.join(best)}; the lower T, the thinner the tail.")
 # %% [markdown] id="filters"
 # ## 3 · Cut the tail: top-k, top-p, min-p
 #
+# > *Way:* your run → scores → **filters** → play → read → cache → inside → through time
+#
 # Each unlikely token is rare, but there are thousands, and one bad choice spoils the rest of the text. So we cut, and share the probability of what is
-# cut among the rest. **top-k** keeps the k likeliest tokens. [**top-p**](https://arxiv.org/abs/1904.09751) goes down from the likeliest until their sum reaches p. [**min-p**](https://arxiv.org/abs/2407.01082) keeps each token
-# with at least min-p times the probability of the likeliest. Which of them keeps fewer tokens where the model is sure?
+# cut among the rest. Three rules for what stays:
+# * **top-k**: the k likeliest tokens;
+# * [**top-p**](https://arxiv.org/abs/1904.09751): from the likeliest down, until their sum reaches p;
+# * [**min-p**](https://arxiv.org/abs/2407.01082): each token with at least min-p times the probability of the likeliest.
+#
+# Which of them keeps fewer tokens where the model is sure?
 
 
 # %% id="filters-code" tags=["lesson"]
-def keep_top_k(p, k):  # p (V,) -> which tokens stay
-    return p >= p.sort(descending=True).values[min(k, len(p)) - 1]
+def keep_top_k(p, k):
+    """p (V,) probabilities -> (V,): True where a token stays."""
+    ordered = p.sort(descending=True).values
+    return p >= ordered[min(k, len(p)) - 1]
 
 
 def keep_top_p(p, limit):
-    order = p.argsort(descending=True, stable=True)
-    before = p[order].cumsum(-1) - p[order]  # the probability of everything likelier
+    ordered, order = p.sort(descending=True, stable=True)  # order: which token stands there
+    likelier = ordered.cumsum(-1) - ordered  # the sum of everything likelier
     keep = torch.zeros_like(p, dtype=torch.bool)
-    keep[order[before < limit]] = True
+    keep[order[likelier < limit]] = True
     return keep
 
 
@@ -193,7 +212,8 @@ lesson.predict(
 )  # fmt: skip
 
 
-# %% id="filters-beside" tags=["lesson"]
+# %% cellView="form" id="filters-beside" tags=["lesson"]
+# @title Three filters on the same random scores { display-mode: "form" }
 def differences(name, keep, value, warper):
     """What our filter, the package's and transformers' make of 50 random distributions."""
     for row in 3 * torch.randn(50, 1000, generator=torch.Generator().manual_seed(1)):
@@ -202,7 +222,8 @@ def differences(name, keep, value, warper):
         yield mine - warper(value)(None, row[None])[0].softmax(-1)
 
 
-# %% id="filters-check" tags=["check"]
+# %% cellView="form" id="filters-check" tags=["check"]
+# @title Check: each filter equals the package's and transformers' { display-mode: "form" }
 filters = (
     ("top_k", keep_top_k, 20, logits_process.TopKLogitsWarper),
     ("top_p", keep_top_p, 0.8, logits_process.TopPLogitsWarper),
@@ -213,15 +234,20 @@ for name, *rest in filters:
     off = torch.stack(list(differences(name, *rest)))
     lesson.check(f"{name} equals the package's and transformers'", off, 1e-6, likely)
 
+# %% [markdown] id="write"
+# Now everything is there: read the ids, take the last scores, divide, softmax, cut, draw, append, and again. This loop is all of writing.
+
 
 # %% id="write-code" tags=["lesson"]
 @torch.inference_mode()
 def write(ids, new, temperature=0.8, p=0.9):
-    """The whole of writing: predict, cut, draw one token, append it, again."""
+    """ids (1, T) -> (1, T + new)."""
     for _ in range(new):
-        chances = (model(ids)[0, -1].float() / temperature).softmax(-1)
-        chances = chances * keep_top_p(chances, p)
-        ids = torch.cat((ids, chances.multinomial(1)[None]), dim=1)
+        scores = model(ids)[0, -1].float()  # (V,) of the next token
+        chances = (scores / temperature).softmax(-1)
+        chances = chances * keep_top_p(chances, p)  # 0 where it is cut
+        drawn = chances.multinomial(1)  # makes the rest sum to 1 by itself
+        ids = torch.cat((ids, drawn[None]), dim=1)
     return ids
 
 
@@ -259,9 +285,13 @@ plots.show(fig, alt)
 # %% [markdown] id="sampler"
 # ## 4 · Play
 #
+# > *Way:* your run → scores → filters → **play** → read → cache → inside → through time
+#
 # **Write** streams text; the same seed with more new tokens goes on from there. Every setting moves the bars at once. Grey bars are what the model believes,
-# blue ones what the next token is drawn from. The darker a word, the less likely the model itself found it. Try temperature 0 (greedy: always the likeliest),
-# then 1.5, then 1.5 with min-p 0.1. What is the price of each? To stop early, interrupt (■ in Jupyter, *Runtime → Interrupt execution* in Colab): the text stays.
+# blue ones what the next token is drawn from. The darker a word, the less likely the model itself found it.
+#
+# Try temperature 0 (greedy: always the likeliest), then 1.5, then 1.5 with min-p 0.1. What is the price of each? To stop early, interrupt (■ in Jupyter,
+# *Runtime → Interrupt execution* in Colab): the text stays.
 
 # %% cellView="form" id="sampler-widget" tags=["widget", "figure"]
 # @title Try it: play { display-mode: "form" }
@@ -287,7 +317,9 @@ lesson.true("a tiny temperature is greedy", nearly == greedy)
 # %% [markdown] id="surprise"
 # ## 5 · What surprises the model
 #
-# The same probabilities can read a text instead of writing one. Below is a piece of the **held-out** text, the end of `input.txt` that *your* training did not see;
+# > *Way:* your run → scores → filters → play → **read** → cache → inside → through time
+#
+# So far the probabilities wrote a text. They can read one as well. Below is a piece of the **held-out** text, the end of `input.txt` that *your* training did not see;
 # each token has the colour of the probability it got. Where is it darker: where a word begins, or where it goes on?
 
 # %% cellView="form" id="surprise-view" tags=["figure"]
@@ -304,7 +336,8 @@ with torch.inference_mode():
 off = -chances.log().mean() - loss
 lesson.check("the mean of -log(probability) is the training loss", off, 1e-4)
 
-# %% id="surprise-words" tags=["lesson"]
+# %% cellView="form" id="surprise-words" tags=["lesson"]
+# @title Measured: where words begin, and where they go on { display-mode: "form" }
 words = [piece(tokenizer, i) for i in read[0].tolist()]
 begins, goes_on = [], []  # numbers of the tokens that begin a word, or go on with one
 for i, (before, word) in enumerate(pairwise(words)):
@@ -321,9 +354,13 @@ print("hardest:", ", ".join(f"'{words[i + 1]}' (1 in {1 / chances[i]:,.0f})" for
 # %% [markdown] id="cache"
 # ## 6 · The KV cache: read everything once
 #
-# To choose token 101, attention compares the query of token 100 with the keys of tokens 1 to 100, and mixes their values. All but the last of these keys and
-# values were computed before, to choose token 100, and nothing changes them, for the mask hides later tokens. Keep them, and each step reads **one** new token instead of all. But is
-# the answer still the same? The price is memory (notebook 2, section 6). Below the checks, a picture goes through it step by step.
+# > *Way:* your run → scores → filters → play → read → **cache** → inside → through time
+#
+# `write` reads the whole text again for each new token. To choose token 101, attention compares the query of token 100 with the keys of tokens 1 to 100, and mixes their values.
+# All but the last of these keys and values were computed before, and nothing changes them, for the mask hides later tokens. Keep them, and each step reads **one**
+# new token instead of all. The price is memory (notebook 2, section 6).
+#
+# But is the answer still the same? `greedily` does both: with a cache it reads only the newest token, without one everything.
 
 # %% cellView="form" id="predict-cache" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
@@ -337,18 +374,29 @@ lesson.predict(
     "109. Without it the work grows with the square of the length.",
 )  # fmt: skip
 
-# %% id="cache-check" tags=["check"]
-new = 40
-steps = {
-    use: list(stream(model, ids, new, stop_ids=(), use_cache=use)) for use in (True, False)
-}
-written, again = (torch.stack([token for token, _ in each]) for each in steps.values())
-scores, others = (torch.stack([row for _, row in each]) for each in steps.values())
-likely = "do the new token's RoPE angles start at its real position?"
-off = scores.softmax(-1) - others.softmax(-1)
-lesson.check("every probability is the same with and without cache", off, 1e-4, likely)
-lesson.check(f"and so are the {new} greedy tokens", written - again, 0, likely)
 
+# %% id="cache-loop" tags=["lesson"]
+@torch.inference_mode()
+def greedily(ids, new, cached):
+    """The `new` likeliest tokens after ids (1, T), one by one, and the chances of each step."""
+    cache = model.new_cache(1, ids.shape[1] + new) if cached else None
+    read, tokens, chances = ids, [], []
+    for _ in range(new):
+        scores = model(read, cache)[0, -1].float()  # (V,)
+        best = scores.argmax().view(1, 1)
+        ids = torch.cat((ids, best), dim=1)
+        read = best if cached else ids
+        tokens.append(best)
+        chances.append(scores.softmax(-1))
+    return torch.cat(tokens), torch.stack(chances)  # (new, 1), (new, V)
+
+
+# %% id="cache-check" tags=["check"]
+written, kept_chances = greedily(ids, 40, cached=True)
+again, all_chances = greedily(ids, 40, cached=False)
+off, likely = kept_chances - all_chances, "do RoPE's angles start at the token's real position?"
+lesson.check("every probability is the same with and without cache", off, 1e-4, likely)
+lesson.check("and so are the 40 greedy tokens", written - again, 0, likely)
 
 # %% cellView="form" id="cache-steps" tags=["widget", "figure"]
 # @title Try it: the cache, step by step { display-mode: "form" }
@@ -386,7 +434,8 @@ def cache_step(step):
 widgets.explore(cache_step, step=widgets.slider("step", 0, 7, 4))
 
 
-# %% id="cache-code" tags=["lesson"]
+# %% cellView="form" id="cache-code" tags=["lesson"]
+# @title Measure one more token { display-mode: "form" }
 @torch.inference_mode()
 def milliseconds(length, use_cache, repeats=5):
     """The time of one more token behind `length`; the fastest try, as other work disturbs."""
@@ -424,9 +473,12 @@ plots.show(fig, alt + f"with the cache, {ratio:.1f} times that without.")
 # %% [markdown] id="attention"
 # ## 7 · Look inside
 #
-# Attention is the one place where positions talk. The fast kernel (PyTorch's `scaled_dot_product_attention`) never shows its probabilities, so
-# `smollm2.notebook.inspect_model` computes them again beside it, from the same weights. First: is what we look at really what the model does? Then move the
-# sliders: each row is a token, and shows how its attention is spread over the tokens before it. Which head reads the token just before?
+# > *Way:* your run → scores → filters → play → read → cache → **inside** → through time
+#
+# **Heads.** Attention is the one place where positions talk. The fast kernel (PyTorch's `scaled_dot_product_attention`) never shows its probabilities, so
+# `smollm2.notebook.inspect_model` computes them again beside it, from the same weights. First: is what we look at really what the model does?
+#
+# Then move the sliders: each row is a token, and shows how its attention is spread over the tokens before it. Which head reads the token just before?
 
 # %% id="attention-check" tags=["check"]
 look = "The king opened the door, and the king"
@@ -477,11 +529,14 @@ widgets.explore(
 )
 
 # %% [markdown] id="habits"
-# Looking at heads one by one is fun and proves nothing. Measure instead: how much of its attention does each head spend on the token itself, on the one
-# just before, and on the very first? In many models the first gets most although it says nothing: a head with nothing to do must look *somewhere*, since
+# **Habits.** Looking at heads one by one is fun and proves nothing. Measure instead: how much of its attention does each head spend on the token itself, on the one
+# just before, and on the very first?
+#
+# In many models the first gets most although it says nothing: a head with nothing to do must look *somewhere*, since
 # its row sums to 1. This is called an [**attention sink**](https://arxiv.org/abs/2309.17453). Does yours have one?
 
-# %% id="habits-shares" tags=["lesson"]
+# %% cellView="form" id="habits-shares" tags=["lesson"]
+# @title Measure the habits of every head { display-mode: "form" }
 rows = attention[:, 0, :, 2:].cpu()  # (L, H, T - 2, T): those with two tokens before them
 at = torch.arange(2, len(names))
 columns = {"itself": at, "the one before": at - 1, "the first": 0 * at}
@@ -507,12 +562,18 @@ alt = f"Mean attention of each head, by layer: {'; '.join(found)}. "
 plots.show(fig, alt + f"Spread evenly it would be {even:.0%} on each.")
 
 # %% [markdown] id="lens"
-# **The logit lens.** Every block adds to the same running vector, so the model's last step (norm, output matrix) can be applied after *any* block: what would
-# it say if it stopped there? First a check and your guess. In the figure each column is a position, each row a block; the word is the best guess so far,
-# the colour how sure it is. Row 0, the embedding alone, mostly repeats the token just read: the output matrix *is* the embedding (notebook 1). Where it shows
-# something odd, such as `a9`, a lone byte, that entry hardly occurs in the training text. A likely reason: training pushed its row away from every answer and never towards one,
-# so it grew long, and wins where a rarer token's own row is short. (Early blocks may also use directions that the output matrix was not made for: read the
+# **Blocks: the logit lens.** Every block adds to the same running vector, so the model's last step (norm, output matrix) can be applied after *any* block: what would
+# it say if it stopped there? First a check and your guess.
+#
+# In the figure each column is a position, each row a block; the word is the best guess so far, the colour how sure it is. Row 0, the embedding alone, mostly repeats
+# the token just read: the output matrix *is* the embedding (notebook 1). (Early blocks may also use directions that the output matrix was not made for: read the
 # first rows with care.)
+#
+# <details><summary>Go deeper: odd words in row 0, such as <code>a9</code>, a lone byte</summary>
+#
+# Such an entry hardly occurs in the training text. A likely reason: training pushed its row away from every answer and never towards one,
+# so it grew long, and wins where a rarer token's own row is short. The numbers below count them.
+# </details>
 
 # %% id="lens-check" tags=["check"]
 lens = logit_lens(model, inside.hidden)[:, 0].cpu()  # (L + 1, T, V)
@@ -584,9 +645,13 @@ plots.show(fig, alt + f"after '{names[-1]}', the model says {told}.")
 # %% [markdown] id="time"
 # ## 8 · Your run through time, and the official model
 #
+# > *Way:* your run → scores → filters → play → read → cache → inside → **through time**
+#
 # Every checkpoint is a whole model. Give each the same prompt and the same seed, and slide through your own run. A run keeps its newest checkpoints only,
-# but its log also holds what the earlier ones wrote. (**Bits per byte** is the sum of −log₂ of the probabilities of a text's tokens, divided by its bytes: less is better, and
-# models with different tokenizers can be compared. Notebooks 3 and 6 have more.) What comes first: spelling, words, or sense?
+# but its log also holds what the earlier ones wrote. What comes first: spelling, words, or sense?
+#
+# (**Bits per byte** is the sum of −log₂ of the probabilities of a text's tokens, divided by its bytes: less is better, and
+# models with different tokenizers can be compared. Notebooks 3 and 6 have more.)
 
 # %% id="time-code" tags=["lesson", "slow"]
 eight = held_out[1:9]
@@ -612,7 +677,8 @@ start = None if state.get("init_from") else SmolLM2(config)  # step 0: what the 
 moments = [moment(0, start)] if start else []
 moments += [moment(c.step, SmolLM2.from_pretrained(c.folder)) for c in checkpoints]
 
-# %% id="time-texts" tags=["lesson"]
+# %% cellView="form" id="time-texts" tags=["lesson"]
+# @title What it wrote at each step { display-mode: "form" }
 rows = {m["step"]: (f"{m['bits']:.2f} bits per byte", m["text"]) for m in moments}
 last = checkpoints[-1].folder
 for log in (last.parent.parent / "logs" / SAMPLES, last / SAMPLES):  # the second: on Drive
@@ -658,7 +724,8 @@ def one_moment(moment):
 last = len(moments) - 1
 widgets.explore(one_moment, moment=widgets.slider("moment of the run", 0, last, last))
 
-# %% id="official" tags=["slow", "lesson"]
+# %% cellView="form" id="official" tags=["slow", "lesson"]
+# @title Load the official model, or an early one of yours { display-mode: "form" }
 try:
     name = "HuggingFaceTB/SmolLM2-135M"
     other, other_tokenizer = load_model_and_tokenizer(name, device=model.device)
@@ -701,6 +768,8 @@ plots.show(fig, f"Bits per byte for one held-out passage: {told}.")
 
 # %% [markdown] id="self-test"
 # ## What you can now explain
+#
+# You can make a model write and say why it wrote this: the scores, the rule that cut them, the head that looked back, the block that decided.
 #
 # * Why does min-p keep many tokens at one place and two at another, although its setting is the same?
 # * Why may the cache be dropped at any moment without changing the text (but for rounding)?
