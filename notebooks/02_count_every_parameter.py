@@ -76,6 +76,8 @@ T4_GIB = 14.7  # what PyTorch can use of a T4's 16 GB
 # %% [markdown] id="guess"
 # ## 1 · Guess first
 #
+# > *Way:* **guess** → ledger → map → a wrong sum → what if? → KV cache → FLOPs → memory → a T4
+#
 # The name says 135M: 135 million parameters, the numbers that training changes. Is most of it the vocabulary, attention, or the MLPs? Guess before you count; a number
 # you have been wrong about is one you remember.
 #
@@ -101,6 +103,8 @@ lesson.predict(
 
 # %% [markdown] id="ledger"
 # ## 2 · The ledger
+#
+# > *Way:* guess → **ledger** → map → a wrong sum → what if? → KV cache → FLOPs → memory → a T4
 #
 # Every parameter sits in a matrix or in the gain of a norm (no layer has a bias). Here is the formula of each, in the order in which data passes.
 # A matrix with C inputs and n outputs has C · n numbers. The embedding comes first; the output matrix is the same tensor (*tied*), so it costs nothing more.
@@ -155,6 +159,8 @@ lesson.true("the output matrix is the embedding itself, not a copy", is_tied)
 
 # %% [markdown] id="map"
 # ## 3 · A map of the model
+#
+# > *Way:* guess → ledger → **map** → a wrong sum → what if? → KV cache → FLOPs → memory → a T4
 #
 # The ledger as a picture: every parameter has the same area. The column on the left is the vocabulary; each of the 30 thin rows is a block. Keys and
 # values, thanks to sharing, are slivers, and the norms cannot be seen at all: 1,152 numbers a block. What strikes you most?
@@ -211,6 +217,8 @@ lesson.check(
 # %% [markdown] id="wrong-sum"
 # ## 4 · A sum that is wrong, and what it tells
 #
+# > *Way:* guess → ledger → map → **a wrong sum** → what if? → KV cache → FLOPs → memory → a T4
+#
 # A student's README about a model of this very architecture (the one that this course grew out of) adds up the parts and gets **107,972,928**. The missing
 # fifth is then explained away as "other parameters". But a model has no other parameters. Divide what is missing by the number of layers before you guess.
 
@@ -239,6 +247,8 @@ lesson.check("one gate_proj and all of attention have the same size", C * M - at
 
 # %% [markdown] id="counterfactual"
 # ## 5 · What if?
+#
+# > *Way:* guess → ledger → map → a wrong sum → **what if?** → KV cache → FLOPs → memory → a T4
 #
 # Each design choice has a price in parameters. Move the controls:
 # * What does untying cost?
@@ -312,6 +322,8 @@ lesson.check("60 layers want a width of 432 (relative)", deep / total - 1, 0.05)
 # %% [markdown] id="kv-cache"
 # ## 6 · The KV cache: what a conversation weighs
 #
+# > *Way:* guess → ledger → map → a wrong sum → what if? → **KV cache** → FLOPs → memory → a T4
+#
 # From here on: what the parameters cost, first while the model writes. It keeps keys and values of every earlier token, in every layer: the **KV cache**. Weights are paid
 # once; this is paid per token and per user. It is the [real reason](https://arxiv.org/abs/1911.02150) for sharing heads: 9 → 3 saves 9 % of the parameters, but two thirds of the cache.
 
@@ -363,6 +375,8 @@ plots.show(fig, alt + "with 1; the weights, 257 MiB, are passed at 11,700.")
 # %% [markdown] id="flops"
 # ## 7 · FLOPs: how much arithmetic is a token?
 #
+# > *Way:* guess → ledger → map → a wrong sum → what if? → KV cache → **FLOPs** → memory → a T4
+#
 # A **FLOP** is one addition or multiplication of floating-point numbers. A matrix entry costs two a token, one of each. Training does it three times:
 # forward, for the gradient of the input, for the gradient of the weight. So [6 FLOPs a parameter](https://arxiv.org/abs/2001.08361) and token, plus
 # attention, which grows with the distance looked back.
@@ -406,6 +420,8 @@ plots.show(fig, alt + "512, 0.21 at 2,048 and 3.4 at 32,768 tokens.")
 
 # %% [markdown] id="memory"
 # ## 8 · Training memory: predict, then measure
+#
+# > *Way:* guess → ledger → map → a wrong sum → what if? → KV cache → FLOPs → **memory** → a T4
 #
 # Training holds four fp32 numbers (4 bytes each) for every parameter: the weight, its gradient (how the loss changes with it), and the two averages of the optimizer Adam
 # (notebook 4). That part does not depend on the batch. The rest are **activations**: numbers of the forward pass that the backward pass will need. Guess the fixed part
@@ -481,6 +497,8 @@ lesson.check("activations are what was predicted (relative)", predicted / measur
 
 # %% [markdown] id="t4"
 # ## 9 · What fits on a T4?
+#
+# > *Way:* guess → ledger → map → a wrong sum → what if? → KV cache → FLOPs → memory → **a T4**
 #
 # Colab's free GPU, the T4, has about 14.7 GiB to use. Sections 2 and 8 add up to a prediction: the fixed 16 bytes a parameter, plus activations for
 # each row of a **micro-batch**, the rows that go through the model at once.
