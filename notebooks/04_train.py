@@ -16,10 +16,13 @@
 # You will be able to
 #
 # * write a training loop: accumulation, clipping, AdamW, each equal to the library's; and tell in a minute whether one is sound;
-# * say which number format your GPU should compute in, and why;
 # * kill a run with no warning, resume it, and get the *same bits* as a run that was never killed (on a GPU with `train.deterministic`, which the drill sets;
 #   without it two runs drift apart slowly, from rounding);
-# * train SmolLM2-135M in two phases with one live panel, stop it, go on, and find every checkpoint with its hash.
+# * train SmolLM2-135M in two phases with one live panel, stop it, go on, and find every checkpoint with its hash;
+# * say which number format your GPU should compute in, and why.
+#
+# The way: choose (section 1) → loss (2) → one update (3) → loop (4) → learning rate (5) → kill and resume (6) → your run (7) → stop and lose it (8, 9) → what is
+# kept (10) → deeper: number formats (11).
 #
 # About 35 minutes to read. The run itself: about 3 minutes on two quiet CPU cores (the small `nano` model, on `input.txt`); on a GPU such as Colab's free T4
 # the 135M model, on children's stories of the Hub, for 20 minutes or as many as you say. Works offline, with or without Google Drive. **Runtime > Run all** is
@@ -57,7 +60,8 @@ from smollm2 import colab
 colab.install_missing(REPO / "requirements.txt")
 report = colab.doctor()
 
-# %% id="imports"
+# %% cellView="form" id="imports" tags=["setup"]
+# @title Imports { display-mode: "form" }
 import hashlib
 import math
 import shutil
@@ -87,14 +91,18 @@ from smollm2.report import draw_report
 from smollm2.sampling import complete
 from smollm2.text import documents, read_split
 
-SMOKE = colab.is_smoke()
+SMOKE = colab.is_smoke()  # the project's own quick test: all runs are shrunk
 device = choose_device()
 lesson.quiet()
 
 # %% [markdown] id="knobs-text"
-# ## 1 · Seven knobs
+# ## 1 · What to train, and where to keep it
 #
-# On a first visit change nothing and go on: sections 3 to 7 explain the words. Later, everything you may want to change:
+# > *Way:* **choose** → loss → update → loop → rate → kill → your run → stop → lose → keep → number formats
+#
+# **What.** On a first visit change nothing and go on: the sections below explain the words. Later, these seven knobs are all that you need.
+#
+# <details><summary>What each knob sets</summary>
 #
 # | knob | what it sets | left as it is |
 # |---|---|---|
@@ -104,8 +112,13 @@ lesson.quiet()
 # | STEPS, MORE_STEPS | a run has two phases, the second resumed from the first's file; one curve of the rate is planned for both | four fifths and one fifth of what the minutes, or the preset, give |
 # | PROMPT | the beginning that the samples go on from | "Once upon a time" |
 # | USE_DRIVE | whether checkpoints are copied to your Google Drive | yes, on Colab |
+# </details>
 #
-# Which model and which text will be chosen on this machine?
+# **Where.** A free runtime can vanish at any second, with its disk. So training writes to the local disk (fast), and copies every checkpoint to your Google Drive
+# if you allow it: each copied file is read back and compared. Colab asks for permission **now**, so that Run all can be left alone afterwards. Refused? The
+# run works all the same.
+#
+# Which model and which text will be chosen on this machine, and what does the banner say about *your* run?
 
 # %% cellView="form" id="knobs" tags=["parameters"]
 # @title Seven knobs { display-mode: "form" }
@@ -135,13 +148,6 @@ if text in SETS and not is_here:
 dataset = None if text == "input.txt" else SETS.get(text, text)
 print(f"text: {text}")
 
-# %% [markdown] id="storage-text"
-# ## 2 · Where the run is kept
-#
-# A free runtime can vanish at any second, with its disk. So training always writes to the local disk (fast), and copies every checkpoint to your Google Drive
-# if you allow it: each copied file is read back and compared. Colab asks for permission **now**, so that Run all can be left alone afterwards. Refused? The
-# run works all the same. What does the banner say about *your* run?
-
 # %% cellView="form" id="storage" tags=["setup"]
 # @title Choose the model, and where the run is kept { display-mode: "form" }
 fits = MODEL == "fits"
@@ -152,14 +158,17 @@ place = colab.storage(use_drive=USE_DRIVE, output_dir=Path("output") / name)
 drive_dir = place.drive_dir / name if place.drive_dir else None
 
 # %% [markdown] id="overfit"
-# ## 3 · A training loop you can read
+# ## 2 · The loss: where does a model begin?
 #
-# Section 7 calls `smollm2.train`. Here is the same loop bare, in 30 lines without an optimizer class (with AdamW in fp32; nano's own run uses Muon, see section 5). One **update**: run some rows forward and backward, so that
-# every weight has a gradient; **clip** the gradients; let **AdamW** change the weights. A sound loop can learn **one** small batch by heart: its loss falls
-# nearly to zero. We take nano (seconds on any machine), a tokenizer like its own, and 4 rows of 64 tokens. The loss is the mean of −ln(probability that the model
-# gives to the true next token), in *nats*: 0 if it is sure and right, ln V if all V tokens seem equally likely to it. Where does it begin?
+# > *Way:* choose → **loss** → update → loop → rate → kill → your run → stop → lose → keep → number formats
+#
+# Training lowers one number, the **loss**: the mean of −ln(probability that the model gives to the true next token), in *nats*. It is 0 if the model is sure
+# and right, ln V if all V tokens seem equally likely to it.
+#
+# We take nano (seconds on any machine), a tokenizer like its own, and **one** small batch: 4 rows of 64 tokens. The inputs are all tokens of a row but the last, the targets
+# all but the first (notebook 3). Which loss has a fresh model?
 
-# %% id="overfit-batch" tags=["lesson", "check"]
+# %% id="overfit-batch" tags=["lesson"]
 NANO = load_config("nano")
 pieces = [piece for piece, _ in documents(read_split(REPO / "input.txt", "train"))]
 tokenizer = Tokenizer.train(pieces, NANO.data.tokenizer_vocab_size)
@@ -173,22 +182,30 @@ def rows_at(starts, length):
 
 # no two begin with the same token: what follows it could not be right for both
 one_batch = rows_at((0, 65, 130, 195), 64)
-inputs, targets = one_batch[:, :-1], one_batch[:, 1:]
+
+# %% id="overfit-loss" tags=["lesson", "check"]
+inputs, targets = one_batch[:, :-1], one_batch[:, 1:]  # (4, 64) each
 shape = NANO.model
 torch.manual_seed(NANO.train.seed)
 model = SmolLM2(shape).to(device)
 first = model.loss(inputs, targets).item()
+chances = model(inputs).log_softmax(-1)  # (4, 64, V): ln(probability) of every token
+right = chances.gather(-1, targets[..., None])  # (4, 64, 1): of the true next one
+lesson.check("the loss is the mean of -ln(probability)", -right.mean() - first, 1e-4)
 expected = math.log(shape.vocab_size) + shape.hidden_size * shape.initializer_range**2 / 2
 likely = "targets not shifted, or a wrong initialisation"
 lesson.check("first loss = ln V + σ²/2 (notebook 3)", first - expected, 0.3, likely)
-by_hand = model(inputs).flatten(0, 1).log_softmax(-1).gather(1, targets.reshape(-1, 1))
-lesson.check("the loss is the mean of -ln(probability)", -by_hand.mean() - first, 1e-4)
 
 # %% [markdown] id="accumulate-text"
-# **Accumulation.** A large batch gives a steady gradient, but its activations may not fit into memory. So it goes through in parts. Backward passes *add* to
-# `.grad`, and the mean over all rows is the sum of the parts' means, each times its share of the rows. So accumulation equals the large batch: it is the same sum in
-# another order. (Here all rows have equally many targets. In notebook 7 they do not: there a part's share is its number of *targets* divided by that of the whole batch.) **Clipping.** One odd batch must not throw the model off: where all gradients together are longer than a limit, one factor shortens
-# them all. The direction stays.
+# ## 3 · One update: gradient, clipping, AdamW
+#
+# > *Way:* choose → loss → **update** → loop → rate → kill → your run → stop → lose → keep → number formats
+#
+# An update lowers the loss a little, in three steps. We write each and compare it with PyTorch's; section 4 puts them into a loop.
+#
+# **Accumulation.** A backward pass gives every weight its **gradient**: how the loss changes with it. A large batch gives a steady gradient, but its activations may not fit
+# into memory. So it goes through in parts. Backward passes *add* to `.grad`, and the mean over all rows is the sum of the parts' means, each times its share of the rows.
+# (Here all rows have equally many targets. In notebook 7 they do not: there a part's share is counted in *targets*.)
 
 
 # %% id="accumulate" tags=["lesson", "check"]
@@ -203,24 +220,31 @@ def backward(model, rows, parts):
 
 
 def gradient(model):
-    return torch.cat([p.grad.flatten() for p in model.parameters()])
+    """The gradients of all weights, one after the other."""
+    return torch.cat([weight.grad.flatten() for weight in model.parameters()])
 
 
+found = {}
+for parts in (1, 4):
+    model.zero_grad()
+    backward(model, one_batch, parts)
+    found[parts] = gradient(model)
+off, likely = found[1] - found[4], "each part needs its share"
+lesson.check("4 parts make the gradient of the large batch", off, 1e-6, likely)
+
+# %% [markdown] id="clip-text"
+# **Clipping.** One odd batch must not throw the model off. Where all gradients together are longer than a limit, one factor shortens them all. The direction stays.
+
+
+# %% id="clip" tags=["lesson", "check"]
 def clip_factor(gradient, limit):
+    """What to multiply the gradients with; 1 where they are not longer than `limit`."""
     return min(1.0, limit / (gradient.norm().item() + 1e-6))
 
 
-def parted(parts):
-    model.zero_grad()
-    backward(model, one_batch, parts)
-    return gradient(model)
-
-
-whole, in_four, likely = parted(1), parted(4), "each part needs its share"
-lesson.check("4 parts make the gradient of the large batch", whole - in_four, 1e-6, likely)
+mine = clip_factor(found[4], 0.1) * found[4]
 torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-off = clip_factor(in_four, 0.1) * in_four - gradient(model)
-lesson.check("clipping is one factor, PyTorch's", off, 1e-6)
+lesson.check("clipping is one factor, PyTorch's", mine - gradient(model), 1e-6)
 
 # %% [markdown] id="adamw-text"
 # **[AdamW](https://arxiv.org/abs/1711.05101)** remembers two numbers for each weight w. With the new gradient g, and t for the number of the update, one update is:
@@ -238,9 +262,13 @@ lesson.check("clipping is one factor, PyTorch's", off, 1e-6)
 # The decay, the W, is a step of its own. As a part of g it would be divided by √v̂ in step 5, too. Only matrices decay: the norms' gains are meant to be near 1.
 
 
-# %% id="adamw" tags=["lesson", "check"]
+# %% id="adamw" tags=["lesson"]
+def new_memory(weight):
+    return {"m": torch.zeros_like(weight), "v": torch.zeros_like(weight)}
+
+
 @torch.no_grad()
-def adamw(weight, gradient, memory, *, step, rate, decay, settings):
+def adamw(weight, gradient, memory, step, rate, decay, settings):
     """One update of a tensor, in place; `step` counts from 1. The numbers are the table's."""
     beta1, beta2 = settings.adam_beta1, settings.adam_beta2
     memory["m"] = beta1 * memory["m"] + (1 - beta1) * gradient  # 1
@@ -251,54 +279,19 @@ def adamw(weight, gradient, memory, *, step, rate, decay, settings):
     weight.sub_(rate * m / (v.sqrt() + settings.adam_eps))  # 5
 
 
-def new_memory(weight):
-    return {"m": torch.zeros_like(weight), "v": torch.zeros_like(weight)}
-
-
+# %% id="adamw-check" tags=["check"]
+# nano's settings, but with AdamW for all its weights
 ADAMW = load_config("nano", **{"train.optimizer": "adamw", "train.learning_rate": 4e-3}).train
 given = {"betas": (ADAMW.adam_beta1, ADAMW.adam_beta2), "eps": ADAMW.adam_eps}
-theirs = torch.nn.Parameter(torch.randn(5))
+theirs = torch.nn.Parameter(torch.randn(5))  # five weights
 mine, memory = theirs.detach().clone(), new_memory(theirs)
 optimizer = torch.optim.AdamW([theirs], lr=0.01, weight_decay=0.1, **given)
 for step in (1, 2, 3):
     theirs.grad = torch.randn(5)
     optimizer.step()
-    adamw(mine, theirs.grad, memory, step=step, rate=0.01, decay=0.1, settings=ADAMW)
+    adamw(mine, theirs.grad, memory, step, 0.01, 0.1, ADAMW)
 likely = "which average is divided by which, and when does the decay come?"
 lesson.check("three updates by hand are torch.optim.AdamW's", mine - theirs, 1e-6, likely)
-
-
-# %% id="loop" tags=["lesson"]
-def learn(model, batches, rate, settings, parts=1):
-    """One update a batch: the losses, and the size of every gradient in the last update."""
-    memories = {weight: new_memory(weight) for weight in model.parameters()}
-    losses = []
-    for step, rows in enumerate(batches, start=1):
-        losses.append(backward(model, rows, parts))  # every weight has its gradient
-        gradients = gradient(model)
-        factor = clip_factor(gradients, settings.gradient_clip_norm)
-        for weight, memory in memories.items():
-            clipped = factor * weight.grad
-            decay = settings.weight_decay if weight.dim() == 2 else 0.0
-            adamw(
-                weight, clipped, memory,
-                step=step, rate=rate(step - 1), decay=decay, settings=settings,
-            )  # fmt: skip
-            weight.grad = None
-    return losses, gradients.abs().cpu()
-
-
-torch.manual_seed(ADAMW.seed)
-model = SmolLM2(shape).to(device)  # a fresh one, also when this cell runs again
-losses, by_heart = learn(model, [one_batch] * 60, lambda step: ADAMW.learning_rate, ADAMW)
-print(f"loss {losses[0]:.2f} -> {losses[-1]:.3f}")
-
-# %% [markdown] id="adamw-exercise"
-# **✎ Exercise**: set `beta1` to 0 in `adamw`, then `beta2` in its place, and run its cell and the loop's again. Which check fails, and which loop still learns the batch by heart?
-#
-# <details><summary>Solution</summary>The comparison with `torch.optim.AdamW` fails both times (take it out, to go on). Without β₁ the loop still learns the batch,
-# but slowly: 0.2 nats after 60 updates in place of 0.001. Each zigzag counts, nothing cancels. Without β₂ the loss jumps to thousands of nats: where a gradient
-# happens to be near zero, the average is divided by next to nothing.</details>
 
 # %% cellView="form" id="overfit-predict" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
@@ -311,24 +304,135 @@ lesson.predict(
     "one rate serves embedding, attention and norms.",
 )  # fmt: skip
 
+# %% [markdown] id="loop-text"
+# ## 4 · A training loop you can read
+#
+# > *Way:* choose → loss → update → **loop** → rate → kill → your run → stop → lose → keep → number formats
+#
+# The loop is section 3, again and again: gradient, clipping, AdamW. `batches` are its rows, `rate` says how far update number *step* goes.
+#
+# Is it sound? A sound loop can learn **one** small batch by heart: after 60 updates on the same 4 rows the loss is nearly 0.
+
+
+# %% id="loop" tags=["lesson"]
+def learn(model, batches, rate, settings, parts=1):
+    """One update for each of the batches; returns their losses."""
+    memories = {weight: new_memory(weight) for weight in model.parameters()}
+    losses = []
+    for step, rows in enumerate(batches, start=1):
+        losses.append(backward(model, rows, parts))  # now every weight has its gradient
+        factor = clip_factor(gradient(model), settings.gradient_clip_norm)
+        for weight, memory in memories.items():
+            clipped = factor * weight.grad
+            decay = settings.weight_decay if weight.dim() == 2 else 0.0  # matrices alone
+            adamw(weight, clipped, memory, step, rate(step - 1), decay, settings)
+            weight.grad = None  # or the next update would add to it
+    return losses
+
+
+def steady(step):
+    """The same rate for every update; section 5 has a better one."""
+    return ADAMW.learning_rate
+
+
 # %% id="overfit-check" tags=["check"]
+torch.manual_seed(ADAMW.seed)
+model = SmolLM2(shape).to(device)
+losses = learn(model, [one_batch] * 60, steady, ADAMW)
+print(f"loss {losses[0]:.2f} -> {losses[-1]:.3f}")
+wrong = (model(inputs).argmax(-1) != targets).sum()
+lesson.check(f"the likeliest token is the right one, at all {targets.numel()} positions", wrong)
 likely = "a broken loop; do not start a long run"
 lesson.check("one batch is learned by heart: its loss is 0", losses[-1], 0.1, likely)
-with torch.no_grad():
-    wrong = (model(inputs).argmax(-1) != targets).sum()
-lesson.check(f"the likeliest token is the right one, at all {targets.numel()} positions", wrong)
+
+# %% [markdown] id="adamw-exercise"
+# **✎ Exercise**: set `beta1` to 0 in `adamw`, then `beta2` in its place, and run its cell, the check after it and section 4 again. Which check fails, and which loop still
+# learns the batch by heart?
+#
+# <details><summary>Solution</summary>The comparison with `torch.optim.AdamW` fails both times (take it out, to go on). Without β₁ the loop still learns the batch,
+# but slowly: 0.2 nats after 60 updates in place of 0.001. Each zigzag counts, nothing cancels. Without β₂ the loss jumps to thousands of nats: where a gradient
+# happens to be near zero, the average is divided by next to nothing.</details>
+
+# %% [markdown] id="schedule"
+# ## 5 · The learning rate, and a minute of training
+#
+# > *Way:* choose → loss → update → loop → **rate** → kill → your run → stop → lose → keep → number formats
+#
+# How far should an update go? **Warm-up, stable, decay** ([MiniCPM](https://arxiv.org/abs/2404.06395)), as [SmolLM2](https://arxiv.org/abs/2502.02737) was trained:
+# * the rate *rises* while AdamW's averages know little yet: full steps would go anywhere;
+# * on the *plateau* the model moves fast, but every batch pulls it about;
+# * the *fall* to zero lets it settle, and the loss drops once more.
+#
+# A cosine curve must know its end from the first step; a plateau goes on for as long as you like, and only the fall needs an end. The rate is a *function of the
+# step*, so a resumed run cannot get it wrong. At which step of the decay is it half of its peak?
+#
+# **Try it.** Your run (section 7) has two phases and one curve. Move the end of phase one: what happens to the curve? And how much of the peak is lost, on average, if
+# all steps are decay?
+
+# %% id="schedule-check" tags=["lesson", "check"]
+updates = 12 if SMOKE else 150
+peak, warmup = ADAMW.learning_rate, updates // 4
+rate = Schedule(peak, warmup, ADAMW.decay_fraction, 0, updates)
+
+
+def by_hand(step):
+    """The rate of an update, counted from 0."""
+    rise = (step + 1) / warmup
+    fall = (updates - step) / (updates - rate.decay_start)  # 1 where the decay begins
+    return peak * min(rise, 1, fall)
+
+
+off = [by_hand(step) - rate(step) for step in range(updates)]
+lesson.check("rise, plateau and fall by hand are the package's, at every step", off, 1e-12)
+lesson.check("at its highest it is the peak", max(map(rate, range(updates))) - peak, 1e-12)
+lesson.check("after the last update it is zero", rate(updates), 1e-12)
+
+# %% cellView="form" id="schedule-predict" tags=["predict"]
+# @title Your prediction { display-mode: "form" }
+guess = None  # @param {type:"raw"}
+lesson.predict(
+    f"{updates} steps, the last {ADAMW.decay_fraction:.0%} of them decay. At which step "
+    "is the rate down to half its peak?",
+    guess, (rate.decay_start + updates) / 2, within=0.03, unit="(step)",
+    why=f"The decay begins at step {rate.decay_start}; half-way from there to the end.",
+)  # fmt: skip
+
+
+# %% cellView="form" id="schedule-widget" tags=["widget"]
+# @title Try it: a learning rate of your own { display-mode: "form" }
+def draw_schedule(warmup, decay, phase):
+    rate = Schedule(peak, warmup, decay / 100, 0, 1000)
+    rates = [rate(step) for step in range(1000)]
+    fig, ax = plots.figure(8, 2.8)
+    ax.plot(rates, marker="")
+    ax.axvline(phase, color=plots.ORANGE, linestyle="--", label="the second phase resumes here")
+    area = f"{sum(rates) / (1000 * peak):.0%}"
+    title = f"Learning rate of 1,000 steps: {area} of the peak on average"
+    plots.label(ax, title, "step", "learning rate", legend=True)
+    alt = f"The rate rises for {warmup} steps, stays, and falls over the last {decay} %; "
+    return fig, alt + f"the mean is {area} of the peak."
+
+
+widgets.explore(
+    draw_schedule,
+    warmup=widgets.slider("warm-up steps", 0, 500, ADAMW.warmup_steps, 5),
+    decay=widgets.slider("decay (%)", 0, 100, round(100 * ADAMW.decay_fraction), 5),
+    phase=widgets.slider("phase one ends", 50, 950, 800, 50),
+)
+
+# %% [markdown] id="minute"
+# Now your loop, with this rate, trains nano on real text: 150 batches, each in 4 parts, about a minute on two CPU cores. Then it goes on from your
+# prompt: how many of its words are real ones?
 
 # %% id="minute-run" tags=["lesson", "slow"]
-# about a minute on two CPU cores: your loop trains nano, each batch in 4 parts
-T, B, updates = NANO.data.sequence_length, ADAMW.batch_size, 150
-if SMOKE:  # the project's own quick test
-    T, B, updates = 64, 4, 12
-rate = Schedule(ADAMW.learning_rate, ADAMW.warmup_steps, ADAMW.decay_fraction, 0, updates)
+T, B = NANO.data.sequence_length, ADAMW.batch_size
+if SMOKE:
+    T, B = 64, 4
 order = BatchOrder(len(tokens), T, B, ADAMW.seed)  # notebook 3, section 7
+batches = [rows_at(order.starts(n), T) for n in range(updates)]
 torch.manual_seed(ADAMW.seed)
 own = SmolLM2(shape).to(device)
-batches = (rows_at(order.starts(n), T) for n in range(updates))
-minute, ordinary = learn(own, batches, rate, ADAMW, parts=4)
+minute = learn(own, batches, rate, ADAMW, parts=4)
 print(f"loss {minute[0]:.2f} -> {minute[-1]:.2f} in {updates} updates; it writes:")
 written = PROMPT + complete(own, tokenizer, PROMPT, 40, temperature=0.8, top_k=50, seed=1)
 print(" ".join(written.split()))
@@ -345,196 +449,33 @@ plots.label(right, "Warm-up, plateau, decay (section 5)", "update", "learning ra
 alt = f"In {updates} updates the loss falls from {minute[0]:.2f} to {minute[-1]:.2f} nats "
 plots.show(fig, alt + "per token, while the learning rate rises, stays and falls to zero.")
 
-# %% [markdown] id="dtype"
-# ## 4 · Which number format, and why
-#
-# The usual number, **fp32**, has 32 bits. On a GPU numbers of half the size are several times faster (a T4's data sheet: 8 million million operations a second in fp32, 65 in fp16).
-# There are two such formats, **fp16** and **bf16**. Both keep fewer digits: fp32 has about 7, fp16 3, bf16 2. bf16 keeps the range of fp32, fp16 does not. Of the two, a T4's fast matrix units know only fp16. (It *emulates* bf16,
-# slowly, which is why `torch.cuda.is_bf16_supported()` says yes there.) Which format does
-# this machine get, and how small can a number be in each?
-
-# %% id="dtype-choice" tags=["lesson"]
-precision = choose_precision("auto", device)
-scaling = "yes" if precision.needs_scaler else "not needed"
-print(f"{precision.name}: {precision.reason}; loss scaling: {scaling}")
-for name in ("float32", "bfloat16", "float16"):
-    facts = torch.finfo(getattr(torch, name))
-    smallest = facts.smallest_normal * facts.eps  # a number below smallest_normal loses digits
-    print(f"{name:>8}: up to {facts.max:.1e}, all digits down to {facts.tiny:.1e},")
-    print(f"          one down to {smallest:.1e}; the number after 1 is 1 + {facts.eps:.2g}")
-
-# %% cellView="form" id="dtype-predict" tags=["predict"]
-# @title Your prediction { display-mode: "form" }
-guess = None  # @param {type:"raw"}
-lesson.predict(
-    "A gradient of 0.00000001 (1e-8) is stored as fp16. Which number is it then?",
-    guess, torch.tensor(1e-8).half().item(),
-    why="The smallest fp16 number is 6e-8; what is below half of it becomes exactly 0, and "
-    "that weight learns nothing.",
-)  # fmt: skip
-
-# %% [markdown] id="dtype-scale"
-# The cure is [**loss scaling**](https://arxiv.org/abs/1710.03740): multiply the loss by 65,536 before the backward pass, and all gradients grow with it, into fp16's range. Divide in fp32 before
-# the update. Should one overflow to infinity, the update is skipped and the scale halved. The weights themselves stay fp32, always.
-#
-# **Are real gradients small enough to need this?** The figure below looks at the last update of your loop; beside it stand the gradients of the batch that the model knows by
-# heart: where the loss is nearly 0, so are they. Which share of an ordinary update's gradients does fp16 blur, and which does it lose?
-
-# %% id="dtype-check" tags=["check"]
-scale = 2.0**16
-small = torch.tensor([1e-8, 3e-8, 5e-7])
-plain, scaled = small.half().float() / small, (small * scale).half().float() / scale / small
-lesson.check_fails("fp16 without scaling", lambda: lesson.check("its error", plain - 1, 0.01))
-lesson.check("scaled by 65,536, the same gradients survive fp16", scaled - 1, 1e-3)
-others = [p for p in model.parameters() if p.dtype != torch.float32]
-lesson.check("the model's weights are fp32", len(others))
-
-# %% id="gradients-run" tags=["lesson"]
-kinds = {f"update {updates}\nof nano": ordinary, "one batch,\nby heart": by_heart}
-limits = torch.finfo(torch.float16).smallest_normal, 2.0**-25  # half of the smallest number
-shares = {}
-for name, sizes in kinds.items():
-    blurred, lost = ((sizes[sizes > 0] < limit).float().mean().item() for limit in limits)
-    shares[name] = f"{blurred:.0%} lose digits, {lost:.2%} become 0"
-    print(f"{' '.join(name.split())}: in fp16 without scaling {shares[name]}")
-
-# %% cellView="form" id="dtype-figure" tags=["figure"]
-# @title Figure: what each format holds { display-mode: "form" }
-fig, ax = plots.figure(8, 3.6)
-for y, name in enumerate(("float32", "bfloat16", "float16")):
-    facts, color = torch.finfo(getattr(torch, name)), plots.PALETTE[y]
-    ends = (facts.smallest_normal * facts.eps, facts.smallest_normal, facts.max)
-    last, low, high = map(math.log10, ends)
-    ax.barh(y, high - low, left=low, height=0.5, color=color)
-    ax.barh(y, low - last, left=last, height=0.5, color="white", edgecolor=color, hatch="///")
-for y, sizes in enumerate(kinds.values(), start=3):
-    counts, edges = np.histogram(sizes[sizes > 0].log10(), bins=60, range=(-16, 2))
-    bars = {"width": edges[1] - edges[0], "bottom": y - 0.3, "color": plots.PALETTE[y]}
-    ax.bar(edges[:-1], 0.8 * counts / counts.max(), align="edge", **bars)
-ax.set_yticks(range(5), ["fp32", "bf16", "fp16", *kinds])
-ax.set(xlim=(-16, 6), xticks=range(-16, 7, 2))
-title = "What each format can hold (hatched: with fewer digits), and gradients"
-plots.label(ax, title, "size of a number (power of ten); bf16 and fp32 go on at both ends", "")
-alt = "Gradients against the range of fp16: of an ordinary update of nano "
-plots.show(fig, alt + "{}; of a batch known by heart {}.".format(*shares.values()))
-
-# %% [markdown] id="schedule"
-# ## 5 · The learning rate, drawn before it is used
-#
-# **Warm-up, stable, decay** ([MiniCPM](https://arxiv.org/abs/2404.06395)), as [SmolLM2](https://arxiv.org/abs/2502.02737) was trained. The rate *rises* while
-# the averages know little yet: full steps would go anywhere. On the *plateau* the model moves fast, but every batch pulls it about. The *fall* to zero lets it
-# settle, and the loss drops once more. A cosine curve must know its end from the first step; a plateau goes on for as long as you like, and only the fall needs an end.
-#
-# SmolLM2's optimizer is AdamW. The preset `nano` takes [**Muon**](https://kellerjordan.github.io/posts/muon/) for the matrices of its blocks. Muon averages the gradient of a whole matrix and then makes all
-# its directions equally strong, so that not only the few learn that dominate it. Embedding and norms keep AdamW. Each has its rate; both follow the same curve. The rate is a
-# *function of the step*, so a resumed run cannot get it wrong; and both phases of your run share one curve. At which step of the decay is it half of its peak?
-#
-# **Try it**, below. Move the end of phase one: what happens to the curve? And how much of the peak is lost, on average, if all steps are decay?
-
-# %% cellView="form" id="run-config" tags=["lesson"]
-# @title Settings of your run { display-mode: "form" }
-TINY = {  # the model of the drills below
-    "model.vocab_size": 512, "data.tokenizer_vocab_size": 512, "model.hidden_size": 96,
-    "model.intermediate_size": 256, "model.num_hidden_layers": 3, "data.sequence_length": 64,
-    "train.batch_size": 8, "train.warmup_steps": 5,
-}  # fmt: skip
-by_clock = dataset and MINUTES and not (STEPS or SMOKE)
-settings = {
-    "data.input_file": str(REPO / "input.txt"), "data.dataset": dataset,
-    "run.output_dir": str(place.output_dir), "run.drive_dir": drive_dir and str(drive_dir),
-    "run.compare_with": "HuggingFaceTB/SmolLM2-135M",
-    "train.prompts": (PROMPT, "The", "Why does"),
-    "train.minutes": MINUTES if by_clock else None,
-    "train.val_max_tokens": 2**14 if SMOKE or dataset else None,
-    "data.held_out_fraction": 0.01 if text in SETS else None,  # of 100 MB
-}  # fmt: skip
-settings |= TINY if SMOKE else {}
-
-# %% id="run-plan" tags=["lesson"]
-config = load_config("nano" if SMOKE else preset, **settings)
-planned = config.train.max_steps
-if by_clock or SMOKE:  # what they buy: some steps are tried
-    facts = planning.plan(config, minutes=(MINUTES,), seconds=0 if SMOKE else 4)
-    print(planning.table(facts), end="\n\n")
-    planned = facts["buys"][0]["steps"]
-
-# %% cellView="form" id="run-steps" tags=["lesson"]
-# @title Steps of both phases { display-mode: "form" }
-steps, more = (30, 15) if SMOKE else (STEPS or 4 * planned // 5, MORE_STEPS or planned // 5)
-total, often = steps + more, max(1, (steps + more) // 8)
-settings |= {"train.max_steps": steps, "train.continue_steps": more}
-settings |= {"train.sample_every": often, "train.val_every": often}
-config = load_config("nano" if SMOKE else preset, **settings)
-train = config.train
-schedule = Schedule(train.learning_rate, train.warmup_steps, train.decay_fraction, 0, total)
-about = "about " if by_clock else ""  # the run itself measures again, and keeps its number
-length = config.data.sequence_length
-print(f"{about}{steps} + {more} steps of {train.batch_size} x {length} tokens")
-muon = f", Muon's {train.muon_learning_rate}" if train.optimizer == "muon" else ""
-print(f"peak learning rates: AdamW's {train.learning_rate}{muon}")
-
-# %% cellView="form" id="schedule-predict" tags=["predict"]
-# @title Your prediction { display-mode: "form" }
-guess = None  # @param {type:"raw"}
-lesson.predict(
-    f"{schedule.total} steps, the last {train.decay_fraction:.0%} of them decay. At which step "
-    "is the rate down to half its peak?",
-    guess, (schedule.decay_start + schedule.total) / 2, within=0.03, unit="(step)",
-    why=f"The decay begins at step {schedule.decay_start}; half-way from there to the end.",
-)  # fmt: skip
-
-
-# %% id="schedule-check" tags=["check"]
-def by_hand(step):
-    """The rate of an update, counted from 0."""
-    left = (total - step) / (total - schedule.decay_start)  # 1 where the decay begins
-    return peak * min((step + 1) / warmup, 1, left)
-
-
-peak, warmup = train.learning_rate, min(train.warmup_steps, total // 2)
-off = [by_hand(step) - schedule(step) for step in range(total)]
-lesson.check("rise, plateau and fall by hand are the package's, at every step", off, 1e-12)
-lesson.check("the plateau is the peak", schedule(warmup) - peak, 1e-12)
-lesson.check("after the last update it is zero", schedule(total), 1e-12)
-
-
-# %% id="schedule-widget" tags=["widget"]
-def draw_schedule(warmup, decay, phase):
-    rate = Schedule(peak, warmup, decay / 100, 0, 1000)
-    rates = [rate(step) for step in range(1000)]
-    fig, ax = plots.figure(8, 2.8)
-    ax.plot(rates, marker="")
-    ax.axvline(phase, color=plots.ORANGE, linestyle="--", label="the second phase resumes here")
-    area = f"{sum(rates) / (1000 * peak):.0%}"
-    title = f"Learning rate of 1,000 steps: {area} of the peak on average"
-    plots.label(ax, title, "step", "learning rate", legend=True)
-    alt = f"The rate rises for {warmup} steps, stays, and falls over the last {decay} %; "
-    return fig, alt + f"the mean is {area} of the peak."
-
-
-widgets.explore(
-    draw_schedule,
-    warmup=widgets.slider("warm-up steps", 0, 500, warmup, 5),
-    decay=widgets.slider("decay (%)", 0, 100, round(100 * train.decay_fraction), 5),
-    phase=widgets.slider("phase one ends", 50, 950, 800, 50),
-)
-
 # %% [markdown] id="kill"
 # ## 6 · Kill it
 #
-# Many projects can resume. The question is whether the resumed run is **the same run**. Three acts with a tiny model, 30 steps: one run is left alone. A second
-# one, in a process of its own, gets `SIGKILL` after step 17: no goodbye, no last save. (A lost runtime takes its disk along as well: section 9.) Then it is resumed here. (About 20 s.)
-# Before that, one more run answers another question: does the loop of section 3 do what `smollm2.train` does?
+# > *Way:* choose → loss → update → loop → rate → **kill** → your run → stop → lose → keep → number formats
+#
+# `smollm2.train` is your loop with saving, logs and a panel. First a check that it is: 30 batches of a tiny run, with AdamW, through both.
+#
+# Many projects can resume. The question is whether the resumed run is **the same run**. Three acts with a tiny model, 30 steps (about 20 s):
+# 1. One run is left alone.
+# 2. A second one, in a process of its own, gets `SIGKILL` after step 17: no goodbye, no last save. (A lost runtime takes its disk along as well: section 9.)
+# 3. It is resumed here, from its newest **checkpoint**, and compared with the first, byte by byte.
 #
 # | of a checkpoint | holds | without it |
 # |---|---|---|
 # | `model.safetensors` | the weights | all is lost |
-# | `optim.safetensors` | the optimizer's averages of each weight (AdamW two, Muon one); the states of PyTorch's random generators | the next updates are others; whatever is drawn at random is, too |
-# | `state.json` | the step and the data position, the plan of the rate, fp16's loss scale | the next batch and the next rate are others |
+# | `optim.safetensors` | the optimizer's averages of each weight; the states of PyTorch's random generators | the next updates are others; whatever is drawn at random is, too |
+# | `state.json` | the step and the data position, the plan of the rate, fp16's loss scale (section 11) | the next batch and the next rate are others |
 # | `tokenizer.json` | the numbers of all tokens | the weights mean nothing |
 # | `manifest.json` | the SHA-256 of every file, written last | nobody knows that the rest is whole |
 
-# %% id="kill-smooth" tags=["lesson", "slow"]
+# %% cellView="form" id="drill" tags=["setup"]
+# @title The tiny runs of sections 6, 8 and 9 { display-mode: "form" }
+TINY = {
+    "model.vocab_size": 512, "data.tokenizer_vocab_size": 512, "model.hidden_size": 96,
+    "model.intermediate_size": 256, "model.num_hidden_layers": 3, "data.sequence_length": 64,
+    "train.batch_size": 8, "train.warmup_steps": 5,
+}  # fmt: skip
 DRILL = Path("output/drill")
 shutil.rmtree(DRILL, ignore_errors=True)
 DRILL.mkdir(parents=True)
@@ -557,13 +498,8 @@ def curve(name):
     return {int(e["step"]): float(e["train_loss"]) for e in events if "train_loss" in e}
 
 
-smooth = smollm2.train(drill("smooth"), reporter=Reporter())
-begin, end = smooth.losses[0][1], smooth.losses[-1][1]
-print(f"left alone: {smooth.step} steps, loss {begin:.3f} -> {end:.3f}")
-
 # %% cellView="form" id="loop-check" tags=["check", "slow"]
 # @title Check: your loop and smollm2.train, the same 30 batches { display-mode: "form" }
-# is the package's loop yours? The same 30 batches through both, in fp32
 plain = {"train.precision": "fp32", "train.optimizer": "adamw", "train.micro_batch_size": 2}
 plain["train.learning_rate"] = 1e-3  # at a high rate rounding errors grow quickly
 same = drill("plain", **plain)
@@ -573,15 +509,20 @@ place_of = DRILL / "plain" / "data", same.data.held_out_fraction
 numbers = prepare_tokens(same.data.input_file, own_tokenizer, *place_of).train.tokens
 length, rows, seed = same.data.sequence_length, same.train.batch_size, same.train.seed
 stream = BatchStream(numbers, BatchOrder(len(numbers), length, rows, seed), 0)
-rate = Schedule(
+its_rate = Schedule(
     same.train.learning_rate, same.train.warmup_steps, same.train.decay_fraction, 0, 30
 )
 torch.manual_seed(seed)
-batches = (stream.batch(n).to(device) for n in range(30))
-mine, _ = learn(SmolLM2(same.model).to(device), batches, rate, same.train, parts=rows // 2)
+batches = [stream.batch(n).to(device) for n in range(30)]
+mine = learn(SmolLM2(same.model).to(device), batches, its_rate, same.train, parts=rows // 2)
 difference = np.array(mine) - np.array([loss for _, loss in package.losses])
 allowed = 1e-5 if device.type == "cpu" else 1e-3  # a GPU adds up in another order every time
 lesson.check("the 30 losses of your loop are those of smollm2.train", difference, allowed)
+
+# %% id="kill-smooth" tags=["lesson", "slow"]
+smooth = smollm2.train(drill("smooth"), reporter=Reporter())
+begin, end = smooth.losses[0][1], smooth.losses[-1][1]
+print(f"left alone: {smooth.step} steps, loss {begin:.3f} -> {end:.3f}")
 
 # %% cellView="form" id="kill-child" tags=["check", "slow"]
 # @title The second run is killed { display-mode: "form" }
@@ -627,7 +568,8 @@ class Lines(Reporter):
 resumed = smollm2.train(drill("killed"), reporter=Lines())
 
 
-# %% id="kill-check" tags=["check"]
+# %% cellView="form" id="kill-check" tags=["check"]
+# @title Check: the same losses, the same bytes { display-mode: "form" }
 def hashes(name):
     """sha256 of weights, optimizer and state at the end of a drill."""
     folder = DRILL / name / "checkpoints" / "final_model.ckpt"
@@ -686,19 +628,64 @@ plots.show(fig, alt + "run left alone.")
 # %% [markdown] id="run"
 # ## 7 · The real run
 #
-# Two phases, as on the command line (`python colab_train.py --max_steps N --continue_steps M`): the first ends with `final_model.ckpt`, a **fresh trainer resumes
-# from that file** for the second. The panel shows loss, rate, speed, memory, time left, the last safe step here and on Drive, and what the model makes of your
-# prompt as it learns. To stop: ■, once. At which step do the samples become words? And does the held-out curve turn up? From there the model would learn its
-# text by heart: 135 million weights against the 300,000 tokens of `input.txt` can do that.
-# If you press ■, the run finishes its step, saves, and the notebook goes on.
+# > *Way:* choose → loss → update → loop → rate → kill → **your run** → stop → lose → keep → number formats
 #
-# When all is saved, the same held-out bytes go to `gzip`, to `xz`, to counting and, with the network, to the official SmolLM2-135M, which read 2 trillion tokens (a
+# Two phases, as on the command line (`python colab_train.py --max_steps N --continue_steps M`): the first ends with `final_model.ckpt`, a **fresh trainer resumes
+# from that file** for the second.
+#
+# **What to look at.** The panel shows loss, rate, speed, memory, time left, the last safe step here and on Drive, and what the model makes of your prompt as it learns. At which
+# step do the samples become words? And does the held-out curve turn up? From there the model would learn its text by heart: 135 million weights against the 300,000
+# tokens of `input.txt` can do that.
+#
+# **To stop**, press ■ once: the run finishes its step, saves, and the notebook goes on.
+#
+# **At the end** the same held-out bytes go to `gzip`, to `xz`, to counting and, with the network, to the official SmolLM2-135M, which read 2 trillion tokens (a
 # minute on a CPU, seconds on a GPU). How near do you get?
 #
-# **✎ Exercise**, when your run has ended: ask for 100 steps more. Run all once more: the cell below says what to set. What happens to the learning rate?
+# <details><summary>Go deeper: nano's optimizer is not AdamW alone</summary>
+#
+# SmolLM2's optimizer is AdamW. The preset `nano` takes [**Muon**](https://kellerjordan.github.io/posts/muon/) for the matrices of its blocks. Muon averages the gradient of a whole
+# matrix and then makes all its directions equally strong, so that not only the few learn that dominate it. Embedding and norms keep AdamW. Each has its rate; both
+# follow the same curve.
+# </details>
+#
+# **✎ Exercise**, when your run has ended: ask for 100 steps more. Run all once more: the cell after the run says what to set. What happens to the learning rate?
 #
 # <details><summary>Solution</summary>A run that had ended had decayed to 0. A new cycle begins: a short warm-up, a plateau, a decay to 0 at the new end; a
 # message says so.</details>
+
+# %% cellView="form" id="run-config" tags=["lesson"]
+# @title Settings of your run { display-mode: "form" }
+by_clock = dataset and MINUTES and not (STEPS or SMOKE)
+settings = {
+    "data.input_file": str(REPO / "input.txt"), "data.dataset": dataset,
+    "run.output_dir": str(place.output_dir), "run.drive_dir": drive_dir and str(drive_dir),
+    "run.compare_with": "HuggingFaceTB/SmolLM2-135M",
+    "train.prompts": (PROMPT, "The", "Why does"),
+    "train.minutes": MINUTES if by_clock else None,
+    "train.val_max_tokens": 2**14 if SMOKE or dataset else None,
+    "data.held_out_fraction": 0.01 if text in SETS else None,  # of 100 MB
+} | (TINY if SMOKE else {})  # fmt: skip
+config = load_config("nano" if SMOKE else preset, **settings)
+planned = config.train.max_steps
+if by_clock or SMOKE:  # what they buy: some steps are tried
+    facts = planning.plan(config, minutes=(MINUTES,), seconds=0 if SMOKE else 4)
+    print(planning.table(facts), end="\n\n")
+    planned = facts["buys"][0]["steps"]
+
+# %% cellView="form" id="run-steps" tags=["lesson"]
+# @title Steps of both phases { display-mode: "form" }
+steps, more = (30, 15) if SMOKE else (STEPS or 4 * planned // 5, MORE_STEPS or planned // 5)
+total, often = steps + more, max(1, (steps + more) // 8)
+settings |= {"train.max_steps": steps, "train.continue_steps": more}
+settings |= {"train.sample_every": often, "train.val_every": often}
+config = load_config("nano" if SMOKE else preset, **settings)
+train = config.train
+about = "about " if by_clock else ""  # the run itself measures again, and keeps its number
+length = config.data.sequence_length
+print(f"{about}{steps} + {more} steps of {train.batch_size} x {length} tokens")
+muon = f", Muon's {train.muon_learning_rate}" if train.optimizer == "muon" else ""
+print(f"peak learning rates: AdamW's {train.learning_rate}{muon}")
 
 # %% id="run-train" tags=["slow", "lesson"]
 panel = live_panel(logs=place.output_dir / "logs")
@@ -707,7 +694,8 @@ panel.end()  # shown once more: the last copy to Drive lands after the last step
 done = load_config(None, place.output_dir / "config.yaml").train  # with its number of steps
 steps, total = done.max_steps, done.max_steps + done.continue_steps
 
-# %% id="run-after"
+# %% cellView="form" id="run-after" tags=["check"]
+# @title What the run reached, how to go on, and two checks { display-mode: "form" }
 if result.stopped_by:
     print(f"Stopped at step {result.step} of {total}; saved in {result.checkpoint}.")
     print("To go on, run the training cell again: it continues from there.")
@@ -717,13 +705,11 @@ else:
     if not result.losses:
         print("\nNothing was left to train: this run has had all its steps. For more, set")
         print(f"STEPS (section 1) to {result.step}, MORE_STEPS to 100, say, and run all.")
-
-# %% id="run-check" tags=["check"]
 logs = place.output_dir / "logs"
 history = read_log(logs / TRAINING)
 trained = [(int(e["step"]), float(e["train_loss"])) for e in history if "train_loss" in e]
-shape = config.model
-expected = math.log(shape.vocab_size) + shape.hidden_size * shape.initializer_range**2 / 2
+chosen = config.model
+expected = math.log(chosen.vocab_size) + chosen.hidden_size * chosen.initializer_range**2 / 2
 if trained and trained[0][0] == 1:  # logs that were lost with a machine begin later
     likely = "a wrong initialisation, or a tokenizer with fewer entries"
     lesson.check("the first loss is ln V + σ²/2", trained[0][1] - expected, 0.5, likely)
@@ -739,8 +725,12 @@ plots.show(*draw_report(config, result.references))  # also in the run's folder:
 # %% [markdown] id="stop"
 # ## 8 · The stop button stops gracefully
 #
+# > *Way:* choose → loss → update → loop → rate → kill → your run → **stop** → lose → keep → number formats
+#
 # ■ sends the process an **interrupt** (`SIGINT`), the same signal as Ctrl-C. Training catches it: the step is finished, a checkpoint written, `train` returns. A
-# second ■ stops at once. Since nobody presses it during Run all, this cell presses it itself, after step 14, in a tiny run that copies to a folder which plays
+# second ■ stops at once.
+#
+# Nobody presses it during Run all, so the next cell presses it itself, after step 14, in a tiny run that copies to a folder which plays
 # Google Drive. At which step is the checkpoint?
 
 
@@ -770,8 +760,12 @@ lesson.check("it is on this machine and on the pretended Drive, whole", 2 - len(
 # %% [markdown] id="died"
 # ## 9 · "My runtime died"
 #
+# > *Way:* choose → loss → update → loop → rate → kill → your run → stop → **lose** → keep → number formats
+#
 # Open this notebook again, **Runtime > Run all**. That is all: the newest checkpoint, of this machine or of Drive, is found, every byte verified, and the run
-# goes on. (Should the old runtime still live, you are told: stop one of the two, they do the same work.) The proof: the tiny run's whole folder is deleted, as if the machine were gone. Only the pretended Drive is left. Are its bytes enough?
+# goes on. (Should the old runtime still live, you are told: stop one of the two, they do the same work.)
+#
+# The proof: the tiny run's whole folder is deleted, as if the machine were gone. Only the pretended Drive is left. Are its bytes enough?
 
 # %% id="died-run" tags=["slow", "lesson", "check"]
 shutil.rmtree(DRILL / "stopped")
@@ -781,6 +775,8 @@ same_bytes("stopped")
 
 # %% [markdown] id="kept"
 # ## 10 · What lies where
+#
+# > *Way:* choose → loss → update → loop → rate → kill → your run → stop → lose → **keep** → number formats
 #
 # A checkpoint is an ordinary Hugging Face folder that also holds the optimizer's state: AdamW keeps two averages for every weight. All are fp32, four bytes
 # each, except that Muon, which trains the matrices of nano's blocks, needs only one. How large is a checkpoint of your model?
@@ -803,7 +799,8 @@ lesson.predict(
     "so Drive gets the newest few only, and a free 15 GB Drive is not filled.",
 )  # fmt: skip
 
-# %% id="kept-check" tags=["check"]
+# %% cellView="form" id="kept-check" tags=["check"]
+# @title Check: every checkpoint, its size and its hash { display-mode: "form" }
 for row in rows[:12]:
     facts = f"{row['bytes'] / 1e6:>9.1f} MB  sha256 {row['sha256'][:8]}  {row['state']}"
     print(f"{row['place']:<13}{row['name'][:44]:<45}{facts}")
@@ -812,6 +809,90 @@ lesson.check("every checkpoint on this machine is whole", len(damaged))
 ratio = 1e6 * size / training_bytes(config.model, train.optimizer)
 lesson.check("a checkpoint has 8 or 12 bytes per parameter (and a tokenizer)", ratio - 1, 0.1)
 print(f"\ntalk to it: {result.table().splitlines()[-1].removeprefix('talk to it').strip()}")
+
+# %% [markdown] id="dtype"
+# ## 11 · Go deeper: which number format, and why
+#
+# > *Way:* choose → loss → update → loop → rate → kill → your run → stop → lose → keep → **number formats**
+#
+# Your loop computed in **fp32**, numbers of 32 bits. On a GPU numbers of half the size are several times faster (a T4's data sheet: 8 million million operations a second in
+# fp32, 65 in fp16). There are two such formats:
+# * **bf16** keeps the range of fp32, and about 2 digits (fp32 has 7);
+# * **fp16** keeps 3 digits, but not the range.
+#
+# Of the two, a T4's fast matrix units know only fp16. (It *emulates* bf16, slowly, which is why `torch.cuda.is_bf16_supported()` says yes there.) Which format
+# does this machine get, and how small can a number be in each?
+
+# %% id="dtype-choice" tags=["lesson"]
+precision = choose_precision("auto", device)
+scaling = "yes" if precision.needs_scaler else "not needed"
+print(f"{precision.name}: {precision.reason}; loss scaling: {scaling}")
+for name in ("float32", "bfloat16", "float16"):
+    facts = torch.finfo(getattr(torch, name))
+    smallest = facts.smallest_normal * facts.eps  # a number below smallest_normal loses digits
+    print(f"{name:>8}: up to {facts.max:.1e}, all digits down to {facts.tiny:.1e},")
+    print(f"          one down to {smallest:.1e}; the number after 1 is 1 + {facts.eps:.2g}")
+
+# %% cellView="form" id="dtype-predict" tags=["predict"]
+# @title Your prediction { display-mode: "form" }
+guess = None  # @param {type:"raw"}
+lesson.predict(
+    "A gradient of 0.00000001 (1e-8) is stored as fp16. Which number is it then?",
+    guess, torch.tensor(1e-8).half().item(),
+    why="The smallest fp16 number is 6e-8; what is below half of it becomes exactly 0, and "
+    "that weight learns nothing.",
+)  # fmt: skip
+
+# %% [markdown] id="dtype-scale"
+# The cure is [**loss scaling**](https://arxiv.org/abs/1710.03740): multiply the loss by 65,536 before the backward pass, and all gradients grow with it, into fp16's range. Divide in fp32 before
+# the update. Should one overflow to infinity, the update is skipped and the scale halved. The weights themselves stay fp32, always.
+#
+# **Are real gradients small enough to need this?** The figure looks at the next update of your loop; beside it stand the gradients of the batch that the model knows by
+# heart: where the loss is nearly 0, so are they. Which share of an ordinary update's gradients does fp16 blur, and which does it lose?
+
+# %% id="dtype-check" tags=["check"]
+scale = 2.0**16
+small = torch.tensor([1e-8, 3e-8, 5e-7])
+plain, scaled = small.half().float() / small, (small * scale).half().float() / scale / small
+lesson.check_fails("fp16 without scaling", lambda: lesson.check("its error", plain - 1, 0.01))
+lesson.check("scaled by 65,536, the same gradients survive fp16", scaled - 1, 1e-3)
+others = [p for p in model.parameters() if p.dtype != torch.float32]
+lesson.check("the model's weights are fp32", len(others))
+
+# %% id="gradients-run" tags=["lesson"]
+own.zero_grad()
+backward(own, rows_at(order.starts(updates), T), 4)  # a batch that it has not seen
+model.zero_grad()
+backward(model, one_batch, 1)  # the one that it knows by heart
+kinds = {f"update {updates + 1}\nof nano": gradient(own).abs().cpu()}
+kinds["one batch,\nby heart"] = gradient(model).abs().cpu()
+shares = {}
+for name, sizes in kinds.items():
+    sizes = sizes[sizes > 0]
+    blurred = (sizes < torch.finfo(torch.float16).smallest_normal).float().mean()
+    lost = (sizes < 2.0**-25).float().mean()  # half of the smallest number
+    shares[name] = f"{blurred:.0%} lose digits, {lost:.2%} become 0"
+    print(f"{' '.join(name.split())}: in fp16 without scaling {shares[name]}")
+
+# %% cellView="form" id="dtype-figure" tags=["figure"]
+# @title Figure: what each format holds { display-mode: "form" }
+fig, ax = plots.figure(8, 3.6)
+for y, name in enumerate(("float32", "bfloat16", "float16")):
+    facts, color = torch.finfo(getattr(torch, name)), plots.PALETTE[y]
+    ends = (facts.smallest_normal * facts.eps, facts.smallest_normal, facts.max)
+    last, low, high = map(math.log10, ends)
+    ax.barh(y, high - low, left=low, height=0.5, color=color)
+    ax.barh(y, low - last, left=last, height=0.5, color="white", edgecolor=color, hatch="///")
+for y, sizes in enumerate(kinds.values(), start=3):
+    counts, edges = np.histogram(sizes[sizes > 0].log10(), bins=60, range=(-16, 2))
+    bars = {"width": edges[1] - edges[0], "bottom": y - 0.3, "color": plots.PALETTE[y]}
+    ax.bar(edges[:-1], 0.8 * counts / counts.max(), align="edge", **bars)
+ax.set_yticks(range(5), ["fp32", "bf16", "fp16", *kinds])
+ax.set(xlim=(-16, 6), xticks=range(-16, 7, 2))
+title = "What each format can hold (hatched: with fewer digits), and gradients"
+plots.label(ax, title, "size of a number (power of ten); bf16 and fp32 go on at both ends", "")
+alt = "Gradients against the range of fp16: of an ordinary update of nano "
+plots.show(fig, alt + "{}; of a batch known by heart {}.".format(*shares.values()))
 
 # %% [markdown] id="end"
 # **Free the GPU.** Colab counts the hours. When you are done, tick what you want and run this form: *flush* makes Drive write its cache back and unmounts it,
@@ -839,10 +920,10 @@ lesson.score()
 # %% [markdown] id="self-test"
 # ## What you can now explain
 #
+# You have written a loop that trains, and have seen that the package's is the same; you have killed, stopped and lost a run and got its bytes back.
+#
 # <details><summary>The loss of one batch, repeated, stays at 6. Should you try a longer run?</summary>No. A sound loop learns one batch by heart. Look at
 # targets, gradients, optimizer.</details>
-#
-# <details><summary>Why fp16 and not bf16 on a T4, and what does it need?</summary>It has no bf16 units. fp16 lacks range, so the loss is scaled.</details>
 #
 # <details><summary>What must a checkpoint hold, beside the weights, for a bit-exact resume?</summary>The averages of the optimizer, the step, the data position, random
 # states, the schedule's plan, the scaler's state.</details>
@@ -863,6 +944,8 @@ lesson.score()
 # The decay lets the noise of single batches die down: the loss drops once more.</details>
 #
 # <details><summary>Why does accumulation equal a large batch?</summary>The gradient of a mean is the mean of the gradients: parts, each with its share, add up to the same sum.</details>
+#
+# <details><summary>Why fp16 and not bf16 on a T4, and what does it need?</summary>It has no bf16 units. fp16 lacks range, so the loss is scaled.</details>
 #
 # ## Next
 #

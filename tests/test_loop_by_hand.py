@@ -15,7 +15,7 @@ from smollm2.notebook import lesson
 ROOT = Path(__file__).parents[1]
 CELLS = json.loads((ROOT / "notebooks" / "04_train.ipynb").read_text(encoding="utf-8"))["cells"]
 CODE = {cell["id"]: "".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "code"}
-LOOP = ("accumulate", "adamw", "loop", "loop-check")
+LOOP = ("accumulate", "clip", "adamw", "adamw-check", "loop", "loop-check")
 SHAPE = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 300}
 SHAPE |= {"num_attention_heads": 3, "num_key_value_heads": 1, "max_position_embeddings": 32}
 # what a learner may leave out -> the check that says so
