@@ -116,8 +116,18 @@ plots.show(data_plots.flow(title, steps, skips=[(0, 3), (3, 6)]), alt)
 full = SmolLM2Config()
 small = {"vocab_size": 512, "hidden_size": 72, "intermediate_size": 192, "num_hidden_layers": 3}
 tiny = SmolLM2Config(**small, max_position_embeddings=128)
-for name in (*small, "num_attention_heads", "num_key_value_heads", "head_dim"):
-    print(f"{name:22} SmolLM2-135M {getattr(full, name):6,}   here {getattr(tiny, name):4}")
+meaning = {
+    "vocab_size": "V, entries of the vocabulary",
+    "hidden_size": "C, numbers of a running vector",
+    "num_hidden_layers": "L, blocks",
+    "num_attention_heads": "H, query heads (section 6)",
+    "num_key_value_heads": "K, key/value heads (section 6)",
+    "head_dim": "D, numbers of a head",
+    "intermediate_size": "features of the MLP (section 7)",
+}
+print(f"{'':19} {'SmolLM2-135M':>12}  here")
+for name, words in meaning.items():
+    print(f"{name:19} {getattr(full, name):12,} {getattr(tiny, name):5}  {words}")
 
 
 # %% id="skeleton-code" tags=["lesson"]
