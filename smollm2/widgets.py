@@ -10,8 +10,10 @@ import ipywidgets
 
 from . import plots
 
+# wide enough for the longest name, and for a sentence in a text box
+LOOK = {"style": {"description_width": "13em"}, "layout": {"width": "36em", "max_width": "100%"}}
 # a control reports when it is released, not while it is dragged: drawing takes a tenth of a second
-SETTLED = {"continuous_update": False, "style": {"description_width": "9em"}}
+SETTLED = LOOK | {"continuous_update": False}
 live: list[ipywidgets.VBox] = []  # panels on the page, so that a test can move their controls
 
 
@@ -22,7 +24,7 @@ def slider(name: str, low: float, high: float, value: float, step: float = 1) ->
 
 
 def choice(name: str, options: list, value) -> ipywidgets.Dropdown:
-    return ipywidgets.Dropdown(options=options, value=value, description=name, style=SETTLED["style"])
+    return ipywidgets.Dropdown(options=options, value=value, description=name, **LOOK)
 
 
 def switch(name: str, value: bool) -> ipywidgets.Checkbox:
