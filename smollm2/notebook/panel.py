@@ -25,7 +25,7 @@ SECONDS_BETWEEN_UPDATES = 1.0
 MAX_POINTS = 340  # of the curve: one for every other pixel
 # The panel names its colours and has no table: Jupyter's dark theme would put dark stripes behind its rows
 FRAME = "background:#fff;color:#111;font:13px/1.45 system-ui,sans-serif;padding:10px 12px;max-width:720px"
-GRID = "display:grid;grid-template-columns:max-content auto;gap:0 14px;overflow-wrap:anywhere;margin-top:8px"
+GRID = "display:grid;grid-template-columns:max-content auto;gap:0 14px;overflow-wrap:anywhere;margin:8px 0"
 
 
 def live_panel(logs: str | Path) -> Reporter:
@@ -151,6 +151,7 @@ class LivePanel(Reporter):
 
 
 def _grid(rows) -> str:
-    """(name, value) pairs as two columns."""
-    cells = (f"<div>{escape(name)}</div><div>{escape(value)}</div>" for name, value in rows)
+    """(name, value) pairs as two columns; a name without a value is a heading over both."""
+    pair, heading = "<div>{}</div><div>{}</div>", '<b style="grid-column:1/-1;width:0;min-width:100%">{}</b>'
+    cells = ((pair if value else heading).format(escape(name), escape(value)) for name, value in rows)
     return f'<div style="{GRID}">{"".join(cells)}</div>'
