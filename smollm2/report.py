@@ -37,14 +37,15 @@ def draw_report(config: RunConfig, references: dict[str, float]) -> tuple[plots.
         return None
     steps, held_out, bits = zip(*scored, strict=True)
     bits_per_nat = bits[-1] / held_out[-1]  # tokens per byte / ln 2: one curve serves both axes
-    fig, ax = plots.figure(8, 4)
+    fig, ax = plots.figure(8, 4.6)
     ax.plot(*zip(*trained, strict=True), marker="", linewidth=1, label="training")
     ax.plot(steps, held_out, label=f"held out: {bits[-1]:.2f} bits per byte at step {steps[-1]:.0f}")
     best = min(scored, key=lambda score: score[1])
-    style = {"color": plots.RED, "markersize": 9, "markerfacecolor": "none", "linestyle": ""}
-    ax.plot(*best[:2], "o", **style, label=f"lowest, at step {best[0]:.0f}: the one to publish")
-    for (name, value), color in zip(references.items(), plots.PALETTE[2:], strict=False):
-        style = {"color": color, "linestyle": "--", "linewidth": 1, "marker": ""}
+    style = {"color": plots.RED, "markersize": 9, "markerfacecolor": "none", "clip_on": False}
+    ax.plot(*best[:2], "o", linestyle="", **style, label=f"lowest, at step {best[0]:.0f}: the one to publish")
+    dashes = ("--", ":", "-.", (0, (9, 2)))  # told apart without their colours, too
+    for (name, value), color, dash in zip(references.items(), plots.PALETTE[2:], dashes, strict=False):
+        style = {"color": color, "linestyle": dash, "linewidth": 1.2, "marker": ""}
         ax.axhline(value / bits_per_nat, **style, label=f"{name}: {value:.2f}")
     top, best_of_others = max(trained[0][1], *held_out), min(references.values(), default=8) / bits_per_nat
     low = min(held_out[-1], trained[-1][1], best_of_others)
@@ -60,7 +61,8 @@ def draw_report(config: RunConfig, references: dict[str, float]) -> tuple[plots.
     ax.set_xticks(ticks, words)
     x = "steps, tokens and seconds of training"
     text = Path(data.dataset or data.input_file).name
-    plots.label(ax, f"{config.preset} on {text}", x, "nats per token", legend=True)
+    plots.label(ax, f"{config.preset} on {text}", x, "nats per token")
+    fig.legend(loc="outside lower center", ncols=2, edgecolor="none")
     told = ", ".join(f"{name} {value:.2f}" for name, value in references.items())
     alt = f"Held-out bits per byte fall from {bits[0]:.2f} at step {steps[0]:.0f} to {bits[-1]:.2f} at step "
     alt += f"{steps[-1]:.0f} (lowest {best[2]:.2f} at step {best[0]:.0f})"
