@@ -538,7 +538,8 @@ for y, preset in enumerate(presets):
     sizes = training_gib(load_config(preset).model, rows=4)
     for color, (name, size) in zip(plots.PALETTE, sizes.items(), strict=False):
         name = f"activations, 4 rows of {length}" if name == "rows" else name
-        ax.barh(y, size, left=start, color=color, edgecolor="white", label=None if y else name)
+        style = {"color": color, "edgecolor": "white", "hatch": "//" * name.startswith("act")}
+        ax.barh(y, size, left=start, label=None if y else name, **style)
         start += size
     ax.text(start, y, f" {start:.1f} GiB", va="center", fontsize=8.5)
     needed.append(f"{start:.1f}")

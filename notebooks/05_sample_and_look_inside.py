@@ -256,6 +256,7 @@ print(" ".join(tokenizer.decode(write(ids, 30)[0].tolist()).split()))
 # %% cellView="form" id="filters-figure" tags=["figure"]
 # @title Figure: what each filter keeps { display-mode: "form" }
 fig, ax = plots.figure(7.5, 3)
+ax.margins(y=0.12)
 falling = torch.linspace(0, -1, 60)  # 60 scores in a straight line, steep or flat
 models = {"a sure model": 40 * falling, "an unsure model": 4 * falling}
 rules = {"top-k 20": (keep_top_k, 20), "top-p 0.9": (keep_top_p, 0.9)}
@@ -620,7 +621,7 @@ style = {"ha": "center", "va": "center", "fontsize": 8, "parse_math": False}
 for row in range(len(shown)):
     for column in range(len(columns)):
         word = piece(tokenizer, int(best[row, column]))[:9]
-        color = "white" if sureness[row, column] > 0.55 * scale else "black"
+        color = "white" if sureness[row, column] > 0.7 * scale else "black"
         ax.text(column, row, word, color=color, **style)
 fig.colorbar(picture, ax=ax, label="its probability", extend="max")
 ax.set_xticks(range(len(columns)), [names[i] for i in columns], parse_math=False)

@@ -195,11 +195,11 @@ lesson.predict(
 # %% cellView="form" id="mask-figure" tags=["figure"]
 # @title Figure: what is read, what is learned { display-mode: "form" }
 def masked(row):
-    """Tokens as boxes, orange where they are learned, grey elsewhere; and a caption."""
+    """Tokens as boxes, orange (darker) where they are learned, grey elsewhere; and a caption."""
     ids, tints = [], []
     for i in row[:90]:
         ids.append(~i if i < 0 else i)
-        tints.append("#fdc561" if i >= 0 else "#e6e6e6")
+        tints.append("#f0ab2e" if i >= 0 else "#eeeeee")  # not by the hue alone
     count = sum(i >= 0 for i in row[:90])
     told = f"{len(ids)} tokens are read, {count} of them learned (orange)"
     return data_plots.token_strip(tokenizer, ids, told, tints), f"A conversation: {told}."
