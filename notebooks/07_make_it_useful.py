@@ -195,13 +195,13 @@ lesson.predict(
 # %% cellView="form" id="mask-figure" tags=["figure"]
 # @title Figure: what is read, what is learned { display-mode: "form" }
 def masked(row):
-    """Tokens as boxes, orange (darker) where they are learned, grey elsewhere; and a caption."""
+    """Tokens as boxes, darker where they are learned; and a caption."""
     ids, tints = [], []
     for i in row[:90]:
         ids.append(~i if i < 0 else i)
         tints.append("#f0ab2e" if i >= 0 else "#eeeeee")  # not by the hue alone
     count = sum(i >= 0 for i in row[:90])
-    told = f"{len(ids)} tokens are read, {count} of them learned (orange)"
+    told = f"{len(ids)} tokens are read, {count} of them learned (darker, orange)"
     return data_plots.token_strip(tokenizer, ids, told, tints), f"A conversation: {told}."
 
 

@@ -127,7 +127,8 @@ def run_notebook(stem: str, folder: Path, env: dict[str, str], timeout: int = 60
     notebook.cells.append(nbformat.v4.new_code_cell(DRIVE_CELL, id="drive-widgets"))
     place = {"metadata": {"path": str(folder)}}
     settings = {"timeout": timeout, "kernel_name": "python3", "allow_errors": True, "resources": place}
-    client = NotebookClient(notebook, **settings)
+    # one block for what a cell prints: a page starts a new line at each piece that the kernel happened to send
+    client = NotebookClient(notebook, coalesce_streams=True, **settings)
     client.execute(env=env)
 
     where = "".join(text_of(output) for output in notebook.cells.pop().outputs)
