@@ -134,6 +134,12 @@ def verify(folder: str | Path, only: Iterable[str] | None = None) -> Manifest:
     return manifest
 
 
+def enclosing_checkpoint(path: str | Path) -> Path | None:
+    """The checkpoint folder in which a path lies: when that is replaced or pruned, it goes, too."""
+    path = Path(os.path.realpath(path))  # unlike Path.resolve it never raises
+    return next((p for p in (path, *path.parents) if p.suffix == ".ckpt" and (p / MANIFEST).exists()), None)
+
+
 # --- a folder of checkpoints --------------------------------------------------------------------------------
 
 

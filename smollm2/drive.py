@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import os
 import threading
 import time
 from collections import deque
@@ -20,7 +21,8 @@ from functools import partial
 from pathlib import Path
 
 from . import drive_folder
-from .checkpoint import MANIFEST, Manifest, candidates, commit, newest_usable, step_name
+from .checkpoint import MANIFEST, Manifest, candidates, commit, enclosing_checkpoint, newest_usable, step_name
+from .config import PlaceConfig
 from .drive_errors import NotThere, explain
 from .drive_folder import Entry, check_place, entries, is_uploading, look, verified
 from .errors import CheckpointError, ConfigError, NoUsableCheckpoint
@@ -183,19 +185,32 @@ def _facts(data: bytes) -> dict:
 # --- where a run continues ----------------------------------------------------------------------------------
 
 
-def check_places(output_dir: str | Path, drive_dir: str | Path | None, resume: str) -> None:
+def check_places(place: PlaceConfig) -> None:
     """Raises `ConfigError` for folders that cannot serve, before anything is written.
 
-    With `--resume never` Drive must hold no checkpoint: nothing there may be moved aside (Drive takes renames
-    back), and the next start would continue the old run.
+    With `--resume never` the weights to begin with must not be those which move aside, and Drive must hold no
+    checkpoint: nothing there may be moved aside (Drive takes renames back), and the next start would continue
+    the old run.
     """
-    flag = f"--drive_dir {drive_dir}"
-    found = []
+    output_dir, drive_dir = place.output_dir, place.drive_dir
+    if around := enclosing_checkpoint(output_dir):
+        lost = f"lies in the checkpoint {around} and goes when that does; expected a folder of its own"
+        run = around.parent.parent
+        raise ConfigError(f"--output_dir {output_dir}: {lost}, or {run} to go on with the run that is there")
+    here = Path(os.path.realpath(Path(output_dir) / "checkpoints"))
+    if (
+        place.resume == "never"
+        and place.init_from
+        and here in Path(os.path.realpath(place.init_from)).parents
+    ):
+        moved = f"--resume never moves run.init_from={place.init_from} aside, with the run that it is part of"
+        raise ConfigError(f"{moved}: choose another --output_dir")
+    flag, found = f"--drive_dir {drive_dir}", []
     try:
         drive_folder.check_mounted(output_dir)
         if drive_dir is None:
             return
-        if resume == "never":
+        if place.resume == "never":
             check_place(Path(drive_dir))
             found = entries(Path(drive_dir))
     except OSError as error:
@@ -203,7 +218,7 @@ def check_places(output_dir: str | Path, drive_dir: str | Path | None, resume: s
     if found:
         advice = "choose another, or move them away yourself"
         raise ConfigError(f"--resume never, but {flag} holds {len(found)} checkpoint(s): {advice}")
-    there, here = Path(drive_dir).resolve(), (Path(output_dir) / "checkpoints").resolve()
+    there = Path(os.path.realpath(drive_dir))
     if there in (here, here.parent) or here in there.parents:
         raise ConfigError(f"{flag} is the run's own folder; expected a second place, e.g. on a mounted Drive")
     if there.is_file():

@@ -18,6 +18,7 @@ from typing import Any
 
 from .card import model_card
 from .chat import PLAIN
+from .checkpoint import enclosing_checkpoint
 from .config import SmolLM2Config
 from .conversation import chat_template, render_chat, special_tokens
 from .errors import ArgumentParser, CheckpointError, ConfigError, OutputLost, run_command
@@ -106,8 +107,8 @@ def facts_of(file: Path) -> dict[str, Any]:
 
 def check_out(out: Path, source: Path) -> None:
     """`--out` must be new, empty, or an earlier export, nothing added or changed; raises `ConfigError`."""
-    if out.is_relative_to(source.resolve()):
-        raise ConfigError(f"--out {out}: lies inside the checkpoint {source}; expected a folder of its own")
+    if around := source if out.is_relative_to(source.resolve()) else enclosing_checkpoint(out):
+        raise ConfigError(f"--out {out}: lies inside the checkpoint {around}; expected a folder of its own")
     if Path.cwd().is_relative_to(out):  # whoever stands in it would see the old folder, not the new one
         raise ConfigError(f"--out {out}: is the current folder; expected another one")
     if out.exists() and not out.is_dir():

@@ -56,13 +56,23 @@ def tidy(path: Path) -> None:
 
 
 def set_aside(path: Path, say: Callable[[str], None]) -> None:
-    """`--resume never`: what an earlier run wrote moves aside; nothing is deleted."""
-    found = [path / name for name in ("logs", "checkpoints", "report.png") if (path / name).exists()]
+    """`--resume never`: what an earlier run wrote moves aside; nothing is deleted. Raises `OutputLost` where it
+    stays in its place, as a mount does."""
+    there = [path / name for name in ("checkpoints", "logs", "report.png")]
+    found = [p for p in there if p.is_file() or (p.is_dir() and any(p.iterdir()))]
     if found:
         aside = next(p for n in count(1) if not (p := path / f"previous-{n}").exists())
         aside.mkdir()
-        for folder in found:
-            os.rename(folder, aside / folder.name)
+        try:
+            for folder in found:
+                os.rename(folder, aside / folder.name)
+        except OSError as error:
+            for moved in aside.iterdir():
+                os.rename(moved, path / moved.name)
+            aside.rmdir()
+            stays = f"{folder} cannot be moved aside ({error.strerror})"
+            raise OutputLost(f"--resume never: {stays}; choose another --output_dir") from None
+        (path / "checkpoints").mkdir(exist_ok=True)
         say(f"--resume never: the earlier run was moved to {aside}")
 
 

@@ -13,7 +13,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -129,7 +129,7 @@ class Run:
             if self.step < at or (self.step == at and newest.folder.name != name)
         ]
         if not to_do:
-            more = f"--max_steps {self.step + max_steps} or --continue_steps N"
+            more = f"--max_steps {self.step + max_steps} or --continue_steps {self.step}"
             self.say(f"finished: the run is at step {self.step}; ask for more with {more}")
         return to_do
 
@@ -181,7 +181,7 @@ def open_run(config: RunConfig, reporter: Reporter, began: float) -> Iterator[Ru
     place, output_dir, device = config.run, Path(config.run.output_dir), hardware.choose_device()
     if not config.data.dataset:
         source_identity(config.data.chat_file or config.data.input_file)
-    check_places(output_dir, place.drive_dir, place.resume)
+    check_places(place)
     check_workers(place, torch.cuda.device_count() if device.type == "cuda" else 0)
     use_own_gpu(place, device)
     is_first, run, made = is_first_worker(place), None, absent_folders(output_dir)
@@ -209,9 +209,8 @@ def _open(config: RunConfig, device: torch.device, reporter: Reporter, is_first:
     train, count = config.train, parameter_count(config.model)
     precision = hardware.choose_precision(train.precision, device)
     check_memory(config, device, precision.autocast_dtype is not None)
+    is_anew = place.resume == "never"
     if is_first:
-        if place.resume == "never":
-            set_aside(output_dir, say)
         tidy(output_dir)
     shape = f"context {config.model.max_position_embeddings:,}, RoPE theta {config.model.rope_theta:,.0f}"
     say(f"model: {config.preset}, {count:,} parameters, {shape}")
@@ -219,10 +218,10 @@ def _open(config: RunConfig, device: torch.device, reporter: Reporter, is_first:
     kernels = "; blocks with a backward pass by hand (cpu_block.py)" * is_by_hand
     say(f"device: {hardware.device_name(device)}; precision {precision.name}: {precision.reason}{kernels}")
     where, way_out = whereabouts(place)
-    if place.drive_dir and is_first:
+    if place.drive_dir and is_first and not is_anew:
         newest = newest_on_drive(place.drive_dir, checkpoint_dir, say, read_state)
     else:
-        newest = newest_usable(candidates(checkpoint_dir), say, read_state)
+        newest = newest_usable([] if is_anew else candidates(checkpoint_dir), say, read_state)
     if config.data.chat_file:
         base = place.init_from and weights.resolve(place.init_from)
         fraction = config.data.held_out_fraction
@@ -249,23 +248,24 @@ def _open(config: RunConfig, device: torch.device, reporter: Reporter, is_first:
         say(note)
     run_id = newest.run_id if newest else sha256_json([fixed_settings(config), data.sha256, began_with])[:16]
     saver = Saver(checkpoint_dir, run_id, train.keep_last, newest)
-    logs = mirror = None
+    ends_at = began + 60 * (train.stop_after or math.inf) - 2 * save_seconds(config)
+    run = Run(config, device, precision, tokenizer, data, saver, reporter, None, None, ends_at)
+    for prompt in train.prompts:  # one that is too long is told now, not in the middle of training
+        prompt_ids(SimpleNamespace(config=config.model), tokenizer, run.asked(prompt))
     if is_first:
+        if is_anew:  # now that nothing is wrong with what was asked for
+            set_aside(output_dir, say)
         if state.step < steps:  # else nothing more will be written
             each = training_bytes(config.model, train.optimizer) + len(tokenizer.raw)
             # besides the last ones: the best, the one being written, and the final ones
             check_space(checkpoint_dir, each, train.keep_last + 2 + bool(train.continue_steps), say)
         replace_durably(output_dir / "config.yaml", config.to_yaml().encode())
         logs = Logs(output_dir / "logs", state.log_lines)
-        if place.drive_dir:
-            mirror = DriveMirror(place.drive_dir, say)
-            if newest:
-                mirror.submit(newest)
+        mirror = DriveMirror(place.drive_dir, say) if place.drive_dir else None
+        if mirror and newest:
+            mirror.submit(newest)
+        run = replace(run, logs=logs, mirror=mirror)
         announce_open(output_dir)
-    ends_at = began + 60 * (train.stop_after or math.inf) - 2 * save_seconds(config)
-    run = Run(config, device, precision, tokenizer, data, saver, reporter, logs, mirror, ends_at)
-    for prompt in train.prompts:  # one that is too long is told now, not in the middle of training
-        prompt_ids(SimpleNamespace(config=config.model), tokenizer, run.asked(prompt))
     return run
 
 

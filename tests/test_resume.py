@@ -3,7 +3,9 @@
 `python -m tests.soak` is the long version of this file.
 """
 
+import errno
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -18,6 +20,7 @@ from smollm2 import load_config, saver
 from smollm2 import run as opening
 from smollm2.checkpoint import FINAL_NAMES, step_name, verify
 from smollm2.device import Precision
+from smollm2.errors import OutputLost
 from smollm2.logs import EPOCHS, SAMPLES, TRAINING
 from smollm2.progress import Reporter
 from smollm2.state import TrainState
@@ -153,7 +156,9 @@ def test_running_a_finished_run_again_changes_nothing(text, finished):
     before = outcome(finished)
     result = train(fifty(text, finished), heard := Heard())
     assert result.step == 50 and outcome(finished) == before
-    assert any(line.startswith("finished: the run is at step 50") for line in heard.messages)
+    (said,) = [line for line in heard.messages if line.startswith("finished: the run is at step 50")]
+    steps = [int(word) for word in re.findall(r"_steps (\d+)", said)]  # of the first phase, or of a second
+    assert steps[0] > 50 and fifty(text, finished).train.max_steps + steps[1] > 50
 
 
 def test_resume_never_starts_anew_and_moves_the_old_run_aside(text, finished, tmp_path):
@@ -162,6 +167,23 @@ def test_resume_never_starts_anew_and_moves_the_old_run_aside(text, finished, tm
     assert train(config, Reporter()).step == 10
     moved = tmp_path / "output" / "previous-1"
     same_result(moved, FINAL, finished, FINAL)
+
+
+@pytest.mark.parametrize("mount", ["checkpoints", "logs"])
+def test_a_run_that_cannot_move_aside_stays_whole(text, finished, tmp_path, monkeypatch, mount):
+    output, real = shutil.copytree(finished, tmp_path / "output"), os.rename
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+
+    def rename(source, target):
+        if Path(source) == output / mount:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(OutputLost, match=f"{mount} cannot be moved aside .*busy.*--output_dir"):
+        train(fifty(text, output, place={"resume": "never"}), Reporter())
+    assert before.items() <= {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}.items()
+    assert not list(output.glob("previous-*"))
 
 
 def test_every_training_step_runs_compiled_whatever_was_sampled_before_it(text, tmp_path, monkeypatch):
