@@ -53,9 +53,9 @@ class SmolLM2Config(_Section):
     rope_theta: float = Field(10000.0, gt=0)
     tie_word_embeddings: bool = True
     initializer_range: float = Field(1 / 24, gt=0)  # std of the normal initialisation; 1/24 = 1/sqrt(576)
-    bos_token_id: int | None = Field(0, ge=0)
-    eos_token_id: int | None = Field(0, ge=0)
-    pad_token_id: int | None = Field(None, ge=0)
+    bos_token_id: int | None = Field(0, ge=0, lt=2**16)
+    eos_token_id: int | None = Field(0, ge=0, lt=2**16)
+    pad_token_id: int | None = Field(None, ge=0, lt=2**16)
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -97,13 +97,18 @@ class SmolLM2Config(_Section):
         known["rope_theta"] = table.get("rope_theta", fields["rope_theta"])
         if known["num_key_value_heads"] is None:
             known["num_key_value_heads"] = known["num_attention_heads"]
-        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            ids = known[key] if isinstance(known[key], list) else [known[key]]  # several may end a text
-            known[key] = next((i for i in ids[:1] if i != -1), None)  # -1 is the old way to say none
+        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+        for key in ids:
+            found = known[key] if isinstance(known[key], list) else [known[key]]  # several may end a text
+            known[key] = next((i for i in found[:1] if i != -1), None)  # -1 is the old way to say none
         try:
-            return cls(**known)
+            config = cls(**known)
         except ValidationError as error:
             raise CheckpointError(f"{where}: {problems(error, cls)}") from None
+        for key in ids:
+            if (i := getattr(config, key)) is not None and i >= config.vocab_size:
+                raise CheckpointError(f"{where}: {key} is {i}, but vocab_size is {config.vocab_size}")
+        return config
 
 
 PLAIN_LLAMA = {

@@ -32,7 +32,8 @@ def tokenizer_config(folder: Path) -> dict:
 
 def stop_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     """All ids that end a text: those of the model's files, and the tokenizer's."""
-    own = tokenizer.token_id(special_tokens(tokenizer_config(folder)).get("eos_token", ""))
+    name = special_tokens(tokenizer_config(folder)).get("eos_token", "")
+    own = tokenizer.token_id(utf8(name, f"{folder}: eos_token"))
     return tuple(i for i in dict.fromkeys([own, *read_end_ids(folder)]) if i is not None)
 
 
@@ -43,7 +44,8 @@ def chat_template(folder: Path) -> str | None:
         return utf8(file.read_text("utf-8", "surrogateescape"), str(file))
     template = tokenizer_config(folder).get("chat_template")
     if isinstance(template, list):
-        template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        named = [entry for entry in template if isinstance(entry, dict)]
+        template = {str(entry.get("name")): entry.get("template") for entry in named}
     template = template.get("default") if isinstance(template, dict) else template
     if not isinstance(template, str | None):
         raise CheckpointError(f"{folder}: the chat template is {template!r:.60}; expected a text")

@@ -64,7 +64,8 @@ def score_tokens(
     if count == 0:
         raise DataError("nothing to evaluate: the text has no tokens")
     text_bytes *= count / len(tokens)
-    length = block_length or model.config.max_position_embeddings
+    context = model.config.max_position_embeddings
+    length = min(block_length or context, context)
     batch = max(1, TOKENS_PER_BATCH // length) * length
     tokens, previous = tokens[:count], model.config.bos_token_id or 0
     total, scored, was_training = 0.0, 0, model.training

@@ -6,16 +6,50 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 
-from .config import DataConfig, PlaceConfig, problems
+from .config import DataConfig, PlaceConfig, Text, problems
 from .errors import CheckpointError
 from .weights import read_table
 
 
+class _Part(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+class _Data(_Part):
+    sequence_length: PositiveInt = 1
+
+
+class _Train(_Part):
+    batch_size: PositiveInt = 1
+
+
+class _Settings(_Part):
+    data: _Data = _Data()
+    train: _Train = _Train()
+
+
+class _Record(_Part):
+    """What is computed with or written on a card must be of its kind: anybody may have edited a record."""
+
+    step: NonNegativeInt | None = None
+    text: Text = ""
+    init_from: Text | None = None
+    best: dict[str, float] = {}
+    bits_per_byte: dict[str, float] = {}
+    config: _Settings = _Settings()
+
+
 def recorded(folder: Path, name: str = "state.json") -> dict[str, Any]:
-    """The table in `state.json` (of a checkpoint) or `export.json` (of an export); empty without one."""
-    return read_table(folder / name, "the record of a run") if (folder / name).is_file() else {}
+    """The table in `state.json` (of a checkpoint) or `export.json` (of an export); empty without one. Raises
+    `CheckpointError` for what is no record."""
+    file = folder / name
+    try:
+        fields = read_table(file, "the record of a run") if file.is_file() else {}
+        return _Record.model_validate(fields).model_dump(exclude_unset=True)
+    except ValidationError as error:
+        raise CheckpointError(f"{file}: {problems(error, _Record)}") from None
 
 
 def trained_with(folder: Path) -> DataConfig | None:

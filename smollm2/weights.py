@@ -105,9 +105,12 @@ def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], where: str)
     """Copy tensors into a model; raises `CheckpointError` when they do not fit or are no finite numbers."""
     check_shapes(model, tensors, where)
     for name, parameter in model.named_parameters():
-        if not tensors[name].is_floating_point() or not tensors[name].isfinite().all():
-            raise CheckpointError(f"{where}: {name} holds integers or numbers that are not finite")
-        parameter.detach().copy_(tensors[name])
+        tensor = tensors[name]
+        if not tensor.is_floating_point() or tensor.itemsize < 2:  # those of 8 bits need scales
+            raise CheckpointError(f"{where}: {name} is {tensor.dtype}; expected floats of 16 bits or more")
+        # as they are here: what is finite in float64 need not be so in fp32
+        if not parameter.detach().copy_(tensor).isfinite().all():
+            raise CheckpointError(f"{where}: {name} holds numbers that are not finite")
 
 
 def halves_to_pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:

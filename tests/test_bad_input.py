@@ -242,10 +242,13 @@ BAD_COMMANDS = {
     "not a multiple of 7 workers": ["--set run.devices=7"],
     "UTF-8": ["--set 'train.prompts=[\"\udcff\"]'", "--output_dir \udcff", "GENERATE --prompt \udcff"],
     "output_dir": ["--output_dir ''", "--output_dir 'a\0b'"],
+    "lies in the checkpoint|run to go on": [f"--output_dir {MODEL}", f"--output_dir {MODEL}/a/b"],
+    "lies inside the checkpoint": [f"export --checkpoint {MODEL} --out {MODEL}/a"],
+    "aside|choose another --output_dir": [f"--output_dir run --resume never --set run.init_from={MODEL}"],
     "drive_dir|does not exist": ["--drive_dir nowhere/deep"], "drive_dir|own folder": ["--drive_dir output"],
     "drive_dir|not mounted": ["--drive_dir /content/drive/MyDrive/run"],
     "drive_dir": ["--drive_dir 'a\0b'", "--drive_dir good.txt"],
-    "missing.json|no such file": ["--tokenizer missing.json --output_dir deep/and/deeper"],
+    "missing.json|no such file": ["--tokenizer missing.json --output_dir deep/and/deeper", "--tokenizer missing.json --resume never --output_dir run"],
     "not a tokenizer.json": [f"--tokenizer {name}.json" for name in ("not", "list", "empty", "no-model")],
     "a tokenizer.json": [f"--tokenizer {name}" for name in ("cut.json", "binary.json", "deep.json", "pipe")],
     "tokenizer": ["--tokenizer 'a\0b'", "--tokenizer 'a folder'"],
@@ -253,6 +256,7 @@ BAD_COMMANDS = {
     "nobody/nothing": ["--tokenizer nobody/nothing", "train --config tiny.yaml --dataset nobody/nothing"],
     "eos_token_id=70 is|special token": ["--set eos_token_id=70"],
     "bos_token_id=5000 is None|special token": ["--set bos_token_id=5000"],
+    "model.bos_token_id": [f"--set bos_token_id={10**30}"],
     "--dataset and --input_file: give one": ["--dataset nobody/nothing"],
     "--minutes and --max_steps: give one": ["--minutes 3 --max_steps 5", "--minutes 3 --set max_steps=5"],
     "training tokens, but one row needs 17": ["--input_file short.txt"],
@@ -268,6 +272,7 @@ BAD_COMMANDS = {
     "max_new_tokens": ["GENERATE --max_new_tokens -1"],
     "context is 32|shorten": [
         f"GENERATE --prompt '{'word ' * 100}'", f"--set 'train.prompts=[\"{'word ' * 100}\"]'",
+        f"--set 'train.prompts=[\"{'word ' * 100}\"]' --resume never --output_dir run",
     ],
     "chat template": ["GENERATE --chat"],
     "split|val": ["EVALUATE --split test"],
@@ -322,6 +327,7 @@ CONFIGS = [
     {"max_position_embeddings": 2**20, "head_dim": 2**12}, {"hidden_size": 32, "head_dim": None},
     {"mlp_bias": True}, {"quantization_config": {"bits": 4}}, {"rope_scaling": {"type": "linear", "factor": 2}},
     {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, {"rms_norm_eps": -1}, {"bos_token_id": "x"},
+    {"bos_token_id": 300}, {"eos_token_id": [10**30]}, {"pad_token_id": 300},
     {"num_hidden_layers": 2}, {"vocab_size": 301}, {"tie_word_embeddings": False},
 ]  # fmt: skip
 MISFITS = {"num_hidden_layers", "vocab_size", "tie_word_embeddings"}  # sound, but not those of the weights
@@ -331,6 +337,7 @@ WEIGHT_FILES = [
     lambda raw: raw.replace(b'offsets":[0,', b'offsets":[9,', 1), tensors(lambda t: t * torch.nan),
     tensors(lambda t: t + torch.inf), tensors(lambda t: None), tensors(lambda t: t if t.dim() == 2 else None),
     tensors(lambda t: t[:3].contiguous()), tensors(lambda t: t.to(torch.int32)),
+    tensors(lambda t: t.to(torch.float8_e4m3fn)), tensors(lambda t: t.double() * 1e300),
     *[lambda raw, n=n: n.to_bytes(8, "little") + raw[8:] for n in (2**63, 2**60, 2**40, 2**20 + 1, 2, 0)],
     *[lambda raw, n=n: raw[:n] for n in (4, 8)],
     lambda raw: save(load(raw) | {"model.extra": torch.zeros(2)}),
@@ -358,6 +365,21 @@ def test_a_broken_checkpoint_is_refused(number, refused, tmp_path):
     refused(f"GENERATE --checkpoint {tmp_path}/broken", words)
     refused(f"EVALUATE --checkpoint {tmp_path}/broken", words)
     refused(f"--set run.init_from={tmp_path}/broken", words)
+
+
+RECORDS = [
+    {"config": 5}, {"config": {"data": {"sequence_length": "x"}}}, {"config": {"train": {"batch_size": [8]}}},
+    {"best": 5}, {"step": "x"}, {"step": -1}, {"text": ["a"]}, {"text": "\ud800"}, {"init_from": {}}, b"[]",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", RECORDS, ids=str)
+def test_an_edited_record_of_a_run_is_refused(change, refused, tmp_path):
+    broken = shutil.copytree(MODEL, tmp_path / "broken")
+    damage(broken / "manifest.json", None)
+    damage(broken / "state.json", change)
+    refused(f"export --checkpoint {broken} --out {tmp_path}/out", "state.json")
+    refused(f"EVALUATE --checkpoint {broken}", "state.json")
 
 
 OTHER_SETTINGS = {

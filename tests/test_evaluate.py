@@ -50,6 +50,12 @@ def test_the_score_is_the_definition_for_any_length_and_batch(count, per_batch, 
     assert (score.tokens, score.bytes) == (count, 3 * count)
 
 
+def test_rows_are_never_longer_than_the_context():
+    model = tiny_model(max_position_embeddings=50).eval()
+    tokens = tokens_of(model, 257)
+    assert score_tokens(model, tokens, 800, block_length=64) == score_tokens(model, tokens, 800)
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     """A text file beside a folder with a tiny model and its tokenizer."""

@@ -234,6 +234,14 @@ def test_a_hostile_chat_template_is_an_error_and_not_code(template, tmp_path, mo
     assert not list(tmp_path.iterdir())
 
 
+def test_names_in_a_tokenizer_config_are_texts(tmp_path):
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps({"chat_template": [{"name": ["a"], "template": "x"}], "eos_token": "\ud800"}))
+    assert conversation.chat_template(tmp_path) is None
+    with pytest.raises(UserError, match="eos_token: not UTF-8"):
+        conversation.stop_ids(tmp_path, tiny_tokenizer())
+
+
 @pytest.mark.parametrize("template", [5, True, "\ud800", {"default": [1]}])
 def test_a_chat_template_is_a_text(template, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
