@@ -93,7 +93,8 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 def check_asked_once(overrides: list[str], flags: dict[str, Any]) -> None:
     """Raises `ConfigError` for a command line that asks for two of which one would be passed over."""
-    named = {parse_override(text)[0] for text in overrides} | {k for k, v in flags.items() if v is not None}
+    asked = [*map(parse_override, overrides), *flags.items()]
+    named = {key for key, value in asked if value is not None}
     for either in EITHER:
         words = " and ".join(f"--{key.partition('.')[2]}" for key in either if key in named)
         if " and " in words:
@@ -109,11 +110,12 @@ def load_config(
 ) -> RunConfig:
     """Preset + file + `key=value` overrides + dotted flags (`{"train.max_steps": 10}`; None means not given).
 
-    Without `preset` it is the one that the file names, else nano. "custom" presets nothing: what a run wrote
-    that was not made from a preset.
+    Without `preset` it is the one that the file names, else nano; a file's "auto" leaves the choice to whoever
+    asks. "custom" presets nothing: what a run wrote that was not made from a preset.
     """
     fields = read_yaml(config_file) if config_file is not None else {}
-    named = [name for name in (preset, fields.get("preset")) if name is not None] or ["nano"]
+    own = fields.get("preset")
+    named = [name for name in (preset, own if own != "auto" else None) if name is not None] or ["nano"]
     known = preset_names()
     for name in named:
         if name not in (*known, CUSTOM):

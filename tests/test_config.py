@@ -9,7 +9,7 @@ import pytest
 
 from smollm2.config import RunConfig, SmolLM2Config
 from smollm2.errors import ConfigError
-from smollm2.settings import DOTTED, FIELDS, load_config, parse_override, read_yaml
+from smollm2.settings import DOTTED, FIELDS, check_asked_once, load_config, parse_override, read_yaml
 
 
 @pytest.fixture
@@ -33,11 +33,23 @@ def test_precedence_is_preset_then_file_then_set_then_flag(config_file):
         assert (config.preset, config.model) == (plain, load_config(plain).model)
 
 
+def test_a_file_may_leave_the_preset_to_the_machine(config_file, monkeypatch):
+    import colab_train
+    import smollm2.device
+
+    trained = trained_configs(monkeypatch)
+    monkeypatch.setattr(smollm2.device, "choose_preset", lambda asked: ("nano", asked))
+    for flags in ([], ["--preset", "auto"]):
+        colab_train.main([*flags, "--config", config_file("preset: auto\ntrain: {max_steps: 5}\n")])
+    assert [(config.preset, config.train.max_steps) for config in trained] == [("nano", 5)] * 2
+
+
 def test_steps_or_minutes_count_and_it_is_the_last_that_was_asked_for(config_file):
     path = config_file("train: {minutes: 5}\n")
     assert load_config("nano", path).train.minutes == 5
     assert load_config("nano", path, ["max_steps=7"]).train.minutes is None
     assert load_config("nano", path, **{"train.max_steps": 7}).train.minutes is None
+    check_asked_once(["minutes=null"], {"train.max_steps": 7})
 
 
 def test_one_text_is_read_and_it_is_the_last_that_was_asked_for(config_file):
