@@ -51,8 +51,8 @@ def check_workers(place: PlaceConfig, gpus: int) -> None:
     whole run, or wait for others that never come. `gpus` is the number of this machine, 0 where training runs
     on the CPU."""
     world, by = place.devices * place.num_nodes, launcher()
-    started = _number({"torchrun": "WORLD_SIZE", "srun": "SLURM_STEP_NUM_TASKS"}.get(by, ""), world)
-    if started != world:
+    names = {"torchrun": "WORLD_SIZE", "srun": "SLURM_STEP_NUM_TASKS"}
+    if by in names and (started := _number(names[by], 1)) != world:
         asked = f"--devices {place.devices} x --num_nodes {place.num_nodes} = {world}"
         raise ConfigError(f"{by} started {started} processes, but {asked}: processes on a machine x machines")
     if (
@@ -60,9 +60,15 @@ def check_workers(place: PlaceConfig, gpus: int) -> None:
     ):  # which tells the processes that it starts their rank in this way, too
         if "LOCAL_RANK" not in os.environ:
             os.environ[LAUNCHED_BY] = str(os.getpid())
+            if place.num_nodes == 1:  # it would believe these, and wait for another machine
+                for name in ("NODE_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"):
+                    os.environ.pop(name, None)
         elif os.environ.get(LAUNCHED_BY) not in (str(os.getpid()), str(os.getppid())):
             left = f"environment variable LOCAL_RANK={os.environ['LOCAL_RANK']!r}"
             raise ConfigError(f"{left} was left behind by another launcher: unset it")
+        if (node := _number("NODE_RANK")) >= place.num_nodes:
+            asked = f"a number below --num_nodes {place.num_nodes}"
+            raise ConfigError(f"environment variable NODE_RANK='{node}': expected {asked}")
     if 0 < gpus < place.devices:
         raise ConfigError(f"--devices {place.devices}: this machine has {gpus} GPU(s); expected no more")
 

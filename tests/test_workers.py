@@ -54,6 +54,7 @@ def launched(monkeypatch):
         (SRUN, {"devices": 2}, False),
         (SRUN | {"SLURM_PROCID": "0"}, {"devices": 2}, True),
         (SHELL_OF_A_JOB, {"devices": 2}, True),
+        ({"NODE_RANK": "2", "GROUP_RANK": "1"}, {"devices": 2}, True),  # which no other machine can mean
     ],
     ids=str,
 )
@@ -71,6 +72,8 @@ def test_one_worker_is_the_first_however_they_were_started(launched, variables, 
         ({}, {"devices": 2}, 1, "this machine has 1 GPU(s); expected no more"),
         (STRAY[0], {"devices": 2}, 0, "LOCAL_RANK='1' was left behind by another launcher: unset it"),
         ({"NODE_RANK": "-1"}, {"num_nodes": 2}, 0, "NODE_RANK='-1': expected a whole number"),
+        ({"NODE_RANK": "2"}, {"num_nodes": 2}, 0, "NODE_RANK='2': expected a number below --num_nodes 2"),
+        ({"TORCHELASTIC_RUN_ID": "none"}, {"devices": 2}, 0, "torchrun started 1 processes"),
     ],
     ids=str,
 )
@@ -109,6 +112,16 @@ def test_a_process_measures_and_tries_its_own_gpu(
     config = small_config(text, tmp_path / "out", place={"devices": devices})
     with pytest.raises(Chosen, match=f"^{gpu}$"), run.open_run(config, Reporter(), 0.0):
         pass
+
+
+def test_processes_of_one_machine_meet_at_no_address_that_was_left_behind(launched):
+    stray = {"MASTER_ADDR": "192.0.2.1", "MASTER_PORT": "none", "GROUP_RANK": "1"}
+    launched(stray)
+    check_workers(PlaceConfig(devices=2), 0)
+    assert not stray.keys() & os.environ.keys()
+    launched(stray)
+    check_workers(PlaceConfig(devices=2, num_nodes=2), 0)
+    assert os.environ["MASTER_ADDR"] == "192.0.2.1"  # where the first machine is
 
 
 @pytest.mark.parametrize("variables", STRAY, ids=str)
