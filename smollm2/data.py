@@ -35,6 +35,7 @@ from .files import (
     sha256_file,
     sha256_json,
     strict_json,
+    sync,
 )
 from .text import END_OF_TEXT, SEPARATOR, documents, read_split, source_identity, split_bytes
 from .tokenizer import Tokenizer
@@ -217,7 +218,7 @@ class Shard:
 
     def facts(self) -> dict[str, Any]:
         self.file.flush()
-        os.fsync(self.file.fileno())
+        sync(self.file.fileno())
         return {"tokens": self.tokens, "bytes": self.bytes, "sha256": self.digest.hexdigest()}
 
 

@@ -33,12 +33,22 @@ def sha256_json(value: object) -> str:
     return sha256_bytes(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
 
 
+def sync(descriptor: int) -> None:
+    """What was written survives a power cut, where the file system can do that: some sync files but no folders
+    (vboxsf, old CIFS), some mounts nothing."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+
+
 def write_durably(path: str | Path, data: bytes) -> None:
     """Write and fsync a file: after this returns, its bytes survive a power cut."""
     with open(path, "wb") as file:
         file.write(data)
         file.flush()
-        os.fsync(file.fileno())
+        sync(file.fileno())
 
 
 def write_tensors(path: str | Path, tensors: dict) -> None:
@@ -61,17 +71,13 @@ def write_tensors(path: str | Path, tensors: dict) -> None:
 
 
 def fsync_folder(folder: str | Path) -> None:
-    """Make renames and new names in a folder durable, where the file system can: some sync files but no
-    folders (EINVAL: vboxsf, old CIFS), and Windows opens no folder at all (EACCES)."""
+    """Make renames and new names in a folder durable; Windows opens no folder (EACCES)."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except PermissionError:
         return
     try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
+        sync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -111,7 +117,7 @@ def commit_folder(
             path = temporary / name
             content(path) if callable(content) else path.write_bytes(content)
             with open(path, "rb+") as written:
-                os.fsync(written.fileno())
+                sync(written.fileno())
             table[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
         for name, data in closing(table).items():
             write_durably(temporary / name, data)

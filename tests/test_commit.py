@@ -170,6 +170,16 @@ def test_a_disk_that_stays_broken_ends_the_run_with_code_7(text, tmp_path, monke
     compare(tmp_path / "output", undisturbed)
 
 
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOSYS])
+def test_a_file_system_that_syncs_nothing_can_hold_a_run(text, tmp_path, monkeypatch, undisturbed, code):
+    def fsync(descriptor):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert train(short(text, tmp_path / "output"), Reporter()).step == 40
+    compare(tmp_path / "output", undisturbed)
+
+
 def test_a_last_save_that_fails_is_not_called_a_finished_run(text, tmp_path, monkeypatch, undisturbed):
     real = saver.commit
 
