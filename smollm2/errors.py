@@ -169,6 +169,9 @@ def run_command(main: Callable[[], int | None]) -> None:
             code, words = UserError.exit_code, f"error: {error.filename}: {error.strerror}"
         elif error.errno == errno.ENOSPC:
             code, words = OutputLost.exit_code, "error: standard output goes to a disk that is full"
+        elif error.errno == errno.EBADF:  # as nohup leaves the input of a terminal
+            advice = "pass the text with --prompt, and let the output go to a terminal, a file or a pipe"
+            code, words = UserError.exit_code, f"error: a standard stream cannot be read or written: {advice}"
         elif error.errno in (errno.EPIPE, errno.EIO):  # its reader left, or the terminal is gone: no error
             code = 141
         else:

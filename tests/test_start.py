@@ -76,6 +76,23 @@ def test_a_full_disk_behind_standard_error_changes_no_exit_code(tmp_path):
         assert subprocess.run(["sh", "-c", command], cwd=tmp_path).returncode == code
 
 
+@pytest.mark.parametrize("stream", ["0>out", "</dev/null 1<text"])
+def test_a_stream_that_is_open_the_wrong_way_is_one_line(stream, tmp_path):
+    """As nohup leaves the input of a terminal."""
+    (tmp_path / "text").touch()
+    code = "from smollm2.errors import run_command; run_command(lambda: print(input()) if STREAM else print('a'))"
+    code = code.replace("STREAM", str(stream[0] == "0"))
+    command = f'exec {sys.executable} -c "{code}" {stream}'
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["sh", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr.startswith(
+        "error: a standard stream cannot be read or written"
+    )
+    assert done.stderr.count("\n") == 1
+
+
 def test_output_that_fails_and_is_no_file_is_an_exit_code(monkeypatch):
     def fail(text: str = "") -> None:
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
