@@ -56,8 +56,8 @@ def tidy(path: Path) -> None:
 
 
 def set_aside(path: Path, say: Callable[[str], None]) -> None:
-    """`--resume never`: what an earlier run wrote moves aside; nothing is deleted. Raises `OutputLost` where it
-    stays in its place, as a mount does."""
+    """`--resume never`: what an earlier run wrote moves aside; nothing is deleted. Raises `OutputLost` where
+    it stays in its place, as a mount does."""
     there = [path / name for name in ("checkpoints", "logs", "report.png")]
     found = [p for p in there if p.is_file() or (p.is_dir() and any(p.iterdir()))]
     if found:
