@@ -27,7 +27,7 @@ from pathlib import Path
 from .checkpoint import FINAL_NAMES, MANIFEST, MAX_MANIFEST_BYTES, Manifest, parse_manifest
 from .drive_errors import MOUNT_POINT, NotThere
 from .errors import CheckpointError
-from .files import CHUNK_BYTES, sync
+from .files import CHUNK_BYTES
 
 MOUNTS_TABLE = Path("/proc/mounts")
 UPLOAD_ID = "user.drive.id"  # extended attribute; ids beginning with "local" are not yet on Google's side
@@ -172,7 +172,7 @@ def write(path: Path, source: io.BufferedIOBase, mode: str = "xb") -> None:
     with open(path, mode) as file:
         shutil.copyfileobj(source, file, CHUNK_BYTES)
         file.flush()
-        sync(file.fileno())
+        os.fsync(file.fileno())
 
 
 def erase(folder: Path) -> None:

@@ -34,8 +34,8 @@ def sha256_json(value: object) -> str:
 
 
 def sync(descriptor: int) -> None:
-    """What was written survives a power cut, where the file system can do that: some sync files but no folders
-    (vboxsf, old CIFS), some mounts nothing."""
+    """What was written survives a power cut, where the file system can do that: some sync files but no
+    folders (vboxsf, old CIFS), some mounts nothing."""
     try:
         os.fsync(descriptor)
     except OSError as error:

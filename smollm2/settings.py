@@ -110,8 +110,8 @@ def load_config(
 ) -> RunConfig:
     """Preset + file + `key=value` overrides + dotted flags (`{"train.max_steps": 10}`; None means not given).
 
-    Without `preset` it is the one that the file names, else nano; "auto" in a file names none. "custom" presets
-    nothing: what a run wrote that was not made from a preset.
+    Without `preset` it is the one that the file names, else nano; "auto" in a file names none. "custom"
+    presets nothing: what a run wrote that was not made from a preset.
     """
     fields = read_yaml(config_file) if config_file is not None else {}
     own = fields.get("preset")
