@@ -249,13 +249,13 @@ def memory_bytes(groups: str = "/proc/self/cgroup", mounted: str = "/sys/fs/cgro
 
 @contextlib.contextmanager
 def plain_defaults():
-    """Inside it new tensors are fp32 on the CPU, whatever default an earlier cell of a notebook has set."""
-    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    """Inside it new tensors are fp32 on the CPU, whatever default an earlier cell of a notebook, or a
+    `with torch.device(...)` around the call, has set."""
+    dtype = torch.get_default_dtype()
+    is_plain = torch.get_default_device().type == "cpu"
     torch.set_default_dtype(torch.float32)
-    torch.set_default_device(None)
     try:
-        yield
+        with contextlib.nullcontext() if is_plain else torch.device("cpu"):
+            yield
     finally:
         torch.set_default_dtype(dtype)
-        if device.type != "cpu":
-            torch.set_default_device(device)

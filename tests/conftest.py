@@ -79,11 +79,16 @@ def tiny_model(seed: int = 0, **changes) -> SmolLM2:
 
 @contextlib.contextmanager
 def earlier_cell(default: str | None):
-    """Inside it the default is set that an earlier cell of a notebook may have set: bfloat16, or a device."""
+    """Inside it the default is set that an earlier cell of a notebook may have set: bfloat16, or a device; or a
+    `with torch.device` stands around the call."""
     torch.set_default_dtype(torch.bfloat16 if default == "bfloat16" else torch.float32)
     torch.set_default_device("meta" if default == "meta" else None)
     try:
-        yield
+        with torch.device("meta") if default == "with meta" else contextlib.nullcontext():
+            yield
+        assert torch.get_default_device().type == (
+            "meta" if default == "meta" else "cpu"
+        )  # it changed for nobody
     finally:
         torch.set_default_dtype(torch.float32)
         torch.set_default_device(None)

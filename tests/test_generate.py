@@ -139,7 +139,7 @@ def test_the_same_seed_says_the_same_from_a_pipe_and_another_seed_does_not(check
 INTERACTIVE = ("--interactive", "--max_new_tokens", "5", "--seed", "1")
 
 
-@pytest.mark.parametrize("stray", ["bfloat16", "meta"])
+@pytest.mark.parametrize("stray", ["bfloat16", "meta", "with meta"])
 @pytest.mark.parametrize("dtype", ["fp32", "int8"])
 def test_a_default_set_in_an_earlier_cell_changes_no_word(checkpoint, say, stray, dtype):
     words = ("--prompt", "Once", "--max_new_tokens", "9", "--seed", "1", "--dtype", dtype)

@@ -195,7 +195,7 @@ def test_the_default_configuration_is_smollm2_135m_and_needs_no_memory_to_be_loo
     assert logits.shape == (1, 8, 49152) and logits.device.type == "meta"
 
 
-@pytest.mark.parametrize("stray", ["bfloat16", "meta"])
+@pytest.mark.parametrize("stray", ["bfloat16", "meta", "with meta"])
 def test_a_default_set_in_an_earlier_cell_changes_no_weight_and_no_token(tmp_path, stray):
     tiny_model().save_pretrained(tmp_path)
     said, ids = [], random_ids(tiny_model(), batch=1, time=9)

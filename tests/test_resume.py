@@ -205,7 +205,7 @@ def test_every_training_step_runs_compiled_whatever_was_sampled_before_it(text, 
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("stray", ["bfloat16", "meta"])
+@pytest.mark.parametrize("stray", ["bfloat16", "meta", "with meta"])
 def test_a_default_set_in_an_earlier_cell_changes_no_bit(text, finished, tmp_path, stray):
     with earlier_cell(stray):
         train(fifty(text, tmp_path / "output"), Reporter())
