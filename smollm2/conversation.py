@@ -27,7 +27,11 @@ def special_tokens(fields: dict) -> dict[str, str]:
 
 
 def tokenizer_config(folder: Path) -> dict:
-    return read_table(folder / "tokenizer_config.json", optional=True)
+    """`tokenizer_config.json`; in a folder of the old kind, `special_tokens_map.json` counts first, as in
+    transformers."""
+    fields = read_table(folder / "tokenizer_config.json", optional=True)
+    is_old = "added_tokens_decoder" not in fields
+    return fields | (read_table(folder / "special_tokens_map.json", optional=True) if is_old else {})
 
 
 def stop_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -20,14 +20,14 @@ from .card import model_card
 from .chat import PLAIN
 from .checkpoint import enclosing_checkpoint
 from .config import SmolLM2Config
-from .conversation import chat_template, render_chat, special_tokens
+from .conversation import chat_template, render_chat, special_tokens, stop_ids, tokenizer_config
 from .errors import ArgumentParser, CheckpointError, ConfigError, OutputLost, run_command
 from .files import commit_folder, dump_json, kind_of, sha256_file, write_tensors
 from .gguf_file import GGUF_TYPES, write_gguf
 from .origin import origin_name, published_base, recorded
 from .signals import loading
 from .tokenizer import Tokenizer
-from .weights import model_files, read_end_ids, read_weights, resolve, stored_tensors
+from .weights import model_files, read_weights, resolve, stored_tensors
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 RECEIPT = "export.json"  # names every file of an export: what makes a folder ours to replace
@@ -47,10 +47,13 @@ def exported_config(config: SmolLM2Config, state: dict[str, Any]) -> SmolLM2Conf
     return config.model_copy(update={"max_position_embeddings": min(trained, context)})
 
 
-def tokenizer_files(tokenizer: Tokenizer, config: SmolLM2Config, template: str | None) -> dict[str, bytes]:
-    """`tokenizer.json` unchanged, `tokenizer_config.json` with the model's own special tokens."""
+def tokenizer_files(
+    tokenizer: Tokenizer, config: SmolLM2Config, template: str | None, named: dict[str, str]
+) -> dict[str, bytes]:
+    """`tokenizer.json` unchanged, `tokenizer_config.json` with the model's own special tokens: those that the
+    folder named, for the chat template means them."""
     ids = config.bos_token_id, config.eos_token_id, config.pad_token_id
-    files = tokenizer.files(config.max_position_embeddings, *ids)
+    files = tokenizer.files(config.max_position_embeddings, *ids, named)
     fields = json.loads(files["tokenizer_config.json"])
     fields |= {"chat_template": template} if template else {}
     return files | {"tokenizer_config.json": dump_json(fields)}
@@ -139,7 +142,8 @@ def export(
         from .pretrained import load_model_and_tokenizer
 
     model, tokenizer = load_model_and_tokenizer(folder)  # fp32; a checkpoint of ours is verified
-    state, template, ends = recorded(folder), chat_template(folder), read_end_ids(folder)
+    state, template, named = recorded(folder), chat_template(folder), special_tokens(tokenizer_config(folder))
+    ends = tuple(i for i in stop_ids(folder, tokenizer) if i < model.config.vocab_size)
     config, tensors = exported_config(model.config, state), stored_tensors(model)
     if dtype is None:  # an export loses nothing unless asked to
         stored = {tensor.dtype for tensor in read_weights(folder, config).values()}
@@ -151,13 +155,13 @@ def export(
     base, gguf_file = published_base(checkpoint, folder), f"model-{gguf}.gguf" if gguf else None
     card = model_card(title, folder, config, sum(p.numel() for p in tensors.values()), dtype, gguf_file, base)
     files = model_files(config, DTYPES[dtype], ends)
-    files |= tokenizer_files(tokenizer, config, template)
+    files |= tokenizer_files(tokenizer, config, template, named)
     fields = json.loads(files["tokenizer_config.json"])
     recipe = modelfile(f"./{gguf_file}" if gguf else ".", tokenizer, ends, fields)
     files |= {"README.md": card.encode(), "Modelfile": recipe.encode()}
     files["model.safetensors"] = lambda path: write_tensors(path, rounded)
     if gguf:  # from the fp32 weights, not from those rounded to bf16
-        files[gguf_file] = lambda path: write_gguf(path, config, tensors, tokenizer, gguf, title, template)
+        files[gguf_file] = lambda path: write_gguf(path, config, tensors, tokenizer, gguf, title, fields)
     receipt = {"made_by": "smollm2.export", "step": state.get("step"), "dtype": dtype, "base_model": base}
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -68,14 +68,14 @@ def encode_tensor(name: str, tensor: torch.Tensor, kind: str, config: SmolLM2Con
 
 
 def write_gguf(
-    path: Path, config: SmolLM2Config, tensors: dict, tokenizer: Tokenizer, kind: str, name: str, template
+    path: Path, config: SmolLM2Config, tensors: dict, tokenizer: Tokenizer, kind: str, name: str, fields: dict
 ) -> None:
     """Write one GGUF file.
 
     Args:
         path: the file. config, tensors: the model, by transformers' names (no `lm_head.weight` when tied).
         kind: `f16`, or `q8_0`: 8 bits and a scale for 32 numbers; rows that are no multiple of 32 stay f16.
-        name: `general.name`. template: the Jinja chat template of an Instruct model.
+        name: `general.name`. fields: `tokenizer_config.json`, which names the special tokens.
     Raises `ConfigError` without the `gguf` package, `UserError` for what cannot be written faithfully.
     """
     try:
@@ -83,6 +83,9 @@ def write_gguf(
     except ImportError:
         raise ConfigError("--gguf needs the gguf package: pip install gguf") from None
     tokens, types, merges = vocabulary(tokenizer, config.vocab_size)
+    ids = {"bos": config.bos_token_id, "eos": config.eos_token_id, "pad": config.pad_token_id}
+    roles = (role for role in (*ids, "unk") if f"{role}_token" in fields)
+    ids |= {role: tokenizer.token_id(fields[f"{role}_token"]) for role in roles}
     metadata = {  # each goes to the writer's method add_<key>; None where the model has none
         "name": name, "file_type": gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"],
         "vocab_size": config.vocab_size, "context_length": config.max_position_embeddings,
@@ -91,14 +94,13 @@ def write_gguf(
         "head_count": config.num_attention_heads, "head_count_kv": config.num_key_value_heads,
         "key_length": config.head_dim, "value_length": config.head_dim,
         "rope_dimension_count": config.head_dim, "rope_freq_base": config.rope_theta,
-        "tokenizer_model": "gpt2", "tokenizer_pre": "smollm", "chat_template": template,
+        "tokenizer_model": "gpt2", "tokenizer_pre": "smollm", "chat_template": fields.get("chat_template"),
         "token_list": tokens, "token_types": types, "token_merges": merges,
-        "bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id,
-        "pad_token_id": config.pad_token_id, "unk_token_id": tokenizer.end_of_text_id,
         # as transformers does with the same tokenizer.json
-        "add_bos_token": tokenizer.around[0] == [config.bos_token_id],
-        "add_eos_token": tokenizer.around[1] == [config.eos_token_id],
+        "add_bos_token": tokenizer.around[0] == [ids["bos"]],
+        "add_eos_token": tokenizer.around[1] == [ids["eos"]],
     }  # fmt: skip
+    metadata |= {f"{role}_token_id": i for role, i in ids.items()}
     writer = gguf.GGUFWriter(str(path), "llama")
     for key, value in metadata.items():
         if value is not None:

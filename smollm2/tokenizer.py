@@ -152,17 +152,19 @@ class Tokenizer:
     # --- files
 
     def files(
-        self, max_length: int, bos_id=None, eos_id=None, pad_id=None, named: dict | None = None
+        self, max_length: int, bos_id=None, eos_id=None, pad_id=None, named: dict[str, str] | None = None
     ) -> dict[str, bytes]:
         """`tokenizer.json` byte for byte, and a `tokenizer_config.json` that every transformers reads alike,
-        as {name: bytes}. The ids are the model's; without them, what begins and ends a document here. What
-        is `named`, {"bos_token": "<s>", ...}, goes before them: a chat template was trained with it."""
+        as {name: bytes}. The ids are the model's; without them, what begins and ends a document here.
+        `named`: {"eos_token": "<|im_end|>", ...} of the folder it came from; entries among them come first.
+        """
         begin = bos_id if bos_id is not None else next(iter(self.begin_ids), None)
         end = eos_id if eos_id is not None else self.end_id()
         roles = {"bos_token": begin, "eos_token": end, "unk_token": self.end_of_text_id}
         roles["pad_token"] = pad_id
-        config = {role: self.token(i) for role, i in roles.items() if i is not None}
-        config |= {"clean_up_tokenization_spaces": False, "model_max_length": max_length} | (named or {})
+        tokens = {role: self.token(i) for role, i in roles.items() if i is not None} | (named or {})
+        config = {role: token for role, token in tokens.items() if token and self.token_id(token) is not None}
+        config |= {"clean_up_tokenization_spaces": False, "model_max_length": max_length}
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
         raw = json.dumps(config, indent=2, sort_keys=True).encode() + b"\n"
         return {"tokenizer.json": self.raw, "tokenizer_config.json": raw}

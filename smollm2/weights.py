@@ -20,7 +20,9 @@ if TYPE_CHECKING:  # a wrong checkpoint is named before torch is imported
 
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
-OPTIONAL_FILES = ("generation_config.json", "tokenizer_config.json", "chat_template.jinja")
+OPTIONAL_FILES = (
+    "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+)  # fmt: skip
 MAX_TABLE_BYTES = 16 * 2**20
 
 

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from smollm2 import SmolLM2, Tokenizer
 from smollm2.chat import PLAIN
+from smollm2.conversation import chat_template, render_chat, special_tokens, stop_ids, tokenizer_config
 from smollm2.errors import ConfigError, UserError
 from smollm2.export import export, main
 from smollm2.files import dump_json
@@ -123,6 +124,36 @@ def test_all_end_tokens_of_a_model_are_kept_and_the_first_is_the_same_everywhere
         assert stops == ["<|end|>", "<|eot|>"]
     reader = gguf.GGUFReader(tmp_path / "out" / "model-f16.gguf")
     assert reader.fields["tokenizer.ggml.eos_token_id"].contents() == 381
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_what_the_tokenizer_names_ends_a_text_and_fills_the_template_behind_an_export_as_before_it(
+    tmp_path, name
+):
+    """As fine-tunes often are: the tokenizer says <|im_end|>, config.json still the base model's end."""
+    gguf = pytest.importorskip("gguf")
+    tokenizer = with_tokens("<|im_start|>", "<|im_end|>", "<|stop|>")
+    source = save_folder(tmp_path / "in", tiny_model(), tokenizer)
+    own = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "[PAD]"}
+    (source / name).write_text(json.dumps(json.loads((source / "tokenizer_config.json").read_text()) | own))
+    (source / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    )
+    talk = [{"role": "user", "content": "hi"}]
+    theirs = PreTrainedTokenizerFast.from_pretrained(source).apply_chat_template(talk, tokenize=False)
+    assert theirs == "<|im_start|>hi<|im_end|>"
+    out = export(source, tmp_path / "out", gguf="f16")
+    for folder in (source, out):
+        named = special_tokens(tokenizer_config(folder))
+        assert render_chat(chat_template(folder), talk, named) == theirs
+        assert set(stop_ids(folder, tokenizer)) == {0, 381}
+    reader = PreTrainedTokenizerFast.from_pretrained(out)
+    assert reader.apply_chat_template(talk, tokenize=False) == theirs and len(reader) == tokenizer.vocab_size
+    assert set(json.loads((out / "generation_config.json").read_text())["eos_token_id"]) == {0, 381}
+    assert re.findall('stop "(.*)"', (out / "Modelfile").read_text()) == ["<|im_end|>", "<|endoftext|>"]
+    fields = gguf.GGUFReader(out / "model-f16.gguf").fields
+    ids = {role: fields[f"tokenizer.ggml.{role}_token_id"].contents() for role in ("bos", "eos", "unknown")}
+    assert ids == {"bos": 380, "eos": 381, "unknown": 0}
 
 
 def test_a_llama_tokenizer_keeps_its_special_tokens_and_its_size(tmp_path):

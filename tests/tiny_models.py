@@ -83,5 +83,8 @@ def tiny_model(seed: int = 0, **changes) -> SmolLM2:
 def save_folder(folder: Path, model: SmolLM2, tokenizer: Tokenizer | None = None) -> Path:
     """A model folder as a checkpoint has it, without the state of a run."""
     model.save_pretrained(folder)
-    (tokenizer or tiny_tokenizer()).save(folder, model.config.max_position_embeddings)
+    shape, tokenizer = model.config, tokenizer or tiny_tokenizer()
+    ids = shape.bos_token_id, shape.eos_token_id, shape.pad_token_id
+    for name, data in tokenizer.files(shape.max_position_embeddings, *ids).items():
+        (folder / name).write_bytes(data)
     return folder
