@@ -69,6 +69,8 @@ def render_chat(
         texts, _ = render_jinja_template(
             [messages], chat_template=template, add_generation_prompt=asks_for_answer, **special_tokens or {}
         )
+    except ImportError as error:  # of Jinja, which is too old
+        raise UserError(f"a chat template cannot be run here: {error}") from None
     except Exception as error:  # a foreign program: it can fail in any way
         why = " ".join(str(error).split())[:200]
         raise CheckpointError(f"the folder's chat template does not run: {why}") from None

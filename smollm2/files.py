@@ -185,9 +185,11 @@ def load_tensors(path: str | Path) -> dict:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if not Path(path).is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file it never raises
         raise CheckpointError(f"{path}: {kind_of(path)}, expected a safetensors file")
     try:
         return load_file(path)
     except (SafetensorError, ValueError, OSError) as error:
-        raise CheckpointError(f"{path}: {str(error)[:120]}") from None
+        with open(path, "rb") as file:  # a pointer of Git LFS, a page of the web: the beginning tells
+            begin = file.read(24)
+        raise CheckpointError(f"{path}: {str(error)[:120]}; it begins with {begin}") from None

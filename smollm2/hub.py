@@ -102,9 +102,14 @@ def explained(error: Exception, repo_id: str) -> UserError:
     if "home directory" in said or getattr(error, "errno", None):
         folder = getattr(error, "filename", None) or constants.HF_HUB_CACHE
         return UserError(f"{folder} cannot be used ({said}): set HF_HUB_CACHE or HF_HOME to another folder")
-    token, status = get_token() or "", getattr(getattr(error, "response", None), "status_code", 0)
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    try:
+        token = get_token() or ""
+    except UnicodeError:  # of its file, as PowerShell writes one
+        token = "\0"
     if not (token.isascii() and token.isprintable()):  # some libraries would show it in their message
-        return UserError("HF_TOKEN holds characters that no access token has: copy it again, or unset it")
+        source = "HF_TOKEN" if os.environ.get("HF_TOKEN") else constants.HF_TOKEN_PATH
+        return UserError(f"{source} holds characters that no access token has: copy it again, or unset it")
     said += "".join(f"; {name} is set" for name in STEERING if os.environ.get(name))
     where = f"{repo_id} on {constants.ENDPOINT}"
     if not constants.ENDPOINT.startswith("http"):
@@ -115,7 +120,9 @@ def explained(error: Exception, repo_id: str) -> UserError:
         return UserError(f"{where}: no local folder, and no Hub id OWNER/NAME ({said})")
     if 400 <= status < 500 and status not in (407, 408, 429):  # those come from a proxy, or pass
         remedy = "check the spelling, or set HF_TOKEN for a private model"
-        if isinstance(error, errors.GatedRepoError):
+        if isinstance(error, errors.EntryNotFoundError):
+            remedy = "the repository is there, a file that is needed is not; choose another"
+        elif isinstance(error, errors.GatedRepoError):
             remedy = "accept the licence on its page and set HF_TOKEN"
         elif token and status in (401, 403):
             remedy = "the access token is refused; renew or unset HF_TOKEN, or run 'hf auth login'"

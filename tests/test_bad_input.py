@@ -22,7 +22,8 @@ from safetensors.torch import load, save
 
 import colab_train
 from smollm2 import evaluate, export, generate
-from smollm2.errors import run_command
+from smollm2.errors import CheckpointError, run_command
+from smollm2.files import load_tensors
 from smollm2.folder import locked_folder
 from smollm2.tokenizer import Tokenizer
 
@@ -328,6 +329,7 @@ CONFIGS = [
     {"mlp_bias": True}, {"quantization_config": {"bits": 4}}, {"rope_scaling": {"type": "linear", "factor": 2}},
     {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, {"rms_norm_eps": -1}, {"bos_token_id": "x"},
     {"bos_token_id": 300}, {"eos_token_id": [10**30]}, {"pad_token_id": 300},
+    {"bos_token_id": 2**70},
     {"num_hidden_layers": 2}, {"vocab_size": 301}, {"tie_word_embeddings": False},
 ]  # fmt: skip
 MISFITS = {"num_hidden_layers", "vocab_size", "tie_word_embeddings"}  # sound, but not those of the weights
@@ -338,11 +340,16 @@ WEIGHT_FILES = [
     tensors(lambda t: t + torch.inf), tensors(lambda t: None), tensors(lambda t: t if t.dim() == 2 else None),
     tensors(lambda t: t[:3].contiguous()), tensors(lambda t: t.to(torch.int32)),
     tensors(lambda t: t.to(torch.float8_e4m3fn)), tensors(lambda t: t.double() * 1e300),
+    tensors(lambda t: (t * torch.nan).to(torch.float8_e4m3fn)),
     *[lambda raw, n=n: n.to_bytes(8, "little") + raw[8:] for n in (2**63, 2**60, 2**40, 2**20 + 1, 2, 0)],
     *[lambda raw, n=n: raw[:n] for n in (4, 8)],
     lambda raw: save(load(raw) | {"model.extra": torch.zeros(2)}),
 ]  # fmt: skip
-INDEXES = [[], *[{"weight_map": table} for table in ([], {"a": 1}, {"a": "../b"}, {"a": "b"})]]
+
+INDEXES = [
+    [],
+    *[{"weight_map": table} for table in ([], {"a": 1}, {"a": "../b"}, {"a": "b"}, {"a": "b" * 300})],
+]
 FOREIGN = [  # without our manifest, as from anywhere
     *[{"config.json": change} for change in CONFIGS],
     *[{WEIGHTS: change} for change in WEIGHT_FILES],
@@ -380,6 +387,14 @@ def test_an_edited_record_of_a_run_is_refused(change, refused, tmp_path):
     damage(broken / "state.json", change)
     refused(f"export --checkpoint {broken} --out {tmp_path}/out", "state.json")
     refused(f"EVALUATE --checkpoint {broken}", "state.json")
+
+
+def test_a_file_that_holds_no_tensors_shows_how_it_begins(tmp_path):
+    """Git without LFS leaves a pointer, a proxy a page."""
+    file = tmp_path / WEIGHTS
+    file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 5\n")
+    with pytest.raises(CheckpointError, match="it begins with b'version https://git-lfs"):
+        load_tensors(file)
 
 
 OTHER_SETTINGS = {

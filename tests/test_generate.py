@@ -22,6 +22,7 @@ from smollm2.checkpoint import commit
 from smollm2.conversation import Conversation, render_chat, stop_ids
 from smollm2.decoding import fast_decoder
 from smollm2.errors import CheckpointError, UserError, run_command
+from smollm2.export import chatml_system
 from smollm2.generate import main
 from smollm2.model import SmolLM2
 from smollm2.sampling import complete, prompt_ids, stream, stream_text
@@ -240,6 +241,14 @@ def test_names_in_a_tokenizer_config_are_texts(tmp_path):
     assert conversation.chat_template(tmp_path) is None
     with pytest.raises(UserError, match="eos_token: not UTF-8"):
         conversation.stop_ids(tmp_path, tiny_tokenizer())
+
+
+def test_jinja_that_is_too_old_is_no_fault_of_the_template(monkeypatch):
+    """Nor may an export take the template for one that is not ChatML."""
+    monkeypatch.setattr("jinja2.__version__", "3.1.2")
+    with pytest.raises(UserError, match=r"cannot be run here: .*jinja2>=") as caught:
+        chatml_system(CHAT_TEMPLATE + "{# read by no other test, for transformers keeps them #}", {})
+    assert not isinstance(caught.value, CheckpointError)
 
 
 @pytest.mark.parametrize("template", [5, True, "\ud800", {"default": [1]}])

@@ -81,27 +81,41 @@ def test_a_broken_hub_ends_soon_in_the_cached_copy_or_one_line(fake_hub, environ
         assert "model.safetensors is not in the local cache" in failed["text"]
 
 
-@pytest.mark.parametrize("variables, kind, words", [
-    ({"HF_TOKEN": "hf_a\x01b"}, "UserError", "HF_TOKEN holds characters that no access token has"),
-    ({"HF_HUB_CACHE": "FILE/hub"}, "UserError", "FILE/hub cannot be used"),
-    ({"HF_HOME": "", "XDG_CACHE_HOME": "FILE/x"}, "UserError", "FILE/x/huggingface.* cannot be used"),
-    ({"HF_ENDPOINT": "hf-mirror.com"}, "UserError", "HF_ENDPOINT='hf-mirror.com': expected https://"),
-    ({"SSL_CERT_FILE": "FILE"}, "UserError", "SSL_CERT_FILE=.*FILE cannot be read"),
-    ({"SSL_CERT_FILE": "FILE/x"}, "UserError", "SSL_CERT_FILE=.*FILE/x cannot be read"),
-    ({"ALL_PROXY": "socks5://127.0.0.1:9"}, "UserError", "cannot be asked from here .*ALL_PROXY is set"),
-    ({"HF_HUB_OFFLINE": "1"}, "HubUnreachable", "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set"),
-    ({"HF_ENDPOINT": "https://huggingface.co", "HTTPS_PROXY": "HUB"}, "HubUnreachable", "ProxyError.*HTTPS_PROXY is set"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("variables", "kind", "words"),
+    [
+        ({"HF_TOKEN": "hf_a\x01b"}, "UserError", "HF_TOKEN holds characters that no access token has"),
+        ({"HF_TOKEN_PATH": "UTF16"}, "UserError", "UTF16 holds characters that no access token has"),
+        ({"HF_HUB_CACHE": "FILE/hub"}, "UserError", "FILE/hub cannot be used"),
+        ({"HF_HOME": "", "XDG_CACHE_HOME": "FILE/x"}, "UserError", "FILE/x/huggingface.* cannot be used"),
+        ({"HF_ENDPOINT": "hf-mirror.com"}, "UserError", "HF_ENDPOINT='hf-mirror.com': expected https://"),
+        ({"SSL_CERT_FILE": "FILE"}, "UserError", "SSL_CERT_FILE=.*FILE cannot be read"),
+        ({"SSL_CERT_FILE": "FILE/x"}, "UserError", "SSL_CERT_FILE=.*FILE/x cannot be read"),
+        ({"ALL_PROXY": "socks5://127.0.0.1:9"}, "UserError", "cannot be asked from here .*ALL_PROXY is set"),
+        ({"HF_HUB_OFFLINE": "1"}, "HubUnreachable", "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set"),
+        ({"HF_ENDPOINT": "https://huggingface.co", "HTTPS_PROXY": "HUB"}, "HubUnreachable", "ProxyError.*HTTPS_PROXY is set"),
+    ],
+)  # fmt: skip
 def test_the_right_one_is_blamed(fake_hub, environment, tmp_path, variables, kind, words):
     """Only a Hub that did not answer is out of reach: a token that it refuses and our own cache are other matters."""
     (tmp_path / "FILE").touch()
+    (tmp_path / "UTF16").write_text("hf_abc", "utf-16")  # as PowerShell writes a file
     fake_hub.behaviour = "bad token"
     for name, value in variables.items():
-        environment[name] = value.replace("HUB", fake_hub.address).replace("FILE", str(tmp_path / "FILE"))
+        for file in ("FILE", "UTF16"):
+            value = value.replace(file, str(tmp_path / file))
+        environment[name] = value.replace("HUB", fake_hub.address)
     failed = fetch({name: value for name, value in environment.items() if value}, "config.json")
     assert failed["kind"] == kind and re.search(words, failed["text"]), failed["text"]
     assert ("is out of reach" in failed["text"]) == (kind == "HubUnreachable")
     assert "hf_a" not in failed["text"]
+
+
+def test_a_repository_without_the_file_is_not_one_that_is_misspelt(fake_hub, environment):
+    """As one that holds pickled weights alone, or a GGUF."""
+    failed = fetch(environment, "weights.bin")
+    assert failed["kind"] == "UserError" and "a file that is needed is not" in failed["text"]
+    assert "weights.bin" in failed["text"] and "spelling" not in failed["text"]
 
 
 @pytest.mark.parametrize("trouble", ["serve", "stall"])
@@ -117,6 +131,38 @@ def test_a_model_of_the_hub_writes_and_a_hub_that_stalls_is_told(fake_hub, envir
         )
     else:
         assert done.returncode == 0 and len(done.stdout) > 20, done.stderr
+
+
+COMPARE = """
+import sys
+from huggingface_hub import constants
+constants.HF_HUB_DOWNLOAD_TIMEOUT = constants.HF_HUB_ETAG_TIMEOUT = 0.5
+from smollm2.training import train
+from tests.soak import small_config
+config = small_config(sys.argv[1], sys.argv[2], max_steps=3)
+place = config.run.model_copy(update={"compare_with": "owner/model"})
+print(train(config.model_copy(update={"run": place})).table())
+"""
+
+
+@pytest.mark.slow
+def test_a_run_ends_beside_the_hubs_model_and_without_it_where_the_hub_stalls(
+    fake_hub, environment, text, tmp_path
+):
+    def end(place: str) -> str:
+        command = [sys.executable, "-c", COMPARE, str(text), str(tmp_path / place)]
+        done = subprocess.run(command, env=environment, cwd=ROOT, timeout=100, capture_output=True, text=True)
+        return done.stdout + done.stderr
+
+    files = save_folder(tmp_path / "with tokenizer", tiny_model(vocab_size=400), tiny_tokenizer())
+    fake_hub.commits[FIRST] |= {path.name: path.read_bytes() for path in files.iterdir()}
+    fake_hub.behaviour = "stall"
+    stalled = end("stalled")
+    assert (
+        "not compared with owner/model: " in stalled and "out of reach" in stalled and "talk to it" in stalled
+    )
+    fake_hub.behaviour = "serve"
+    assert re.search(r"^model  .* on the same [0-9,]+ bytes, where this run has", end("served"), re.M)
 
 
 def test_a_time_out_that_is_no_whole_number_keeps_nothing_from_starting(environment):
