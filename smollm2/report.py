@@ -49,7 +49,8 @@ def draw_report(config: RunConfig, references: dict[str, float]) -> tuple[plots.
         ax.axhline(value / bits_per_nat, **style, label=f"{name}: {value:.2f}")
     top, best_of_others = max(trained[0][1], *held_out), min(references.values(), default=8) / bits_per_nat
     low = min(held_out[-1], trained[-1][1], best_of_others)
-    ax.set(xlim=(0, trained[-1][0]), ylim=(0.9 * low, 1.02 * top))
+    last = max(trained[-1][0], steps[-1])  # the end is scored also where its loss is not due in the log
+    ax.set(xlim=(0, last), ylim=(0.9 * low, 1.02 * top))
     scale = (lambda nats: nats * bits_per_nat, lambda bits: bits / bits_per_nat)
     ax.secondary_yaxis("right", functions=scale).set_ylabel("bits per byte")
     tokens = config.train.batch_size * data.sequence_length

@@ -41,6 +41,12 @@ def test_the_picture_shows_the_run_and_its_rivals_on_both_scales(run, text):
         assert to_bits(lines[name].get_ydata()[0]) == pytest.approx(bits) and f"{name} {bits:.2f}" in alt
 
 
+def test_the_last_score_is_in_the_picture_where_no_loss_was_due_with_it(text, tmp_path):
+    config = small_config(text, tmp_path / "output", max_steps=7)  # a loss is logged every 5
+    figure, _ = draw_report(config, train(config, Reporter()).references)
+    assert figure.axes[0].get_xlim()[1] == 7
+
+
 def test_seconds_are_those_of_the_steps_and_a_pause_does_not_count(run):
     result = run[1]
     seconds = training_seconds(result.report.parent, 8 * 16)
