@@ -20,9 +20,10 @@ import torch
 from torch.autograd.function import once_differentiable
 
 BLOCK = 64  # queries; see above
-# Up to this length the probabilities are kept for the backward pass, at most 4.5 times the size of q where D
-# is 64; beyond it they are made again: a fifth more time, but memory that grows with T, not its square.
-KEPT_LENGTH = 512
+# Up to so many bytes of one query's probabilities (512 keys in bf16, 256 in fp32) they are kept for the backward
+# pass, at most 4.5 times the size of q where D is 64. Beyond it they are made again: a fifth more time, but
+# memory that grows with T, not its square.
+KEPT_BYTES = 1024
 
 
 def can_attend_in_blocks(q: torch.Tensor) -> bool:
@@ -70,7 +71,7 @@ def forward_in_blocks(q, k, v, out) -> list[torch.Tensor]:
     for block, rows, seen in _blocks(time, groups):
         p = _probabilities(wide_q[:, rows], wide_k[:, seen], mask).to(v.dtype)
         out[:, :, block] = torch.bmm(p, v[:, seen]).view(batch, kv_heads, -1, groups, dim)
-        if time <= KEPT_LENGTH:
+        if time * p.itemsize <= KEPT_BYTES:
             kept.append(p)
     return kept
 
