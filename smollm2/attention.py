@@ -20,8 +20,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 BLOCK = 64  # queries; see above
-# Up to so many bytes of one query's probabilities (512 keys in bf16, 256 in fp32) they are kept for the backward
-# pass, at most 4.5 times the size of q where D is 64. Beyond it they are made again: a fifth more time, but
+# Bytes of one query's probabilities up to which they are kept for the backward pass: 512 keys in bf16, 256 in
+# fp32; at most 4.5 times the size of q where D is 64. Beyond it they are made again: a fifth more time, but
 # memory that grows with T, not its square.
 KEPT_BYTES = 1024
 
