@@ -92,10 +92,8 @@ def explained(error: Exception, repo_id: str) -> UserError:
     if isinstance(error, errors.LocalEntryNotFoundError):
         error = error.__cause__ or error
     said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    certificates, unread = (
-        os.environ.get("SSL_CERT_FILE"),
-        (FileNotFoundError, NotADirectoryError, ssl.SSLError),
-    )
+    certificates = os.environ.get("SSL_CERT_FILE")
+    unread = FileNotFoundError, NotADirectoryError, ssl.SSLError
     if certificates and isinstance(error, unread) and not error.filename:
         return UserError(f"SSL_CERT_FILE={certificates} cannot be read ({said}): mend it, or unset it")
     # errors of the network are OSErrors without a number

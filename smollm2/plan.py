@@ -183,9 +183,8 @@ def check_memory(config: RunConfig, device: torch.device, is_half: bool) -> None
         needed += sum(memory_parts(config, micro, is_half, "cpu").values()) - 4 * count
     if needed > total:
         asked = f"{count:,} parameters and a train.batch_size of {rows:,} x {length:,} tokens"
-        sizes = (
-            f"{needed / 2**30:,.1f} GiB of memory; this machine, or its container, has {total / 2**30:,.1f}"
-        )
+        needed, total = needed / 2**30, total / 2**30
+        sizes = f"{needed:,.1f} GiB of memory; this machine, or its container, has {total:,.1f}"
         advice = "choose a smaller train.micro_batch_size, train.batch_size, data.sequence_length, or model"
         raise ConfigError(f"{asked} need {sizes} GiB: {advice}")
 
@@ -256,12 +255,8 @@ def measure(config: RunConfig, device: torch.device, precision: Precision, secon
 
 
 def _measure(config: RunConfig, device: torch.device, precision: Precision, seconds: float) -> Speed:
-    train, length, world = (
-        config.train,
-        config.data.sequence_length,
-        config.run.devices * config.run.num_nodes,
-    )
-    rows = train.batch_size // world
+    train, length = config.train, config.data.sequence_length
+    rows = train.batch_size // (config.run.devices * config.run.num_nodes)
     micro = min(train.micro_batch_size or rows, rows)
     before = 0 if device.type == "cuda" else psutil.Process().memory_info().rss
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -301,7 +296,8 @@ def _measure(config: RunConfig, device: torch.device, precision: Precision, seco
     trials = np.array([trial()])
     while (spent := trials.sum()) < seconds or (len(trials) < 3 and spent < 3 * seconds):
         trials = np.vstack([trials, trial()])
-    of_micro_batch, of_update = np.median(trials, axis=0)
+    # no median: where others use the machine, some steps take twice as long, and they count, too
+    of_micro_batch, of_update = trials.mean(axis=0)
     took = float(rows // micro * of_micro_batch + of_update)
     peak = max(_peak_bytes(device) - before, 0)
     with torch.compiler.set_stance("force_eager"):
@@ -346,11 +342,8 @@ def steps_within(
     scored = min(train.val_max_tokens or held_out_tokens, held_out_tokens)
     validation, sampling = speed.scored_token * scored, speed.sampled_token * train.sample_tokens
     # at the end: the whole held-out part, the last save, gzip and xz of that part
-    fixed = (
-        speed.scored_token * held_out_tokens
-        + 2 * save_seconds(config)
-        + held_out_bytes / PACKED_BYTES_PER_SECOND
-    )
+    fixed = 2 * save_seconds(config) + held_out_bytes / PACKED_BYTES_PER_SECOND
+    fixed += speed.scored_token * held_out_tokens
     each = speed.step + validation / train.val_every + sampling * len(train.prompts) / train.sample_every
     return max(1, int((seconds - fixed) * SHARE_OF_TIME / each))
 
@@ -359,10 +352,8 @@ def estimate(config: RunConfig, gpu: Gpu) -> Speed:
     """Speed on a card that is not here: arithmetic, no measurement. A small model waits for its kernels to be
     launched: about 40 a layer forward, 65 backward, at 10 microseconds each on the CPU of a Colab machine."""
     train, length, layers = config.train, config.data.sequence_length, config.model.num_hidden_layers
-    tokens, parts = (
-        train.batch_size * length,
-        train.batch_size // (train.micro_batch_size or train.batch_size),
-    )
+    tokens = train.batch_size * length
+    parts = train.batch_size // (train.micro_batch_size or train.batch_size)
     computing = tokens * flops_per_token(config.model, length) / (gpu.tflops * 1e12)
     step = max(computing, parts * (105 * layers + 150) * LAUNCH_SECONDS)
     return Speed(step, step / tokens / 3, (40 * layers + 50) * LAUNCH_SECONDS)  # a forward pass is a third
@@ -379,11 +370,8 @@ def plan(config: RunConfig, gpu: str | None = None, minutes=MINUTES, seconds=PRO
         precision, room, name = card.precision, card.gib * 2**30, f"{gpu.upper()} (not here: estimated)"
     else:
         device = choose_device()
-        precision, device_type, name = (
-            choose_precision(train.precision, device),
-            device.type,
-            device_name(device),
-        )
+        precision = choose_precision(train.precision, device)
+        device_type, name = device.type, device_name(device)
         room = torch.cuda.mem_get_info(device)[0] if device_type == "cuda" else memory_bytes()
     is_half, limit = precision.autocast_dtype is not None, SHARE_PLANNED * room
     micro = micro_batch_that_fits(config, is_half, device_type, limit)

@@ -55,10 +55,8 @@ def draw(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tenso
     if probabilities.device.type != "cpu":
         return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
     summed = probabilities.double().cumsum(-1)
-    height = (
-        torch.rand(len(summed), 1, generator=generator, dtype=torch.float64, device="cpu") * summed[:, -1:]
-    )
-    return torch.searchsorted(summed, height, right=True).squeeze(1)
+    share = torch.rand(len(summed), 1, generator=generator, dtype=torch.float64, device="cpu")
+    return torch.searchsorted(summed, share * summed[:, -1:], right=True).squeeze(1)
 
 
 @torch.inference_mode()

@@ -207,9 +207,8 @@ def choose_tokenizer(
     elif not train_size:
         try:
             tokenizer, _ = load_tokenizer(SMOLLM2_TOKENIZER)
-            reason = (
-                f"SmolLM2's own, {tokenizer.vocab_size:,} entries, from the Hub (default for this preset)"
-            )
+            entries = f"{tokenizer.vocab_size:,} entries"
+            reason = f"SmolLM2's own, {entries}, from the Hub (default for this preset)"
         except hub.HubUnreachable as error:  # a Hub that refuses is no reason to train on other tokens
             why = f"SmolLM2's own cannot be fetched ({error}); pass --tokenizer PATH to use the real one"
             size = vocab_size
