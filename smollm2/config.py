@@ -101,6 +101,11 @@ class SmolLM2Config(_Section):
         for key in ids:
             found = known[key] if isinstance(known[key], list) else [known[key]]  # several may end a text
             known[key] = next((i for i in found[:1] if i != -1), None)  # -1 is the old way to say none
+        pad, size = known["pad_token_id"], known["vocab_size"]
+        if (
+            isinstance(pad, int) and isinstance(size, int) and pad >= size
+        ):  # as many have it: nothing is padded
+            known["pad_token_id"] = None
         try:
             config = cls(**known)
         except ValidationError as error:

@@ -328,7 +328,7 @@ CONFIGS = [
     {"max_position_embeddings": 2**20, "head_dim": 2**12}, {"hidden_size": 32, "head_dim": None},
     {"mlp_bias": True}, {"quantization_config": {"bits": 4}}, {"rope_scaling": {"type": "linear", "factor": 2}},
     {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, {"rms_norm_eps": -1}, {"bos_token_id": "x"},
-    {"bos_token_id": 300}, {"eos_token_id": [10**30]}, {"pad_token_id": 300},
+    {"bos_token_id": 300}, {"eos_token_id": [10**30]},
     {"bos_token_id": 2**70},
     {"num_hidden_layers": 2}, {"vocab_size": 301}, {"tie_word_embeddings": False},
 ]  # fmt: skip

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from smollm2.config import RunConfig, SmolLM2Config
-from smollm2.errors import ConfigError
+from smollm2.errors import CheckpointError, ConfigError
 from smollm2.settings import DOTTED, FIELDS, check_asked_once, load_config, parse_override, read_yaml
 
 
@@ -165,6 +165,14 @@ def test_a_token_id_may_be_one_of_a_list_or_none():
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             config = SmolLM2Config.from_hf_dict(SmolLM2Config().to_hf_dict() | {key: value})
             assert getattr(config, key) == expected, value
+
+
+def test_a_padding_token_without_an_embedding_is_none():
+    """Models of 32,000 entries came with pad_token_id 32000; nothing is padded here."""
+    fields = SmolLM2Config(vocab_size=32000).to_hf_dict()
+    assert SmolLM2Config.from_hf_dict(fields | {"pad_token_id": 32000}).pad_token_id is None
+    with pytest.raises(CheckpointError, match="bos_token_id is 32000, but vocab_size is 32000"):
+        SmolLM2Config.from_hf_dict(fields | {"bos_token_id": 32000})
 
 
 def test_values_of_a_file_are_what_was_typed(tmp_path):
