@@ -31,7 +31,7 @@
 # * Each `✔` is a check: the largest difference between two things that should be equal, and how much of it rounding may cause (the tolerance). A check
 #   that fails stops the notebook.
 # * Four cells say **Your turn**: write the body, run it and the two cells after it. The check names the likely mistake. Left empty, the given answer takes over.
-# * Folded cells hold figures, answers and checks. The code of the model is always in sight.
+# * Folded cells hold figures, answers and checks. The model's own code is in sight; the four bodies that you write stand finished in section 8.
 
 # %% cellView="form" id="setup" tags=["setup"]
 # @title Set-up (about 20 s on Colab) { display-mode: "form" }
@@ -63,19 +63,25 @@ colab.install_missing(REPO / "requirements.txt")
 report = colab.doctor()
 
 # %% id="imports" tags=["setup"]
-import math
-import tempfile
-
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from smollm2 import SmolLM2, SmolLM2Config  # this project's model, to compare with
+from smollm2.notebook import lesson  # the checks ✔ and the questions ?
+
+# %% cellView="form" id="more-imports" tags=["setup"]
+# @title What the folded cells use { display-mode: "form" }
+import math
+import tempfile
+
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama import modeling_llama as theirs  # transformers' model
 
 import smollm2.model as ours  # this project's model
-from smollm2 import SmolLM2, SmolLM2Config, plots, widgets
+from smollm2 import plots, widgets
 from smollm2.errors import UserError
-from smollm2.notebook import data_plots, lesson
+from smollm2.notebook import data_plots
 from smollm2.tokenizer import Tokenizer
 from smollm2.weights import resolve
 
@@ -85,7 +91,11 @@ lesson.quiet()
 # %% [markdown] id="skeleton"
 # ## 1 · The whole first, then its parts
 #
-# A language model reads text as whole numbers, the **token ids**. At every position it gives one score for each entry of its vocabulary: the **logits**. The
+# A **token** is a piece of text from a fixed list, the vocabulary: SmolLM2 cuts *Gravity is the force that* into `Gra|vity| is| the| force| that`
+# and reads the numbers 22007, 6463, 314, 260, 3075, 338 (notebook 3 makes such cuts). A **parameter** is a number that training sets; all of a model's knowledge lies in them. **SmolLM2-135M** is Hugging Face's small
+# language model of 2024: 134,515,008 parameters, learned from 2 trillion tokens, and a vocabulary of 49,152 pieces.
+#
+# A language model reads text as such numbers, the **token ids**. At every position it gives one score for each entry of its vocabulary: the **logits**. The
 # entry with the highest score is its guess at the next token. Between ids and logits lies a short chain:
 #
 # | step | what it does | shape after it | section |
@@ -296,18 +306,18 @@ print("scores", scores, "weights", weights, "output", weights @ v, sep="\n")
 # Tokens 1 and 2 find tokens 1 and 3, whose keys are equal; token 3 mostly reads token 2.
 #
 # **The causal mask.** But token 1 has read token 3, which comes later. Training grades all positions of a row at once: position *t* must name token *t + 1*, which
-# stands in the same row. Without a mask it would simply read it there. The loss would fall to almost 0, and when writing, where there is no future yet, the model
+# stands in the same row. Without a mask it would simply read it there. The **loss**, the number that training lowers (how little the model expected the true next token:
+# −ln of its probability, on average), would fall to almost 0, and when writing, where there is no future yet, the model
 # would be lost. So the scores of later tokens become −∞ *before* the softmax; e to the power of −∞ is 0, and their weight is exactly 0.
 #
 # Then we swap the first two tokens: does the third one's output change?
 
-# %% id="attention-masked" tags=["lesson"]
+# %% id="attention-masked" tags=["lesson", "check"]
 future = torch.ones(3, 3).triu(1).bool()  # True above the diagonal: who is asked comes later
 scores = scores.masked_fill(future, -torch.inf)
 weights = scores.softmax(-1)
 print("scores", scores, "weights", weights, "output", weights @ v, sep="\n")
 
-# %% id="attention-swap" tags=["check"]
 swap = [1, 0, 2]  # the first two tokens change places
 swapped = (q[2] @ k[swap].T).softmax(-1) @ v[swap]  # what the third one receives now
 lesson.check("the order of the past changes nothing", swapped - weights[2] @ v, 1e-4)
@@ -402,9 +412,9 @@ rotate = lesson.yours_or(turn, rotate)
 # @title Check it { display-mode: "form" }
 cos, sin = rope_angles(tiny)
 q, k = torch.randn(2, 1, 9, 128, tiny.head_dim)  # twice (batch, heads, positions, head_dim)
-mine, package = rotate(q, cos, sin), ours.apply_rope(q, *ours.rope_tables(tiny))
+turned, expected = rotate(q, cos, sin), ours.apply_rope(q, *ours.rope_tables(tiny))
 twice = [torch.cat((t, t), -1)[None] for t in (cos, sin)]  # transformers keeps both halves
-library, _ = theirs.apply_rotary_pos_emb(q, k, *twice)
+from_library, _ = theirs.apply_rotary_pos_emb(q, k, *twice)
 a, b = q.chunk(2, dim=-1)
 mistakes = {
     "neighbours are paired: a pair is number i and number i + D/2": pair_neighbours(
@@ -412,12 +422,12 @@ mistakes = {
     ),
     "turned backwards: check both signs": turn(q, cos, -sin),
     "the minus sign is missing": torch.cat((a * cos + b * sin, a * sin + b * cos), -1),
-    "the two halves of the result are swapped": package.roll(tiny.head_dim // 2, -1),
+    "the two halves of the result are swapped": expected.roll(tiny.head_dim // 2, -1),
     "cos and sin are swapped": turn(q, sin, cos),
 }
-lesson.judge("RoPE equals the package's", mine, package, mistakes)
-lesson.check("RoPE equals transformers'", mine - library, 1e-5)
-lesson.check("a rotation keeps lengths", mine.norm(dim=-1) - q.norm(dim=-1), 1e-4)
+lesson.judge("RoPE equals the package's", turned, expected, mistakes)
+lesson.check("RoPE equals transformers'", turned - from_library, 1e-5)
+lesson.check("a rotation keeps lengths", turned.norm(dim=-1) - q.norm(dim=-1), 1e-4)
 
 # %% [markdown] id="rope-relative"
 # **The point of it.** Turn a query at position *m* and a key at position *n*. Each arrow keeps its length, and the angle between the two changes by *m − n* steps. A dot
@@ -429,13 +439,13 @@ lesson.check("a rotation keeps lengths", mine.norm(dim=-1) - q.norm(dim=-1), 1e-
 
 # %% id="rope-relative-check" tags=["check"]
 query, key = torch.randn(2, tiny.head_dim)
+cos, sin = rope_angles(tiny)  # (128, D / 2) each
 queries = rotate(query.expand(128, -1), cos, sin)  # the same query at 128 positions
-keys = rotate(key.expand(128, -1), cos, sin)
-table = queries @ keys.T  # the score of each (m, n)
+rope_scores = queries @ rotate(key.expand(128, -1), cos, sin).T  # the score of each (m, n)
 for m, n in (5, 3), (50, 48), (120, 118):
-    print(f"score of (m, n) = ({m}, {n}): {table[m, n]:.4f}")
-one_step = table[1:, 1:] - table[:-1, :-1]  # compares (m, n) with (m - 1, n - 1)
-lesson.check("the score depends on m - n alone", one_step, 1e-4)
+    print(f"score of (m, n) = ({m}, {n}): {rope_scores[m, n]:.4f}")
+off = rope_scores[1:, 1:] - rope_scores[:-1, :-1]  # (m, n) against (m - 1, n - 1)
+lesson.check("the score depends on m - n alone", off, 1e-4)
 
 # %% cellView="form" id="rope-widget" tags=["widget", "figure"]
 # @title Try it: only the distance counts { display-mode: "form" }
@@ -455,8 +465,8 @@ def rope_view(m, n):
     left.set(xlim=(-reach, reach), ylim=(-1.6 * reach, reach), aspect="equal")
     left.legend(loc="lower center", frameon=False)
     plots.label(left, "the first pair", "first number", "second number")
-    distance, score = list(range(-40, 41)), table[m, n].item()
-    curve = [table[max(d, 0), max(-d, 0)].item() for d in distance]
+    distance, score = list(range(-40, 41)), rope_scores[m, n].item()
+    curve = [rope_scores[max(d, 0), max(-d, 0)].item() for d in distance]
     right.plot(distance, curve, color=plots.GREY, marker="")
     right.plot(m - n, score, "o", color=plots.RED, markersize=9, label=f"score {score:.2f}")
     right.set_ylim(min(curve) - 0.5, max(curve) + 2.5)
@@ -482,8 +492,11 @@ widgets.explore(
 # While a model writes, keys and values of all earlier tokens stay in memory; how much of that does sharing save? (In quality it costs
 # [little](https://arxiv.org/abs/2305.13245).)
 #
-# One thing is new: the scores are divided by √head_dim. A sum of 64 products of numbers of spread 1 has spread √64 = 8, and from such numbers a softmax
-# would give nearly all weight to one token.
+# The cell below takes three small steps:
+# 1. **From one head to two**: the four numbers of each query are cut in halves, and each half attends by itself.
+# 2. **Sharing**: `repeat_interleave` hands each key head to several query heads.
+# 3. **Dividing by √D**, D = head_dim. A sum of D products of numbers of spread 1 has spread √D: 8 for 64. Of scores of 0 and 8 softmax gives the second 99.97 %, and learning
+#    has nothing left to move; of 0 and 1, which is 8 divided by √64, it gives 73 %.
 #
 # First you write `attend`, section 4 for a batch with heads. The class after it is all of attention: three matrices make queries, keys and values, each cut into heads;
 # queries and keys are turned; a fourth matrix, `o_proj`, mixes what the heads found.
@@ -499,6 +512,16 @@ lesson.predict(
     why=f"A key and a value of {full.head_dim} numbers in each of {heads} heads: {stored}. "
     f"Nine heads would need {3 * stored:,}.",
 )  # fmt: skip
+
+# %% id="gqa-steps" tags=["lesson"]
+rows = torch.tensor([[1.0, 0, 0, 2], [0, 1, 2, 0], [1, 1, 0, 0]])  # (T, 4): three queries
+halves = rows.unflatten(-1, (2, 2)).transpose(0, 1)  # (T, 2 heads, 2) -> (2 heads, T, 2)
+print("head 0", halves[0].tolist(), "\nhead 1", halves[1].tolist())
+print("scores", tuple((halves @ halves.mT).shape), "one (T, T) for each head, from one @")
+key_heads = torch.tensor([[10], [20], [30]])  # (3 key heads, 1)
+print("9 queries read", key_heads.repeat_interleave(3, dim=0).flatten().tolist())
+products = (torch.randn(1000, 64) * torch.randn(1000, 64)).sum(-1)  # 1,000 scores, D = 64
+print(f"spread {products.std():.2f}, divided by √64: {(products / 64**0.5).std():.2f}")
 
 
 # %% id="attention-turn" tags=["exercise"]
@@ -540,27 +563,27 @@ attend = lesson.yours_or(lambda q, k, v: attention_steps(q, k, v)["output"], att
 
 # %% cellView="form" id="attend-check" tags=["check"]
 # @title Check it { display-mode: "form" }
-def steps(**how):
+def steps_with(**how):
     return attention_steps(queries, keys, values, **how)
 
 
 queries = 2 * torch.randn(2, 9, 10, tiny.head_dim)
 keys, values = torch.randn(2, 2, 3, 10, tiny.head_dim)
-mine, triple = attend(queries, keys, values), share_heads(values, 3)
+mixed, triple = attend(queries, keys, values), share_heads(values, 3)
 right = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
-scores, weights = steps()["scores"], steps()["weights"]
+scores, weights = steps_with()["scores"], steps_with()["weights"]
 across = scores.masked_fill(weights == 0, -torch.inf).softmax(-2)
 mistakes = {
-    "heads repeated as 0 1 2 0 1 2: use repeat_interleave": steps(share=repeat_in_turn)[
+    "heads repeated as 0 1 2 0 1 2: use repeat_interleave": steps_with(share=repeat_in_turn)[
         "output"
     ],
-    "the division by √D is missing": steps(scale=1.0)["output"],
+    "the division by √D is missing": steps_with(scale=1.0)["output"],
     "no mask: it sees the future": scores.softmax(-1) @ triple,
     "masked after the softmax: the weights sum to less than 1": scores.softmax(-1).tril()
     @ triple,
     "softmax over the queries: it belongs to the last dimension": across @ triple,
 }
-lesson.judge("attention mixes as PyTorch's own", mine, right, mistakes)
+lesson.judge("attention mixes as PyTorch's own", mixed, right, mistakes)
 lesson.check("the weights of every query sum to 1", weights.sum(-1) - 1, 1e-5)
 
 
@@ -704,8 +727,8 @@ def forward(self, x):
 
 MLP.forward = lesson.yours_or(forward, MLP.forward)
 
-# %% cellView="form" id="swiglu-check" tags=["check"]
-# @title Check it { display-mode: "form" }
+# %% cellView="form" id="swiglu-check" tags=["check", "figure"]
+# @title Check it, and a figure: the gate's curve { display-mode: "form" }
 mine, package, library = MLP(tiny), ours.MLP(tiny), theirs.LlamaMLP(hf_config)
 for other in (package, library):
     other.load_state_dict(mine.state_dict())
@@ -721,8 +744,6 @@ mistakes = {
 lesson.judge("SwiGLU equals the package's", mine(x), package(x), mistakes)
 lesson.check("SwiGLU equals transformers'", mine(x) - library(x), 1e-5)
 
-# %% cellView="form" id="swiglu-figure" tags=["figure"]
-# @title Figure: the gate's curve { display-mode: "form" }
 fig, ax = plots.figure(7.5, 2.6)
 t = torch.linspace(-6, 6, 121)
 ax.plot(t, F.silu(t), color=plots.BLUE, marker="", label="SiLU(x) = x · sigmoid(x)")
@@ -737,13 +758,43 @@ plots.show(fig, alt + "close to x on the right; ReLU for comparison.")
 #
 # > *Map:* ids → embedding → 30 × **( norm → attention → + → norm → MLP → + )** → norm → embedding again → logits
 #
-# All parts are written. A block adds to each running vector what attention found, then what the MLP made of it. Both read through a norm of their own.
+# All parts are written. First the four that you wrote (or left to the answers), finished, in one place. If yours look different they are as right: they passed the same
+# checks. From here on these stand in for them; to go on with your own, skip that cell.
+#
+# A block adds to each running vector what attention found, then what the MLP made of it. Both read through a norm of their own.
 #
 # Then the skeleton of section 1 gets blocks and norms in place of its placeholders, and the weights of the package's model. Does it give the same logits? And how many
 # parameters has it at full size?
 #
 # **Why the plus?** It lets each token keep what it was. The last cell of this section leaves it out: attention is a mean over tokens, and after 30 means
 # nothing tells them apart.
+
+
+# %% id="together" tags=["lesson"]
+def normalise(self, x):  # RMSNorm.forward: (B, T, C) -> (B, T, C)
+    return self.weight * x / (x.square().mean(-1, keepdim=True) + self.eps).sqrt()
+
+
+def rotate(x, cos, sin):  # x (..., T, D); cos and sin (T, D / 2)
+    a, b = x.chunk(2, dim=-1)  # a pair: number i of a, number i of b
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+def attend(q, k, v):  # q (B, H, T, D), k and v (B, K, T, D) -> (B, H, T, D)
+    H, T, D = q.shape[1:]
+    k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))  # (B, H, T, D)
+    scores = q @ k.mT / D**0.5  # (B, H, T, T)
+    future = (
+        torch.ones(T, T).triu(1).bool()
+    )  # True above the diagonal: who is asked comes later
+    return scores.masked_fill(future, -torch.inf).softmax(-1) @ v
+
+
+def gated(self, x):  # MLP.forward: (B, T, C) -> (B, T, C)
+    return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+RMSNorm.forward, MLP.forward = normalise, gated
 
 
 # %% id="block-code" tags=["lesson"]
@@ -771,7 +822,7 @@ with torch.device("meta"):  # shapes without memory
     real = Skeleton(full, Block, RMSNorm)
 total = sum(weight.numel() for weight in real.parameters())
 print(f"at full size this model has {total:,} parameters")
-lesson.check("the number that SmolLM2-135M has", total - 134_515_008)
+lesson.true("the number that SmolLM2-135M has", total == 134_515_008)
 
 
 # %% id="plus-check" tags=["check"]
@@ -787,8 +838,9 @@ for kind in (Block, NoPlus):
     for _ in range(30):
         x = kind(tiny)(x)  # a fresh block with random weights
     x = F.normalize(x, dim=-1)  # each vector gets length 1
-    alike[kind] = (x @ x.mT).mean().item()
-    print(f"{kind.__name__:6}: cosine of two tokens of a row, on average {alike[kind]:.4f}")
+    others = ~torch.eye(10, dtype=torch.bool)  # not a token with itself
+    alike[kind] = (x @ x.mT)[:, others].mean().item()
+    print(f"{kind.__name__:6}: average cosine of two tokens of a row {alike[kind]:.4f}")
 lesson.check("without the plus, all tokens of a row are alike", alike[NoPlus] - 1, 1e-3)
 
 # %% [markdown] id="official"
@@ -831,17 +883,14 @@ except UserError as reason:
 library = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
 package = SmolLM2.from_pretrained(source)
 config, official_ids = package.config, torch.tensor([prompt])
+greedy_rules = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+greedy_rules |= {"max_new_tokens": 12, "attention_mask": torch.ones_like(official_ids)}
 count = sum(p.numel() for p in package.parameters())
 layers, theta = config.num_hidden_layers, f"{config.rope_theta:,.0f}"
 print(f"{layers} layers, theta {theta}, {count:,} parameters; prompt of {len(prompt)} tokens")
 
 
-def gap(mine, reference):
-    """Largest difference, relative to the largest value."""
-    return ((mine - reference).abs().max() / reference.abs().max()).item()
-
-
-# %% id="layers-check" tags=["check"]
+# %% id="layers-code" tags=["lesson"]
 @torch.no_grad()
 def hidden_states(model, ids):
     """The running vector after the embedding and after each block; as in transformers, the
@@ -853,12 +902,19 @@ def hidden_states(model, ids):
     return x
 
 
+def gap(x, reference):
+    """Largest difference, relative to the largest value."""
+    return lesson.largest(x - reference) / lesson.largest(reference)
+
+
+# %% id="layers-check" tags=["check"]
+# From the folded cell: `package` and `library`, the package's model and transformers' with
+# the same weights; their `config`; `official_ids` (1, T), the prompt.
 model = Skeleton(config, Block, RMSNorm)
 model.load_state_dict(package.model.state_dict())
-mine = hidden_states(model, official_ids)
-with torch.no_grad():
-    reference, logits = library(official_ids, output_hidden_states=True), model(official_ids)
-gaps = [gap(x, y) for x, y in zip(mine, reference.hidden_states, strict=True)]
+my_states = hidden_states(model, official_ids)
+logits, reference = model(official_ids), library(official_ids, output_hidden_states=True)
+gaps = [gap(x, y) for x, y in zip(my_states, reference.hidden_states, strict=True)]
 lesson.check("every layer equals transformers' (relative)", max(gaps), 1e-4)
 lesson.check("the logits equal transformers' (relative)", gap(logits, reference.logits), 1e-4)
 
@@ -875,15 +931,15 @@ alt = "Relative difference after each layer: at most {:.0e}, against a tolerance
 plots.show(fig, alt.format(max(gaps)))
 
 # %% id="greedy-check" tags=["check"]
-mine = official_ids
+my_ids = official_ids
 with torch.no_grad():
     for _ in range(12):
-        best = model(mine)[:, -1:].argmax(-1)  # (1, 1): the likeliest next token
-        mine = torch.cat((mine, best), dim=1)  # it joins the text
-print("12 tokens:", tokenizer.decode(mine[0].tolist()) if tokenizer else mine[0, -12:].tolist())
-rules = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 12}
-other = library.generate(official_ids, attention_mask=torch.ones_like(official_ids), **rules)
-lesson.check("the 12 greedy tokens are transformers'", mine - other)
+        best = model(my_ids)[:, -1:].argmax(-1)  # (1, 1): the likeliest next token
+        my_ids = torch.cat((my_ids, best), dim=1)  # it joins the text
+print(tokenizer.decode(my_ids[0].tolist()) if tokenizer else my_ids[0, -12:].tolist())
+# greedy_rules, from the folded cell: 12 tokens, always the likeliest
+its_ids = library.generate(official_ids, **greedy_rules)
+lesson.true("the 12 greedy tokens are transformers'", torch.equal(my_ids, its_ids))
 
 # %% [markdown] id="bugs"
 # **✎ Exercise**: build the loaded model again with a tenth of its `rope_theta`. Where does the chart jump now, and which
@@ -915,8 +971,8 @@ lesson.check("the 12 greedy tokens are transformers'", mine - other)
 # The chart compares each with the right one, step by step. Before a mistake all numbers agree. Who did what?
 
 
-# %% cellView="form" id="bugs-code" tags=["lesson"]
-# @title Three colleagues { display-mode: "form" }
+# %% cellView="form" id="bugs-figure" tags=["lesson", "figure"]
+# @title Figure: three colleagues, and where each begins to differ { display-mode: "form" }
 def all_steps(x, rotate=rotate, **how):
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
     q, k, v = (attention.split(projection(x)) for projection in projections)
@@ -933,8 +989,6 @@ for name, which in zip(("Ada", "Bo", "Cy"), order, strict=True):
     differs = [s for s in right_steps if (steps[s] - right_steps[s]).abs().max() > 1e-6]
     first[name] = differs[0]
 
-# %% cellView="form" id="bugs-figure" tags=["figure"]
-# @title Figure: where each begins to differ { display-mode: "form" }
 fig, ax = plots.figure(7.5, 2.8)
 for number, (name, steps) in enumerate(wrong.items()):
     jumps = [max(lesson.largest(steps[s] - right_steps[s]), 1e-8) for s in right_steps]
@@ -948,8 +1002,8 @@ begins = ", ".join(f"{name}'s first differs at '{step}'" for name, step in first
 alt = f"Difference from the correct attention at the steps {', '.join(right_steps)}: "
 plots.show(fig, alt + f"{begins}.")
 
-# %% cellView="form" id="predict-bugs" tags=["predict"]
-# @title Your prediction { display-mode: "form" }
+# %% cellView="form" id="predict-bugs" tags=["predict", "check"]
+# @title Your prediction, and a check: each mistake is found { display-mode: "form" }
 ada = "?"  # @param ["?", "q", "shared k", "scores"]
 bo = "?"  # @param ["?", "q", "shared k", "scores"]
 cy = "?"  # @param ["?", "q", "shared k", "scores"]
@@ -958,8 +1012,6 @@ for name, step in first.items():
     question = f"Where is {name}'s mistake: q, shared k or scores?"
     lesson.predict(question, guesses[name], step, why=f"Before '{step}' all numbers agree.")
 
-# %% cellView="form" id="bugs-check" tags=["check"]
-# @title Check: each mistake is found { display-mode: "form" }
 for name, steps in wrong.items():
     off = steps["output"] - right_steps["output"]
     lesson.check_fails(f"{name}'s bug", lambda off=off: lesson.check("attention", off, 1e-5))
@@ -972,8 +1024,9 @@ lesson.score()
 #
 # > *Map:* the whole chain, before any training. (Not needed for what follows.)
 #
-# SmolLM2's matrices begin as random numbers of spread 1/√C: a product with C inputs then neither blows a vector up nor shrinks it. Two matrices of each block, `o_proj` and
-# `down_proj`, write to the running vector, and they start **smaller**, divided by √(2L), where L is the number of blocks. Why?
+# SmolLM2's matrices begin as random numbers of spread 1/√C: a product with C inputs then neither blows a vector up nor shrinks it. (`down_proj` has 8/3 · C inputs. Alone it would
+# make its input 1.6 times as large; SmolLM2 takes one spread for all.) Two matrices of each block, `o_proj` and `down_proj`, write to the running vector, and they start
+# **smaller**, divided by √(2L), where L is the number of blocks. Why?
 # * L blocks add 2L times to the same vector.
 # * Random additions add up their *variances*: 2L of spread s have together the spread s·√(2L).
 # * Divided by √(2L), all of them together weigh as much as one, however deep the model.
@@ -1038,7 +1091,7 @@ plots.show(
 # You have a model of 134,515,008 parameters, written part by part: an embedding that is used twice, and blocks in which each token looks back (attention), works (MLP)
 # and adds. It equals transformers' in every layer.
 #
-# * Why is the score matrix of RoPE constant along its diagonals?
+# * Section 5 gave every position the same query and key. Why was the score matrix in that experiment constant along its diagonals?
 # * Why does `repeat` in place of `repeat_interleave` give the right shapes and wrong answers?
 # * What would break if the mask came after the softmax?
 # * Why do `o_proj` and `down_proj` start smaller than the other matrices?
