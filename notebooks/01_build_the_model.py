@@ -70,6 +70,8 @@ from torch import nn
 from smollm2 import SmolLM2, SmolLM2Config  # this project's model, to compare with
 from smollm2.notebook import lesson  # the checks ✔ and the questions ?
 
+torch.set_printoptions(precision=2, sci_mode=False)
+
 # %% cellView="form" id="more-imports" tags=["setup"]
 # @title What the folded cells use { display-mode: "form" }
 import math
@@ -85,7 +87,6 @@ from smollm2.notebook import data_plots
 from smollm2.tokenizer import Tokenizer
 from smollm2.weights import resolve
 
-torch.set_printoptions(precision=2, sci_mode=False)
 lesson.quiet()
 
 # %% [markdown] id="skeleton"
@@ -784,9 +785,7 @@ def attend(q, k, v):  # q (B, H, T, D), k and v (B, K, T, D) -> (B, H, T, D)
     H, T, D = q.shape[1:]
     k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))  # (B, H, T, D)
     scores = q @ k.mT / D**0.5  # (B, H, T, T)
-    future = (
-        torch.ones(T, T).triu(1).bool()
-    )  # True above the diagonal: who is asked comes later
+    future = torch.ones(T, T).triu(1).bool()  # True where who is asked comes later
     return scores.masked_fill(future, -torch.inf).softmax(-1) @ v
 
 
