@@ -21,7 +21,7 @@
 # * train SmolLM2-135M in two phases with one live panel, stop it, go on, and find every checkpoint with its hash;
 # * say which number format your GPU should compute in, and why.
 #
-# The way: choose (section 1) → loss (2) → one update (3) → loop (4) → learning rate (5) → kill and resume (6) → your run (7) → stop and lose it (8, 9) → what is
+# The way: a place to keep it (section 1) → loss (2) → one update (3) → loop (4) → learning rate (5) → kill and resume (6) → your run (7) → stop and lose it (8, 9) → what is
 # kept (10) → deeper: number formats (11).
 #
 # About 35 minutes to read. The run itself: about 3 minutes on two quiet CPU cores (the small `nano` model, on `input.txt`); on a GPU such as Colab's free T4
@@ -68,10 +68,10 @@ import shutil
 import signal
 import time
 
-# lets a GPU repeat its sums bit for bit; read when the GPU is first used
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # GPU sums that repeat
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 import smollm2
 from smollm2 import SmolLM2, Tokenizer, load_config, plots, widgets
@@ -96,110 +96,82 @@ device = choose_device()
 lesson.quiet()
 
 # %% [markdown] id="knobs-text"
-# ## 1 · What to train, and where to keep it
+# ## 1 · Where to keep it
 #
-# > *Way:* **choose** → loss → update → loop → rate → kill → your run → stop → lose → keep → number formats
+# > *Way:* **place** → loss → update → loop → rate → kill → your run → stop → lose → keep → number formats
 #
-# **What.** On a first visit change nothing and go on: the sections below explain the words. Later, these seven knobs are all that you need.
-#
-# <details><summary>What each knob sets</summary>
-#
-# | knob | what it sets | left as it is |
-# |---|---|---|
-# | MODEL | a preset: a model and its training settings. `fits` tries the sizes, some seconds each, and takes the largest that the minutes suffice for. `smollm2-10m` wants 10 MB of text or more, `smollm2-30m` 30 MB | `auto`: the 135M on a GPU, nano without one |
-# | TEXT | one of the list, a file or folder of yours (txt, jsonl, csv, parquet), or the id of a dataset of the Hub (Hugging Face's collection) | TinyStories on a GPU, else `input.txt` |
-# | MINUTES | how long to train. `input.txt` is so small that steps are counted instead: more would only teach it by heart | 20 |
-# | STEPS, MORE_STEPS | a run has two phases, the second resumed from the first's file; one curve of the rate is planned for both | four fifths and one fifth of what the minutes, or the preset, give |
-# | PROMPT | the beginning that the samples go on from | "Once upon a time" |
-# | USE_DRIVE | whether checkpoints are copied to your Google Drive | yes, on Colab |
-# </details>
-#
-# **Where.** A free runtime can vanish at any second, with its disk. So training writes to the local disk (fast), and copies every checkpoint to your Google Drive
+# A free runtime can vanish at any second, with its disk. So training writes to the local disk (fast), and copies every checkpoint to your Google Drive
 # if you allow it: each copied file is read back and compared. Colab asks for permission **now**, so that Run all can be left alone afterwards. Refused? The
 # run works all the same.
 #
-# Which model and which text will be chosen on this machine, and what does the banner say about *your* run?
+# What does the banner say about *your* runs? Which model is trained on which text is chosen later, in section 7.
 
-# %% cellView="form" id="knobs" tags=["parameters"]
-# @title Seven knobs { display-mode: "form" }
-MODEL = "auto"  # @param ["auto", "fits", "nano", "smollm2-10m", "smollm2-30m", "smollm2-135m"]
-TEXT = ""  # @param ["input.txt", "TinyStories", "FineWeb-Edu", "Cosmopedia"] {allow-input:true}
-MINUTES = 20  # @param {type:"number"}
-STEPS = 0  # @param {type:"integer"}
-MORE_STEPS = 0  # @param {type:"integer"}
-PROMPT = "Once upon a time"  # @param {type:"string"}
+# %% cellView="form" id="storage" tags=["parameters", "setup"]
+# @title One knob: your Drive { display-mode: "form" }
 USE_DRIVE = True  # @param {type:"boolean"}
-
-# %% cellView="form" id="text" tags=["setup"]
-# @title Choose the text { display-mode: "form" }
-SETS = {
-    "TinyStories": "roneneldan/TinyStories",  # CDLA-Sharing-1.0
-    "FineWeb-Edu": "HuggingFaceFW/fineweb-edu:sample-10BT",  # ODC-By
-    "Cosmopedia": "HuggingFaceTB/cosmopedia:stories",  # Apache-2.0
-}
-text = TEXT or ("TinyStories" if device.type == "cuda" else "input.txt")
-is_here = any(Path("output").glob(f"*-{text}/data/*/tokens.json"))
-if text in SETS and not is_here:
-    try:  # does the Hub answer?
-        Source(SETS[text], None, Path(), None).files
-    except UserError as reason:
-        print(f"{text}: {reason}.\nSo: input.txt")
-        text = "input.txt"
-dataset = None if text == "input.txt" else SETS.get(text, text)
-print(f"text: {text}")
-
-# %% cellView="form" id="storage" tags=["setup"]
-# @title Choose the model, and where the run is kept { display-mode: "form" }
-fits = MODEL == "fits"
-preset, why = planning.preset_that_fits(MINUTES) if fits else choose_preset(MODEL)
-print(f"preset: {preset} ({why})")
-name = preset if dataset is None else f"{preset}-{Path(text).stem}"  # each text its own run
-place = colab.storage(use_drive=USE_DRIVE, output_dir=Path("output") / name)
-drive_dir = place.drive_dir / name if place.drive_dir else None
+place = colab.storage(use_drive=USE_DRIVE, output_dir=Path("output"))
 
 # %% [markdown] id="overfit"
 # ## 2 · The loss: where does a model begin?
 #
-# > *Way:* choose → **loss** → update → loop → rate → kill → your run → stop → lose → keep → number formats
+# > *Way:* place → **loss** → update → loop → rate → kill → your run → stop → lose → keep → number formats
 #
 # Training lowers one number, the **loss**: the mean of −ln(probability that the model gives to the true next token), in *nats*. It is 0 if the model is sure
 # and right, ln V if all V tokens seem equally likely to it.
 #
+# A part of the text is **held out**: never trained on (of `input.txt` the last 10 %). Only its loss tells what a model has learned, and what it merely knows by heart.
+#
 # We take nano (seconds on any machine), a tokenizer like its own, and **one** small batch: 4 rows of 64 tokens. The inputs are all tokens of a row but the last, the targets
-# all but the first (notebook 3). Which loss has a fresh model?
+# all but the first (notebook 3). Which loss has a fresh model? Guess before you read on.
+#
+# Equal chances for all would give ln V: for nano's V = 2,048 it is 7.62. But fresh logits are random, with some spread **σ**. Each is a sum of 192 products of a normed number
+# (size 1) and a number of the table (spread 1/24), so σ² = 192 / 24² = 0.33 and σ = 0.58. The large ones among them take probability from the true token: the loss is
+# **ln V + σ²/2** = 7.62 + 0.17 = 7.79.
 
-# %% id="overfit-batch" tags=["lesson"]
+# %% cellView="form" id="overfit-text" tags=["setup"]
+# @title nano's settings, and the training text as numbers { display-mode: "form" }
 NANO = load_config("nano")
+shape = NANO.model  # widths, layers, heads, vocabulary
 pieces = [piece for piece, _ in documents(read_split(REPO / "input.txt", "train"))]
 tokenizer = Tokenizer.train(pieces, NANO.data.tokenizer_vocab_size)
 tokens = torch.tensor(tokenizer.encode("\n".join(pieces)))
+print(f"{len(tokens):,} tokens, {tokenizer.vocab_size:,} different ones")
 
 
+# %% id="overfit-batch" tags=["lesson"]
 def rows_at(starts, length):
     """Rows of `length` inputs and one more, so that each has its target: (rows, length + 1)."""
-    return torch.stack([tokens[start : start + length + 1] for start in starts]).to(device)
+    rows = [tokens[start : start + length + 1] for start in starts]  # tokens: the whole text
+    return torch.stack(rows).to(device)  # the GPU, where there is one
 
 
 # no two begin with the same token: what follows it could not be right for both
 one_batch = rows_at((0, 65, 130, 195), 64)
+inputs, targets = one_batch[:, :-1], one_batch[:, 1:]  # (4, 64) each
+for given, wanted in zip(inputs[0, :6].tolist(), targets[0, :6].tolist(), strict=True):
+    print(f"{tokenizer.decode([given])!r:>8} is followed by {tokenizer.decode([wanted])!r}")
 
 # %% id="overfit-loss" tags=["lesson", "check"]
-inputs, targets = one_batch[:, :-1], one_batch[:, 1:]  # (4, 64) each
-shape = NANO.model
+# shape: nano's widths and layers, from the folded cell
 torch.manual_seed(NANO.train.seed)
 model = SmolLM2(shape).to(device)
 first = model.loss(inputs, targets).item()
-chances = model(inputs).log_softmax(-1)  # (4, 64, V): ln(probability) of every token
-right = chances.gather(-1, targets[..., None])  # (4, 64, 1): of the true next one
+# (4, 64, V): ln(probability) of every token; of them the true next one's, (4, 64, 1)
+right = model(inputs).log_softmax(-1).gather(-1, targets[..., None])
 lesson.check("the loss is the mean of -ln(probability)", -right.mean() - first, 1e-4)
 expected = math.log(shape.vocab_size) + shape.hidden_size * shape.initializer_range**2 / 2
-likely = "targets not shifted, or a wrong initialisation"
-lesson.check("first loss = ln V + σ²/2 (notebook 3)", first - expected, 0.3, likely)
+print(f"first loss {first:.2f}, expected {expected:.2f}")
+lesson.check(
+    "first loss = ln V + σ²/2 (notebook 3)",
+    first - expected,
+    0.3,
+    likely="targets not shifted, or a wrong initialisation",
+)
 
 # %% [markdown] id="accumulate-text"
 # ## 3 · One update: gradient, clipping, AdamW
 #
-# > *Way:* choose → loss → **update** → loop → rate → kill → your run → stop → lose → keep → number formats
+# > *Way:* place → loss → **update** → loop → rate → kill → your run → stop → lose → keep → number formats
 #
 # An update lowers the loss a little, in three steps. We write each and compare it with PyTorch's; section 4 puts them into a loop.
 #
@@ -219,7 +191,7 @@ def backward(model, rows, parts):
     return total
 
 
-def gradient(model):
+def all_gradients(model):
     """The gradients of all weights, one after the other."""
     return torch.cat([weight.grad.flatten() for weight in model.parameters()])
 
@@ -228,7 +200,7 @@ found = {}
 for parts in (1, 4):
     model.zero_grad()
     backward(model, one_batch, parts)
-    found[parts] = gradient(model)
+    found[parts] = all_gradients(model)
 off, likely = found[1] - found[4], "each part needs its share"
 lesson.check("4 parts make the gradient of the large batch", off, 1e-6, likely)
 
@@ -237,14 +209,14 @@ lesson.check("4 parts make the gradient of the large batch", off, 1e-6, likely)
 
 
 # %% id="clip" tags=["lesson", "check"]
-def clip_factor(gradient, limit):
-    """What to multiply the gradients with; 1 where they are not longer than `limit`."""
-    return min(1.0, limit / (gradient.norm().item() + 1e-6))
+def clip_factor(g, limit):
+    """What to multiply the gradients g with; 1 where they are not longer than `limit`."""
+    return min(1.0, limit / (g.norm().item() + 1e-6))
 
 
-mine = clip_factor(found[4], 0.1) * found[4]
+clipped = clip_factor(found[4], 0.1) * found[4]
 torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-lesson.check("clipping is one factor, PyTorch's", mine - gradient(model), 1e-6)
+lesson.check("clipping is one factor, PyTorch's", clipped - all_gradients(model), 1e-6)
 
 # %% [markdown] id="adamw-text"
 # **[AdamW](https://arxiv.org/abs/1711.05101)** remembers two numbers for each weight w. With the new gradient g, and t for the number of the update, one update is:
@@ -268,30 +240,41 @@ def new_memory(weight):
 
 
 @torch.no_grad()
-def adamw(weight, gradient, memory, step, rate, decay, settings):
+def adamw(weight, g, memory, step, rate, decay, settings):
     """One update of a tensor, in place; `step` counts from 1. The numbers are the table's."""
     beta1, beta2 = settings.adam_beta1, settings.adam_beta2
-    memory["m"] = beta1 * memory["m"] + (1 - beta1) * gradient  # 1
-    memory["v"] = beta2 * memory["v"] + (1 - beta2) * gradient**2  # 2
+    memory["m"] = beta1 * memory["m"] + (1 - beta1) * g  # 1
+    memory["v"] = beta2 * memory["v"] + (1 - beta2) * g**2  # 2
     m = memory["m"] / (1 - beta1**step)  # 3
     v = memory["v"] / (1 - beta2**step)
     weight.mul_(1 - rate * decay)  # 4
     weight.sub_(rate * m / (v.sqrt() + settings.adam_eps))  # 5
 
 
-# %% id="adamw-check" tags=["check"]
 # nano's settings, but with AdamW for all its weights
 ADAMW = load_config("nano", **{"train.optimizer": "adamw", "train.learning_rate": 4e-3}).train
-given = {"betas": (ADAMW.adam_beta1, ADAMW.adam_beta2), "eps": ADAMW.adam_eps}
-theirs = torch.nn.Parameter(torch.randn(5))  # five weights
-mine, memory = theirs.detach().clone(), new_memory(theirs)
-optimizer = torch.optim.AdamW([theirs], lr=0.01, weight_decay=0.1, **given)
+
+
+# %% id="adamw-check" tags=["check"]
+its_weights = torch.nn.Parameter(torch.randn(5))  # five weights
+my_weights, memory = its_weights.detach().clone(), new_memory(its_weights)
+optimizer = torch.optim.AdamW(
+    [its_weights],
+    lr=0.01,
+    weight_decay=0.1,
+    betas=(ADAMW.adam_beta1, ADAMW.adam_beta2),
+    eps=ADAMW.adam_eps,
+)
 for step in (1, 2, 3):
-    theirs.grad = torch.randn(5)
+    its_weights.grad = torch.randn(5)
     optimizer.step()
-    adamw(mine, theirs.grad, memory, step, 0.01, 0.1, ADAMW)
-likely = "which average is divided by which, and when does the decay come?"
-lesson.check("three updates by hand are torch.optim.AdamW's", mine - theirs, 1e-6, likely)
+    adamw(my_weights, its_weights.grad, memory, step, 0.01, 0.1, ADAMW)
+lesson.check(
+    "three updates by hand are torch.optim.AdamW's",
+    my_weights - its_weights,
+    1e-6,
+    likely="which average is divided by which, and when does the decay come?",
+)
 
 # %% cellView="form" id="overfit-predict" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
@@ -307,7 +290,7 @@ lesson.predict(
 # %% [markdown] id="loop-text"
 # ## 4 · A training loop you can read
 #
-# > *Way:* choose → loss → update → **loop** → rate → kill → your run → stop → lose → keep → number formats
+# > *Way:* place → loss → update → **loop** → rate → kill → your run → stop → lose → keep → number formats
 #
 # The loop is section 3, again and again: gradient, clipping, AdamW. `batches` are its rows, `rate` says how far update number *step* goes.
 #
@@ -315,13 +298,14 @@ lesson.predict(
 
 
 # %% id="loop" tags=["lesson"]
-def learn(model, batches, rate, settings, parts=1):
-    """One update for each of the batches; returns their losses."""
-    memories = {weight: new_memory(weight) for weight in model.parameters()}
+def learn(model, batches, rate, settings, parts=1, memories=None, done=0):
+    """One update for each of the batches, after `done` others; returns their losses."""
+    if memories is None:
+        memories = {weight: new_memory(weight) for weight in model.parameters()}
     losses = []
-    for step, rows in enumerate(batches, start=1):
+    for step, rows in enumerate(batches, start=done + 1):
         losses.append(backward(model, rows, parts))  # now every weight has its gradient
-        factor = clip_factor(gradient(model), settings.gradient_clip_norm)
+        factor = clip_factor(all_gradients(model), settings.gradient_clip_norm)
         for weight, memory in memories.items():
             clipped = factor * weight.grad
             decay = settings.weight_decay if weight.dim() == 2 else 0.0  # matrices alone
@@ -340,8 +324,8 @@ torch.manual_seed(ADAMW.seed)
 model = SmolLM2(shape).to(device)
 losses = learn(model, [one_batch] * 60, steady, ADAMW)
 print(f"loss {losses[0]:.2f} -> {losses[-1]:.3f}")
-wrong = (model(inputs).argmax(-1) != targets).sum()
-lesson.check(f"the likeliest token is the right one, at all {targets.numel()} positions", wrong)
+found_all = (model(inputs).argmax(-1) == targets).all()  # (4, 64) tokens
+lesson.true("the likeliest token is the right one, at all 256 positions", found_all)
 likely = "a broken loop; do not start a long run"
 lesson.check("one batch is learned by heart: its loss is 0", losses[-1], 0.1, likely)
 
@@ -356,7 +340,7 @@ lesson.check("one batch is learned by heart: its loss is 0", losses[-1], 0.1, li
 # %% [markdown] id="schedule"
 # ## 5 · The learning rate, and a minute of training
 #
-# > *Way:* choose → loss → update → loop → **rate** → kill → your run → stop → lose → keep → number formats
+# > *Way:* place → loss → update → loop → **rate** → kill → your run → stop → lose → keep → number formats
 #
 # How far should an update go? **Warm-up, stable, decay** ([MiniCPM](https://arxiv.org/abs/2404.06395)), as [SmolLM2](https://arxiv.org/abs/2502.02737) was trained:
 # * the rate *rises* while AdamW's averages know little yet: full steps would go anywhere;
@@ -421,8 +405,8 @@ widgets.explore(
 )
 
 # %% [markdown] id="minute"
-# Now your loop, with this rate, trains nano on real text: 150 batches, each in 4 parts, about a minute on two CPU cores. Then it goes on from your
-# prompt: how many of its words are real ones?
+# Now your loop, with this rate, trains nano on real text: 150 batches, each in 4 parts, about a minute on two CPU cores. Then it goes on from
+# *Once upon a time*: how many of its words are real ones?
 
 # %% id="minute-run" tags=["lesson", "slow"]
 T, B = NANO.data.sequence_length, ADAMW.batch_size
@@ -434,7 +418,8 @@ torch.manual_seed(ADAMW.seed)
 own = SmolLM2(shape).to(device)
 minute = learn(own, batches, rate, ADAMW, parts=4)
 print(f"loss {minute[0]:.2f} -> {minute[-1]:.2f} in {updates} updates; it writes:")
-written = PROMPT + complete(own, tokenizer, PROMPT, 40, temperature=0.8, top_k=50, seed=1)
+start = "Once upon a time"
+written = start + complete(own, tokenizer, start, 40, temperature=0.8, top_k=50, seed=1)
 print(" ".join(written.split()))
 
 # %% cellView="form" id="minute-figure" tags=["figure"]
@@ -452,22 +437,11 @@ plots.show(fig, alt + "per token, while the learning rate rises, stays and falls
 # %% [markdown] id="kill"
 # ## 6 · Kill it
 #
-# > *Way:* choose → loss → update → loop → rate → **kill** → your run → stop → lose → keep → number formats
+# > *Way:* place → loss → update → loop → rate → **kill** → your run → stop → lose → keep → number formats
 #
-# `smollm2.train` is your loop with saving, logs and a panel. First a check that it is: 30 batches of a tiny run, with AdamW, through both.
-#
-# Many projects can resume. The question is whether the resumed run is **the same run**. Three acts with a tiny model, 30 steps (about 20 s):
-# 1. One run is left alone.
-# 2. A second one, in a process of its own, gets `SIGKILL` after step 17: no goodbye, no last save. (A lost runtime takes its disk along as well: section 9.)
-# 3. It is resumed here, from its newest **checkpoint**, and compared with the first, byte by byte.
-#
-# | of a checkpoint | holds | without it |
-# |---|---|---|
-# | `model.safetensors` | the weights | all is lost |
-# | `optim.safetensors` | the optimizer's averages of each weight; the states of PyTorch's random generators | the next updates are others; whatever is drawn at random is, too |
-# | `state.json` | the step and the data position, the plan of the rate, fp16's loss scale (section 11) | the next batch and the next rate are others |
-# | `tokenizer.json` | the numbers of all tokens | the weights mean nothing |
-# | `manifest.json` | the SHA-256 of every file, written last | nobody knows that the rest is whole |
+# What must be saved, so that your loop can go on as if nothing had happened? The weights, both averages of each, the number of updates, and the state of the random numbers.
+# Below, `save` writes them into one file and `load` reads them back. The check: after three updates and a save one model simply goes on; another, with weights of its own, reads
+# the file. Are updates 4 to 6 the same?
 
 # %% cellView="form" id="drill" tags=["setup"]
 # @title The tiny runs of sections 6, 8 and 9 { display-mode: "form" }
@@ -484,19 +458,74 @@ OFTEN = {"train.max_steps": 30, "train.save_every": 10, "train.log_every": 1}
 OFTEN |= {"train.sample_tokens": 8, "data.input_file": str(DRILL / "text.txt")}
 
 
-def drill(name, **more):
-    """30 steps of a tiny model in output/drill/<name>, a checkpoint every 10."""
-    in_order = {"train.deterministic": device.type == "cuda"}  # sums of a GPU, in a fixed order
-    place = {"run.output_dir": str(DRILL / name)}
-    return load_config("nano", **TINY, **OFTEN, **in_order, **place, **more)
-
-
 def curve(name):
     """{step: loss} as logged so far."""
     path = DRILL / name / "logs" / TRAINING
     events = read_log(path) if path.exists() else []
     return {int(e["step"]): float(e["train_loss"]) for e in events if "train_loss" in e}
 
+
+# %% id="own-save" tags=["lesson"]
+def save(path, model, memories, done):
+    held = {"done": torch.tensor(done), "random": torch.get_rng_state()}
+    for name, weight in model.named_parameters():
+        of = memories[weight]
+        held[name] = torch.stack((weight.detach(), of["m"], of["v"]))
+    save_file(held, path)  # safetensors: named tensors, and nothing that could run
+
+
+def load(path, model):
+    held, memories = load_file(path, device=str(device)), {}
+    for name, weight in model.named_parameters():
+        weight.data, m, v = held[name]
+        memories[weight] = {"m": m, "v": v}
+    torch.set_rng_state(held["random"].cpu())
+    return memories, held["done"].item()
+
+
+# %% id="own-resume" tags=["check"]
+stays, reads = SmolLM2(shape).to(device), SmolLM2(shape).to(device)  # different weights
+averages = {weight: new_memory(weight) for weight in stays.parameters()}
+learn(stays, [one_batch] * 3, steady, ADAMW, memories=averages)
+save(DRILL / "own.safetensors", stays, averages, done=3)
+went_on = learn(stays, [one_batch] * 3, steady, ADAMW, memories=averages, done=3)
+averages, so_far = load(DRILL / "own.safetensors", reads)
+resumed_own = learn(reads, [one_batch] * 3, steady, ADAMW, memories=averages, done=so_far)
+lesson.check(
+    "updates 4 to 6 from the file are those without a stop",
+    np.subtract(went_on, resumed_own),
+    0.0 if device.type == "cpu" else 1e-3,  # a GPU adds up in another order every time
+)
+
+# %% [markdown] id="kill-acts"
+# `smollm2.train` is your loop with saving, logs and a panel. What it adds to your file: a checkpoint is written under another name and renamed when whole, every file has
+# its hash, the place in the data and the plan of the rate are kept, a damaged file is passed over for the one before, and what becomes too old is deleted.
+#
+# Many projects can resume. The question is whether the resumed run is **the same run**. Three acts with a tiny model, 30 steps (about 20 s):
+# 1. One run is left alone.
+# 2. A second one, in a process of its own, gets `SIGKILL` after step 17: no goodbye, no last save. (A lost runtime takes its disk along as well: section 9.)
+# 3. It is resumed here, from its newest **checkpoint**, and compared with the first, byte by byte.
+#
+# | of a checkpoint | holds | without it |
+# |---|---|---|
+# | `model.safetensors` | the weights | all is lost |
+# | `optim.safetensors` | the optimizer's averages of each weight; the states of PyTorch's random generators | the next updates are others; whatever is drawn at random is, too |
+# | `state.json` | the step and the data position, the plan of the rate | the next batch and the next rate are others |
+# | `tokenizer.json` | the numbers of all tokens | the weights mean nothing |
+# | `manifest.json` | the SHA-256 of every file, written last | nobody knows that the rest is whole |
+
+
+# %% id="kill-smooth" tags=["lesson", "slow"]
+def drill(name, **more):
+    """30 steps of a tiny model in output/drill/<name>, a checkpoint every 10."""
+    in_order = {"train.deterministic": device.type == "cuda"}  # sums of a GPU, in a fixed order
+    folder = {"run.output_dir": str(DRILL / name)}  # DRILL: output/drill
+    return load_config("nano", **TINY, **OFTEN, **in_order, **folder, **more)
+
+
+smooth = smollm2.train(drill("smooth"), reporter=Reporter())
+begin, end = smooth.losses[0][1], smooth.losses[-1][1]
+print(f"left alone: {smooth.step} steps, loss {begin:.3f} -> {end:.3f}")
 
 # %% cellView="form" id="loop-check" tags=["check", "slow"]
 # @title Check: your loop and smollm2.train, the same 30 batches { display-mode: "form" }
@@ -518,11 +547,6 @@ mine = learn(SmolLM2(same.model).to(device), batches, its_rate, same.train, part
 difference = np.array(mine) - np.array([loss for _, loss in package.losses])
 allowed = 1e-5 if device.type == "cpu" else 1e-3  # a GPU adds up in another order every time
 lesson.check("the 30 losses of your loop are those of smollm2.train", difference, allowed)
-
-# %% id="kill-smooth" tags=["lesson", "slow"]
-smooth = smollm2.train(drill("smooth"), reporter=Reporter())
-begin, end = smooth.losses[0][1], smooth.losses[-1][1]
-print(f"left alone: {smooth.step} steps, loss {begin:.3f} -> {end:.3f}")
 
 # %% cellView="form" id="kill-child" tags=["check", "slow"]
 # @title The second run is killed { display-mode: "form" }
@@ -568,8 +592,6 @@ class Lines(Reporter):
 resumed = smollm2.train(drill("killed"), reporter=Lines())
 
 
-# %% cellView="form" id="kill-check" tags=["check"]
-# @title Check: the same losses, the same bytes { display-mode: "form" }
 def hashes(name):
     """sha256 of weights, optimizer and state at the end of a drill."""
     folder = DRILL / name / "checkpoints" / "final_model.ckpt"
@@ -585,6 +607,8 @@ def same_bytes(name):
         lesson.true(title, digest == expected[file], likely=likely)
 
 
+# %% cellView="form" id="kill-check" tags=["check"]
+# @title Check: the same losses, the same bytes { display-mode: "form" }
 logged = [np.array(list(curve(name).values())) for name in ("killed", "smooth")]
 lesson.check("all 30 logged losses are those of the run left alone", logged[0] - logged[1])
 uninterrupted = dict(smooth.losses)
@@ -628,9 +652,22 @@ plots.show(fig, alt + "run left alone.")
 # %% [markdown] id="run"
 # ## 7 · The real run
 #
-# > *Way:* choose → loss → update → loop → rate → kill → **your run** → stop → lose → keep → number formats
+# > *Way:* place → loss → update → loop → rate → kill → **your run** → stop → lose → keep → number formats
 #
-# Two phases, as on the command line (`python colab_train.py --max_steps N --continue_steps M`): the first ends with `final_model.ckpt`, a **fresh trainer resumes
+# **What to train.** On a first visit change nothing. Later, the six knobs below are all that you need.
+#
+# <details><summary>What each knob sets</summary>
+#
+# | knob | what it sets | left as it is |
+# |---|---|---|
+# | MODEL | a preset: a model and its training settings. `fits` tries the sizes, some seconds each, and takes the largest that the minutes suffice for. `smollm2-10m` wants 10 MB of text or more, `smollm2-30m` 30 MB | `auto`: the 135M on a GPU, nano without one |
+# | TEXT | one of the list, a file or folder of yours (txt, jsonl, csv, parquet), or the id of a dataset of the Hub (Hugging Face's collection) | TinyStories on a GPU, else `input.txt` |
+# | MINUTES | how long to train. `input.txt` is so small that steps are counted instead: more would only teach it by heart | 20 |
+# | STEPS, MORE_STEPS | a run has two phases, the second resumed from the first's file; one curve of the rate is planned for both | four fifths and one fifth of what the minutes, or the preset, give |
+# | PROMPT | the beginning that the samples go on from | "Once upon a time" |
+# </details>
+#
+# **How.** Two phases, as on the command line (`python colab_train.py --max_steps N --continue_steps M`): the first ends with `final_model.ckpt`, a **fresh trainer resumes
 # from that file** for the second.
 #
 # **What to look at.** The panel shows loss, rate, speed, memory, time left, the last safe step here and on Drive, and what the model makes of your prompt as it learns. At which
@@ -639,8 +676,11 @@ plots.show(fig, alt + "run left alone.")
 #
 # **To stop**, press ■ once: the run finishes its step, saves, and the notebook goes on.
 #
-# **At the end** the same held-out bytes go to `gzip`, to `xz`, to counting and, with the network, to the official SmolLM2-135M, which read 2 trillion tokens (a
-# minute on a CPU, seconds on a GPU). How near do you get?
+# **At the end** others are measured on the same held-out bytes: the packers `gzip` and `xz`; counting; and, with the network, the official SmolLM2-135M, which read 2 trillion
+# tokens (a minute on a CPU, seconds on a GPU). How near do you get?
+# * **Bits per byte** is what all can be compared in: how many bits a byte of the text costs. A packer's are the size of its file; a model's are its nats per token, divided by ln 2
+#   (nats to bits) and by the bytes of a token. A loss of 3.8 at 3.12 bytes a token: 3.8 / 0.693 / 3.12 = 1.76.
+# * **Counting** is a model without a network: a table of which byte followed the same few bytes before, and how often, in the training text.
 #
 # <details><summary>Go deeper: nano's optimizer is not AdamW alone</summary>
 #
@@ -654,12 +694,44 @@ plots.show(fig, alt + "run left alone.")
 # <details><summary>Solution</summary>A run that had ended had decayed to 0. A new cycle begins: a short warm-up, a plateau, a decay to 0 at the new end; a
 # message says so.</details>
 
+# %% cellView="form" id="knobs" tags=["parameters"]
+# @title Six knobs { display-mode: "form" }
+MODEL = "auto"  # @param ["auto", "fits", "nano", "smollm2-10m", "smollm2-30m", "smollm2-135m"]
+TEXT = ""  # @param ["input.txt", "TinyStories", "FineWeb-Edu", "Cosmopedia"] {allow-input:true}
+MINUTES = 20  # @param {type:"number"}
+STEPS = 0  # @param {type:"integer"}
+MORE_STEPS = 0  # @param {type:"integer"}
+PROMPT = "Once upon a time"  # @param {type:"string"}
+
+# %% cellView="form" id="text" tags=["setup"]
+# @title Choose text and model { display-mode: "form" }
+SETS = {
+    "TinyStories": "roneneldan/TinyStories",  # CDLA-Sharing-1.0
+    "FineWeb-Edu": "HuggingFaceFW/fineweb-edu:sample-10BT",  # ODC-By
+    "Cosmopedia": "HuggingFaceTB/cosmopedia:stories",  # Apache-2.0
+}
+text = TEXT or ("TinyStories" if device.type == "cuda" else "input.txt")
+is_here = any(Path("output").glob(f"*-{text}/data/*/tokens.json"))
+if text in SETS and not is_here:
+    try:  # does the Hub answer?
+        Source(SETS[text], None, Path(), None).files
+    except UserError as reason:
+        print(f"{text}: {reason}.\nSo: input.txt")
+        text = "input.txt"
+dataset = None if text == "input.txt" else SETS.get(text, text)
+fits = MODEL == "fits"
+preset, why = planning.preset_that_fits(MINUTES) if fits else choose_preset(MODEL)
+print(f"text: {text}\npreset: {preset} ({why})")
+name = preset if dataset is None else f"{preset}-{Path(text).stem}"  # each text its own run
+run_dir = place.output_dir / name
+drive_dir = place.drive_dir / name if place.drive_dir else None
+
 # %% cellView="form" id="run-config" tags=["lesson"]
 # @title Settings of your run { display-mode: "form" }
 by_clock = dataset and MINUTES and not (STEPS or SMOKE)
 settings = {
     "data.input_file": str(REPO / "input.txt"), "data.dataset": dataset,
-    "run.output_dir": str(place.output_dir), "run.drive_dir": drive_dir and str(drive_dir),
+    "run.output_dir": str(run_dir), "run.drive_dir": drive_dir and str(drive_dir),
     "run.compare_with": "HuggingFaceTB/SmolLM2-135M",
     "train.prompts": (PROMPT, "The", "Why does"),
     "train.minutes": MINUTES if by_clock else None,
@@ -688,14 +760,15 @@ muon = f", Muon's {train.muon_learning_rate}" if train.optimizer == "muon" else 
 print(f"peak learning rates: AdamW's {train.learning_rate}{muon}")
 
 # %% id="run-train" tags=["slow", "lesson"]
-panel = live_panel(logs=place.output_dir / "logs")
+# keep_training: goes on without Drive where Drive does not answer
+panel = live_panel(logs=run_dir / "logs")
 result = keep_training(config, lambda config: smollm2.train(config, reporter=panel))
 panel.end()  # shown once more: the last copy to Drive lands after the last step
-done = load_config(None, place.output_dir / "config.yaml").train  # with its number of steps
+done = load_config(None, run_dir / "config.yaml").train  # with its number of steps
 steps, total = done.max_steps, done.max_steps + done.continue_steps
 
-# %% cellView="form" id="run-after" tags=["check"]
-# @title What the run reached, how to go on, and two checks { display-mode: "form" }
+# %% cellView="form" id="run-after" tags=["check", "figure"]
+# @title Figure: what the run reached; how to go on, and two checks { display-mode: "form" }
 if result.stopped_by:
     print(f"Stopped at step {result.step} of {total}; saved in {result.checkpoint}.")
     print("To go on, run the training cell again: it continues from there.")
@@ -704,8 +777,8 @@ else:
     print(result.table())
     if not result.losses:
         print("\nNothing was left to train: this run has had all its steps. For more, set")
-        print(f"STEPS (section 1) to {result.step}, MORE_STEPS to 100, say, and run all.")
-logs = place.output_dir / "logs"
+        print(f"STEPS (section 7) to {result.step}, MORE_STEPS to 100, say, and run all.")
+logs = run_dir / "logs"
 history = read_log(logs / TRAINING)
 trained = [(int(e["step"]), float(e["train_loss"])) for e in history if "train_loss" in e]
 chosen = config.model
@@ -716,16 +789,14 @@ if trained and trained[0][0] == 1:  # logs that were lost with a machine begin l
 resumes = [event for event in read_log(logs / CHECKPOINTS) if event["event"] == "resumed"]
 begun = [int(event["step"]) for event in resumes if event["name"] == "final_model.ckpt"]
 if steps + 1 in dict(result.losses):  # phase two began in this session
-    lesson.check("phase two resumed from phase one's file", begun[-1] - steps)
+    lesson.true("phase two resumed from phase one's file", begun[-1] == steps)
 
-# %% cellView="form" id="run-figure" tags=["figure"]
-# @title Figure: your run { display-mode: "form" }
 plots.show(*draw_report(config, result.references))  # also in the run's folder: report.png
 
 # %% [markdown] id="stop"
 # ## 8 · The stop button stops gracefully
 #
-# > *Way:* choose → loss → update → loop → rate → kill → your run → **stop** → lose → keep → number formats
+# > *Way:* place → loss → update → loop → rate → kill → your run → **stop** → lose → keep → number formats
 #
 # ■ sends the process an **interrupt** (`SIGINT`), the same signal as Ctrl-C. Training catches it: the step is finished, a checkpoint written, `train` returns. A
 # second ■ stops at once.
@@ -734,7 +805,7 @@ plots.show(*draw_report(config, result.references))  # also in the run's folder:
 # Google Drive. At which step is the checkpoint?
 
 
-# %% id="stop-run" tags=["slow", "lesson"]
+# %% id="stop-run" tags=["slow", "lesson", "check"]
 class PressStop(Lines):
     """Prints messages, and presses the stop button after step 14."""
 
@@ -748,19 +819,18 @@ for folder in (pretend, DRILL / "stopped"):  # of an earlier try
     shutil.rmtree(folder, ignore_errors=True)
 with_drive = drill("stopped", **{"run.drive_dir": str(pretend)})
 stopped = smollm2.train(with_drive, reporter=PressStop())
-
-# %% id="stop-check" tags=["check"]
 by = stopped.stopped_by
-lesson.check("train returned, and says which signal stopped it", by - signal.SIGINT)
-lesson.check("the step that was under way is saved", stopped.step - 14)
+lesson.true("train returned, and says which signal stopped it", by == signal.SIGINT)
+lesson.true("the step that was under way is saved", stopped.step == 14)
+# kept, the package's list of checkpoints: a row for each, with step, bytes, hash and state
 rows = kept([("here", DRILL / "stopped" / "checkpoints"), ("pretend Drive", pretend)])
 whole = [row for row in rows if row["step"] == 14 and row["state"] == "whole"]
-lesson.check("it is on this machine and on the pretended Drive, whole", 2 - len(whole))
+lesson.true("it is on this machine and on the pretended Drive, whole", len(whole) == 2)
 
 # %% [markdown] id="died"
 # ## 9 · "My runtime died"
 #
-# > *Way:* choose → loss → update → loop → rate → kill → your run → stop → **lose** → keep → number formats
+# > *Way:* place → loss → update → loop → rate → kill → your run → stop → **lose** → keep → number formats
 #
 # Open this notebook again, **Runtime > Run all**. That is all: the newest checkpoint, of this machine or of Drive, is found, every byte verified, and the run
 # goes on. (Should the old runtime still live, you are told: stop one of the two, they do the same work.)
@@ -770,27 +840,26 @@ lesson.check("it is on this machine and on the pretended Drive, whole", 2 - len(
 # %% id="died-run" tags=["slow", "lesson", "check"]
 shutil.rmtree(DRILL / "stopped")
 restored = smollm2.train(with_drive, reporter=Lines())
-lesson.check("it began where the lost machine had stopped", restored.losses[0][0] - 15)
+first_step = restored.losses[0][0]
+lesson.true("it began where the lost machine had stopped", first_step == 15)
 same_bytes("stopped")
 
 # %% [markdown] id="kept"
 # ## 10 · What lies where
 #
-# > *Way:* choose → loss → update → loop → rate → kill → your run → stop → lose → **keep** → number formats
+# > *Way:* place → loss → update → loop → rate → kill → your run → stop → lose → **keep** → number formats
 #
 # A checkpoint is an ordinary Hugging Face folder that also holds the optimizer's state: AdamW keeps two averages for every weight. All are fp32, four bytes
 # each, except that Muon, which trains the matrices of nano's blocks, needs only one. How large is a checkpoint of your model?
 
-# %% id="kept-rows" tags=["lesson"]
-places = [("this machine", place.output_dir / "checkpoints")]
-places += [("Drive", drive_dir)] if drive_dir else []
-rows = kept(places)
-here = [row for row in rows if row["place"] == "this machine"]
-size = max(row["bytes"] for row in here) / 1e6
-parameters = parameter_count(config.model)
-
 # %% cellView="form" id="kept-predict" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
+places = [("this machine", run_dir / "checkpoints")]
+places += [("Drive", drive_dir)] if drive_dir else []
+kept_rows = kept(places)
+here = [row for row in kept_rows if row["place"] == "this machine"]
+size = max(row["bytes"] for row in here) / 1e6
+parameters = parameter_count(config.model)
 guess = None  # @param {type:"raw"}
 lesson.predict(
     f"The model has {parameters:,} parameters. How many megabytes has one checkpoint?",
@@ -801,11 +870,11 @@ lesson.predict(
 
 # %% cellView="form" id="kept-check" tags=["check"]
 # @title Check: every checkpoint, its size and its hash { display-mode: "form" }
-for row in rows[:12]:
+for row in kept_rows[:12]:
     facts = f"{row['bytes'] / 1e6:>9.1f} MB  sha256 {row['sha256'][:8]}  {row['state']}"
     print(f"{row['place']:<13}{row['name'][:44]:<45}{facts}")
 damaged = [row for row in here if row["state"] != "whole"]
-lesson.check("every checkpoint on this machine is whole", len(damaged))
+lesson.true("every checkpoint on this machine is whole", not damaged)
 ratio = 1e6 * size / training_bytes(config.model, train.optimizer)
 lesson.check("a checkpoint has 8 or 12 bytes per parameter (and a tokenizer)", ratio - 1, 0.1)
 print(f"\ntalk to it: {result.table().splitlines()[-1].removeprefix('talk to it').strip()}")
@@ -813,7 +882,7 @@ print(f"\ntalk to it: {result.table().splitlines()[-1].removeprefix('talk to it'
 # %% [markdown] id="dtype"
 # ## 11 · Go deeper: which number format, and why
 #
-# > *Way:* choose → loss → update → loop → rate → kill → your run → stop → lose → keep → **number formats**
+# > *Way:* place → loss → update → loop → rate → kill → your run → stop → lose → keep → **number formats**
 #
 # Your loop computed in **fp32**, numbers of 32 bits. On a GPU numbers of half the size are several times faster (a T4's data sheet: 8 million million operations a second in
 # fp32, 65 in fp16). There are two such formats:
@@ -857,15 +926,15 @@ plain, scaled = small.half().float() / small, (small * scale).half().float() / s
 lesson.check_fails("fp16 without scaling", lambda: lesson.check("its error", plain - 1, 0.01))
 lesson.check("scaled by 65,536, the same gradients survive fp16", scaled - 1, 1e-3)
 others = [p for p in model.parameters() if p.dtype != torch.float32]
-lesson.check("the model's weights are fp32", len(others))
+lesson.true("the model's weights are fp32", not others)
 
 # %% id="gradients-run" tags=["lesson"]
 own.zero_grad()
 backward(own, rows_at(order.starts(updates), T), 4)  # a batch that it has not seen
 model.zero_grad()
 backward(model, one_batch, 1)  # the one that it knows by heart
-kinds = {f"update {updates + 1}\nof nano": gradient(own).abs().cpu()}
-kinds["one batch,\nby heart"] = gradient(model).abs().cpu()
+kinds = {f"update {updates + 1}\nof nano": all_gradients(own).abs().cpu()}
+kinds["one batch,\nby heart"] = all_gradients(model).abs().cpu()
 shares = {}
 for name, sizes in kinds.items():
     sizes = sizes[sizes > 0]
@@ -898,10 +967,11 @@ plots.show(fig, alt + "{}; of a batch known by heart {}.".format(*shares.values(
 # **Free the GPU.** Colab counts the hours. When you are done, tick what you want and run this form: *flush* makes Drive write its cache back and unmounts it,
 # *free* hands the machine back. Both are off, so that Run all never does it for you.
 
-# %% cellView="form" id="end-form" tags=["parameters"]
-# @title Finish { display-mode: "form" }
+# %% cellView="form" id="end-form" tags=["parameters", "check"]
+# @title Your score; and finish { display-mode: "form" }
 FLUSH_DRIVE = False  # @param {type:"boolean"}
 FREE_MACHINE = False  # @param {type:"boolean"}
+lesson.score()
 if not (FLUSH_DRIVE or FREE_MACHINE):
     print("Nothing to do: all stays as it is.")
 elif not colab.is_colab():
@@ -913,9 +983,6 @@ else:
         drive.flush_and_unmount()  # where that fails, the machine is kept
     if FREE_MACHINE:
         runtime.unassign()
-
-# %% id="score" tags=["check"]
-lesson.score()
 
 # %% [markdown] id="self-test"
 # ## What you can now explain
