@@ -92,9 +92,9 @@ lesson.quiet()
 # %% [markdown] id="skeleton"
 # ## 1 · The whole first, then its parts
 #
-# A **token** is a piece of text from a fixed list, the vocabulary: SmolLM2 cuts *Gravity is the force that* into `Gra|vity| is| the| force| that`
-# and reads the numbers 22007, 6463, 314, 260, 3075, 338 (notebook 3 makes such cuts). A **parameter** is a number that training sets; all of a model's knowledge lies in them. **SmolLM2-135M** is Hugging Face's small
-# language model of 2024: 134,515,008 parameters, learned from 2 trillion tokens, and a vocabulary of 49,152 pieces.
+# A **token** is a piece of text from a fixed list, the vocabulary: SmolLM2 cuts *Gravity is the force that* into `Gra|vity| is| the| force| that` and reads the numbers
+# 22007, 6463, 314, 260, 3075, 338 (notebook 3 makes such cuts). A **parameter** is a number that training sets; all that a model knows lies in them. **SmolLM2-135M** is Hugging
+# Face's small language model of 2024: 134,515,008 parameters, learned from 2 trillion tokens, and a vocabulary of 49,152 pieces.
 #
 # A language model reads text as such numbers, the **token ids**. At every position it gives one score for each entry of its vocabulary: the **logits**. The
 # entry with the highest score is its guess at the next token. Between ids and logits lies a short chain:
@@ -494,8 +494,8 @@ widgets.explore(
 # [little](https://arxiv.org/abs/2305.13245).)
 #
 # The cell below takes three small steps:
-# 1. **From one head to two**: the four numbers of each query are cut in halves, and each half attends by itself.
-# 2. **Sharing**: `repeat_interleave` hands each key head to several query heads.
+# 1. **From one head to two**: the four numbers of each query and key are cut in halves. Head 0 compares the first halves, head 1 the second: two tables of scores, not one.
+# 2. **Sharing**: `repeat_interleave` repeats each key head for the query heads that read it: 3 become 9.
 # 3. **Dividing by √D**, D = head_dim. A sum of D products of numbers of spread 1 has spread √D: 8 for 64. Of scores of 0 and 8 softmax gives the second 99.97 %, and learning
 #    has nothing left to move; of 0 and 1, which is 8 divided by √64, it gives 73 %.
 #
@@ -515,7 +515,9 @@ lesson.predict(
 )  # fmt: skip
 
 # %% id="gqa-steps" tags=["lesson"]
-rows = torch.tensor([[1.0, 0, 0, 2], [0, 1, 2, 0], [1, 1, 0, 0]])  # (T, 4): three queries
+rows = torch.tensor(
+    [[1.0, 0, 0, 2], [0, 1, 2, 0], [1, 1, 0, 0]]
+)  # (T, 4): queries, here also keys
 halves = rows.unflatten(-1, (2, 2)).transpose(0, 1)  # (T, 2 heads, 2) -> (2 heads, T, 2)
 print("head 0", halves[0].tolist(), "\nhead 1", halves[1].tolist())
 print("scores", tuple((halves @ halves.mT).shape), "one (T, T) for each head, from one @")

@@ -760,7 +760,7 @@ muon = f", Muon's {train.muon_learning_rate}" if train.optimizer == "muon" else 
 print(f"peak learning rates: AdamW's {train.learning_rate}{muon}")
 
 # %% id="run-train" tags=["slow", "lesson"]
-# keep_training: goes on without Drive where Drive does not answer
+# run_dir: this run's folder; keep_training goes on without Drive where Drive does not answer
 panel = live_panel(logs=run_dir / "logs")
 result = keep_training(config, lambda config: smollm2.train(config, reporter=panel))
 panel.end()  # shown once more: the last copy to Drive lands after the last step
