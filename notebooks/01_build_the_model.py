@@ -332,7 +332,7 @@ lesson.check("the order of the past changes nothing", swapped - weights[2] @ v, 
 # [work the order out](https://arxiv.org/abs/2203.16634), but that costs layers.)
 #
 # [RoPE](https://arxiv.org/abs/2104.09864) (rotary position embedding) turns queries and keys before they are compared, and needs no parameters.
-# 1. Take the 64 numbers of a query in 32 pairs. A pair is an arrow in the plane, like the hand of a clock.
+# 1. A query of SmolLM2 has 64 numbers (section 6; 8 in our small model). Take them in 32 pairs. A pair is an arrow in the plane, like the hand of a clock.
 # 2. Turn each arrow by an angle: position × speed of the pair.
 # 3. The first pair is fast, one radian a token. The last one hardly moves.
 #
@@ -496,8 +496,8 @@ widgets.explore(
 # The cell below takes three small steps:
 # 1. **From one head to two**: the four numbers of each query and key are cut in halves. Head 0 compares the first halves, head 1 the second: two tables of scores, not one.
 # 2. **Sharing**: `repeat_interleave` repeats each key head for the query heads that read it: 3 become 9.
-# 3. **Dividing by √D**, D = head_dim. A sum of D products of numbers of spread 1 has spread √D: 8 for 64. Of scores of 0 and 8 softmax gives the second 99.97 %, and learning
-#    has nothing left to move; of 0 and 1, which is 8 divided by √64, it gives 73 %.
+# 3. **Dividing by √D**, D = head_dim. A sum of D products of independent numbers of spread 1 has spread √D: 8 for 64. Softmax of the scores 0 and 8 gives the second 99.97 %:
+#    a small change of a score changes nothing there, so there is nothing to learn from. Divided by √64 they are 0 and 1, and it gets 73 %.
 #
 # First you write `attend`, section 4 for a batch with heads. The class after it is all of attention: three matrices make queries, keys and values, each cut into heads;
 # queries and keys are turned; a fourth matrix, `o_proj`, mixes what the heads found.
@@ -774,8 +774,15 @@ plots.show(fig, alt + "close to x on the right; ReLU for comparison.")
 
 
 # %% id="together" tags=["lesson"]
-def normalise(self, x):  # RMSNorm.forward: (B, T, C) -> (B, T, C)
-    return self.weight * x / (x.square().mean(-1, keepdim=True) + self.eps).sqrt()
+class RMSNorm(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.hidden_size))  # the gain
+        self.eps = config.rms_norm_eps
+
+    def forward(self, x):  # (B, T, C)
+        size = (x.square().mean(-1, keepdim=True) + self.eps).sqrt()  # (B, T, 1)
+        return self.weight * x / size
 
 
 def rotate(x, cos, sin):  # x (..., T, D); cos and sin (T, D / 2)
@@ -783,19 +790,27 @@ def rotate(x, cos, sin):  # x (..., T, D); cos and sin (T, D / 2)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
-def attend(q, k, v):  # q (B, H, T, D), k and v (B, K, T, D) -> (B, H, T, D)
+def attend(q, k, v):  # q (B, H, T, D), k and v (B, K, T, D)
     H, T, D = q.shape[1:]
-    k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))  # (B, H, T, D)
+    groups = H // k.shape[1]  # query heads that share a key/value head
+    k = k.repeat_interleave(groups, dim=1)  # (B, H, T, D)
+    v = v.repeat_interleave(groups, dim=1)
     scores = q @ k.mT / D**0.5  # (B, H, T, T)
-    future = torch.ones(T, T).triu(1).bool()  # True where who is asked comes later
-    return scores.masked_fill(future, -torch.inf).softmax(-1) @ v
+    future = torch.ones(T, T, device=q.device).triu(1).bool()  # who is asked comes later
+    weights = scores.masked_fill(future, -torch.inf).softmax(-1)
+    return weights @ v  # (B, H, T, D)
 
 
-def gated(self, x):  # MLP.forward: (B, T, C) -> (B, T, C)
-    return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(C, inner, bias=False)
+        self.up_proj = nn.Linear(C, inner, bias=False)
+        self.down_proj = nn.Linear(inner, C, bias=False)
 
-
-RMSNorm.forward, MLP.forward = normalise, gated
+    def forward(self, x):  # (B, T, C)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 # %% id="block-code" tags=["lesson"]

@@ -424,8 +424,11 @@ plots.show(fig, alt + "512, 0.21 at 2,048 and 3.4 at 32,768 tokens.")
 # > *Way:* guess → ledger → map → a wrong sum → what if? → KV cache → FLOPs → **memory** → a T4
 #
 # Training holds four fp32 numbers (4 bytes each) for every parameter: the weight, its gradient (how the loss changes with it), and the two averages of the optimizer Adam
-# (notebook 4). That part does not depend on the batch. The rest are **activations**: numbers of the forward pass that the backward pass will need. Guess the fixed part
-# first.
+# (notebook 4; papers call them its *moments*). That part does not depend on the batch. The rest are **activations**: numbers of the forward pass that the backward pass
+# will need.
+#
+# Half precision (2 bytes a number) shrinks the activations, not these 16 bytes: an update changes a weight or an average by a small part of itself, which 2 or 3 digits
+# would round away, and the square of a gradient of 0.0001 would be 0 in fp16. Guess the fixed part first.
 
 # %% cellView="form" id="predict-memory" tags=["predict"]
 # @title Your prediction { display-mode: "form" }

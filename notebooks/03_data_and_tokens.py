@@ -549,8 +549,9 @@ plots.show(fig, alt + f"{measured[-1]:.2f} at width {small}, {smol[0]:.2f} at {l
 # > *Way:* text → tokens → file → **rows: which, when?** → loss
 #
 # Most training loops shuffle with a stateful loader: to know batch 12,345 you must draw all those before it, and after a crash you hope. Here the rows of
-# batch *n* (counted from 0) are a **pure function of (seed, n)**. A run that died after 5,000 steps asks for batch 5,000 and goes on. An **epoch** is one
-# walk through the whole text; each has an order of its own.
+# batch *n* (counted from 0) are a **pure function of (seed, n)**, for a given token file and given T and B. Nothing that was drawn before counts, nor how many workers share
+# the batch, so any machine gets the same one. A run that died after 5,000 steps asks for batch 5,000 and goes on. An **epoch** is one walk through the whole text; each has an
+# order of its own.
 
 # %% id="order-code" tags=["lesson"]
 train = tokens.train.tokens

@@ -16,9 +16,8 @@
 # You will be able to
 #
 # * write a training loop: accumulation, clipping, AdamW, each equal to the library's; and tell in a minute whether one is sound;
-# * kill a run with no warning, resume it, and get the *same bits* as a run that was never killed (on a GPU with `train.deterministic`, which the drill sets;
-#   without it two runs drift apart slowly, from rounding);
-# * train SmolLM2-135M in two phases with one live panel, stop it, go on, and find every checkpoint with its hash;
+# * kill a run with no warning, resume it, and get the *same bits* as a run that was never killed;
+# * train SmolLM2-135M with a live panel, stop it, go on, and find every checkpoint with its hash;
 # * say which number format your GPU should compute in, and why.
 #
 # The way: a place to keep it (section 1) → loss (2) → one update (3) → loop (4) → learning rate (5) → kill and resume (6) → your run (7) → stop and lose it (8, 9) → what is
@@ -510,7 +509,7 @@ lesson.check(
 # |---|---|---|
 # | `model.safetensors` | the weights | all is lost |
 # | `optim.safetensors` | the optimizer's averages of each weight; the states of PyTorch's random generators | the next updates are others; whatever is drawn at random is, too |
-# | `state.json` | the step and the data position, the plan of the rate | the next batch and the next rate are others |
+# | `state.json` | the step and the data position, the plan of the rate (and, in fp16, the scale of section 11) | the next batch and the next rate are others |
 # | `tokenizer.json` | the numbers of all tokens | the weights mean nothing |
 # | `manifest.json` | the SHA-256 of every file, written last | nobody knows that the rest is whole |
 
@@ -518,9 +517,12 @@ lesson.check(
 # %% id="kill-smooth" tags=["lesson", "slow"]
 def drill(name, **more):
     """30 steps of a tiny model in output/drill/<name>, a checkpoint every 10."""
-    in_order = {"train.deterministic": device.type == "cuda"}  # sums of a GPU, in a fixed order
-    folder = {"run.output_dir": str(DRILL / name)}  # DRILL: output/drill
-    return load_config("nano", **TINY, **OFTEN, **in_order, **folder, **more)
+    own = {
+        "run.output_dir": str(DRILL / name),  # DRILL: output/drill
+        "train.deterministic": device.type == "cuda",  # else its last bits differ
+    }
+    settings = TINY | OFTEN | own | more  # the first two stand in the folded cell above
+    return load_config("nano", **settings)
 
 
 smooth = smollm2.train(drill("smooth"), reporter=Reporter())
@@ -914,7 +916,8 @@ lesson.predict(
 
 # %% [markdown] id="dtype-scale"
 # The cure is [**loss scaling**](https://arxiv.org/abs/1710.03740): multiply the loss by 65,536 before the backward pass, and all gradients grow with it, into fp16's range. Divide in fp32 before
-# the update. Should one overflow to infinity, the update is skipped and the scale halved. The weights themselves stay fp32, always.
+# the update. Should one overflow to infinity, the update is skipped and the scale halved. bf16 has the range of fp32, so it needs no scale. The weights themselves stay
+# fp32, always.
 #
 # **Are real gradients small enough to need this?** The figure looks at the next update of your loop; beside it stand the gradients of the batch that the model knows by
 # heart: where the loss is nearly 0, so are they. Which share of an ordinary update's gradients does fp16 blur, and which does it lose?
