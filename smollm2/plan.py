@@ -47,11 +47,11 @@ from .parameters import flops_per_token, parameter_count, training_bytes
 from .sampling import stream
 from .settings import load_config
 
-PROBE_SECONDS = 4.0  # of measured steps, after two that warm up
+PROBE_SECONDS = 4.0  # of measured steps, after two that warm up; four times as many where they differ
 MINUTES = (10, 20, 60, 480)
 SHARE_PLANNED = 0.95  # of free memory
-# of the time that is left: two CPU cores sustain about a tenth less than they give at first (docs/log.md)
-SHARE_OF_TIME = 0.88
+# of the time that is left: two CPU cores sustain up to a sixth less than they give at first (docs/log.md)
+SHARE_OF_TIME = 0.85
 TOKENS_PER_PARAMETER = 1.5  # the presets of 10M and 30M parameters read 1.5 and 1.7
 # a quarter of an hour of a T4, a minute of an H100
 COMPILING_PAYS_FLOPS, COMPILING_PAYS_MINUTES = 1e16, 5
@@ -237,6 +237,11 @@ def _peak_bytes(device: torch.device) -> int:
     return 0
 
 
+def is_known(times: np.ndarray) -> bool:
+    """Whether their mean is, within 3 %: on a quiet machine after a few, later where others use it."""
+    return len(times) > 2 and times.std() < 0.03 * times.mean() * math.sqrt(len(times))
+
+
 def measure(config: RunConfig, device: torch.device, precision: Precision, seconds=PROBE_SECONDS) -> Speed:
     """From some steps of the real model on random tokens, all thrown away; random states stay as they are. As
     in training, a micro-batch that does not fit is halved."""
@@ -294,7 +299,7 @@ def _measure(config: RunConfig, device: torch.device, precision: Precision, seco
     for _ in range(2):
         trial()
     trials = np.array([trial()])
-    while (spent := trials.sum()) < seconds or (len(trials) < 3 and spent < 3 * seconds):
+    while (spent := trials.sum()) < seconds or (spent < 4 * seconds and not is_known(trials.sum(axis=1))):
         trials = np.vstack([trials, trial()])
     # no median: where others use the machine, some steps take twice as long, and they count, too
     of_micro_batch, of_update = trials.mean(axis=0)
