@@ -102,10 +102,8 @@ class SmolLM2Config(_Section):
             found = known[key] if isinstance(known[key], list) else [known[key]]  # several may end a text
             known[key] = next((i for i in found[:1] if i != -1), None)  # -1 is the old way to say none
         pad, size = known["pad_token_id"], known["vocab_size"]
-        if (
-            isinstance(pad, int) and isinstance(size, int) and pad >= size
-        ):  # as many have it: nothing is padded
-            known["pad_token_id"] = None
+        if isinstance(pad, int) and isinstance(size, int) and pad >= size:
+            known["pad_token_id"] = None  # as models of 32,000 entries have it; nothing is padded here
         try:
             config = cls(**known)
         except ValidationError as error:
