@@ -36,15 +36,18 @@ def token_strip(tokenizer, ids: list[int], title: str, tints: list[str] = TINTS)
 
 
 def flow(title: str, steps: list[tuple[str, str]], skips: Iterable[tuple[int, int]] = ()) -> plots.Figure:
-    """A chain of boxes from left to right: in each the name of a step and, below, the shape that leaves it.
+    """A chain of boxes, left to right: in each the name of a step and, below, the shape that leaves it. Steps
+    of one name have one colour.
 
     `skips` are arcs over the boxes, (from, to): what leaves the one also enters the other.
     """
     lines = 2 + max(shape.count("\n") for _, shape in steps)
     fig, ax = plots.figure(9, 1.1 + 0.17 * lines + 0.3 * bool(skips))
     style = {"ha": "center", "fontsize": 9}
+    names = list(dict.fromkeys(name for name, _ in steps))
     for x, (name, shape) in enumerate(steps):
-        ax.add_patch(Rectangle((x - 0.38, 0), 0.76, 1, facecolor=TINTS[x % len(TINTS)]))
+        tint = TINTS[names.index(name) % len(TINTS)]
+        ax.add_patch(Rectangle((x - 0.38, 0), 0.76, 1, facecolor=tint))
         ax.text(x, 0.5, name, va="center", **style)
         ax.text(x, -0.15, shape, va="top", family="monospace", **style | {"fontsize": 8})
         if x:
