@@ -30,8 +30,10 @@
 # * Each `?` asks you to guess first: type a number in place of `None` and run that cell again.
 # * Each `✔` is a check: the largest difference between two things that should be equal, and how much of it rounding may cause (the tolerance). A check
 #   that fails stops the notebook.
-# * Four cells say **Your turn**: write the body, run it and the two cells after it. The check names the likely mistake. Left empty, the given answer takes over.
-# * Folded cells hold figures, answers and checks. The model's own code is in sight; the four bodies that you write stand finished in section 8.
+# * Four cells say **Your turn**: write the body, run it and the two cells after it. The check names the likely mistake. What you write stays in use to the end.
+#   Where a body is left empty, the given answer takes over.
+# * Folded cells hold figures, answers and checks. The model's own code is in sight, but for those four bodies.
+# * Each section's first cell draws a **map** of the model. Dark boxes: what the section is about.
 
 # %% cellView="form" id="setup" tags=["setup"]
 # @title Set-up (about 20 s on Colab) { display-mode: "form" }
@@ -63,30 +65,23 @@ colab.install_missing(REPO / "requirements.txt")
 report = colab.doctor()
 
 # %% id="imports" tags=["setup"]
+import tempfile
+
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-from smollm2 import SmolLM2, SmolLM2Config  # this project's model, to compare with
-from smollm2.notebook import lesson  # the checks ✔ and the questions ?
-
-torch.set_printoptions(precision=2, sci_mode=False)
-
-# %% cellView="form" id="more-imports" tags=["setup"]
-# @title What the folded cells use { display-mode: "form" }
-import math
-import tempfile
-
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama import modeling_llama as theirs  # transformers' model
 
-import smollm2.model as ours  # this project's model
-from smollm2 import plots, widgets
+import smollm2.model as ours  # this project's model, to compare with
+from smollm2 import SmolLM2, SmolLM2Config, plots, widgets
 from smollm2.errors import UserError
-from smollm2.notebook import data_plots
+from smollm2.notebook import data_plots, lesson  # lesson: the checks ✔ and the questions ?
+from smollm2.notebook.data_plots import here, show_tables  # the map; tables of numbers
 from smollm2.tokenizer import Tokenizer
 from smollm2.weights import resolve
 
+torch.set_printoptions(precision=2, sci_mode=False)
 lesson.quiet()
 
 # %% [markdown] id="skeleton"
@@ -109,21 +104,14 @@ lesson.quiet()
 #
 # Sections 2 to 7 write the parts, section 8 puts them together, section 9 loads the official weights into the result.
 #
-# We begin with a **skeleton**: the whole chain, with placeholders that do nothing. So there is something that runs from the first minute, and each part
+# The map below is this table as a picture. The two lines over the block are its additions: the running vector goes past a norm and a part, and at the **+** the part's
+# result is added to it.
+#
+# We begin with a **skeleton**: the whole chain, with placeholders that do nothing. So something runs from the first minute, and each part
 # has a place to go. It is small: our widths are an eighth of SmolLM2's; 9 query heads and 3 key/value heads stay (section 6).
 
-# %% cellView="form" id="block-figure" tags=["figure"]
-# @title Figure: one block { display-mode: "form" }
-C = SmolLM2Config().hidden_size
-vector = f"(B, T, {C})"
-names = ("running\nvector", "RMSNorm", "attention:\nlook back", "+", "RMSNorm")
-steps = [(name, vector) for name in (*names, "MLP:\nwork it out", "+")]
-title = "One block: two branches read the running vector and add to it (30 of them in a row)"
-alt = "A block: running vector, RMSNorm, attention, plus, RMSNorm, MLP, plus. What enters a "
-alt += f"norm also goes past it, to the plus. Every shape is (B, T, {C})."
-plots.show(data_plots.flow(title, steps, skips=[(0, 3), (3, 6)]), alt)
-
 # %% id="config" tags=["lesson"]
+here()
 full = SmolLM2Config()
 small = {"vocab_size": 512, "hidden_size": 72, "intermediate_size": 192, "num_hidden_layers": 3}
 tiny = SmolLM2Config(**small, max_position_embeddings=128)
@@ -177,8 +165,6 @@ lesson.true("one score per vocabulary entry, at every position", right)
 # %% [markdown] id="tying"
 # ## 2 · Embedding, and the same matrix again at the end
 #
-# > *Map:* ids → **embedding** → 30 × ( norm → attention → + → norm → MLP → + ) → norm → **embedding again** → logits
-#
 # An embedding is a table: row *i* is the vector of token *i*. Looking up a row is the same as multiplying by a **one-hot** vector: zeros, and a single 1 at *i*.
 # The next cell checks that.
 #
@@ -187,6 +173,7 @@ lesson.true("one score per vocabulary entry, at every position", right)
 # [**tying**](https://arxiv.org/abs/1608.05859). How many parameters does it save?
 
 # %% id="embedding-check" tags=["check"]
+here("embedding")
 table = nn.Embedding(tiny.vocab_size, tiny.hidden_size)
 one_hot = F.one_hot(ids, tiny.vocab_size).float()  # (B, T, V), a single 1 in each row
 product = one_hot @ table.weight  # (B, T, C)
@@ -206,8 +193,6 @@ lesson.predict(
 # %% [markdown] id="rmsnorm"
 # ## 3 · RMSNorm: keep the direction, drop the size
 #
-# > *Map:* ids → embedding → 30 × ( **norm** → attention → + → **norm** → MLP → + ) → **norm** → embedding again → logits
-#
 # Thirty blocks add to the same running vector, twice each. Nothing keeps it from growing, and from large numbers a softmax gives nearly everything to the largest.
 # So every part reads the vector through a norm: it divides it by its **root mean square**. The direction stays, the size becomes 1.
 #
@@ -217,6 +202,7 @@ lesson.predict(
 # First five numbers: what is left of 3 and 4? Then write it for whole batches.
 
 # %% id="rmsnorm-numbers" tags=["lesson"]
+here("norm")
 x = torch.tensor([3.0, 4.0, 0.0, 0.0, 0.0])
 mean_square = x.square().mean()  # (9 + 16) / 5
 root = mean_square.sqrt()
@@ -240,13 +226,14 @@ class RMSNorm(nn.Module):
 # %% cellView="form" id="rmsnorm-code" tags=["solution"]
 # @title An answer: open it after your own { display-mode: "form" }
 def forward(self, x):
-    return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+    size = (x.square().mean(-1, keepdim=True) + self.eps).sqrt()  # (B, T, 1)
+    return self.weight * x / size
 
 
 RMSNorm.forward = lesson.yours_or(forward, RMSNorm.forward)
 
-# %% cellView="form" id="rmsnorm-check" tags=["check"]
-# @title Check it { display-mode: "form" }
+# %% cellView="form" id="rmsnorm-check" tags=["check", "figure"]
+# @title Check it, and a figure: one size after the norm { display-mode: "form" }
 sizes = torch.logspace(-2, 2, 10)  # ten tokens, very different in size
 x = (1 + torch.randn(2, 10, tiny.hidden_size)) * sizes[:, None]
 gain = torch.rand(tiny.hidden_size)
@@ -267,8 +254,6 @@ lesson.judge("RMSNorm equals the package's", mine(x), package(x), mistakes)
 lesson.check("RMSNorm equals transformers'", mine(x) - library(x), 1e-5)
 lesson.check("zeros stay zeros (no NaN)", mine(torch.zeros_like(x)))
 
-# %% cellView="form" id="rmsnorm-figure" tags=["figure"]
-# @title Figure: one size after the norm { display-mode: "form" }
 fig, ax = plots.figure(7.5, 2.8)
 before, after = x[0], RMSNorm(tiny)(x)[0].detach()
 ax.semilogy(before.square().mean(-1).sqrt(), "s", color=plots.ORANGE, label="before")
@@ -281,8 +266,6 @@ plots.show(fig, alt + "all close to 1 after it.")
 # %% [markdown] id="attention"
 # ## 4 · Attention, by numbers
 #
-# > *Map:* ids → embedding → 30 × ( norm → **attention** → + → norm → MLP → + ) → norm → embedding again → logits
-#
 # Embedding, norm and MLP treat each token alone. Attention is the one place where tokens pass something on. From its own vector each token makes three more:
 # * a **query**: what do I look for?
 # * a **key**: what can I be found by?
@@ -293,40 +276,62 @@ plots.show(fig, alt + "all close to 1 after it.")
 # 2. Softmax turns the scores of a token into **weights**: shares that add up to 1.
 # 3. The token receives all values, mixed by these weights.
 #
-# Here are three tokens, with queries and keys of two numbers and values of one. Which token does each row read most?
+# Here are three tokens, with queries and keys of two numbers and values of one. In the tables below a row is a token that asks, a column one that is asked.
+# Which token does each row read most?
 
 # %% id="attention-numbers" tags=["lesson"]
+here("scores", "mask", "softmax", "mix")
 q = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 2.0]])  # a query for each of three tokens
 k = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])  # their keys
 v = torch.tensor([[10.0], [20.0], [60.0]])  # their values
 scores = q @ k.T  # (3, 3); row: who asks, column: who is asked
 weights = scores.softmax(-1)  # each row sums to 1
-print("scores", scores, "weights", weights, "output", weights @ v, sep="\n")
+
+tokens = ["token 1", "token 2", "token 3"]
+steps = {
+    "queries": q,
+    "keys, turned over": k.T,
+    "scores": scores,
+    "weights": weights,
+    "values": v,
+    "output": weights @ v,
+}
+signs = ["@", "=", "softmax\n→", "@", "="]
+show_tables("Attention of three tokens, no mask yet", steps, signs, tokens, tokens)
 
 # %% [markdown] id="attention-mask"
-# Tokens 1 and 2 find tokens 1 and 3, whose keys are equal; token 3 mostly reads token 2.
+# Tokens 1 and 2 find tokens 1 and 3, whose keys are equal; token 3 mostly reads token 2. The output is the mix: token 1 receives
+# 0.42 · 10 + 0.16 · 20 + 0.42 · 60 = 32.67.
 #
 # **The causal mask.** But token 1 has read token 3, which comes later. Training grades all positions of a row at once: position *t* must name token *t + 1*, which
-# stands in the same row. Without a mask it would simply read it there. The **loss**, the number that training lowers (how little the model expected the true next token:
-# −ln of its probability, on average), would fall to almost 0, and when writing, where there is no future yet, the model
-# would be lost. So the scores of later tokens become −∞ *before* the softmax; e to the power of −∞ is 0, and their weight is exactly 0.
+# stands in the same row. Without a mask it would simply read it there. When writing, where there is no future yet, the model would be lost.
+# (The grade is the **loss**: −ln p, where p is the probability that the model gave to the true next token, as a mean over all positions.
+# If p is 0.9, 0.5 and 0.1, then −ln p is 0.11, 0.69 and 2.30, and the loss 1.03. Training lowers it.)
+#
+# So the scores of later tokens become −∞ *before* the softmax. e to the power of −∞ is 0: their weight is exactly 0.
 #
 # Then we swap the first two tokens: does the third one's output change?
 
 # %% id="attention-masked" tags=["lesson", "check"]
 future = torch.ones(3, 3).triu(1).bool()  # True above the diagonal: who is asked comes later
-scores = scores.masked_fill(future, -torch.inf)
-weights = scores.softmax(-1)
-print("scores", scores, "weights", weights, "output", weights @ v, sep="\n")
+masked = scores.masked_fill(future, -torch.inf)
+weights = masked.softmax(-1)
+steps = {
+    "scores": scores,
+    "masked": masked,
+    "weights": weights,
+    "values": v,
+    "output": weights @ v,
+}
+show_tables("The same, masked", steps, ["mask\n→", "softmax\n→", "@", "="], tokens, tokens)
+lesson.check("the future has no weight", weights[future])
 
-swap = [1, 0, 2]  # the first two tokens change places
-swapped = (q[2] @ k[swap].T).softmax(-1) @ v[swap]  # what the third one receives now
+# the first two tokens change places: what does the third one receive now?
+swapped = (q[2] @ k[[1, 0, 2]].T).softmax(-1) @ v[[1, 0, 2]]
 lesson.check("the order of the past changes nothing", swapped - weights[2] @ v, 1e-4)
 
 # %% [markdown] id="rope"
 # ## 5 · RoPE: position as a rotation
-#
-# > *Map:* ids → embedding → 30 × ( norm → **attention: where?** → + → norm → MLP → + ) → norm → embedding again → logits
 #
 # A dot product does not know where a token stands: to the word that follows, *dog bites* and *bites dog* are the same. (Several layers with a mask can
 # [work the order out](https://arxiv.org/abs/2203.16634), but that costs layers.)
@@ -340,6 +345,9 @@ lesson.check("the order of the past changes nothing", swapped - weights[2] @ v, 
 
 
 # %% id="rope-code" tags=["lesson"]
+here("RoPE")
+
+
 def rope_angles(config):
     """cos and sin of position x speed, each (positions, head_dim / 2)."""
     pair = torch.arange(config.head_dim // 2)
@@ -352,9 +360,8 @@ def rope_angles(config):
 # %% cellView="form" id="predict-rope" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
 guess = None  # @param {type:"raw"}
-slowest = (
-    2 * math.pi * full.rope_theta ** (1 - 2 / full.head_dim)
-)  # tokens, of the slowest pair
+turn_once = 2 * torch.pi  # radians
+slowest = turn_once * full.rope_theta ** (1 - 2 / full.head_dim)  # tokens, of the slowest pair
 lesson.predict(
     "The fastest hand needs 2π = 6.3 tokens for a turn. How many does the slowest of the "
     f"{full.head_dim // 2} need (rope_theta = {full.rope_theta:,.0f})?",
@@ -417,10 +424,9 @@ turned, expected = rotate(q, cos, sin), ours.apply_rope(q, *ours.rope_tables(tin
 twice = [torch.cat((t, t), -1)[None] for t in (cos, sin)]  # transformers keeps both halves
 from_library, _ = theirs.apply_rotary_pos_emb(q, k, *twice)
 a, b = q.chunk(2, dim=-1)
+neighbours = pair_neighbours(q, cos, sin)
 mistakes = {
-    "neighbours are paired: a pair is number i and number i + D/2": pair_neighbours(
-        q, cos, sin
-    ),
+    "neighbours are paired: a pair is number i and number i + D/2": neighbours,
     "turned backwards: check both signs": turn(q, cos, -sin),
     "the minus sign is missing": torch.cat((a * cos + b * sin, a * sin + b * cos), -1),
     "the two halves of the result are swapped": expected.roll(tiny.head_dim // 2, -1),
@@ -486,45 +492,83 @@ widgets.explore(
 # %% [markdown] id="gqa"
 # ## 6 · Grouped-query attention: nine ask, three answer
 #
-# > *Map:* ids → embedding → 30 × ( norm → **attention: in heads** → + → norm → MLP → + ) → norm → embedding again → logits
+# **From one head to many.** One token may look for several things at once. So attention happens several times side by side. Each time is a **head**: it
+# compares its own part of the queries with its own part of the keys. In SmolLM2 nine heads ask, each with a query of 64 numbers (8 in our small model).
 #
-# One token may look for several things at once. So attention happens several times side by side, each time with a query of its own, 64 numbers long (8 in our
-# small model): a **head**. SmolLM2 has 9 query heads, but only 3 key/value heads: heads 0, 1, 2 share the first, 3, 4, 5 the second, 6, 7, 8 the third.
-# While a model writes, keys and values of all earlier tokens stay in memory; how much of that does sharing save? (In quality it costs
-# [little](https://arxiv.org/abs/2305.13245).)
+# Below, each of three tokens has four numbers, here both its query and its key. Cut in halves they make two heads. Do both heads find the same tokens alike?
+
+# %% id="heads-numbers" tags=["lesson", "check"]
+here("heads", "share", "÷ √D")
+rows = torch.tensor([[1.0, 0, 0, 2], [0, 1, 2, 0], [1, 1, 0, 0]])  # (T, 4)
+halves = rows.unflatten(-1, (2, 2)).transpose(0, 1)  # (T, 2 heads, 2) -> (2 heads, T, 2)
+scores = halves @ halves.mT  # (2 heads, T, T): a table for each head, from one @
+
+steps = {
+    "4 numbers": rows,
+    "head 0": halves[0],
+    "head 1": halves[1],
+    "scores of head 0": scores[0],
+    "scores of head 1": scores[1],
+}
+show_tables("From one head to two", steps, ["cut\n→", "", "q @ k\n→", ""], tokens)
+lesson.check("uncut, only the sum would show", scores.sum(0) - rows @ rows.T)
+
+# %% [markdown] id="gqa-share"
+# Head 0 finds tokens 1 and 3 alike; head 1 does not.
 #
-# The cell below takes three small steps:
-# 1. **From one head to two**: the four numbers of each query and key are cut in halves. Head 0 compares the first halves, head 1 the second: two tables of scores, not one.
-# 2. **Sharing**: `repeat_interleave` repeats each key head for the query heads that read it: 3 become 9.
-# 3. **Dividing by √D**, D = head_dim. A sum of D products of independent numbers of spread 1 has spread √D: 8 for 64. Softmax of the scores 0 and 8 gives the second 99.97 %:
-#    a small change of a score changes nothing there, so there is nothing to learn from. Divided by √64 they are 0 and 1, and it gets 73 %.
-#
-# First you write `attend`, section 4 for a batch with heads. The class after it is all of attention: three matrices make queries, keys and values, each cut into heads;
-# queries and keys are turned; a fourth matrix, `o_proj`, mixes what the heads found.
+# **Sharing.** While a model writes, the keys and values of all earlier tokens stay in memory. So SmolLM2 has 9 query heads, but only 3 key/value heads:
+# three neighbours share one. (In quality it costs [little](https://arxiv.org/abs/2305.13245).) Before scores are computed, `repeat_interleave` repeats each
+# key head for the query heads that read it: 3 become 9. Who shares with whom, and what does it save?
 
 # %% cellView="form" id="predict-kv" tags=["predict"]
-# @title Your prediction { display-mode: "form" }
+# @title Your predictions { display-mode: "form" }
+head = None  # @param {type:"raw"}
 guess = None  # @param {type:"raw"}
-heads, stored = full.num_key_value_heads, 2 * full.num_key_value_heads * full.head_dim
+lesson.predict(
+    "Which of the key/value heads 0, 1, 2 does query head 4 read (of 0 to 8)?",
+    head, 1, within=0, why="Neighbours share: 0, 1, 2 read head 0, and 3, 4, 5 read head 1.",
+)  # fmt: skip
+kv_heads, stored = full.num_key_value_heads, 2 * full.num_key_value_heads * full.head_dim
 lesson.predict(
     "How many numbers, keys and values together, must one layer of SmolLM2-135M remember for "
     "each token it has read?",
     guess, stored, within=0,
-    why=f"A key and a value of {full.head_dim} numbers in each of {heads} heads: {stored}. "
+    why=f"A key and a value of {full.head_dim} numbers in each of {kv_heads} heads: {stored}. "
     f"Nine heads would need {3 * stored:,}.",
 )  # fmt: skip
 
-# %% id="gqa-steps" tags=["lesson"]
-rows = torch.tensor(
-    [[1.0, 0, 0, 2], [0, 1, 2, 0], [1, 1, 0, 0]]
-)  # (T, 4): queries, here also keys
-halves = rows.unflatten(-1, (2, 2)).transpose(0, 1)  # (T, 2 heads, 2) -> (2 heads, T, 2)
-print("head 0", halves[0].tolist(), "\nhead 1", halves[1].tolist())
-print("scores", tuple((halves @ halves.mT).shape), "one (T, T) for each head, from one @")
-key_heads = torch.tensor([[10], [20], [30]])  # (3 key heads, 1)
-print("9 queries read", key_heads.repeat_interleave(3, dim=0).flatten().tolist())
-products = (torch.randn(1000, 64) * torch.randn(1000, 64)).sum(-1)  # 1,000 scores, D = 64
-print(f"spread {products.std():.2f}, divided by √64: {(products / 64**0.5).std():.2f}")
+# %% id="share-numbers" tags=["lesson"]
+key_heads = torch.tensor([0, 1, 2])
+shared = key_heads.repeat_interleave(3)  # each three times, then the next
+in_turn = key_heads.repeat(3)  # all in turn: a classic mistake, which section 10 meets again
+names = ["repeat_interleave", "repeat: wrong"]
+columns = [f"query head {number}" for number in range(9)]
+table = {"the key/value head that each query head reads": torch.stack((shared, in_turn))}
+show_tables("Who shares with whom", table, [], names, columns)
+
+# %% [markdown] id="gqa-scale"
+# **Dividing by √D.** D is `head_dim`, 64. A score is a sum of D products. If the numbers in them are independent and of spread 1, the sum has spread √D: 8.
+# From such scores softmax gives nearly everything to one token. A small change of a score then changes nothing, so there is nothing to learn from.
+# Divided by √D, the scores have spread 1.
+#
+# Below, one query meets five keys, all of 64 random numbers. How large is the largest weight, with and without the division?
+
+# %% id="scale-numbers" tags=["lesson", "check"]
+torch.manual_seed(4)
+asks, answers = torch.randn(1, 64), torch.randn(5, 64)  # one query, five keys
+raw = asks @ answers.T  # (1, 5)
+scores = torch.cat((raw, raw / 64**0.5))
+table, names = {"scores": scores, "weights": scores.softmax(-1)}, ["as they are", "÷ √64"]
+show_tables("One query, five keys of 64 numbers", table, ["softmax\n→"], names)
+
+many = (torch.randn(1000, 64) * torch.randn(1000, 64)).sum(-1)  # 1,000 scores
+lesson.check("their spread is about 8 (relative)", many.std() / 8 - 1, 0.1)
+
+# %% [markdown] id="gqa-attend"
+# **All of it.** You write `attend`: section 4 for a batch with heads, with the sharing and the division.
+#
+# The class after it is the rest of attention. Three matrices make queries, keys and values, and each is cut into heads. Queries and keys are turned.
+# A fourth matrix, `o_proj`, mixes what the heads found.
 
 
 # %% id="attention-turn" tags=["exercise"]
@@ -540,54 +584,38 @@ def attend(q, k, v):
 
 # %% cellView="form" id="attention-steps" tags=["solution"]
 # @title An answer: open it after your own { display-mode: "form" }
-def share_heads(x, groups):
-    """(B, K, T, D) -> (B, K * groups, T, D): a head once for every query head of its group."""
-    return x.repeat_interleave(groups, dim=1)
+def given(q, k, v):
+    H, T, D = q.shape[1:]
+    k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))  # (B, H, T, D) each
+    scores = q @ k.mT / D**0.5  # (B, H, T, T)
+    future = torch.ones(T, T, device=q.device).triu(1).bool()  # who is asked comes later
+    weights = scores.masked_fill(future, -torch.inf).softmax(-1)
+    return weights @ v  # (B, H, T, D)
 
 
-def repeat_in_turn(x, groups):  # a classic mistake; section 10 meets it again
-    return x.repeat(1, groups, 1, 1)
-
-
-def attention_steps(q, k, v, share=share_heads, scale=None):
-    """Every step, by name. The last two arguments are for the mistakes of section 10."""
-    groups, time = q.shape[1] // k.shape[1], q.shape[2]
-    step = {"q": q, "k": k, "shared k": share(k, groups)}
-    scale = scale or q.shape[-1] ** -0.5
-    step["scores"] = step["q"] @ step["shared k"].transpose(-1, -2) * scale
-    future = torch.ones(time, time, dtype=torch.bool, device=q.device).triu(1)
-    step["weights"] = step["scores"].masked_fill(future, -torch.inf).softmax(-1)  # (B, H, T, T)
-    step["output"] = step["weights"] @ share(v, groups)  # (B, H, T, D)
-    return step
-
-
-attend = lesson.yours_or(lambda q, k, v: attention_steps(q, k, v)["output"], attend)
-
+attend = lesson.yours_or(given, attend)
 
 # %% cellView="form" id="attend-check" tags=["check"]
 # @title Check it { display-mode: "form" }
-def steps_with(**how):
-    return attention_steps(queries, keys, values, **how)
-
-
 queries = 2 * torch.randn(2, 9, 10, tiny.head_dim)
 keys, values = torch.randn(2, 2, 3, 10, tiny.head_dim)
-mixed, triple = attend(queries, keys, values), share_heads(values, 3)
-right = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
-scores, weights = steps_with()["scores"], steps_with()["weights"]
-across = scores.masked_fill(weights == 0, -torch.inf).softmax(-2)
+mix = F.scaled_dot_product_attention  # PyTorch's own
+k9, v9 = (x.repeat_interleave(3, dim=1) for x in (keys, values))
+in_turn = mix(queries, keys.repeat(1, 3, 1, 1), values.repeat(1, 3, 1, 1), is_causal=True)
+scores, past = queries @ k9.mT / tiny.head_dim**0.5, torch.ones(10, 10).tril().bool()
 mistakes = {
-    "heads repeated as 0 1 2 0 1 2: use repeat_interleave": steps_with(share=repeat_in_turn)[
-        "output"
-    ],
-    "the division by √D is missing": steps_with(scale=1.0)["output"],
-    "no mask: it sees the future": scores.softmax(-1) @ triple,
-    "masked after the softmax: the weights sum to less than 1": scores.softmax(-1).tril()
-    @ triple,
-    "softmax over the queries: it belongs to the last dimension": across @ triple,
+    "heads repeated as 0 1 2 0 1 2: use repeat_interleave": in_turn,
+    "the division by √D is missing": mix(queries, k9, v9, is_causal=True, scale=1.0),
+    "no mask: it sees the future": mix(queries, k9, v9),
+    "masked after the softmax: the weights sum to less than 1": (
+        scores.softmax(-1).tril() @ v9
+    ),
+    "softmax over the queries: it belongs to the last dimension": (
+        scores.masked_fill(~past, -torch.inf).softmax(-2) @ v9
+    ),
 }
-lesson.judge("attention mixes as PyTorch's own", mixed, right, mistakes)
-lesson.check("the weights of every query sum to 1", weights.sum(-1) - 1, 1e-5)
+right = mix(queries, keys, values, is_causal=True, enable_gqa=True)
+lesson.judge("attention mixes as PyTorch's own", attend(queries, keys, values), right, mistakes)
 
 
 # %% id="attention-code" tags=["lesson"]
@@ -618,8 +646,8 @@ class Attention(nn.Module):
         return self.o_proj(found.transpose(1, 2).flatten(2))  # (B, T, H * D) -> (B, T, C)
 
 
-# %% cellView="form" id="attention-check" tags=["check"]
-# @title Check it { display-mode: "form" }
+# %% cellView="form" id="attention-check" tags=["check", "figure"]
+# @title Check it, and a figure: shapes through attention { display-mode: "form" }
 mine, package = Attention(tiny), ours.Attention(tiny, layer=0)
 hf_config = LlamaConfig.from_dict(tiny.to_hf_dict())
 hf_config._attn_implementation = "sdpa"
@@ -637,52 +665,26 @@ changed = x.clone()
 changed[:, 6:] = torch.randn(2, 4, tiny.hidden_size)  # another future from position 6 on
 lesson.check("positions 0 to 5 do not see the future", (mine(x) - mine(changed))[:, :6])
 
-# %% cellView="form" id="shapes-figure" tags=["figure"]
-# @title Figure: shapes through attention { display-mode: "form" }
-rows, time, H, K, D = 1, 10, full.num_attention_heads, full.num_key_value_heads, full.head_dim
-chain = {
-    "x": ("B, T, C", (rows, time, full.hidden_size)),
-    "q_proj": ("B, T, H·D", (rows, time, H * D)),
-    "unflatten": ("B, T, H, D", (rows, time, H, D)),
-    "transpose": ("B, H, T, D", (rows, H, time, D)),
-    "scores\nwith k": ("B, H, T, T", (rows, H, time, time)),
-    "weights\n@ v": ("B, H, T, D", (rows, H, time, D)),
-    "transpose,\nflatten": ("B, T, H·D", (rows, time, H * D)),
-    "o_proj": ("B, T, C", (rows, time, full.hidden_size)),
-}
-steps = [(name, f"({letters})\n{shape}") for name, (letters, shape) in chain.items()]
-title = f"Shapes through attention, at SmolLM2's size ({time} tokens; k and v have {K} heads)"
-alt = "Shapes through attention: " + ", ".join(
-    f"{name} {shape}" for name, (_, shape) in chain.items()
-)
-plots.show(data_plots.flow(title, steps), alt.replace("\n", " ") + ".")
-
-# %% cellView="form" id="gqa-figure" tags=["figure"]
-# @title Figure: who shares with whom { display-mode: "form" }
-fig, (left, right) = plots.figure(7.5, 3.1, columns=2)
-for head in range(9):
-    ends, color = [head, 3 * (head // 3) + 1], plots.PALETTE[head // 3]
-    left.plot(ends, [1, 0], color=color, marker="o", markersize=9)
-left.set(xticks=range(9), ylim=(-0.4, 1.4))
-left.set_yticks([0, 1], ["3 key/value\nheads", "9 query\nheads"])
-left.grid(False)
-plots.label(left, "who shares with whom", "query head", "")
-picture = right.imshow(weights[0, 0], cmap="Blues", vmin=0)
-fig.colorbar(picture, ax=right, label="attention weight")
-right.grid(False)
-plots.label(right, "head 0: only the past", "key position", "query position")
-alt = "Left: query heads 0-2, 3-5 and 6-8 each join one key/value head. "
-plots.show(fig, alt + "Right: attention weights fill the lower triangle, zero above it.")
+full_size = {"B": 1, "T": 10, "C": full.hidden_size, "H": 9, "D": full.head_dim, "H·D": 576}
+names = "x", "q_proj", "unflatten", "transpose", "scores\nwith k", "weights\n@ v"
+names += "transpose,\nflatten", "o_proj"
+shapes = "B, T, C", "B, T, H·D", "B, T, H, D", "B, H, T, D", "B, H, T, T", "B, H, T, D"
+shapes += "B, T, H·D", "B, T, C"
+sizes = [tuple(full_size[letter] for letter in shape.split(", ")) for shape in shapes]
+steps = [(n, f"({a})\n{b}") for n, a, b in zip(names, shapes, sizes, strict=True)]
+title = "Shapes through attention, at SmolLM2's size (10 tokens; k and v have 3 heads)"
+alt = ", ".join(f"{name} ({shape})" for name, shape in zip(names, shapes, strict=True))
+plots.show(data_plots.flow(title, steps), f"{title}: {alt}.".replace("\n", " "))
 
 # %% [markdown] id="swiglu"
 # **✎ Exercise**: give your `attend` a window, so that a position sees itself and only the 4 before it. (If you left it empty,
-# change the answer's `attention_steps`.) Which line changes, and what shows that you are right?
+# change the answer.) Which line changes, and what shows that you are right?
 #
 # <details><summary>Solution</summary>
 #
 # The line of the mask. Change position 0: position 5 and all after it stay exactly equal. (The checks against the package now fail, as they should.)
 # ```python
-# future = torch.ones(time, time, dtype=torch.bool)  # True: hidden
+# future = torch.ones(T, T, dtype=torch.bool)  # True: hidden
 # future = future.triu(1) | future.tril(-5)
 # ```
 # ```python
@@ -694,8 +696,6 @@ plots.show(fig, alt + "Right: attention weights fill the lower triangle, zero ab
 # </details>
 #
 # ## 7 · SwiGLU: a gate on every feature
-#
-# > *Map:* ids → embedding → 30 × ( norm → attention → + → norm → **MLP** → + ) → norm → embedding again → logits
 #
 # Attention moves information between positions. The MLP (multi-layer perceptron: matrices with a curve between them) works on each position alone, with three matrices:
 # * `up` makes 1,536 features of the 576 numbers;
@@ -709,6 +709,9 @@ plots.show(fig, alt + "Right: attention weights fill the lower triangle, zero ab
 
 
 # %% id="swiglu-turn" tags=["exercise"]
+here("MLP")
+
+
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -724,8 +727,7 @@ class MLP(nn.Module):
 # %% cellView="form" id="swiglu-answer" tags=["solution"]
 # @title An answer: open it after your own { display-mode: "form" }
 def forward(self, x):
-    gate = self.gate_proj(x)
-    return self.down_proj(gate * torch.sigmoid(gate) * self.up_proj(x))
+    return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 MLP.forward = lesson.yours_or(forward, MLP.forward)
@@ -759,61 +761,16 @@ plots.show(fig, alt + "close to x on the right; ReLU for comparison.")
 # %% [markdown] id="whole"
 # ## 8 · The block, and the whole model
 #
-# > *Map:* ids → embedding → 30 × **( norm → attention → + → norm → MLP → + )** → norm → embedding again → logits
-#
-# All parts are written. First the four that you wrote (or left to the answers), finished, in one place. If yours look different they are as right: they passed the same
-# checks. From here on these stand in for them; to go on with your own, skip that cell.
-#
-# A block adds to each running vector what attention found, then what the MLP made of it. Both read through a norm of their own.
+# All parts are written; where you wrote them, yours are in use. A **block** adds to each running vector what attention found, then what the MLP made of it. Both read
+# through a norm of their own.
 #
 # Then the skeleton of section 1 gets blocks and norms in place of its placeholders, and the weights of the package's model. Does it give the same logits? And how many
 # parameters has it at full size?
-#
-# **Why the plus?** It lets each token keep what it was. The last cell of this section leaves it out: attention is a mean over tokens, and after 30 means
-# nothing tells them apart.
-
-
-# %% id="together" tags=["lesson"]
-class RMSNorm(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.hidden_size))  # the gain
-        self.eps = config.rms_norm_eps
-
-    def forward(self, x):  # (B, T, C)
-        size = (x.square().mean(-1, keepdim=True) + self.eps).sqrt()  # (B, T, 1)
-        return self.weight * x / size
-
-
-def rotate(x, cos, sin):  # x (..., T, D); cos and sin (T, D / 2)
-    a, b = x.chunk(2, dim=-1)  # a pair: number i of a, number i of b
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
-
-
-def attend(q, k, v):  # q (B, H, T, D), k and v (B, K, T, D)
-    H, T, D = q.shape[1:]
-    groups = H // k.shape[1]  # query heads that share a key/value head
-    k = k.repeat_interleave(groups, dim=1)  # (B, H, T, D)
-    v = v.repeat_interleave(groups, dim=1)
-    scores = q @ k.mT / D**0.5  # (B, H, T, T)
-    future = torch.ones(T, T, device=q.device).triu(1).bool()  # who is asked comes later
-    weights = scores.masked_fill(future, -torch.inf).softmax(-1)
-    return weights @ v  # (B, H, T, D)
-
-
-class MLP(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        C, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(C, inner, bias=False)
-        self.up_proj = nn.Linear(C, inner, bias=False)
-        self.down_proj = nn.Linear(inner, C, bias=False)
-
-    def forward(self, x):  # (B, T, C)
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
 
 # %% id="block-code" tags=["lesson"]
+here("block")
+
+
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -828,7 +785,6 @@ class Block(nn.Module):
 
 
 # %% id="whole-check" tags=["check"]
-torch.manual_seed(1)
 package = SmolLM2(tiny)
 model = Skeleton(tiny, Block, RMSNorm)
 model.load_state_dict(package.model.state_dict())  # raises unless names and shapes agree
@@ -837,27 +793,53 @@ lesson.check("the whole model equals the package's", model(ids) - package(ids), 
 with torch.device("meta"):  # shapes without memory
     real = Skeleton(full, Block, RMSNorm)
 total = sum(weight.numel() for weight in real.parameters())
-print(f"at full size this model has {total:,} parameters")
-lesson.true("the number that SmolLM2-135M has", total == 134_515_008)
+lesson.true(f"at full size {total:,} parameters, as SmolLM2-135M", total == 134_515_008)
 
 
-# %% id="plus-check" tags=["check"]
+# %% [markdown] id="plus"
+# **Why the plus?** We leave it out, in 30 fresh blocks. What goes wrong?
+# * **On the way up**, attention is a mean over tokens. After 30 means of means, nothing tells the tokens of a row apart. The plus lets each keep what it was.
+# * **On the way back**: training changes each weight by its **gradient**, which says how much the loss changes when that weight changes a little. Gradients are
+#   computed from the last block back to the first. The plus carries them past a block as they are. Without it each block multiplies what comes back.
+#
+# How unequal do 30 such factors make the first block and the last?
+
+
+# %% id="plus-check" tags=["lesson", "check"]
 class NoPlus(Block):
     def forward(self, x):
         x = self.self_attn(self.input_layernorm(x))
         return self.mlp(self.post_attention_layernorm(x))
 
 
-alike = {}
 for kind in (Block, NoPlus):
     x = torch.randn(2, 10, tiny.hidden_size)  # (B, T, C)
     for _ in range(30):
         x = kind(tiny)(x)  # a fresh block with random weights
     x = F.normalize(x, dim=-1)  # each vector gets length 1
     others = ~torch.eye(10, dtype=torch.bool)  # not a token with itself
-    alike[kind] = (x @ x.mT)[:, others].mean().item()
-    print(f"{kind.__name__:6}: average cosine of two tokens of a row {alike[kind]:.4f}")
-lesson.check("without the plus, all tokens of a row are alike", alike[NoPlus] - 1, 1e-3)
+    cosine = (x @ x.mT)[:, others].mean()
+    print(f"{kind.__name__:6}: average cosine of two tokens of a row {cosine:.4f}")
+lesson.check("without the plus, all tokens of a row are alike", cosine - 1, 1e-3)
+
+# %% cellView="form" id="plus-figure" tags=["figure"]
+# @title Figure: the gradient of each block, with and without the plus { display-mode: "form" }
+deep, told = tiny.model_copy(update={"num_hidden_layers": 30}), []
+fig, ax = plots.figure(7.5, 2.8)
+looks = (Block, plots.BLUE, "with the plus"), (NoPlus, plots.ORANGE, "without")
+for offset, (kind, color, name) in zip((-0.2, 0.2), looks, strict=True):
+    model = Skeleton(deep, kind, RMSNorm)
+    logits, following = model(ids)[:, :-1], ids[:, 1:]  # each token, and the next one
+    F.cross_entropy(logits.flatten(0, 1), following.flatten()).backward()  # of the loss
+    pulls = [layer.mlp.down_proj.weight.grad.norm().item() for layer in model.layers]
+    at = [number + offset for number in range(1, 31)]
+    ax.bar(at, pulls, 0.4, color=color, label=name)
+    told.append(f"{name}, {pulls[0] / pulls[-1]:,.0f} times the last one's")
+ax.set(yscale="log", ylim=(1, None))
+title = "How strongly the loss pulls at each block"
+plots.label(ax, title, "block", "size of the gradient", legend=True)
+alt = "Size of down_proj's gradient in 30 fresh blocks. The first one's is "
+plots.show(fig, alt + "; ".join(told) + ".")
 
 # %% [markdown] id="official"
 # **✎ Exercise**: let `Block.forward` add the MLP first, attention second. Which check fails, and at which layer does the
@@ -874,8 +856,6 @@ lesson.check("without the plus, all tokens of a row are alike", alike[NoPlus] - 
 #
 # ## 9 · The official weights in this model
 #
-# > *Map:* the whole chain, with the weights that Hugging Face trained
-#
 # Names and shapes agree, so the published weights fit into the classes above. If a single detail were different, the numbers would differ, and mostly the text would be
 # nonsense. The reference is transformers' model (`library`), reading the same folder as the package's (`package`). We compare the running vector after every layer, then
 # the logits, then 12 tokens that both write.
@@ -885,6 +865,7 @@ lesson.check("without the plus, all tokens of a row are alike", alike[NoPlus] - 
 
 # %% cellView="form" id="load" tags=["setup", "slow"]
 # @title Load the weights into two models { display-mode: "form" }
+here()
 try:
     source = resolve("HuggingFaceTB/SmolLM2-135M")
     tokenizer = Tokenizer.from_file(source)
@@ -976,8 +957,6 @@ lesson.true("the 12 greedy tokens are transformers'", torch.equal(my_ids, its_id
 #
 # ## 10 · Bug hunt
 #
-# > *Map:* ids → embedding → 30 × ( norm → **attention: what goes wrong** → + → norm → MLP → + ) → norm → embedding again → logits
-#
 # Three colleagues wrote attention too. Their code runs, has the right shapes, and even trains. (The first two would do in a model that was trained
 # that way from the start; with SmolLM2's weights they are wrong.) Each made one classic mistake:
 # * in `q`: RoPE pairs neighbours instead of halves;
@@ -989,34 +968,37 @@ lesson.true("the 12 greedy tokens are transformers'", torch.equal(my_ids, its_id
 
 # %% cellView="form" id="bugs-figure" tags=["lesson", "figure"]
 # @title Figure: three colleagues, and where each begins to differ { display-mode: "form" }
-def all_steps(x, rotate=rotate, **how):
-    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    q, k, v = (attention.split(projection(x)) for projection in projections)
-    turns = (attention.cos[:10], attention.sin[:10])
-    return attention_steps(rotate(q, *turns), rotate(k, *turns), v, **how)
+here("RoPE", "share", "÷ √D")
 
 
-mistakes = [{"share": repeat_in_turn}, {"scale": 1.0}, {"rotate": pair_neighbours}]
-order = torch.randperm(3, generator=torch.Generator().manual_seed(9)).tolist()  # who did what
+def all_steps(x, rotate=rotate, share=lambda x: x.repeat_interleave(3, 1), D=tiny.head_dim):
+    q, k, v = (attention.split(project(x)) for project in projections)
+    step = {"q": rotate(q, *turns), "k": rotate(k, *turns)}
+    step["shared k"] = share(step["k"])
+    step["scores"] = step["q"] @ step["shared k"].mT / D**0.5
+    step["weights"] = step["scores"].masked_fill(future, -torch.inf).softmax(-1)
+    return step | {"output": step["weights"] @ share(v)}
+
+
 attention, x = Attention(tiny), torch.randn(2, 10, tiny.hidden_size)
-right_steps, wrong, first = all_steps(x), {}, {}
-for name, which in zip(("Ada", "Bo", "Cy"), order, strict=True):
-    steps = wrong[name] = all_steps(x, **mistakes[which])
-    differs = [s for s in right_steps if (steps[s] - right_steps[s]).abs().max() > 1e-6]
-    first[name] = differs[0]
-
+projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+turns, future = (attention.cos[:10], attention.sin[:10]), torch.ones(10, 10).triu(1).bool()
+mistakes = [{"share": lambda x: x.repeat(1, 3, 1, 1)}, {"D": 1}, {"rotate": pair_neighbours}]
+order = torch.randperm(3, generator=torch.Generator().manual_seed(9)).tolist()  # who did what
+right_steps, first, names = all_steps(x), {}, ("Ada", "Bo", "Cy")
+wrong = {n: all_steps(x, **mistakes[i]) for n, i in zip(names, order, strict=True)}
 fig, ax = plots.figure(7.5, 2.8)
 for number, (name, steps) in enumerate(wrong.items()):
-    jumps = [max(lesson.largest(steps[s] - right_steps[s]), 1e-8) for s in right_steps]
-    at = [x + 0.06 * (number - 1) for x in range(len(jumps))]
+    apart = {step: lesson.largest(steps[step] - right_steps[step]) for step in right_steps}
+    first[name] = next(step for step in apart if apart[step] > 1e-6)
+    at = [x + 0.06 * (number - 1) for x in range(len(apart))]
     style = {"color": plots.PALETTE[number], "marker": plots.MARKERS[number]}
-    ax.semilogy(at, jumps, **style, label=name)
+    ax.semilogy(at, [max(value, 1e-8) for value in apart.values()], **style, label=name)
 ax.set_xticks(range(len(right_steps)), right_steps)
 title = "Where does each one begin to differ? (0 is drawn as 1e-8)"
 plots.label(ax, title, "step of attention", "max|difference|", legend=True)
 begins = ", ".join(f"{name}'s first differs at '{step}'" for name, step in first.items())
-alt = f"Difference from the correct attention at the steps {', '.join(right_steps)}: "
-plots.show(fig, alt + f"{begins}.")
+plots.show(fig, f"Steps {', '.join(right_steps)} against the correct attention: {begins}.")
 
 # %% cellView="form" id="predict-bugs" tags=["predict", "check"]
 # @title Your prediction, and a check: each mistake is found { display-mode: "form" }
@@ -1038,10 +1020,9 @@ lesson.score()
 # %% [markdown] id="init"
 # ## 11 · Go deeper: how it starts
 #
-# > *Map:* the whole chain, before any training. (Not needed for what follows.)
-#
-# SmolLM2's matrices begin as random numbers of spread 1/√C: a product with C inputs then neither blows a vector up nor shrinks it. (`down_proj` has 8/3 · C inputs. Alone it would
-# make its input 1.6 times as large; SmolLM2 takes one spread for all.) Two matrices of each block, `o_proj` and `down_proj`, write to the running vector, and they start
+# SmolLM2's matrices begin as random numbers of spread 1/24. That is 1/√C for its C of 576: a product with C inputs then neither blows a vector up nor shrinks it.
+# (The setting is `initializer_range`. A small preset may keep 1/24: notebook 4's `nano` does, with C = 192. And `down_proj` has 8/3 · C inputs; alone it would
+# make its input 1.6 times as large. SmolLM2 takes one spread for all.) Two matrices of each block, `o_proj` and `down_proj`, write to the running vector, and they start
 # **smaller**, divided by √(2L), where L is the number of blocks. Why?
 # * L blocks add 2L times to the same vector.
 # * Random additions add up their *variances*: 2L of spread s have together the spread s·√(2L).
@@ -1052,6 +1033,9 @@ lesson.score()
 
 
 # %% id="init-code" tags=["lesson"]
+here("o_proj", "MLP")
+
+
 def initialise(model, config, factor):
     """Normal numbers; those of what writes to the running vector are multiplied by factor."""
     for name, weight in model.named_parameters():
@@ -1061,8 +1045,8 @@ def initialise(model, config, factor):
             nn.init.normal_(weight, std=spread)
 
 
-# %% cellView="form" id="init-check" tags=["check"]
-# @title Check: the package's start, and 30 fresh blocks { display-mode: "form" }
+# %% cellView="form" id="init-figure" tags=["check", "figure"]
+# @title Check: the package's start; figure: 30 fresh blocks { display-mode: "form" }
 mine, package = Skeleton(tiny, Block, RMSNorm), SmolLM2(tiny)
 torch.manual_seed(1)
 package.initialize()
@@ -1075,10 +1059,10 @@ lesson.check("the start is the package's, number by number", off)
 
 def sizes(factor):
     """The root mean square of the running vector over 30 blocks of a fresh model."""
-    spread = tiny.hidden_size**-0.5
-    deep = tiny.model_copy(update={"num_hidden_layers": 31, "initializer_range": spread})
-    fresh = Skeleton(deep, Block, RMSNorm)
-    initialise(fresh, deep, factor)
+    wide = {"num_hidden_layers": 31, "initializer_range": tiny.hidden_size**-0.5}
+    config = tiny.model_copy(update=wide)
+    fresh = Skeleton(config, Block, RMSNorm)
+    initialise(fresh, config, factor)
     states = torch.stack(hidden_states(fresh, ids)[:-1])  # (31, B, T, C); the 32nd is normed
     return states.square().mean((1, 2, 3)).sqrt()
 
@@ -1088,8 +1072,6 @@ gained = [(x[-1] ** 2 - x[0] ** 2).item() for x in (plain, scaled)]  # variance,
 print(f"60 additions gain a variance of {gained[0]:.1f}, scaled {gained[1]:.3f}")
 lesson.check("scaled, they gain about a 60th (relative)", gained[0] / gained[1] / 60 - 1, 0.3)
 
-# %% cellView="form" id="init-figure" tags=["figure"]
-# @title Figure: why they start smaller { display-mode: "form" }
 fig, ax = plots.figure(7.5, 2.7)
 ax.plot(plain, color=plots.ORANGE, marker="s", label="every matrix alike")
 ax.plot(scaled, color=plots.BLUE, marker="o", label="o_proj, down_proj divided by √60")
@@ -1097,9 +1079,7 @@ ax.set_ylim(0)
 title = "A fresh model of 30 blocks: who writes 60 times must write quietly"
 plots.label(ax, title, "after block (0 = embedding)", "root mean square", legend=True)
 alt = f"Size of the running vector over 30 blocks: from {plain[0]:.2f} to {plain[-1]:.2f} "
-plots.show(
-    fig, alt + f"with every matrix alike, to {scaled[-1]:.2f} with the two divided by √60."
-)
+plots.show(fig, f"{alt}with every matrix alike, to {scaled[-1]:.2f} with two divided by √60.")
 
 # %% [markdown] id="self-test"
 # ## What you can now explain
@@ -1119,7 +1099,7 @@ plots.show(
 # * Query heads 0, 1, 2 were trained to read key head 0. `repeat` gives them heads 0, 1, 2: three heads exist either way, only in another order.
 # * The weights left to the past would no longer sum to 1, and how much is missing would tell each position about its future.
 # * They write to the running vector, 2L times in all. Variances add up, so each is divided by √(2L): together they weigh as much as one.
-# * Each token's own vector. Attention alone is a mean, and a mean of means makes all tokens of a row the same.
+# * Each token's own vector: attention alone is a mean, and a mean of means makes all tokens of a row the same. And on the way back, the size of the gradient.
 # </details>
 #
 # ## Next
