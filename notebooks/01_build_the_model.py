@@ -33,7 +33,7 @@
 # * Four cells say **Your turn**: write the body, run it and the two cells after it. The check names the likely mistake. What you write stays in use to the end.
 #   Where a body is left empty, the given answer takes over.
 # * Folded cells hold figures, answers and checks. The model's own code is in sight, but for those four bodies.
-# * Each section's first cell draws a **map** of the model. Dark boxes: what the section is about.
+# * The first cell of a section draws a **map** of the model (`here`). Its dark boxes are what the section is about.
 
 # %% cellView="form" id="setup" tags=["setup"]
 # @title Set-up (about 20 s on Colab) { display-mode: "form" }
@@ -87,9 +87,9 @@ lesson.quiet()
 # %% [markdown] id="skeleton"
 # ## 1 · The whole first, then its parts
 #
-# A **token** is a piece of text from a fixed list, the vocabulary: SmolLM2 cuts *Gravity is the force that* into `Gra|vity| is| the| force| that` and reads the numbers
-# 22007, 6463, 314, 260, 3075, 338 (notebook 3 makes such cuts). A **parameter** is a number that training sets; all that a model knows lies in them. **SmolLM2-135M** is Hugging
-# Face's small language model of 2024: 134,515,008 parameters, learned from 2 trillion tokens, and a vocabulary of 49,152 pieces.
+# A **token** is a piece of text from a fixed list, the vocabulary. SmolLM2 cuts *Gravity is the force that* into `Gra|vity| is| the| force| that` and reads the numbers
+# 22007, 6463, 314, 260, 3075, 338 (notebook 3 makes such cuts). A **parameter** is a number that training sets. All that a model knows lies in its parameters.
+# **SmolLM2-135M** is Hugging Face's small language model of 2024. It has 134,515,008 parameters and a vocabulary of 49,152 pieces, and learned from 2 trillion tokens.
 #
 # A language model reads text as such numbers, the **token ids**. At every position it gives one score for each entry of its vocabulary: the **logits**. The
 # entry with the highest score is its guess at the next token. Between ids and logits lies a short chain:
@@ -104,14 +104,14 @@ lesson.quiet()
 #
 # Sections 2 to 7 write the parts, section 8 puts them together, section 9 loads the official weights into the result.
 #
-# The map below is this table as a picture. The two lines over the block are its additions: the running vector goes past a norm and a part, and at the **+** the part's
-# result is added to it.
+# The map below is this table as a picture. The two lines over the block are its additions: the running vector goes past a norm and a part, and at the **+** it meets
+# what the part has made of it.
 #
 # We begin with a **skeleton**: the whole chain, with placeholders that do nothing. So something runs from the first minute, and each part
 # has a place to go. It is small: our widths are an eighth of SmolLM2's; 9 query heads and 3 key/value heads stay (section 6).
 
 # %% id="config" tags=["lesson"]
-here()
+here()  # the map
 full = SmolLM2Config()
 small = {"vocab_size": 512, "hidden_size": 72, "intermediate_size": 192, "num_hidden_layers": 3}
 tiny = SmolLM2Config(**small, max_position_embeddings=128)
@@ -276,7 +276,9 @@ plots.show(fig, alt + "all close to 1 after it.")
 # 2. Softmax turns the scores of a token into **weights**: shares that add up to 1.
 # 3. The token receives all values, mixed by these weights.
 #
-# Here are three tokens, with queries and keys of two numbers and values of one. In the tables below a row is a token that asks, a column one that is asked.
+# The lower row of the map is the inside of attention. This section takes the dark boxes, section 5 RoPE, section 6 the rest.
+#
+# Here are three tokens, with queries and keys of two numbers and values of one. In the scores and weights a row is a token that asks, a column one that is asked.
 # Which token does each row read most?
 
 # %% id="attention-numbers" tags=["lesson"]
@@ -289,13 +291,9 @@ weights = scores.softmax(-1)  # each row sums to 1
 
 tokens = ["token 1", "token 2", "token 3"]
 steps = {
-    "queries": q,
-    "keys, turned over": k.T,
-    "scores": scores,
-    "weights": weights,
-    "values": v,
-    "output": weights @ v,
-}
+    "queries": q, "keys, transposed": k.T, "scores": scores,
+    "weights": weights, "values": v, "output": weights @ v,
+}  # fmt: skip
 signs = ["@", "=", "softmax\n→", "@", "="]
 show_tables("Attention of three tokens, no mask yet", steps, signs, tokens, tokens)
 
@@ -317,12 +315,9 @@ future = torch.ones(3, 3).triu(1).bool()  # True above the diagonal: who is aske
 masked = scores.masked_fill(future, -torch.inf)
 weights = masked.softmax(-1)
 steps = {
-    "scores": scores,
-    "masked": masked,
-    "weights": weights,
-    "values": v,
-    "output": weights @ v,
-}
+    "scores": scores, "masked": masked,
+    "weights": weights, "values": v, "output": weights @ v,
+}  # fmt: skip
 show_tables("The same, masked", steps, ["mask\n→", "softmax\n→", "@", "="], tokens, tokens)
 lesson.check("the future has no weight", weights[future])
 
@@ -504,14 +499,11 @@ halves = rows.unflatten(-1, (2, 2)).transpose(0, 1)  # (T, 2 heads, 2) -> (2 hea
 scores = halves @ halves.mT  # (2 heads, T, T): a table for each head, from one @
 
 steps = {
-    "4 numbers": rows,
-    "head 0": halves[0],
-    "head 1": halves[1],
-    "scores of head 0": scores[0],
-    "scores of head 1": scores[1],
-}
+    "4 numbers": rows, "head 0": halves[0], "head 1": halves[1],
+    "scores of head 0": scores[0], "scores of head 1": scores[1],
+}  # fmt: skip
 show_tables("From one head to two", steps, ["cut\n→", "", "q @ k\n→", ""], tokens)
-lesson.check("uncut, only the sum would show", scores.sum(0) - rows @ rows.T)
+lesson.check("one uncut head would see only their sum", scores.sum(0) - rows @ rows.T)
 
 # %% [markdown] id="gqa-share"
 # Head 0 finds tokens 1 and 3 alike; head 1 does not.
@@ -525,7 +517,7 @@ lesson.check("uncut, only the sum would show", scores.sum(0) - rows @ rows.T)
 head = None  # @param {type:"raw"}
 guess = None  # @param {type:"raw"}
 lesson.predict(
-    "Which of the key/value heads 0, 1, 2 does query head 4 read (of 0 to 8)?",
+    "Query heads are 0 to 8, key/value heads 0 to 2. Which of these does query head 4 read?",
     head, 1, within=0, why="Neighbours share: 0, 1, 2 read head 0, and 3, 4, 5 read head 1.",
 )  # fmt: skip
 kv_heads, stored = full.num_key_value_heads, 2 * full.num_key_value_heads * full.head_dim
@@ -798,8 +790,8 @@ lesson.true(f"at full size {total:,} parameters, as SmolLM2-135M", total == 134_
 
 # %% [markdown] id="plus"
 # **Why the plus?** We leave it out, in 30 fresh blocks. What goes wrong?
-# * **On the way up**, attention is a mean over tokens. After 30 means of means, nothing tells the tokens of a row apart. The plus lets each keep what it was.
-# * **On the way back**: training changes each weight by its **gradient**, which says how much the loss changes when that weight changes a little. Gradients are
+# * **Forward**, attention is a mean over tokens. After 30 means of means, nothing tells the tokens of a row apart. The plus lets each keep what it was.
+# * **Backward**: training changes each weight by its **gradient**, which says how much the loss changes when that weight changes a little. Gradients are
 #   computed from the last block back to the first. The plus carries them past a block as they are. Without it each block multiplies what comes back.
 #
 # How unequal do 30 such factors make the first block and the last?
@@ -834,12 +826,12 @@ for offset, (kind, color, name) in zip((-0.2, 0.2), looks, strict=True):
     pulls = [layer.mlp.down_proj.weight.grad.norm().item() for layer in model.layers]
     at = [number + offset for number in range(1, 31)]
     ax.bar(at, pulls, 0.4, color=color, label=name)
-    told.append(f"{name}, {pulls[0] / pulls[-1]:,.0f} times the last one's")
-ax.set(yscale="log", ylim=(1, None))
-title = "How strongly the loss pulls at each block"
+    told.append(f"{pulls[0] / pulls[-1]:,.0f} times the last one's {name}")
+ax.set(yscale="log", ylim=(1, None), xlim=(0, 31))
+title = "How strongly the loss pulls at each block (its down_proj)"
 plots.label(ax, title, "block", "size of the gradient", legend=True)
-alt = "Size of down_proj's gradient in 30 fresh blocks. The first one's is "
-plots.show(fig, alt + "; ".join(told) + ".")
+alt = "Size of down_proj's gradient in 30 fresh blocks. The first block's is "
+plots.show(fig, alt + ", ".join(told) + ".")
 
 # %% [markdown] id="official"
 # **✎ Exercise**: let `Block.forward` add the MLP first, attention second. Which check fails, and at which layer does the
@@ -1020,9 +1012,11 @@ lesson.score()
 # %% [markdown] id="init"
 # ## 11 · Go deeper: how it starts
 #
-# SmolLM2's matrices begin as random numbers of spread 1/24. That is 1/√C for its C of 576: a product with C inputs then neither blows a vector up nor shrinks it.
-# (The setting is `initializer_range`. A small preset may keep 1/24: notebook 4's `nano` does, with C = 192. And `down_proj` has 8/3 · C inputs; alone it would
-# make its input 1.6 times as large. SmolLM2 takes one spread for all.) Two matrices of each block, `o_proj` and `down_proj`, write to the running vector, and they start
+# SmolLM2's matrices begin as random numbers. Their spread is 1/24, which is 1/√C for its C of 576: a product with C inputs then neither blows a vector up nor shrinks it.
+# (One number, `initializer_range`, serves all matrices, so it does not fit each exactly. `down_proj` has 8/3 · C inputs; alone it would make its input 1.6 times as large.
+# And notebook 4's small `nano`, with C = 192, keeps 1/24.)
+#
+# Two matrices of each block, `o_proj` and `down_proj`, write to the running vector, and they start
 # **smaller**, divided by √(2L), where L is the number of blocks. Why?
 # * L blocks add 2L times to the same vector.
 # * Random additions add up their *variances*: 2L of spread s have together the spread s·√(2L).

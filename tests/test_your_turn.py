@@ -1,6 +1,7 @@
 """Notebook 1's Your turn cells: empty, the given answer takes over; the right answer passes; a wrong one is named."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,15 @@ def test_left_empty_the_given_answer_takes_over_and_the_right_one_is_used(course
     assert "still empty: the lesson goes on" in capsys.readouterr().out
     work(course, turn, RIGHT[turn])
     assert "yours is used" in capsys.readouterr().out
+
+
+def test_what_was_written_stays_in_use_to_the_end(course):
+    text = "\n".join(course[0].values())
+    for name in ("RMSNorm", "rotate", "attend", "MLP"):
+        defined = re.findall(rf"^(?:class|def) {name}\b|^{name} = ", text, re.M)
+        assert len(defined) == (1 if name in ("RMSNorm", "MLP") else 2), (
+            "once, and where the answer may take over"
+        )
 
 
 @pytest.mark.parametrize(("turn", "body", "likely"), WRONG, ids=[likely for *_, likely in WRONG])
