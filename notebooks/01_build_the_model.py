@@ -502,7 +502,7 @@ steps = {
     "4 numbers": rows, "head 0": halves[0], "head 1": halves[1],
     "scores of head 0": scores[0], "scores of head 1": scores[1],
 }  # fmt: skip
-show_tables("From one head to two", steps, ["cut\n→", "", "q @ k\n→", ""], tokens)
+show_tables("From one head to two", steps, ["cut\n→", "", "q @ k\n→", ""], tokens, tokens)
 lesson.check("one uncut head would see only their sum", scores.sum(0) - rows @ rows.T)
 
 # %% [markdown] id="gqa-share"

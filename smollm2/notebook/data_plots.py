@@ -83,7 +83,7 @@ def show_tables(title: str, tables: dict, signs: Sequence[str], rows=(), columns
     """
     tables = {name: matrix.tolist() for name, matrix in tables.items()}
     tall, gap, left = max(len(table) for table in tables.values()), 1.45, 1.5 * bool(rows)
-    fig, ax = plots.figure(9, 0.95 + 0.3 * (tall + bool(columns)))
+    fig, ax = plots.figure(9, 0.9 + 0.3 * (tall + 0.6 * bool(columns)))
     starts = []
     for name, table in tables.items():
         starts.append(left)
@@ -106,11 +106,12 @@ def show_tables(title: str, tables: dict, signs: Sequence[str], rows=(), columns
         ax.text(start - gap / 2, tall / 2, sign, fontsize=8, **CENTRED)
     for y, row in enumerate(rows):
         ax.text(1.4, tall - y - 0.5, row, ha="right", va="center", fontsize=8)
-    ax.set(xlim=(0, left - gap + 0.05), ylim=(-0.9 * bool(columns), tall + 0.9))
+    ax.set(xlim=(0, left - gap + 0.05), ylim=(-0.1 - 0.5 * bool(columns), tall + 0.9))
     ax.set_axis_off()
     plots.label(ax, title, "", "")
     told = {n: "; ".join(", ".join(map(_written, row)) for row in t) for n, t in tables.items()}
-    plots.show(fig, f"{title}. " + ". ".join(f"{name}: {numbers}" for name, numbers in told.items()) + ".")
+    alt = [f"{title}. Rows: {', '.join(rows)}"] if rows else [title]
+    plots.show(fig, ". ".join([*alt, *(f"{name}: {numbers}" for name, numbers in told.items())]) + ".")
 
 
 def _chain(ax, names: list[str], y: float, width: float, lit: Iterable[int]) -> None:
@@ -147,6 +148,5 @@ def here(*lit: str) -> None:
             ax.plot([corner, end], [0, -0.8], color=plots.GREY, ls=":", marker="", lw=1)
     ax.set(xlim=(0, wide), ylim=(-2 if inside else -0.3, 2))
     ax.set_axis_off()
-    names = ", ".join(lit) or "all of it"
     chain = " → ".join([*MODEL[:2], "30 × (" + " → ".join(MODEL[n] for n in BLOCK) + ")", *MODEL[8:]])
-    plots.show(fig, f"Map of the model: {chain}. Here: {names}.")
+    plots.show(fig, f"Map of the model. Dark: {', '.join(lit) or chain}.")
