@@ -1,4 +1,4 @@
-"""Pictures of tokens, of small tables of numbers, of how a tensor changes shape, and of the model as a map."""
+"""Pictures of tokens, of tables of numbers, of how a tensor changes shape, and of the model as a map."""
 
 from __future__ import annotations
 
