@@ -657,14 +657,16 @@ changed = x.clone()
 changed[:, 6:] = torch.randn(2, 4, tiny.hidden_size)  # another future from position 6 on
 lesson.check("positions 0 to 5 do not see the future", (mine(x) - mine(changed))[:, :6])
 
-full_size = {"B": 1, "T": 10, "C": full.hidden_size, "H": 9, "D": full.head_dim, "H·D": 576}
+H, D = full.num_attention_heads, full.head_dim
+full_size = {"B": 1, "T": 10, "C": full.hidden_size, "H": H, "D": D, "H·D": H * D}
 names = "x", "q_proj", "unflatten", "transpose", "scores\nwith k", "weights\n@ v"
 names += "transpose,\nflatten", "o_proj"
 shapes = "B, T, C", "B, T, H·D", "B, T, H, D", "B, H, T, D", "B, H, T, T", "B, H, T, D"
 shapes += "B, T, H·D", "B, T, C"
 sizes = [tuple(full_size[letter] for letter in shape.split(", ")) for shape in shapes]
 steps = [(n, f"({a})\n{b}") for n, a, b in zip(names, shapes, sizes, strict=True)]
-title = "Shapes through attention, at SmolLM2's size (10 tokens; k and v have 3 heads)"
+K = full.num_key_value_heads
+title = f"Shapes through attention, at SmolLM2's size (10 tokens; k and v have {K} heads)"
 alt = ", ".join(f"{name} ({shape})" for name, shape in zip(names, shapes, strict=True))
 plots.show(data_plots.flow(title, steps), f"{title}: {alt}.".replace("\n", " "))
 
