@@ -9,9 +9,6 @@ Notable:
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import math
 import os
 import re
@@ -23,7 +20,7 @@ from contextlib import suppress
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -43,6 +40,7 @@ from .data import (
 from .device import tokens_to_learn_from
 from .errors import CheckpointError, DataError, is_terminal
 from .files import dump_json, replace_durably, sha256_bytes, sha256_json, strict_json
+from .rows import KINDS, kind, opened, table
 from .text import SEPARATOR, decoded, documents
 from .tokenizer import Tokenizer
 from .workers import OPENED
@@ -51,13 +49,7 @@ SAMPLE_ROWS = 100  # that tell which columns hold text
 ADVICE = "choose one with --set data.dataset_column=NAME"
 BYTES_PER_TOKEN = 4.5  # of English under the SmolLM2 tokenizer, rounded up
 LONGEST_TOKEN = 16  # characters, on average over any text
-LONGEST_VALUE = 2**26  # characters of one JSON value
-_BETWEEN_VALUES = re.compile(r"[\s,\[\]]*")
 LEAST_TOKENS = 2**20  # read even if a run needs fewer: in a second
-KINDS = {  # by a file's ending; .gz and the like may stand behind it
-    ".txt": "text", ".text": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".ndjson": "json",
-    ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow",
-}  # fmt: skip
 # by a run, into its folder
 WRITTEN = ("checkpoints", "data/tokens-*", "data/dataset-*", "data/commits.json", "logs", "previous-*")
 # by the datasets package; a cache is what `map` or `shuffle` made of the texts
@@ -282,7 +274,7 @@ class Source:
         self.repo, self.config, self.split = found.groups()
         folder, name = os.path.split(self.repo)
         is_path = os.path.isdir(folder) or "/" in folder or folder.startswith((".", "~"))
-        if is_path or os.path.exists(self.repo) or (not folder and _kind(name)):
+        if is_path or os.path.exists(self.repo) or (not folder and kind(name)):
             raise DataError(f"--dataset {spec}: no such file or folder (a local one has no split)")
 
     def _local_files(self, output: Path) -> list[str]:
@@ -296,7 +288,7 @@ class Source:
         paths = [path for path in paths if path.is_symlink() or not path.is_dir()]
         hidden = {path for path in paths if any(part[0] == "." for part in path.relative_to(root).parts)}
         paths = [path for path in paths if path not in hidden]
-        files = [path for path in paths if _kind(path.name) and not any(map(path.match, BESIDE_ARROW))]
+        files = [path for path in paths if kind(path.name) and not any(map(path.match, BESIDE_ARROW))]
         files = [path for path in files if path.is_file() and path.stat().st_size]
         others = [path.relative_to(root.parent) for path in paths if path not in {*files}]
         self.left_out = dict.fromkeys(map(str, others))
@@ -351,15 +343,15 @@ class Source:
 
     def _rows(self, file: str, start: int) -> Iterator[Iterable[str]]:
         """The text of each row from `start` on, in pieces; a text file is one row."""
-        if _kind(file) == "text":
-            with _opened(file) as raw:
+        if kind(file) == "text":
+            with opened(file) as raw:
                 yield (text.replace("\0", "") for text in decoded(raw, "the text"))
             return
         sample: list[dict] = []
         with suppress(Exception):  # it is told where it is met again, below
-            sample.extend(islice(_table(file), SAMPLE_ROWS))
+            sample.extend(islice(table(file), SAMPLE_ROWS))
         column = _choose(sample, self.column)
-        for row in _table(file, start, column if sample else None):  # what failed above fails here, too
+        for row in table(file, start, column if sample else None):  # what failed above fails here, too
             if isinstance(row.get("text"), str) and not (self.column or column == "text"):
                 raise DataError(f"a column 'text', but {column!r} is the one that was chosen: {ADVICE}")
             if column not in row:
@@ -378,102 +370,7 @@ def _in_one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def _kind(file: str) -> str | None:
-    return KINDS.get(Path(re.sub(r"\.(gz|bz2|xz|zst)$", "", file.lower())).suffix)
-
-
-def _opened(file: str) -> BinaryIO:
-    """What is in a file, unpacked."""
-    if file.startswith("hf://"):
-        from huggingface_hub import HfFileSystem as FileSystem
-    else:
-        from fsspec.implementations.local import LocalFileSystem as FileSystem
-    return FileSystem().open(file, "rb", compression="infer")
-
-
-def _table(file: str, start: int = 0, column: str | None = None) -> Iterator[dict]:
-    """The rows of a table from `start` on, with all of their columns or at least the one."""
-    kind = _kind(file)
-    with _opened(file) as raw:
-        if kind == "parquet":
-            rows = _parquet_rows(raw, start, column)
-        elif kind == "arrow":
-            import pyarrow
-
-            is_file = raw.read(6) == b"ARROW1"  # with a table of contents, as Feather, else a stream
-            raw.seek(0)
-            table = (pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream)(raw)
-            batches = map(table.get_batch, range(table.num_record_batches)) if is_file else table
-            rows = islice(chain.from_iterable(batch.to_pylist() for batch in batches), start, None)
-        else:
-            lines = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="" if "sv" in kind else None)
-            rows = islice(_json_rows(lines) if kind == "json" else _csv_rows(lines, kind), start, None)
-        for row in rows:
-            if not isinstance(row, dict):
-                raise DataError(f"{type(row).__name__}, expected an object with columns")
-            yield _flat(row)
-        size = getattr(raw, "size", None)
-        if file.startswith("hf://") and kind != "parquet" and size and raw.tell() < size:
-            raise DataError(f"the Hub sent {raw.tell():,} of {size:,} bytes")
-
-
-def _parquet_rows(raw: BinaryIO, start: int, column: str | None) -> Iterator[dict]:
-    import pyarrow.parquet
-
-    # by pages, for a group of rows may be as large as the file
-    file = pyarrow.parquet.ParquetFile(raw, pre_buffer=False, buffer_size=2**20)
-    leaves = map(file.schema.column, range(len(file.schema)))
-    # a date that Python does not know, in a column that nobody reads, need not be readable
-    columns = [column] if column else [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
-    for group in range(file.num_row_groups):
-        count = file.metadata.row_group(group).num_rows
-        if start < count:
-            batches = file.iter_batches(100, row_groups=[group], columns=columns or None)
-            yield from islice(chain.from_iterable(batch.to_pylist() for batch in batches), start, None)
-        start = max(0, start - count)
-
-
-def _csv_rows(lines: io.TextIOBase, kind: str) -> Iterator[dict]:
-    csv.field_size_limit(2**31 - 1)  # a cell is a document; more is no C long on Windows
-    first = next(lines, "")
-    # else by the spreadsheet's language
-    delimiter = "\t" if kind == "tsv" else next((c for c in ",;\t" if c in first), ",")
-    rows = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
-    header = next(rows, [])
-    if len(set(header)) < len(header):
-        raise DataError(f"the header names a column twice: {', '.join(header)}")
-    for row in filter(None, rows):  # but for empty lines
-        if len(row) != len(header):
-            raise DataError(f"{len(row)} cells, but the header has {len(header)}")
-        yield dict(zip(header, row, strict=True))
-
-
-def _json_rows(file: io.TextIOBase) -> Iterator[dict]:
-    """Values, one after the other or in a list. One that is not whole is tried again with twice as much."""
-    decoder, text, place = json.JSONDecoder(), "", 0
-    while True:
-        place = _BETWEEN_VALUES.match(text, place).end()
-        try:
-            row, place = decoder.raw_decode(text, place)
-            yield row
-        except ValueError:
-            more = file.read(max(2**16, len(text) - place)) if len(text) - place < LONGEST_VALUE else ""
-            if not more and place < len(text):
-                raise
-            if not more:
-                return
-            text, place = text[place:] + more, 0
-
-
 # --- from a row to documents --------------------------------------------------------------------------------
-
-
-def _flat(row: dict, prefix: str = "") -> dict:
-    """A row whose columns within columns are called `outer.inner`."""
-    flat = {}
-    for key, value in row.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _choose(rows: list[dict], wanted: str | None) -> str:

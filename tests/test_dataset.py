@@ -24,9 +24,10 @@ from huggingface_hub import HfApi
 import smollm2.data as data_module
 from smollm2.config import DataConfig
 from smollm2.data import TokenData
-from smollm2.dataset import Dataset, _json_rows
+from smollm2.dataset import Dataset
 from smollm2.errors import DataError, UserError
 from smollm2.folder import absent_folders, clear
+from smollm2.rows import _json_rows
 from smollm2.tokenizer import END_OF_TEXT, Tokenizer
 
 datasets = pytest.importorskip("datasets", reason="pip install datasets")
