@@ -278,20 +278,22 @@ class Source:
             raise DataError(f"--dataset {spec}: no such file or folder (a local one has no split)")
 
     def _local_files(self, output: Path) -> list[str]:
-        root = Path(self.spec).resolve()
-        paths = [root] if root.is_file() else sorted(root.rglob("*"))
+        is_file, closed = os.path.isfile(self.spec), []
+        # the name of a link to a file tells its kind, also where that of the file does not
+        root = Path(os.path.abspath(self.spec)) if is_file else Path(self.spec).resolve()
+        walk = os.walk(root, onerror=lambda error: closed.append(Path(error.filename)))
+        paths = [root] if is_file else [Path(at, name) for at, *names in walk for name in chain(*names)]
+        # a link to a folder is not followed: it may lead around in a circle
+        paths = sorted([path for path in paths if path.is_symlink() or not path.is_dir()] + closed)
         runs = {output, *(path.parent for path in paths if path.name == OPENED)}
         own = [folder for run in runs for name in WRITTEN for folder in run.glob(name)]
         own += [path.parent for path in paths if path.name == "manifest.json" and ".ckpt" in path.parent.name]
         paths = [path for path in paths if not any(path.is_relative_to(folder) for folder in own)]
-        # a link to a folder is not followed: it may lead around in a circle
-        paths = [path for path in paths if path.is_symlink() or not path.is_dir()]
-        hidden = {path for path in paths if any(part[0] == "." for part in path.relative_to(root).parts)}
-        paths = [path for path in paths if path not in hidden]
+        paths = [path for path in paths if all(part[0] != "." for part in path.relative_to(root).parts)]
         files = [path for path in paths if kind(path.name) and not any(map(path.match, BESIDE_ARROW))]
         files = [path for path in files if path.is_file() and path.stat().st_size]
-        others = [path.relative_to(root.parent) for path in paths if path not in {*files}]
-        self.left_out = dict.fromkeys(map(str, others))
+        others = sorted({*paths} - {*files})
+        self.left_out = dict.fromkeys(str(path.relative_to(root.parent)) for path in others)
         return [str(path) for path in files]
 
     @cached_property

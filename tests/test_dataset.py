@@ -1,6 +1,7 @@
 """A dataset becomes tokens: every text is read or named, no document is in both parts, and neither a kill, a
 second reading nor a Hub that fails changes a token."""
 
+import errno
 import gzip
 import hashlib
 import io
@@ -15,7 +16,7 @@ import sys
 import time
 from collections import Counter
 from itertools import chain
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import pytest
 from fake_hub import FIRST, SECOND, FakeHub
@@ -130,6 +131,34 @@ def test_every_text_of_a_folder_is_read_whatever_its_name_and_others_are_named(p
     others = "LICENSE, empty.txt, linked, lost.txt, picture.png, saved/cache-1c80317fa3b1799d.arrow, "
     others += "saved/dataset_info.json, saved/state.json"
     assert said.endswith(f"; not read: in/{others.replace(', ', ', in/')}, {empty}")
+
+
+def test_a_folder_that_may_not_be_read_is_named(place, monkeypatch):
+    write(place / "in", {"a.txt": "a\n<|endoftext|>\nb", "closed/c.txt": "c"})
+    scan = os.scandir
+
+    def refuse(path):  # root may read everything
+        if Path(path).name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert read()[1].endswith("; not read: in/closed")
+
+
+def test_a_link_to_a_file_is_read_by_its_own_name(place):
+    """The Hub's cache keeps files under the name of their hash."""
+    write(place, {"blobs/5f0e": jsonl({"text": "a"}, {"text": "b"})})
+    (place / "train-0.jsonl").symlink_to("blobs/5f0e")
+    assert read("train-0.jsonl")[0] == ["a\n", "b\n"]
+
+
+def test_a_folder_of_many_files_is_looked_through_once(place, monkeypatch):
+    hashed, of_path = [], PurePath.__hash__
+    write(place / "in", {f"{n}.txt": "a" for n in range(500)})
+    monkeypatch.setattr(PurePath, "__hash__", lambda path: hashed.append(path) or of_path(path))
+    assert len(Dataset(DataConfig(dataset="in"), Path("out"), 1000).sources["in"].files) == 500
+    assert len(hashed) < 5000
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "A.TXT", ".x.md", "a@b:c.txt", "a=0.5,b=0.5.txt"])
@@ -375,7 +404,7 @@ def test_a_mixture_has_its_shares_of_tokens_and_ends_with_its_first_source(place
 
 CHILD = """
 import sys, resource
-from pathlib import Path
+from pathlib import Path, PurePath
 from smollm2 import data, dataset
 from smollm2.config import DataConfig
 from smollm2.tokenizer import Tokenizer
