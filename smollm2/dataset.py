@@ -117,8 +117,8 @@ class Dataset:
             name = state["inside"] or min(streams, key=lambda name: sizes[name] / self.weights[name])
             for piece, content in streams[name]:
                 state["places"][name], sizes[name] = piece.place, sizes[name] + len(content)
+                state["documents"] += state["inside"] is None  # begun
                 state["inside"] = None if piece.ends else name
-                state["documents"] += piece.ends
                 yield piece, content
                 if piece.ends:
                     break
@@ -128,14 +128,17 @@ class Dataset:
     @cached_property
     def _first_two(self) -> list[int]:
         """Keys of the first two different documents: one is trained on, the other held out, so that no part
-        of a small dataset is empty. Only one, where what is read has no other."""
-        found, room = [], self.tokens * LONGEST_TOKEN
+        of a small dataset is empty. The first is trained on, but not a few words before a longer one. Only
+        one, where what is read has no other."""
+        sizes, first, second, room = {}, 0, 0, self.tokens * LONGEST_TOKEN
+        few = self.tokens // 4  # characters, of at most four tokens: more than these will be read
         for piece in chain.from_iterable(source.pieces() for source in self.sources.values()):
-            found += [piece.key] * (piece.key not in found)
+            sizes[piece.key] = sizes.get(piece.key, 0) + len(piece.text)
             room -= len(piece.text)
-            if len(found) == 2 or room < 0:
+            first, second = [*sizes.values(), 0][:2]
+            if room < 0 or len(sizes) > 2 or second > min(first, few):
                 break
-        return found
+        return [*sizes][1::-1] if first < min(second, few) else [*sizes][:2]
 
     def is_held_out(self, key: int) -> bool:
         if key in self._first_two:
@@ -191,10 +194,13 @@ class Dataset:
                 while count < self.tokens and (found := next(pieces, None)):
                     piece, ids = found
                     split = "val" if self.is_held_out(piece.key) else "train"
+                    is_repeated = piece.key == self._first_two[0] and state["documents"] > 1
+                    if is_repeated and not shards["val"].tokens:  # its end may have to be held out
+                        continue
                     yield split, ids, text_bytes(piece.text, piece.ends), state
                     bar.update(len(ids))
                     count += len(ids)
-            if len(self._first_two) == 1 and not shards["val"].tokens:
+            if not shards["val"].tokens:
                 _hold_out_the_end(shards, self.fraction, tokenizer, end)
 
         def sidecar(splits: dict, state: dict) -> dict:
@@ -244,7 +250,7 @@ def new_state() -> dict[str, Any]:
 
 
 def _hold_out_the_end(shards: dict[str, Shard], fraction: float, tokenizer: Tokenizer, end: int) -> None:
-    """Of a dataset that is one document."""
+    """Of a dataset that is one document, or read no further than its first one."""
     train = shards["train"]
     train.facts()
     ids = np.fromfile(train.file.name, np.uint16)[train.tokens - int(train.tokens * fraction) :]

@@ -367,6 +367,33 @@ def test_the_same_text_in_files_of_other_kinds_and_systems_is_one_document(place
     assert Counter(train + val) == Counter(f"{text}\n" for text in texts * 4) and not {*train} & {*val}
 
 
+BOOK = " ".join(stories(200))
+
+
+def test_a_few_words_beside_a_book_are_held_out_and_not_the_book(place):
+    write(place / "in", {"README.md": "My books.\n", "book.txt": BOOK})
+    assert parts(prepare(tokens=10**6)) == [[f"{BOOK}\n"], ["My books.\n"]]
+
+
+def test_a_book_that_lies_there_twice_is_not_trained_on_and_held_out(place):
+    write(place / "in", {"book.txt": BOOK, "copy of it.txt": BOOK, "z.jsonl": jsonl({"text": BOOK})})
+    data = prepare(tokens=10**6)
+    train, val = ("".join(part.texts(TOKENIZER, 0)) for part in (data.train, data.val))
+    assert train + val == f"{BOOK}\n{END_OF_TEXT}\n"
+    write(place / "in", {"copy of it.txt": "another"})
+    assert [Counter(part) for part in parts(prepare(tokens=10**6))] == [{f"{BOOK}\n": 2}, {"another\n": 1}]
+
+
+def test_of_a_book_behind_whose_end_nothing_is_read_the_end_of_that_is_held_out(place, monkeypatch):
+    monkeypatch.setattr("smollm2.text.CHUNK_BYTES", 1000)
+    write(place / "in", {"1.txt": BOOK, "2.txt": f"second {BOOK}", "3.txt": "third"})
+    said: list[str] = []
+    data = prepare(tokens=3000, say=said.append)
+    train, val = ("".join(part.texts(TOKENIZER, 0)) for part in (data.train, data.val))
+    assert BOOK.startswith(train + val) and 0.09 < len(val) / len(train + val) < 0.11
+    assert "read 1 documents" in said[-1]
+
+
 def test_a_tokenizer_sees_training_documents_only(place):
     write(place / "in", {"a.jsonl": jsonl(*({"text": t} for t in stories(2000)))})
     dataset = Dataset(DataConfig(dataset="in"), Path("out"), 10**6)
