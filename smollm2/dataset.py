@@ -280,8 +280,9 @@ class Source:
         self.repo, self.config, self.split = found.groups()
         folder, name = os.path.split(self.repo)
         is_path = os.path.isdir(folder) or "/" in folder or folder.startswith((".", "~"))
-        if is_path or os.path.exists(self.repo) or (not folder and kind(name)):
-            raise DataError(f"--dataset {spec}: no such file or folder (a local one has no split)")
+        if is_path or os.path.exists(self.repo) or (not folder and kind(name)) or {*"=,"} & {*spec}:
+            advice = "a local one has no split; shares are written A=0.7,B=0.3"
+            raise DataError(f"--dataset {spec}: no such file or folder ({advice})")
 
     def _local_files(self, output: Path) -> list[str]:
         is_file, closed = os.path.isfile(self.spec), []
@@ -324,7 +325,9 @@ class Source:
             raise DataError(
                 f"--dataset {self.spec}: no split {split!r}; it has {', '.join(map(str, splits))}"
             )
-        return [str(file) for file in splits[split]]
+        files = [str(file) for file in splits[split]]
+        self.left_out |= dict.fromkeys(file for file in files if not kind(file))
+        return [file for file in files if kind(file)]
 
     def pieces(self, first: int = 0, row: int = 0, piece: int = 0) -> Iterator[Piece]:
         """Its documents from a place on. Raises `DataError` that names file and row."""
@@ -356,10 +359,13 @@ class Source:
                 yield (text.replace("\0", "") for text in decoded(raw, "the text"))
             return
         sample: list[dict] = []
-        with suppress(Exception):  # it is told where it is met again, below
+        try:
             sample.extend(islice(table(file), SAMPLE_ROWS))
+        except Exception:  # behind the first row it is told where it is met again, below
+            if not sample:
+                raise
         column = _choose(sample, self.column)
-        for row in table(file, start, column if sample else None):  # what failed above fails here, too
+        for row in table(file, start, column):
             if isinstance(row.get("text"), str) and not (self.column or column == "text"):
                 raise DataError(f"a column 'text', but {column!r} is the one that was chosen: {ADVICE}")
             if column not in row:

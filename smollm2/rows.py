@@ -28,10 +28,14 @@ def kind(file: str) -> str | None:
 
 def opened(file: str) -> BinaryIO:
     """What is in a file, unpacked."""
+    from fsspec.compression import compr
+
     if file.startswith("hf://"):
         from huggingface_hub import HfFileSystem as FileSystem
     else:
         from fsspec.implementations.local import LocalFileSystem as FileSystem
+    if file.lower().endswith(".zst") and "zstd" not in compr:  # "infer" would read it as it is
+        raise DataError("packed with zstd: pip install zstandard")
     return FileSystem().open(file, "rb", compression="infer")
 
 

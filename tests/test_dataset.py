@@ -20,9 +20,11 @@ from pathlib import Path, PurePath
 
 import pytest
 from fake_hub import FIRST, SECOND, FakeHub
+from fsspec.compression import compr
 from huggingface_hub import HfApi
 
 import smollm2.data as data_module
+import smollm2.rows as rows_module
 from smollm2.config import DataConfig
 from smollm2.data import TokenData
 from smollm2.dataset import Dataset
@@ -266,6 +268,23 @@ def test_a_long_value_is_not_tried_again_with_every_block_of_it():
     assert [*_json_rows(Counted(jsonl(*rows)))] == rows and len(reads) < 20
 
 
+def test_rows_that_cannot_be_looked_at_first_are_not_passed_over_for_want_of_a_column(place, monkeypatch):
+    """A connection that breaks once, while the column is chosen."""
+    calls, opened = [], rows_module.opened
+
+    def breaks_once(file):
+        calls.append(file)
+        if file.endswith("b.jsonl") and calls.count(file) == 1:
+            raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+        return opened(file)
+
+    write(place / "in", {"a.jsonl": jsonl({"story": "a"}, {"story": "b"}), "b.jsonl": jsonl({"story": "c"})})
+    monkeypatch.setattr(rows_module, "opened", breaks_once)
+    with pytest.raises(DataError, match=r"b.jsonl, after row 0: ConnectionResetError"):
+        read()
+    assert read()[0] == ["a\n", "b\n", "c\n"]
+
+
 def test_a_column_that_comes_late_or_ends_early_is_told(place):
     late = [{"id": f"x{n}"} for n in range(100)] + [{"id": "y", "text": "a"}]
     write(place / "in", {"a.jsonl": jsonl(*late)})
@@ -302,9 +321,19 @@ def test_a_file_that_cannot_be_read_is_named_with_its_row_in_one_line(place, nam
         read()
 
 
+def test_what_is_packed_with_zstd_is_not_read_as_it_is(place, monkeypatch):
+    monkeypatch.delitem(compr, "zstd", raising=False)
+    write(place / "in", {"a.jsonl.zst": b"\x28\xb5\x2f\xfd"})
+    with pytest.raises(DataError, match=r"a.jsonl.zst, row 1: packed with zstd: pip install zstandard$"):
+        read()
+
+
 @pytest.mark.parametrize(
     "spec",
-    ["./absent", "/a/b/c", "a/b/c", "in@train", "in/a.pdf", "in/none", "book.txt", "in/b"],
+    [
+        *("./absent", "/a/b/c", "a/b/c", "in@train", "in/a.pdf", "in/none", "book.txt", "in/b"),
+        *("in=70%,o=30%", "in=0,7,o=0,3", "in=-1,o=2"),
+    ],
 )
 def test_what_is_not_there_is_said_and_nothing_is_written(place, spec):
     write(place / "in", {"a.pdf": "%PDF", "none/a.html": "<p>"})
@@ -632,6 +661,13 @@ def test_configuration_and_split_are_chosen_or_those_that_are_there_named(fake_h
         read("owner/absent")
     fake_hub.commits[FIRST] = {"set.py": b"import datasets"}
     with pytest.raises(DataError, match=r"^--dataset owner/set: RuntimeError: Dataset scripts are no longer"):
+        read("owner/set")
+
+
+def test_files_of_the_hub_that_hold_no_table_and_no_text_are_named(fake_hub):
+    fake_hub.commits[FIRST] = {"train-0.tar": b"x", "train-1.tar": b"x"}
+    files = ", ".join(f"hf://datasets/owner/set@{FIRST}/train-{n}.tar" for n in range(2))
+    with pytest.raises(DataError, match=rf"^--dataset owner/set: no text in files of .*; not read: {files}$"):
         read("owner/set")
 
 
