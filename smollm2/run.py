@@ -179,8 +179,8 @@ def open_run(config: RunConfig, reporter: Reporter, began: float) -> Iterator[Ru
     """Open the run that `config` describes; waits for its last save and its last copy in the end. `began`:
     `time.monotonic()` when its minutes began. Raises `UserError`."""
     place, output_dir, device = config.run, Path(config.run.output_dir), hardware.choose_device()
-    if not config.data.dataset:
-        source_identity(config.data.chat_file or config.data.input_file)
+    if not (data := config.data).dataset:
+        source_identity(data.chat_file or data.input_file, "chat_file" if data.chat_file else "input_file")
     check_places(place)
     check_workers(place, torch.cuda.device_count() if device.type == "cuda" else 0)
     use_own_gpu(place, device)

@@ -33,15 +33,15 @@ _SEPARATOR_LINE = re.compile(r"<\|endoftext\|>\n(?<![^\n]<\|endoftext\|>\n)")
 _UP_TO_LAST_BREAK = re.compile(r".*\S(?=[ \t\n\u3000])", re.DOTALL)
 
 
-def read_text(path: str | Path) -> Iterator[str]:
+def read_text(path: str | Path, flag: str = "input_file") -> Iterator[str]:
     """Pieces of a UTF-8 text file, about 1 MiB each, never all of it in memory.
 
     A byte-order mark is dropped and CRLF or CR become LF, so that the same text gives the same tokens on
-    every system. Raises `DataError` for anything that is not readable text, naming the place.
+    every system. Raises `DataError` for anything that is not readable text, naming the place and the `flag`.
     """
     if not os.path.isfile(path):  # unlike Path.is_file it never raises
         advice = "expected a text file (of a folder name one of the files, or pass --dataset)"
-        raise DataError(f"--input_file {path}: {kind_of(path)}, {advice}")
+        raise DataError(f"--{flag} {path}: {kind_of(path)}, {advice}")
     seen = 0
     try:
         with open(path, "rb") as raw:
@@ -51,7 +51,7 @@ def read_text(path: str | Path) -> Iterator[str]:
                 seen += len(text)
                 yield text
     except OSError as error:
-        raise DataError(f"--input_file {path}: {error.strerror}") from None
+        raise DataError(f"--{flag} {path}: {error.strerror}") from None
 
 
 def decoded(raw: BinaryIO, name: str | Path) -> Iterator[str]:
@@ -100,10 +100,10 @@ def documents(texts: Iterable[str]) -> Iterator[tuple[str, bool]]:
 
 
 @lru_cache(maxsize=16)
-def _scan(path: str, version: tuple) -> dict:
+def _scan(path: str, flag: str, version: tuple) -> dict:
     """One reading of each version of a file."""
     digest, total = hashlib.sha256(), 0
-    for text in read_text(path):
+    for text in read_text(path, flag):
         raw = text.encode()
         digest.update(raw)
         total += len(raw)
@@ -112,10 +112,10 @@ def _scan(path: str, version: tuple) -> dict:
     return {"sha256": digest.hexdigest(), "bytes": total}
 
 
-def source_identity(path: str | Path) -> dict:
+def source_identity(path: str | Path, flag: str = "input_file") -> dict:
     """SHA-256 and byte count of the normalised text; raises `DataError` for unusable text."""
     facts = os.stat(path) if os.path.isfile(path) else None  # of anything else `read_text` says what it is
-    return dict(_scan(str(path), facts and (facts.st_ino, facts.st_size, facts.st_mtime_ns)))
+    return dict(_scan(str(path), flag, facts and (facts.st_ino, facts.st_size, facts.st_mtime_ns)))
 
 
 def read_split(path: str | Path, split: str, held_out_fraction: float = 0.1) -> Iterator[str]:

@@ -282,6 +282,7 @@ BAD_COMMANDS = {
     "head_dim": ["--set head_dim=4096 --set max_position_embeddings=1048576"],
     "nothing to evaluate": ["EVALUATE --input_file one.txt --split train", "EVALUATE --input_file mark.txt"],
     "mark.txt: empty": ["--input_file mark.txt"],
+    "--chat_file missing.jsonl: no such file": ["train --config tiny.yaml --chat_file missing.jsonl"],
 }  # fmt: skip
 
 
