@@ -225,15 +225,13 @@ class Shard:
 def write_tokens(folder: Path, parts: Callable[[Any, dict], Iterator[tuple]], sidecar: Callable) -> None:
     """Fill the token files of `folder` from `parts(place, shards)`: (split, tokens, bytes of text, the place
     behind them). A place, any JSON value (None is the beginning), is recorded now and then: there the process
-    after a killed one goes on. `sidecar(facts of both splits, last place)` is written last."""
+    after a killed one goes on. `sidecar(facts of both splits, last place)` is written last; what a killed
+    process had read for other tokens goes then, and not before."""
     record = folder / "progress.json"
     if (folder / "tokens.json").exists():
         print(f"data: {folder.name} is damaged; tokenising again")
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for other in {path.parent for path in folder.parent.glob("*/progress.json")} - {folder}:
-        if not (other / "tokens.json").exists():  # a killed process wanted other tokens
-            shutil.rmtree(other)
     place, shards, known = None, {}, {}
     with suppress(UserError, OSError, KeyError, TypeError, AttributeError):
         known = strict_json(record.read_bytes(), record.name)
@@ -263,6 +261,10 @@ def write_tokens(folder: Path, parts: Callable[[Any, dict], Iterator[tuple]], si
     replace_durably(folder / "tokens.json", dump_json(made | {"sha256_of_this": sha256_json(made)}))
     record.unlink()
     fsync_folder(folder)
+    # of the same kind, where a killed process wanted other tokens
+    for other in folder.parent.glob(f"{folder.name.split('-')[0]}-*/progress.json"):
+        if not (other.parent / "tokens.json").exists():
+            shutil.rmtree(other.parent)
 
 
 def check_length(data: TokenData, sequence_length: int, path: str | Path) -> None:

@@ -26,7 +26,7 @@ from huggingface_hub import HfApi
 import smollm2.data as data_module
 import smollm2.rows as rows_module
 from smollm2.config import DataConfig
-from smollm2.data import TokenData
+from smollm2.data import TokenData, prepare_tokens
 from smollm2.dataset import Dataset
 from smollm2.errors import DataError, UserError
 from smollm2.folder import absent_folders, clear
@@ -570,6 +570,17 @@ def test_what_a_killed_process_left_goes_when_other_tokens_are_wanted(expected):
     assert child(SPEC, "300000").wait(60)
     prepare("e.jsonl.gz", 1000)
     assert len([*Path("out").glob("data/dataset-*")]) == 1
+
+
+def test_what_a_killed_process_read_is_there_after_a_forgotten_flag(expected):
+    """Without --dataset input.txt is read."""
+    assert child(SPEC, "300000").wait(60)
+    kept = [*Path("out").glob("data/dataset-*/*")]
+    prepare_tokens("in/b.txt", TOKENIZER, Path("out/data"), 0.1)
+    Path("f.jsonl").write_text(jsonl({"text": "a"}, {"text": 5}))
+    with pytest.raises(DataError, match="holds int"):
+        prepare("f.jsonl")
+    assert all(path.exists() for path in kept) and any("progress" in path.name for path in kept)
 
 
 def test_what_was_read_survives_a_mistake_elsewhere(expected, tmp_path):
