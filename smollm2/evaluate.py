@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .checkpoint import MANIFEST, read_manifest
 from .data import encode_documents
 from .errors import ArgumentParser, DataError, run_command, tell
 from .origin import trained_with
@@ -138,6 +139,10 @@ def main(argv: list[str] | None = None) -> int:
     model, tokenizer = load_model_and_tokenizer(folder, device=choose_device())
     # the rows and the held-out part of the run's own validation, so that both give the same figure
     run = trained_with(folder)
+    facts = read_manifest(folder).facts if run and (folder / MANIFEST).exists() else {}
+    if args.split != "all" and (dataset := facts.get("dataset")):
+        held_out = f"documents of {', '.join(dataset['sources'])}, not the end of a text"
+        tell(f"note: this run held out {held_out}: what --split names here may have been trained on")
     options = {"held_out_fraction": run.held_out_fraction, "block_length": run.sequence_length} if run else {}
     with sharing_cores():
         score = score_file(model, tokenizer, args.input_file, args.split, **options)

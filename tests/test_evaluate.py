@@ -16,6 +16,8 @@ from smollm2 import evaluate
 from smollm2.errors import DataError
 from smollm2.evaluate import compression_bits_per_byte, main, score_file, score_tokens
 from smollm2.pretrained import load_model_and_tokenizer
+from smollm2.training import train
+from tests.soak import small_config
 
 TEXT = "The cat sat on the mat, and the dog, naïve as ever, did not.\n" * 60
 
@@ -109,3 +111,14 @@ def test_the_command_prints_one_json_line_or_words_with_units(text, pair, capsys
     assert result["loss"] == pytest.approx(score_file(*pair, text, "val").loss, rel=1e-6)
     assert main(arguments) == 0
     assert "bits/byte" in (out := capsys.readouterr().out) and "nats/token" in out and "(all)" in out
+
+
+def test_where_documents_were_held_out_the_end_of_a_text_is_not_called_so(text, tmp_path, capsys):
+    run = train(small_config(text, tmp_path / "out", data={"dataset": str(text)}, max_steps=1))
+    arguments = ["--checkpoint", str(run.checkpoint), "--input_file", str(text)]
+    for split, notes in {"all": 0, "train": 1, "val": 1}.items():
+        assert main([*arguments, "--split", split]) == 0
+        assert (
+            capsys.readouterr().err.count("note: this run held out documents of text.txt, not the end")
+            == notes
+        )
