@@ -84,7 +84,7 @@ def encode(tokenizer: Tokenizer, pieces: Iterable[tuple], end: int | None) -> It
     def tokens_of(batch: list[tuple]) -> list[tuple]:
         texts, ends, *_ = zip(*batch, strict=True)
         if any(ends) and end is None:
-            wrong = f"the text has {END_OF_TEXT} lines, but the tokenizer has no such token"
+            wrong = f"documents end with {END_OF_TEXT}, but the tokenizer has no such token"
             raise DataError(f"{wrong}: name its own with --set model.eos_token_id=N")
         ids = tokenizer.encode_batch(texts)
         return [(p, np.array(i + [end] * p[1], np.uint16)) for p, i in zip(batch, ids, strict=True)]

@@ -53,7 +53,7 @@ LEAST_TOKENS = 2**20  # read even if a run needs fewer: in a second
 # by a run, into its folder
 WRITTEN = ("checkpoints", "data/tokens-*", "data/dataset-*", "data/commits.json", "logs", "previous-*")
 # by the datasets package; a cache is what `map` or `shuffle` made of the texts
-BESIDE_ARROW = ("dataset_info.json", "dataset_dict.json", "state.json", "cache-*.arrow")
+BESIDE_ARROW = ("dataset_info*.json", "dataset_dict.json", "state.json", "cache-*.arrow")
 
 
 class Piece(NamedTuple):
@@ -224,7 +224,8 @@ class Dataset:
     def _announce(self, tokenizer: Tokenizer, say: Callable[[str], None]) -> None:
         texts, began = [*self.training_texts(2**20)], time.perf_counter()
         per_token = self.tokens / max(1, sum(map(len, tokenizer.encode_batch(texts))))
-        seconds, size = (time.perf_counter() - began) * per_token, sum(map(len, texts)) * per_token
+        seconds = (time.perf_counter() - began) * per_token
+        size = sum(len(text.encode()) for text in texts) * per_token
         words = f"up to {self.tokens:,} tokens, {size / 1e6:,.0f} MB of text, in about {seconds:,.0f} s"
         free = shutil.disk_usage(self.output).free
         disk = f"{2 * self.tokens / 1e6:,.0f} MB on a disk with {free / 1e6:,.0f} MB free"

@@ -364,9 +364,9 @@ def _prepare_data(
 
     def check(identity: str | None) -> None:
         if newest and newest.facts.get("data_sha256") != identity and not config.run.allow_data_change:
-            wrong = "is not the text this run was trained on (its hash differs from the checkpoint's)"
+            wrong = f"not the text this run was trained on (its {'hash' if identity else 'name'} is another)"
             raise DataError(
-                f"{name} {wrong}: restore it, pass --set run.allow_data_change=true, or {way_out}"
+                f"{name} is {wrong}: restore it, pass --set run.allow_data_change=true, or {way_out}"
             )
 
     data = text.prepare(tokenizer, end_id, check, say)

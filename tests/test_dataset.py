@@ -22,6 +22,7 @@ import pytest
 from fake_hub import FIRST, SECOND, FakeHub
 from fsspec.compression import compr
 from huggingface_hub import HfApi
+from tiny_models import metaspace_tokenizer
 
 import smollm2.data as data_module
 import smollm2.rows as rows_module
@@ -32,6 +33,8 @@ from smollm2.errors import DataError, UserError
 from smollm2.folder import absent_folders, clear
 from smollm2.rows import _json_rows
 from smollm2.tokenizer import END_OF_TEXT, Tokenizer
+from smollm2.training import train
+from tests.soak import small_config
 
 datasets = pytest.importorskip("datasets", reason="pip install datasets")
 pyarrow = pytest.importorskip("pyarrow")
@@ -110,6 +113,7 @@ def test_every_text_of_a_folder_is_read_whatever_its_name_and_others_are_named(p
     datasets.Dataset.from_dict({"text": []}).to_parquet(place / "in/without rows.parquet")
     datasets.Dataset.from_dict({"text": ["kept"]}).save_to_disk(place / "in/saved")
     write(place / "in", {"saved/cache-1c80317fa3b1799d.arrow": "what map made of it"})
+    write(place / "in", {"dataset_infos.json": '{"default": {"description": "a", "citation": "b"}}'})
     feather.write_feather(pyarrow.table({"text": ["quick"]}), str(place / "in/f.feather"))
     (place / "in/linked").symlink_to(place / "saved")
     (place / "in/lost.txt").symlink_to(place / "nowhere")
@@ -130,7 +134,7 @@ def test_every_text_of_a_folder_is_read_whatever_its_name_and_others_are_named(p
     found, said = read()
     assert found == sorted(f"{name}\n" for name in [*texts, *rows])
     empty = ", ".join(f"{place}/in/without rows.{kind}" for kind in ("csv", "parquet"))
-    others = "LICENSE, empty.txt, linked, lost.txt, picture.png, saved/cache-1c80317fa3b1799d.arrow, "
+    others = "LICENSE, dataset_infos.json, empty.txt, linked, lost.txt, picture.png, saved/cache-1c80317fa3b1799d.arrow, "
     others += "saved/dataset_info.json, saved/state.json"
     assert said.endswith(f"; not read: in/{others.replace(', ', ', in/')}, {empty}")
 
@@ -421,6 +425,35 @@ def test_of_a_book_behind_whose_end_nothing_is_read_the_end_of_that_is_held_out(
     train, val = ("".join(part.texts(TOKENIZER, 0)) for part in (data.train, data.val))
     assert BOOK.startswith(train + val) and 0.09 < len(val) / len(train + val) < 0.11
     assert "read 1 documents" in said[-1]
+
+
+def test_what_is_about_to_be_read_is_told_in_bytes(place):
+    said: list[str] = []
+    write(place / "in", {"a.jsonl": jsonl(*({"text": f"{n}大江東去" * 3000} for n in range(90)))})
+    data = prepare(tokens=10**7, say=said.append)
+    size, tokens = (
+        sum(of)
+        for of in zip(*((part.text_bytes, len(part.tokens)) for part in (data.train, data.val)), strict=True)
+    )
+    told = re.search(r"up to 10,000,000 tokens, ([\d,]+) MB of text", said[0])
+    assert float(told[1]) == pytest.approx(size / tokens * 10, rel=0.1)
+
+
+def test_a_tokenizer_without_an_end_is_told_so_and_not_that_the_text_has_lines_of_it(place):
+    write(place / "in", {"a.jsonl": jsonl({"text": "the king"}, {"text": "said"})})
+    dataset = Dataset(DataConfig(dataset="in"), Path("out"), 1000)
+    with pytest.raises(
+        DataError, match=r"^documents end with <\|endoftext\|>, but the tokenizer has no such"
+    ):
+        dataset.prepare(metaspace_tokenizer(), None, lambda identity: None, print)
+
+
+def test_a_run_whose_dataset_has_another_name_is_not_told_of_a_hash(place):
+    write(place, {"one.jsonl": jsonl(*({"text": text} for text in stories(100)))})
+    train(small_config("", "out", data={"dataset": "one.jsonl"}, max_steps=1))
+    os.rename("one.jsonl", "two.jsonl")
+    with pytest.raises(DataError, match=r"two.jsonl is not the text .* \(its name is another\)"):
+        train(small_config("", "out", data={"dataset": "two.jsonl"}, max_steps=2))
 
 
 def test_a_tokenizer_sees_training_documents_only(place):
