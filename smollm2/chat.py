@@ -47,10 +47,11 @@ def default_template(tokenizer: Tokenizer) -> tuple[str, int]:
     return PLAIN, tokenizer.end_of_text_id
 
 
-def read_conversations(path: str | Path) -> Iterator[list[dict]]:
-    """The messages of each conversation; raises `DataError` that names file and line."""
+def read_conversations(path: str | Path, left_out: list[str] | None = None) -> Iterator[list[dict]]:
+    """The messages of each conversation; raises `DataError` that names file and line. `left_out` gets the
+    pieces of a text that are none."""
     if Path(path).suffix.lower() not in (".jsonl", ".ndjson", ".json"):
-        yield from _pairs(path)
+        yield from _pairs(path, [] if left_out is None else left_out)
         return
     for number, line in enumerate(_lines(path), 1):
         if line.strip():
@@ -84,19 +85,21 @@ def _messages(line: str, where: str) -> list[dict]:
     return found
 
 
-def _pairs(path: str | Path) -> Iterator[list[dict]]:
+def _pairs(path: str | Path, left_out: list[str]) -> Iterator[list[dict]]:
     """A piece is a title, a blank line and the text: what asks for it, and the text."""
     pieces: list[str] = []
     for piece, is_end in chain(documents(read_text(path)), [("", True)]):  # the last may lack its end
         pieces.append(piece)
         if not is_end:
             continue
-        title, _, text = "".join(pieces).strip("\n").partition("\n\n")
-        pieces = []
+        piece, pieces = "".join(pieces).strip("\n"), []
+        title, _, text = piece.partition("\n\n")
         if text.strip() and "\n" not in title:
             explains = title.split(" ")[0] in ("How", "Why", "What", "Where", "When")
             ask = f"Explain: {title}" if explains else f"Tell me the story called {title}"
             yield [{"role": "user", "content": ask}, {"role": "assistant", "content": text.strip()}]
+        elif piece.strip():
+            left_out.append(piece)
 
 
 def encode_conversation(
@@ -176,11 +179,14 @@ class ChatFile:
         }
         identity = sha256_json(key | {"tokenizer": tokenizer.sha256, "held_out_fraction": self.held_out})
         check(identity)
-        special = self.special_tokens(tokenizer, end)
+        special, left_out = self.special_tokens(tokenizer, end), []
         encoded = [
             encode_conversation(tokenizer, messages, template, special)
-            for messages in read_conversations(self.name)
+            for messages in read_conversations(self.name, left_out)
         ]
+        if left_out:
+            want = "are left out for want of a title and a blank line"
+            say(f"note: {len(left_out):,} pieces {want}: {left_out[0][:60]!r}")
         cut = self._trained(len(encoded))
         if cut < 1:
             raise DataError(f"--chat_file {self.name}: {len(encoded)} conversations; expected at least 2")

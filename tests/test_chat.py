@@ -148,6 +148,19 @@ def test_the_pieces_of_a_text_become_pairs(tmp_path):
     ]
 
 
+def test_a_piece_without_a_title_is_left_out_but_not_in_silence(tokenizer, tmp_path):
+    (path := tmp_path / "pieces.txt").write_text(
+        "".join(f"The Hat {n}\n\nOnce.\n<|endoftext|>\n" for n in range(3)) + "No title,\nbut words.\n"
+    )
+    said: list[str] = []
+    chat.ChatFile(str(path), 0.1, None).prepare(tokenizer, None, lambda identity: None, said.append)
+    assert (
+        said[0]
+        == "note: 1 pieces are left out for want of a title and a blank line: 'No title,\\nbut words.'"
+    )
+    assert "3 conversations" in said[1]
+
+
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("chat") / "talk.jsonl"
