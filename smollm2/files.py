@@ -17,6 +17,7 @@ from typing import Any
 from .errors import CheckpointError
 
 CHUNK_BYTES = 2**20
+RANDOM = "[0-9a-f]" * 8  # what `secrets.token_hex(4)` gives, as a pattern
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -136,15 +137,17 @@ def commit_folder(
 
 
 def remove_leftovers(folder: str | Path) -> None:
-    """Remove what `commit_folder` and `replace_durably` leave in a folder when they are killed half-way. What
-    had stepped aside comes back where its successor never arrived."""
-    for path in sorted(Path(folder).glob("*.old-*")):
+    """Remove what a killed `commit_folder` leaves of a checkpoint, and a killed `replace_durably`. What had
+    stepped aside comes back where its successor never arrived. By their whole names: a folder that was chosen
+    to write to may hold a person's `notes.old-2025`, too."""
+    folder = Path(folder)
+    for path in sorted(folder.glob(f"*.ckpt.old-{RANDOM}")):
         target = path.with_name(path.name.split(".old-")[0])
         if target.exists():
             shutil.rmtree(path, ignore_errors=True)
         else:
             os.rename(path, target)
-    for path in Path(folder).glob("*.tmp-*"):
+    for path in [*folder.glob(f"*.ckpt.tmp-{RANDOM}"), *folder.glob(".*.tmp-[0-9]*")]:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 

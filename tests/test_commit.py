@@ -294,3 +294,16 @@ def test_what_a_kill_left_half_written_goes_at_the_next_start(tmp_path):
         (tmp_path / place / ".x.tmp-1").touch()
     tidy(tmp_path)
     assert not list(tmp_path.rglob("*.tmp-*"))
+
+
+def test_what_a_person_has_in_that_folder_stays(tmp_path):
+    """`--output_dir .`: names that end almost as those which a kill leaves."""
+    places = ["", "checkpoints", "logs", "data", "data/tokens-1"]
+    names = ["notes", "notes.old-2025", "notes.old-20251127", "notes.tmp-1", "a.ckpt", "a.ckpt.old-good"]
+    theirs = {tmp_path / place / name / "page" for place in places for name in names}
+    theirs |= {tmp_path / place / name for place in places for name in ("a.old-1", "a.tmp-12345678")}
+    for path in theirs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    tidy(tmp_path)
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == theirs

@@ -255,6 +255,14 @@ def test_what_a_failure_leaves_the_next_start_completes(text_file, tokenizer, tm
 SHAPES = [(1000, 16, 4), (130, 64, 1), (65, 64, 3), (129, 64, 2), (10_000, 7, 5), (50, 2, 8)]
 
 
+def test_a_folder_of_a_person_beside_the_tokens_stays(text_file, tokenizer, tmp_path):
+    theirs = tmp_path / "data/experiment/progress.json"
+    theirs.parent.mkdir(parents=True)
+    theirs.touch()
+    prepare_tokens(text_file(TEXT), tokenizer, tmp_path / "data", 0.1)
+    assert theirs.exists()
+
+
 @pytest.mark.parametrize(("count", "length", "batch"), SHAPES)
 def test_every_row_is_used_once_an_epoch_and_none_straddles_the_end(count, length, batch):
     order = BatchOrder(count, length, batch, seed=5)
