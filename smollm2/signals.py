@@ -52,8 +52,8 @@ def loading() -> Iterator[None]:
 
 
 class StopSignals:
-    """Context manager that turns the first stopping signal into `received`; a second Ctrl-C interrupts at
-    once.
+    """Context manager that turns the first stopping signal into `received`; a second Ctrl-C, or one when
+    nothing is left to save, interrupts at once.
 
     Lightning wraps SIGTERM when it starts to fit (and then ends with exit code 0), so the loop calls
     `install` again from inside. On another thread than the main one this does nothing.
@@ -62,6 +62,7 @@ class StopSignals:
     def __init__(self, say: Callable[[str], None]):
         self.say = say
         self.received: int | None = None
+        self.is_over = False
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopSignals:
@@ -83,12 +84,18 @@ class StopSignals:
             self.say("--stop_after: the time is up. Saved; the same command goes on from here")
         self.received = number
 
+    def over(self) -> int | None:
+        """Training has ended and all is saved. Returns what was received until then."""
+        self.is_over = True
+        return self.received
+
     def _handle(self, number: int, frame) -> None:
-        if self.received is not None and number == signal.SIGINT:
+        if number == signal.SIGINT and (self.is_over or self.received is not None):
             raise KeyboardInterrupt
         self.received = number
+        words = "all is saved" if self.is_over else "finishing this step and saving ..."
         with contextlib.suppress(RuntimeError):  # it fell into the middle of another print: "reentrant call"
-            self.say(f"{signal.Signals(number).name}: finishing this step and saving ...")
+            self.say(f"{signal.Signals(number).name}: {words}")
 
     def __exit__(self, *_) -> None:
         for number, handler in self._before.items():

@@ -297,4 +297,4 @@ def train(config: RunConfig, reporter: Reporter | None = None, began: float | No
                     run.saver.copy_newest(final_name)
             elif signals.received is None:
                 run_phase(run, target, final_name, signals, result)
-        return complete_result(result, run, signals.received, time.monotonic() - began)
+        return complete_result(result, run, signals.over(), time.monotonic() - began)

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import Heard
 
 from smollm2.checkpoint import candidates, newest_usable
 from smollm2.errors import BusyError, is_terminal
@@ -85,6 +86,15 @@ def test_ctrl_c_twice_stops_at_once_and_leaves_the_last_checkpoint(text, tmp_pat
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in said
     assert newest_usable(candidates(tmp_path / "output/checkpoints")).step == 10
+
+
+def test_ctrl_c_when_all_is_saved_leaves_at_once(text, tmp_path, monkeypatch):
+    """While the end is compared with others, which may take minutes, or waits for Drive."""
+    monkeypatch.setattr("smollm2.result.counted", lambda *_: os.kill(os.getpid(), signal.SIGINT) or {})
+    with pytest.raises(KeyboardInterrupt):
+        train(small_config(text, tmp_path / "output", max_steps=3), heard := Heard())
+    assert not any("SIGINT" in line for line in heard.messages)
+    assert newest_usable(candidates(tmp_path / "output/checkpoints")).step == 3
 
 
 def test_when_the_reader_of_its_lines_leaves_the_step_is_saved(text, undisturbed, tmp_path):
