@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from .config import RunConfig, TrainConfig
+from .config import RunConfig
 from .errors import ConfigError
 from .parameters import flops_per_token
 
@@ -116,9 +116,9 @@ def device_name(device: torch.device) -> str:
     return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
-def fingerprint(device: torch.device, precision: Precision, train: TrainConfig) -> dict[str, str]:
+def fingerprint(device: torch.device, precision: Precision, config: RunConfig) -> dict[str, str]:
     """What bit-exactness depends on besides the state; compared on resume."""
-    cuda = device.type == "cuda"
+    cuda, train, micro = device.type == "cuda", config.train, config.train.micro_batch_size
     return {
         "device": device_name(device),
         "torch": torch.__version__.split("+")[0],
@@ -130,7 +130,8 @@ def fingerprint(device: torch.device, precision: Precision, train: TrainConfig) 
         "deterministic": str(train.deterministic or not cuda).lower(),
         # AVX2 and AVX-512 kernels add in different orders
         "cpu_capability": "none" if cuda else torch.backends.cpu.get_cpu_capability(),
-    }
+        "workers": str(config.run.devices * config.run.num_nodes),
+    } | ({"micro_batch": str(micro)} if micro else {})
 
 
 @contextlib.contextmanager

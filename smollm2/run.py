@@ -59,6 +59,7 @@ from .workers import announce_open, check_workers, is_first_worker, use_own_gpu,
 BPE_TRAINING_CHARACTERS = 2**26  # enough for any vocabulary
 
 Say = Callable[[str], None]
+Text = InputFile | Dataset | ChatFile
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ class Run:
             "dataset": self.data.sidecar.get("dataset"),
             "tokenizer_sha256": self.tokenizer.sha256,
             "config_sha256": sha256_json(state.config),
-            "fingerprint": hardware.fingerprint(self.device, self.precision, config.train),
+            "fingerprint": hardware.fingerprint(self.device, self.precision, config),
             "versions": {"smollm2": __version__, "torch": torch.__version__},
         }
         self.saver.save(name, state.step, files, tensors, facts, state.best.get("step"))
@@ -300,9 +301,6 @@ def _with_base_model(config: RunConfig) -> RunConfig:
         raise CheckpointError(f"run.init_from={source}: {reason}") from None
     except ValidationError as error:
         raise ConfigError(f"run.init_from={source}: {problems(error, RunConfig)}") from None
-
-
-Text = InputFile | Dataset | ChatFile
 
 
 def _choose_tokenizer(
@@ -456,11 +454,11 @@ def load(run: Run) -> tuple[SmolLM2, TrainState, dict[str, torch.Tensor]]:
     tensors = load_tensors(folder / "optim.safetensors")
     restore_rng({name: tensors.pop(name) for name in list(tensors) if name.startswith("rng.")}, run.device)
     state.restore_python_rng()
-    state.micro_batch_size = min(state.micro_batch_size, train.micro_batch_size or rows, rows)
     if run.logs:
         run.logs.write(CHECKPOINTS, state.step, event="resumed", name=folder.name)
     run.say(f"continuing from {folder.name}: step {state.step} of {run.total_steps}")
-    _say_what_differs(run)
+    _settle_differences(run, state)
+    state.micro_batch_size = min(state.micro_batch_size, rows)
     _extend_schedule(run, state)
     return model, state, tensors
 
@@ -471,11 +469,13 @@ def schedule_of(train: TrainConfig, state: TrainState) -> Schedule:
     return Schedule(train.learning_rate, train.warmup_steps, train.decay_fraction, start, total)
 
 
-def _say_what_differs(run: Run) -> None:
-    """A line where the bits of an undisturbed run cannot be expected."""
-    before = run.saver.newest.facts.get("fingerprint", {})
-    now = hardware.fingerprint(run.device, run.precision, run.config.train)
+def _settle_differences(run: Run, state: TrainState) -> None:
+    """Say where an undisturbed run's bits cannot be expected. A micro-batch counts where it is asked anew."""
+    before = {"micro_batch": str(state.micro_batch_size)} | run.saver.newest.facts.get("fingerprint", {})
+    now = hardware.fingerprint(run.device, run.precision, run.config)
     changes = [f"{key}: {before[key]} -> {now[key]}" for key in now if before.get(key, now[key]) != now[key]]
+    if now.get("micro_batch", before["micro_batch"]) != before["micro_batch"]:
+        state.micro_batch_size = run.config.train.micro_batch_size
     if changes:
         run.say(f"continuing, not bit-exact: {'; '.join(changes)}")
     elif now["deterministic"] == "false":

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from smollm2 import plan as planning
-from smollm2.config import TrainConfig
+from smollm2.config import RunConfig
 from smollm2.device import (
     choose_precision,
     fingerprint,
@@ -87,7 +87,7 @@ def test_repeatable_sums_leave_the_process_as_it_was_and_fill_no_memory():
 
 def test_a_coarser_matrix_product_is_told_when_a_run_goes_on():
     """Set in an earlier cell, "medium" multiplies fp32 as bf16, on some CPUs as well."""
-    facts = (torch.device("cpu"), choose_precision("fp32", torch.device("cpu")), TrainConfig())
+    facts = (torch.device("cpu"), choose_precision("fp32", torch.device("cpu")), RunConfig())
     before = fingerprint(*facts)
     torch.set_float32_matmul_precision("medium")
     try:

@@ -19,11 +19,11 @@ from conftest import Heard, earlier_cell
 from smollm2 import load_config, saver
 from smollm2 import run as opening
 from smollm2.checkpoint import FINAL_NAMES, step_name, verify
-from smollm2.device import Precision
+from smollm2.device import Precision, choose_precision
 from smollm2.errors import OutputLost
 from smollm2.logs import EPOCHS, SAMPLES, TRAINING
 from smollm2.progress import Reporter
-from smollm2.state import TrainState
+from smollm2.state import TrainState, read_state
 from smollm2.training import TrainingLoop, train
 from tests import soak
 from tests.soak import compare, outcome, small_config
@@ -150,6 +150,34 @@ def test_a_finished_run_can_be_extended_and_killed_meanwhile(text, finished, tmp
     assert train(killed, Reporter()).step == 80
     compare(tmp_path / "killed", outcome(tmp_path / "whole"))
     assert verify(tmp_path / "killed" / "checkpoints" / FINAL).step == 80
+
+
+def test_another_micro_batch_is_taken_and_told_and_one_that_was_halved_stays(text, tmp_path):
+    heard = [Heard() for _ in range(4)]
+    settings = {"sample_every": 100, "val_every": 100}
+    for steps, micro, listener in zip((2, 4, 6, 8), (2, 8, None, 4), heard, strict=True):
+        config = small_config(
+            text, tmp_path / "output", **settings | {"max_steps": steps, "micro_batch_size": micro}
+        )
+        train(config, listener)
+        state = read_state(verify(tmp_path / "output/checkpoints" / FINAL))
+        assert state.micro_batch_size == (micro or 8)
+    told = [
+        "continuing, not bit-exact: micro_batch: 2 -> 8",
+        "continuing, not bit-exact: micro_batch: 8 -> 4",
+    ]
+    assert [line for one in heard for line in one.messages if "bit-exact" in line] == told
+
+    halved, cpu = state.model_copy(update={"micro_batch_size": 2}), torch.device("cpu")
+    saved = SimpleNamespace(newest=verify(tmp_path / "output/checkpoints" / FINAL))
+    facts = {
+        "device": cpu,
+        "precision": choose_precision("fp32", cpu),
+        "config": config,
+        "say": heard[0].message,
+    }
+    opening._settle_differences(SimpleNamespace(saver=saved, **facts), halved)
+    assert halved.micro_batch_size == 2
 
 
 def test_running_a_finished_run_again_changes_nothing(text, finished):
