@@ -46,6 +46,7 @@ from .optim import make_optimizer
 from .parameters import flops_per_token, parameter_count, training_bytes
 from .sampling import stream
 from .settings import load_config
+from .text import read_text
 
 PROBE_SECONDS = 4.0  # of measured steps, after two that warm up; four times as many where they differ
 MINUTES = (10, 20, 60, 480)
@@ -357,8 +358,8 @@ def estimate(config: RunConfig, gpu: Gpu) -> Speed:
     """Speed on a card that is not here: arithmetic, no measurement. A small model waits for its kernels to be
     launched: about 40 a layer forward, 65 backward, at 10 microseconds each on the CPU of a Colab machine."""
     train, length, layers = config.train, config.data.sequence_length, config.model.num_hidden_layers
-    tokens = train.batch_size * length
-    parts = train.batch_size // (train.micro_batch_size or train.batch_size)
+    rows = train.batch_size // (config.run.devices * config.run.num_nodes)
+    tokens, parts = rows * length, rows // (train.micro_batch_size or rows)
     computing = tokens * flops_per_token(config.model, length) / (gpu.tflops * 1e12)
     step = max(computing, parts * (105 * layers + 150) * LAUNCH_SECONDS)
     return Speed(step, step / tokens / 3, (40 * layers + 50) * LAUNCH_SECONDS)  # a forward pass is a third
@@ -372,6 +373,9 @@ def plan(config: RunConfig, gpu: str | None = None, minutes=MINUTES, seconds=PRO
     train, length = config.train, config.data.sequence_length
     if gpu:
         card, device_type = GPUS[gpu], "cuda"
+        if train.precision not in ("auto", card.precision.name):
+            known = f"the speed of --gpu {gpu} is known in {card.precision.name} only"
+            raise ConfigError(f"train.precision {train.precision}: {known}; leave it out")
         precision, room, name = card.precision, card.gib * 2**30, f"{gpu.upper()} (not here: estimated)"
     else:
         device = choose_device()
@@ -402,7 +406,8 @@ def plan(config: RunConfig, gpu: str | None = None, minutes=MINUTES, seconds=PRO
         "precision": precision.name, "micro_batch_size": micro, "tokens_per_step": per_step,
         "memory_bytes": memory_parts(config, micro, is_half, device_type), "room_bytes": int(room),
         "tokens_per_second": per_step / speed.step, "is_measured": gpu is None,
-        "measured_peak_bytes": speed.peak_bytes or None, "text_tokens": int(in_text), "buys": buys,
+        "measured_peak_bytes": speed.peak_bytes or None, "text_tokens": int(in_text),
+        "training_tokens": int(in_text) - held_out, "buys": buys,
     }  # fmt: skip
 
 
@@ -438,7 +443,7 @@ def table(facts: dict) -> str:
         f"{'minutes':>9}{'steps':>10}{'tokens':>16}   passes over the text",
     ]
     for row in facts["buys"]:
-        passes = f"{row['tokens'] / facts['text_tokens']:.1f}" if facts["text_tokens"] else "-"
+        passes = f"{row['tokens'] / facts['training_tokens']:.1f}" if facts["training_tokens"] else "-"
         lines.append(f"{row['minutes']:>9g}{row['steps']:>10,}{row['tokens']:>16,}   {passes}")
     return "\n".join(lines)
 
@@ -457,6 +462,8 @@ def main(argv: list[str] | None = None) -> int:
     asked = "smollm2-135m" if args.gpu and args.preset == "auto" else args.preset
     flags = {"data.input_file": args.input_file, "train.minutes": args.minutes}
     config = load_config(choose_preset(asked)[0], None, args.overrides, **flags)
+    if "input_file" in config.data.model_fields_set:
+        next(read_text(config.data.input_file), None)
     facts = plan(config, args.gpu, (config.train.minutes,) if config.train.minutes else MINUTES)
     print(json.dumps(facts) if args.json else table(facts))
     return 0

@@ -16,7 +16,7 @@ from smollm2 import plan as planning
 from smollm2.config import RunConfig, SmolLM2Config
 from smollm2.dataset import open_text
 from smollm2.device import choose_precision
-from smollm2.errors import ConfigError
+from smollm2.errors import ConfigError, UserError
 from smollm2.model import SmolLM2
 from smollm2.parameters import parameter_count
 from smollm2.settings import load_config
@@ -218,3 +218,45 @@ def test_minutes_and_a_dataset_may_be_set(capsys):
     ]
     assert planning.main(words) == 0
     assert [row["minutes"] for row in json.loads(capsys.readouterr().out)["buys"]] == [7]
+
+
+def test_four_cards_train_four_times_as_fast_as_one():
+    settings = {"train.batch_size": 64, "train.micro_batch_size": 8}
+    speeds = [
+        planning.plan(load_config("smollm2-135m", **settings | {"run.devices": n}), gpu="t4")[
+            "tokens_per_second"
+        ]
+        for n in (1, 4)
+    ]
+    assert speeds[1] == pytest.approx(4 * speeds[0])
+
+
+def test_passes_are_over_what_is_trained_on(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("A story. " * 20000)
+    words = [
+        "--preset",
+        "smollm2-10m",
+        "--gpu",
+        "t4",
+        "--input_file",
+        str(tmp_path / "a.txt"),
+        "--minutes",
+        "9",
+    ]
+    planning.main([*words, "--set", "held_out_fraction=0.5", "--json"])
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["training_tokens"] == pytest.approx(facts["text_tokens"] / 2, abs=1)
+    passes = facts["buys"][0]["tokens"] / facts["training_tokens"]
+    assert planning.table(facts).endswith(f"   {passes:.1f}")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--set", "precision=fp32"], r"train\.precision fp32: the speed of --gpu t4 is known in fp16 only"),
+        (["--input_file", "missing.txt"], "missing.txt: no such file"),
+    ],
+)
+def test_what_a_plan_cannot_follow_is_refused_not_passed_over(words, told):
+    with pytest.raises(UserError, match=told):
+        planning.main(["--preset", "smollm2-10m", "--gpu", "t4", *words])
