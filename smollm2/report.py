@@ -61,7 +61,7 @@ def draw_report(config: RunConfig, references: dict[str, float]) -> tuple[plots.
     words = [f"{s:,.0f}\n{s * tokens / 1e6:.2f} M\n{t:,.0f} s" for s, t in zip(ticks, at, strict=True)]
     ax.set_xticks(ticks, words)
     x = "steps, tokens and seconds of training"
-    text = Path(data.dataset or data.input_file).name
+    text = Path(data.chat_file or data.dataset or data.input_file).name
     plots.label(ax, f"{config.preset} on {text}", x, "nats per token")
     fig.legend(loc="outside lower center", ncols=2, edgecolor="none")
     told = ", ".join(f"{name} {value:.2f}" for name, value in references.items())

@@ -65,3 +65,10 @@ def test_a_disk_that_does_not_take_the_picture_costs_only_the_picture(text, tmp_
     monkeypatch.setattr(report, "replace_durably", full)
     result = train(small_config(text, tmp_path / "output", max_steps=5), Reporter())
     assert result.checkpoint.is_dir() and result.report is None and "curves" not in result.table()
+
+
+def test_a_run_of_conversations_is_named_by_their_file(run):
+    config = run[0]
+    data = config.data.model_copy(update={"chat_file": "talks/mine.jsonl"})
+    figure, _ = draw_report(config.model_copy(update={"data": data}), {})
+    assert figure.axes[0].get_title(loc="left") == "nano on mine.jsonl"
