@@ -49,7 +49,7 @@ def prepare(argv: list[str] | None):
 
     asked = args.preset
     if asked == "auto" and args.config is not None:
-        asked = read_yaml(args.config).get("preset", "auto")
+        asked = read_yaml(args.config).get("preset") or "auto"
     flags = {dotted: getattr(args, name) for name, (dotted, _, _) in FLAGS.items()}
     check_asked_once(args.overrides, flags)
     configs, mistakes = {}, []

@@ -38,10 +38,10 @@ def test_a_file_may_leave_the_preset_to_the_machine(config_file, monkeypatch):
     import smollm2.device
 
     trained = trained_configs(monkeypatch)
-    monkeypatch.setattr(smollm2.device, "choose_preset", lambda asked: ("nano", asked))
-    for flags in ([], ["--preset", "auto"]):
-        colab_train.main([*flags, "--config", config_file("preset: auto\ntrain: {max_steps: 5}\n")])
-    assert [(config.preset, config.train.max_steps) for config in trained] == [("nano", 5)] * 2
+    monkeypatch.setattr(smollm2.device, "choose_preset", lambda asked: ({"auto": "nano"}[asked], asked))
+    for flags, named in ([], "auto"), (["--preset", "auto"], "auto"), ([], ""):
+        colab_train.main([*flags, "--config", config_file(f"preset: {named}\ntrain: {{max_steps: 5}}\n")])
+    assert [(config.preset, config.train.max_steps) for config in trained] == [("nano", 5)] * 3
 
 
 def test_steps_or_minutes_count_and_it_is_the_last_that_was_asked_for(config_file):
