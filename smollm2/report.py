@@ -48,7 +48,7 @@ def draw_report(config: RunConfig, references: dict[str, float]) -> tuple[plots.
         style = {"color": color, "linestyle": dash, "linewidth": 1.2, "marker": ""}
         ax.axhline(value / bits_per_nat, **style, label=f"{name}: {value:.2f}")
     top, best_of_others = max(trained[0][1], *held_out), min(references.values(), default=8) / bits_per_nat
-    low = min(held_out[-1], trained[-1][1], best_of_others)
+    low = min(*held_out, trained[-1][1], best_of_others)  # a mark outside would push everything else out
     last = max(trained[-1][0], steps[-1])  # the end is scored also where its loss is not due in the log
     ax.set(xlim=(0, last), ylim=(0.9 * low, 1.02 * top))
     scale = (lambda nats: nats * bits_per_nat, lambda bits: bits / bits_per_nat)

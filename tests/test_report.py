@@ -3,6 +3,7 @@
 import pytest
 
 from smollm2 import report
+from smollm2.config import PlaceConfig
 from smollm2.logs import METRICS, TRAINING, numbers, read_log
 from smollm2.ngram import NGram
 from smollm2.progress import Reporter
@@ -72,3 +73,17 @@ def test_a_run_of_conversations_is_named_by_their_file(run):
     data = config.data.model_copy(update={"chat_file": "talks/mine.jsonl"})
     figure, _ = draw_report(config.model_copy(update={"data": data}), {})
     assert figure.axes[0].get_title(loc="left") == "nano on mine.jsonl"
+
+
+def test_the_lowest_score_is_in_the_picture_of_a_run_that_diverged(run, tmp_path):
+    """A mark outside pushed the axis out of its own picture."""
+    config, logs = run[0].model_copy(update={"run": PlaceConfig(output_dir=str(tmp_path))}), tmp_path / "logs"
+    logs.mkdir()
+    rows = [
+        (step, f"train_loss={loss} val_loss={loss} val_bits_per_byte={loss}")
+        for step, loss in ((1, 6), (2, 2), (3, 9))
+    ]
+    (logs / TRAINING).write_text("".join(f"now step={step} {words}\n" for step, words in rows))
+    (logs / METRICS).write_text("".join(f"now step={step} tokens_per_second=1000\n" for step, _ in rows))
+    figure, _ = draw_report(config, {})
+    assert figure.axes[0].get_ylim()[0] < 2
