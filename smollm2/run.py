@@ -242,9 +242,8 @@ def _open(config: RunConfig, device: torch.device, reporter: Reporter, is_first:
         config = config.model_copy(update={"train": train.model_copy(update={"micro_batch_size": rows})})
     config = _with_compile(config, newest, state, device, precision, say)
     if train.minutes:
-        config = _with_steps(config, state, device, precision, data, is_first, began, say)
-    train = config.train
-    steps = train.max_steps + train.continue_steps
+        config = _with_steps(config, newest, state, device, precision, data, is_first, began, say)
+    train, steps = config.train, config.train.max_steps + config.train.continue_steps
     if note := note_on_passes(steps, train.batch_size * config.data.sequence_length / len(data.train.tokens)):
         say(note)
     run_id = newest.run_id if newest else sha256_json([fixed_settings(config), data.sha256, began_with])[:16]
@@ -362,10 +361,8 @@ def _prepare_data(
 
     def check(identity: str | None) -> None:
         if newest and newest.facts.get("data_sha256") != identity and not config.run.allow_data_change:
-            wrong = f"not the text this run was trained on (its {'hash' if identity else 'name'} is another)"
-            raise DataError(
-                f"{name} is {wrong}: restore it, pass --set run.allow_data_change=true, or {way_out}"
-            )
+            wrong = f"not the text this run was trained on (its {'hash' if identity else 'name'} is another): restore"
+            raise DataError(f"{name} is {wrong} it, pass --set run.allow_data_change=true, or {way_out}")
 
     data = text.prepare(tokenizer, end_id, check, say)
     check_length(data, config.data.sequence_length, name)
@@ -398,15 +395,16 @@ def _with_compile(
 
 
 def _with_steps(
-    config: RunConfig, state: TrainState, device: torch.device, precision: hardware.Precision,
-    data: TokenData, is_first: bool, began: float, say: Say,
+    config: RunConfig, newest: Manifest | None, state: TrainState, device: torch.device,
+    precision: hardware.Precision, data: TokenData, is_first: bool, began: float, say: Say,
 ) -> RunConfig:  # fmt: skip
     """With `--minutes`: as many steps as end in them. A run that has begun keeps its number: it ends with the
-    same bits wherever it goes on."""
+    same bits wherever it goes on. One that has ended goes on for `continue_steps`."""
     train = config.train
     if state.step:
         total = state.schedule_total
         say(f"--minutes: this run was planned with {total:,} steps when it began, and keeps them")
+        total += train.continue_steps * (newest.folder.name == FINAL_NAMES[0] and state.step == total)
     elif is_first:
         say("--minutes: measuring the speed of this machine ...")
         speed = measure(config, device, precision)
@@ -459,6 +457,8 @@ def load(run: Run) -> tuple[SmolLM2, TrainState, dict[str, torch.Tensor]]:
     run.say(f"continuing from {folder.name}: step {state.step} of {run.total_steps}")
     _settle_differences(run, state)
     state.micro_batch_size = min(state.micro_batch_size, rows)
+    if saver.newest.facts.get("data_sha256") != run.data.sha256:  # scores and passes were another text's
+        state.best, state.epoch = {}, TrainState().epoch
     _extend_schedule(run, state)
     return model, state, tensors
 

@@ -4,7 +4,7 @@ import signal
 import time
 
 from conftest import Heard
-from test_resume import FINAL, same_result
+from test_resume import CONTINUED, FINAL, same_result
 
 from smollm2 import run as run_module
 from smollm2.checkpoint import verify
@@ -55,6 +55,16 @@ def test_a_resumed_run_keeps_its_number_of_steps_and_ends_with_their_bits(text, 
     assert planned - 3 <= result.step <= planned and "keeps them" in words(heard)
     train(small_config(text, tmp_path / "b", max_steps=result.step, **RARELY))
     same_result(tmp_path / "a", FINAL, tmp_path / "b", FINAL)
+
+
+def test_a_run_of_minutes_that_has_ended_can_be_continued(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "measure", lambda *_: Speed(1.0, 0.0, 0.0))
+    monkeypatch.setattr(run_module, "steps_within", lambda *_: 6)
+    minutes = RARELY | {"minutes": 1.0}
+    assert train(small_config(text, tmp_path / "a", **minutes)).step == 6
+    for _ in range(2):  # the second one finds it finished
+        more = train(small_config(text, tmp_path / "a", continue_steps=4, **minutes))
+        assert (more.step, more.checkpoint.name) == (10, CONTINUED)
 
 
 def test_stop_after_leaves_in_good_order_and_the_same_command_goes_on(text, tmp_path):

@@ -5,9 +5,11 @@
 
 import errno
 import os
+import random
 import re
 import shutil
 import signal
+import string
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -178,6 +180,16 @@ def test_another_micro_batch_is_taken_and_told_and_one_that_was_halved_stays(tex
     }
     opening._settle_differences(SimpleNamespace(saver=saved, **facts), halved)
     assert halved.micro_batch_size == 2
+
+
+def test_scores_of_another_text_are_no_best_of_this_one(text, tmp_path):
+    """A harder text: no later score would ever be better, and the end would be said to be learned by heart."""
+    draw, other = random.Random(1), tmp_path / "other.txt"
+    other.write_text("".join(draw.choices(string.ascii_letters, k=9000)))
+    allowed = {"place": {"allow_data_change": True}, "val_every": 10, "sample_every": 100}
+    first = train(small_config(text, tmp_path / "output", max_steps=20, **allowed), Reporter())
+    result = train(small_config(other, tmp_path / "output", max_steps=40, **allowed), Reporter())
+    assert result.best[0] > 20 and result.best[1] > first.best[1]
 
 
 def test_running_a_finished_run_again_changes_nothing(text, finished):
