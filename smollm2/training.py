@@ -235,7 +235,7 @@ class TrainingLoop(pl.LightningModule):
         self.model.eval()
         step, train, run = self.state.step, self.settings, self.run
         for index, prompt in enumerate(train.prompts):
-            options = {"temperature": 0.8, "top_k": 50, "seed": train.seed + index}
+            options = {"temperature": 0.8, "top_k": 50, "seed": (train.seed + index) % 2**63}
             with autocast(run.precision, run.device):
                 text = complete(self.model, run.tokenizer, run.asked(prompt), train.sample_tokens, **options)
             self.record(logs.SAMPLES, prompt=prompt, text=text)

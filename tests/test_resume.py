@@ -192,6 +192,12 @@ def test_scores_of_another_text_are_no_best_of_this_one(text, tmp_path):
     assert result.best[0] > 20 and result.best[1] > first.best[1]
 
 
+def test_the_largest_seed_has_samples_too(text, tmp_path):
+    """Each prompt draws with the next seed."""
+    config = small_config(text, tmp_path / "output", max_steps=1, seed=2**63 - 1)
+    assert train(config, Reporter()).step == 1
+
+
 def test_running_a_finished_run_again_changes_nothing(text, finished):
     before = outcome(finished)
     result = train(fifty(text, finished), heard := Heard())
