@@ -184,11 +184,13 @@ class FastDecoder:
         return self._normed(x, self.norm)
 
     @torch.inference_mode()
+    @torch.autocast("cpu", enabled=False)  # the formats are those chosen here
     def next_logits(self, input_ids: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         """Token ids (B, T) -> fp32 logits (B, V) of what follows each row."""
         return self.head(self.hidden(input_ids, cache)[:, -1]).float()
 
     @torch.inference_mode()
+    @torch.autocast("cpu", enabled=False)
     def __call__(self, input_ids: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         """Token ids (B, T) -> fp32 logits (B, T, V)."""
         return self.head(self.hidden(input_ids, cache).flatten(0, 1)).float().unflatten(0, input_ids.shape)

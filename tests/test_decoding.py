@@ -94,6 +94,17 @@ def test_int8_is_off_by_half_a_step_of_each_row_at_most(rows, columns, size, bit
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
+def test_autocast_around_it_changes_no_bit(dtype):
+    """int8 was a traceback there, and fp32 was rounded to bf16."""
+    model = tiny_model()
+    fast, ids = FastDecoder(model, dtype), random_ids(model, batch=1, time=9)
+    expected = fast(ids), fast.generate(ids, 20)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = fast(ids), fast.generate(ids, 20)
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
 def test_a_model_that_is_no_number_says_so_in_every_dtype(dtype):
     model = tiny_model()
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = torch.nan
