@@ -9,6 +9,7 @@ import re
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
 BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + n): byte for n, byte in enumerate(_OTHERS)}
+BLANK = "\u2581"  # SentencePiece's, in each of its vocabularies; a byte-level one has no such character
 
 
 def spelled(tokenizer, token_id: int) -> bytes:
@@ -16,9 +17,11 @@ def spelled(tokenizer, token_id: int) -> bytes:
     name = tokenizer.token(token_id)
     if re.fullmatch("<0x[0-9A-F]{2}>", name):
         return bytes.fromhex(name[3:5])
-    if all(character in BYTE_OF for character in name):  # a special token's name is ASCII: it maps to itself
+    is_byte_level = tokenizer.token_id(BLANK) is None
+    # a special token's name is ASCII: it maps to itself
+    if is_byte_level and all(character in BYTE_OF for character in name):
         return bytes(BYTE_OF[character] for character in name)
-    return name.replace("\u2581", " ").encode()  # SentencePiece's blank
+    return name.replace(BLANK, " ").encode()
 
 
 def visible(raw: bytes) -> str:

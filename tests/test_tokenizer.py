@@ -11,6 +11,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from smollm2 import SmolLM2Config, hub
+from smollm2.token_text import piece
 from smollm2.tokenizer import Tokenizer, choose_tokenizer
 from smollm2.weights import model_files
 
@@ -129,6 +130,15 @@ def test_documents_begin_and_end_as_the_tokenizer_says_and_its_files_name_the_sa
 def test_ids_that_begin_at_1_need_a_row_more():
     words = hf.models.WordLevel({"<unk>": 1, "a": 2, "b": 5}, unk_token="<unk>")
     assert Tokenizer(hf.Tokenizer(words).to_str().encode()).vocab_size == 6
+
+
+def test_a_letter_is_shown_as_one_and_a_byte_as_a_byte(trained):
+    """The name of one token: for SentencePiece it is that letter, in a byte-level vocabulary the byte 0xe9."""
+    entries = {name: i for i, name in enumerate(["<unk>", "\u2581", "é", "\u2581é", "<0xE9>"])}
+    model = hf.models.BPE(entries, [("\u2581", "é")], unk_token="<unk>")
+    llama = Tokenizer(hf.Tokenizer(model).to_str().encode())
+    assert [piece(llama, i) for i in range(5)] == ["<unk>", "·", "é", "·é", "e9"]
+    assert piece(trained, trained.token_id("é")) == "e9" and piece(trained, trained.token_id("Ġ")) == "·"
 
 
 def test_auto_trains_where_the_preset_asks_for_it_or_the_hub_is_out_of_reach(monkeypatch, capsys):
