@@ -20,13 +20,14 @@ FORMATS = {int: "{:,}", float: "{:.5g}"}
 
 
 def last_figures(folder: Path, last_step: int | None) -> dict[str, float]:
-    """The last value of each number in the run's loss log up to the checkpoint; empty without a log."""
-    place = folder.resolve().parent.parent / "logs"
-    path, figures = place / logs.TRAINING, {}
-    for event in logs.read_log(path) if last_step is not None and path.is_file() else []:
-        row = logs.numbers(event)
-        if row.get("step", math.inf) <= last_step:
-            figures |= row
+    """The last value of each number in the run's loss log up to the checkpoint, and the best score; empty
+    without a log."""
+    place, figures = folder.resolve().parent.parent / "logs", {}
+    rows = map(logs.numbers, logs.read_log(place / logs.TRAINING) if last_step is not None else [])
+    rows = [row for row in rows if row.get("step", math.inf) <= last_step]
+    for row in rows:
+        figures |= row
+    figures["best"] = logs.best_score(rows).get("val_bits_per_byte")
     others = recorded(place, logs.OTHERS)
     if last_step is not None and others.get("step") == last_step:
         figures |= {name + BESIDE: bits for name, bits in others["bits_per_byte"].items()}
@@ -54,7 +55,7 @@ def training_table(state: dict[str, Any], figures: dict[str, float]) -> str:
         "last training loss (nats a token)": figures.get("train_loss"),
         "last held-out loss (nats a token)": figures.get("val_loss"),
         "last held-out bits per byte": figures.get("val_bits_per_byte"),
-        "best held-out bits per byte": (state.get("best") or {}).get("bits_per_byte"),
+        "best held-out bits per byte": figures.get("best"),
     }
     rows |= {name: bits for name, bits in figures.items() if name.endswith(BESIDE)}
     lines = [f"| {k} | {FORMATS.get(type(v), '{}').format(v)} |" for k, v in rows.items() if v is not None]

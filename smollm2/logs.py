@@ -74,6 +74,14 @@ def numbers(event: dict[str, str]) -> dict[str, float]:
     return {key: value for key, value in found.items() if math.isfinite(value)}
 
 
+def best_score(events: list[dict[str, float]]) -> dict[str, float]:
+    """Of the validations that read as many tokens as the last one (`train.val_max_tokens` bounds the others)
+    the best; empty without any."""
+    scored = [event for event in events if "val_bits_per_byte" in event]
+    alike = [event for event in scored if event.get("val_tokens") == scored[-1].get("val_tokens")]
+    return min(alike, key=lambda event: event["val_bits_per_byte"], default={})
+
+
 class Logs:
     """The five files of a run, and TensorBoard's. Each line is appended whole, in one system call, by one
     thread; OSError where the disk does not take it.

@@ -11,7 +11,7 @@ from pathlib import Path
 from . import plots
 from .config import RunConfig
 from .files import replace_durably
-from .logs import METRICS, TRAINING, numbers, read_log
+from .logs import METRICS, TRAINING, best_score, numbers, read_log
 
 
 def training_seconds(output_dir: Path, tokens_per_step: int) -> dict[float, float]:
@@ -40,9 +40,10 @@ def draw_report(config: RunConfig, references: dict[str, float]) -> tuple[plots.
     fig, ax = plots.figure(8, 4.6)
     ax.plot(*zip(*trained, strict=True), marker="", linewidth=1, label="training")
     ax.plot(steps, held_out, label=f"held out: {bits[-1]:.2f} bits per byte at step {steps[-1]:.0f}")
-    best = min(scored, key=lambda score: score[1])
+    best = best_score(events)
     style = {"color": plots.RED, "markersize": 9, "markerfacecolor": "none", "clip_on": False}
-    ax.plot(*best[:2], "o", linestyle="", **style, label=f"lowest, at step {best[0]:.0f}: the one to publish")
+    words = f"lowest, at step {best['step']:.0f}: the one to publish"
+    ax.plot(best["step"], best["val_loss"], "o", linestyle="", **style, label=words)
     dashes = ("--", ":", "-.", (0, (9, 2)))  # told apart without their colours, too
     for (name, value), color, dash in zip(references.items(), plots.PALETTE[2:], dashes, strict=False):
         style = {"color": color, "linestyle": dash, "linewidth": 1.2, "marker": ""}
@@ -66,7 +67,7 @@ def draw_report(config: RunConfig, references: dict[str, float]) -> tuple[plots.
     fig.legend(loc="outside lower center", ncols=2, edgecolor="none")
     told = ", ".join(f"{name} {value:.2f}" for name, value in references.items())
     alt = f"Held-out bits per byte fall from {bits[0]:.2f} at step {steps[0]:.0f} to {bits[-1]:.2f} at step "
-    alt += f"{steps[-1]:.0f} (lowest {best[2]:.2f} at step {best[0]:.0f})"
+    alt += f"{steps[-1]:.0f} (lowest {best['val_bits_per_byte']:.2f} at step {best['step']:.0f})"
     return fig, f"{alt}, after {seconds[known[-1]]:,.0f} s of training; {told}."
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 from smollm2 import report
+from smollm2.card import last_figures
 from smollm2.config import PlaceConfig
 from smollm2.logs import METRICS, TRAINING, numbers, read_log
 from smollm2.ngram import NGram
@@ -46,6 +47,25 @@ def test_the_last_score_is_in_the_picture_where_no_loss_was_due_with_it(text, tm
     config = small_config(text, tmp_path / "output", max_steps=7)  # a loss is logged every 5
     figure, _ = draw_report(config, train(config, Reporter()).references)
     assert figure.axes[0].get_xlim()[1] == 7
+
+
+def test_the_best_score_is_one_of_those_that_read_as_much_as_the_last(text, tmp_path):
+    """An easy beginning of the held-out text, which `train.val_max_tokens` asks for, is no better checkpoint."""
+    config = small_config(text, tmp_path / "output")
+    (tmp_path / "output" / "logs").mkdir(parents=True)
+    scores = [(5, 3.2, 100), (10, 1.1, 100), (15, 2.7, 1000), (20, 2.8, 1000)]
+    lines = [f"x step={s} train_loss=3\nx step={s} val_loss={b} val_bits_per_byte={b} val_tokens={n}\n" for s, b, n in scores]  # fmt: skip
+    (tmp_path / "output" / "logs" / TRAINING).write_text("".join(lines))
+    figure, alt = draw_report(config, {})
+    assert "(lowest 2.70 at step 15)" in alt
+    assert "lowest, at step 15: the one to publish" in [line.get_label() for line in figure.axes[0].lines]
+    folder = tmp_path / "output" / "checkpoints" / "x.ckpt"
+    assert [last_figures(folder, step)["best"] for step in (5, 10, 15, 20)] == [3.2, 1.1, 2.7, 2.7]
+
+
+def test_a_picture_names_the_conversations_that_were_learned(run, text):
+    config = run[0].model_copy(update={"data": run[0].data.model_copy(update={"chat_file": "a/talk.jsonl"})})
+    assert draw_report(config, run[1].references)[0].axes[0].get_title("left") == "nano on talk.jsonl"
 
 
 def test_seconds_are_those_of_the_steps_and_a_pause_does_not_count(run):
