@@ -6,6 +6,7 @@ Everything is read from the checkpoint's `state.json` and the run's log; what is
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +88,10 @@ def model_card(
     state = recorded(folder)
     table = training_table(state, last_figures(folder, state.get("step")))
     word, sentence = licence(state, base)
-    dataset = str(state.get("text") or "")
-    datasets = [dataset] if dataset.count("/") == 1 else None  # of a file only its name is kept
-    header = ModelCardData(license=word, language="en", datasets=datasets, base_model=base).to_yaml()
+    # of ID:CONFIG@SPLIT the Hub takes the id alone; of a file only its name is kept
+    datasets = re.findall(r"(?:^|, )([\w.-]+/[\w.-]+)", str(state.get("text") or ""))
+    kind = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["smollm2", "llama"]}
+    header = ModelCardData(license=word, datasets=datasets or None, base_model=base, **kind).to_yaml()
     use = f'`llama-completion -m {gguf} -p "Once upon a time"` runs it in llama.cpp.\n\n' if gguf else ""
     facts = {"title": title, "config": config, "parameters": size, "dtype": dtype, "licence": sentence}
     return TEMPLATE.read_text("utf-8").format(header=header, training=table, llama_cpp=use, **facts)

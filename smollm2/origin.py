@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,13 @@ def trained_with(folder: Path) -> DataConfig | None:
 def origin_name(source: str | Path) -> str:
     """What a record keeps of a source of weights: a Hub id, or a folder's name. Where it lay is private."""
     return Path(source).resolve().name if os.path.exists(source) else str(source)
+
+
+def text_name(data: DataConfig, sidecar: dict[str, Any]) -> str:
+    """What a record keeps of a text: of each source its Hub id or name, in one line that a card's table
+    takes."""
+    names = sidecar.get("dataset", {}).get("sources") or [origin_name(data.chat_file or data.input_file)]
+    return re.sub(r"[\x00-\x1f|`]", "_", ", ".join(names))[:200]
 
 
 def published_base(source: str | Path, folder: Path) -> str | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -36,7 +35,7 @@ from .folder import absent_folders, clear, locked_folder, set_aside, tidy
 from .logs import CHECKPOINTS, Logs
 from .model import SmolLM2
 from .optim import Schedule, moments_by_name
-from .origin import origin_name, published_base, whereabouts
+from .origin import origin_name, published_base, text_name, whereabouts
 from .parameters import parameter_count, training_bytes
 from .plan import (
     check_memory,
@@ -433,12 +432,11 @@ def load(run: Run) -> tuple[SmolLM2, TrainState, dict[str, torch.Tensor]]:
     if train.compile:
         model.compile_blocks()
     if saver.newest is None:
-        text = origin_name(config.data.chat_file or config.data.dataset or config.data.input_file)
         state = TrainState(
             schedule_total=run.total_steps,
             micro_batch_size=min(train.micro_batch_size or rows, rows),
             preset=config.preset,
-            text=re.sub(r"[\x00-\x1f|`]", "_", text)[:200],
+            text=text_name(config.data, run.data.sidecar),
         )
         if source := config.run.init_from:
             folder = weights.resolve(source)

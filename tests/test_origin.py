@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 
 from smollm2.checkpoint import FINAL_NAMES, step_name, verify
 from smollm2.config import DataConfig, RunConfig, SmolLM2Config
@@ -79,6 +80,26 @@ def test_the_card_holds_the_runs_own_figures_up_to_its_step(scratch, weights, tm
     assert json.loads((out / "config.json").read_text())["max_position_embeddings"] == 16
     assert 'TEMPLATE """{{ .Prompt }}"""' in (out / "Modelfile").read_text()
     assert "## Training" not in card(weights, tmp_path / "of a folder without a run")
+
+
+@pytest.mark.parametrize(
+    ("said", "ids"),
+    [("HuggingFaceFW/fineweb-edu:sample-10BT@train", ["HuggingFaceFW/fineweb-edu"]), ("my.txt", []),
+     ("tales, HuggingFaceTB/cosmopedia:stories, a/b", ["HuggingFaceTB/cosmopedia", "a/b"])],
+)  # fmt: skip
+def test_a_card_names_datasets_as_the_hub_knows_them(weights, tmp_path, said, ids):
+    """It refuses a card with any other word there. Nor is the language known."""
+    (weights / "state.json").write_text(json.dumps({"text": said}))
+    written = card(weights, tmp_path / "out")
+    assert ModelCard(written).data.to_dict().get("datasets", []) == ids and f"| text | `{said}` |" in written
+    assert "language" not in ModelCard(written).data.to_dict()
+
+
+def test_a_mixture_is_named_by_its_sources_without_their_paths(text, tmp_path):
+    other = shutil.copy(text, tmp_path / "other.txt")
+    config = small_config(text, tmp_path / "run", data={"dataset": f"{text}=0.7,{other}=0.3"}, max_steps=1)
+    written = card(train(config, Reporter()).checkpoint, tmp_path / "out")
+    assert "| text | `other.txt, text.txt` |" in written and "tmp" not in written
 
 
 def test_a_fine_tune_names_its_base_model_and_licence(weights, scratch, text, tmp_path):
