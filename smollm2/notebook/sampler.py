@@ -95,7 +95,8 @@ class Sampler:
         """The page, and as bars the token after it with the settings of now."""
         self._draw_page()
         context = self._ids()[:, -self.model.config.max_position_embeddings :]
-        figure, self.alt = bars(self.tokenizer, self.model(context)[0, -1], self.options(), "What comes next")
+        logits = self.model.next_logits(context)[0]
+        figure, self.alt = bars(self.tokenizer, logits, self.options(), "What comes next")
         self.picture.value = plots.image_html(figure, self.alt)
 
 
