@@ -62,7 +62,8 @@ def fetch_files(
     try:
         known = {name: look_up(repo_id, name, revision=revision) for name in (*required, *optional)}
         cached = {name: Path(path) for name, path in known.items() if isinstance(path, str)}
-        if re.fullmatch(r"[0-9a-f]{40}", revision) and None not in known.values():
+        is_whole = cached.keys() >= set(required) and None not in known.values()
+        if is_whole and re.fullmatch(r"[0-9a-f]{40}", revision):
             return cached  # a commit never changes, and of the files that it lacks the cache knows, too
         url = hf_hub_url(repo_id, required[0], revision=revision)
         get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)

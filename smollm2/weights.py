@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import SmolLM2Config
-from .errors import CheckpointError
+from .errors import CheckpointError, UserError
 from .files import dump_json, kind_of, load_tensors, strict_json
 from .hub import fetch_files
 
@@ -23,6 +23,7 @@ MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 OPTIONAL_FILES = (
     "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
 )  # fmt: skip
+INDEX = "model.safetensors.index.json"
 MAX_TABLE_BYTES = 16 * 2**20
 
 
@@ -37,10 +38,23 @@ def resolve(source: str | Path, revision: str | None = None) -> Path:
         raise CheckpointError(f"{path}: no config.json: not a checkpoint folder{hint}")
     looks_local = text.startswith((".", "/", "~")) or os.path.isdir(path.parent)
     if text.count("/") == 1 and not looks_local and path.suffix not in PICKLE_SUFFIXES:
-        return fetch_files(text, MODEL_FILES, OPTIONAL_FILES, revision)["config.json"].parent
+        return fetch_model(text, revision)
     expected = "expected a checkpoint folder with config.json and model.safetensors, or a Hub id OWNER/NAME"
     hint = "; a single file is not enough, and a pickled one is never opened" if os.path.isfile(path) else ""
     raise CheckpointError(f"{source}: {kind_of(path)}; {expected}{hint}")
+
+
+def fetch_model(repo_id: str, revision: str | None = None) -> Path:
+    """Local folder of a Hub model, in one file or in shards; raises as `fetch_files` does."""
+    try:
+        return fetch_files(repo_id, MODEL_FILES, OPTIONAL_FILES, revision)["config.json"].parent
+    except UserError as problem:
+        try:
+            index = fetch_files(repo_id, [INDEX], revision=revision)[INDEX]
+        except UserError:
+            raise problem from None
+    files = ["config.json", "tokenizer.json", *shards(index)]
+    return fetch_files(repo_id, files, OPTIONAL_FILES, index.parent.name)["config.json"].parent
 
 
 def read_table(path: Path, expected: str = "a table", optional: bool = False) -> dict[str, Any]:
@@ -73,17 +87,22 @@ def read_end_ids(folder: Path) -> tuple[int, ...]:
     return tuple(dict.fromkeys(i for i in found if i is not None and 0 <= i < 2**63))  # -1 says none
 
 
+def shards(index: Path) -> list[str]:
+    """File names of a model's shards; raises `CheckpointError`."""
+    names = read_table(index, "a table 'weight_map'").get("weight_map")
+    if not isinstance(names, dict) or any(Path(str(name)).name != name for name in names.values()):
+        raise CheckpointError(f"{index}: expected in 'weight_map' the names of files in this folder")
+    return sorted(set(names.values()))
+
+
 def read_weights(folder: Path, config: SmolLM2Config) -> dict[str, torch.Tensor]:
     """Tensors by transformers' names, one file or shards; a tied model may store either of the tied names."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    single, index = folder / "model.safetensors", folder / INDEX
     if single.exists():
         tensors = load_tensors(single)
     elif index.exists():
-        names = read_table(index, "a table 'weight_map'").get("weight_map")
-        if not isinstance(names, dict) or any(Path(str(name)).name != name for name in names.values()):
-            raise CheckpointError(f"{index}: expected in 'weight_map' the names of files in this folder")
         tensors = {}
-        for shard in sorted(set(names.values())):
+        for shard in shards(index):
             tensors |= load_tensors(folder / shard)
     else:
         raise CheckpointError(f"{folder}: no model.safetensors (pickled weights are never opened)")

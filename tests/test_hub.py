@@ -4,6 +4,7 @@ one clear line that blames the right one. Each download runs in a process of its
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from fake_hub import FIRST, FakeHub
 from tiny_models import save_folder, tiny_model, tiny_tokenizer
+from transformers import LlamaForCausalLM
 
 ROOT = Path(__file__).parent.parent
 STEERED = ("HF_", "HTTP", "http", "ALL_", "all_", "NO_", "no_", "XDG_", "TRANSFORMERS_")
@@ -131,6 +133,24 @@ def test_a_model_of_the_hub_writes_and_a_hub_that_stalls_is_told(fake_hub, envir
         )
     else:
         assert done.returncode == 0 and len(done.stdout) > 20, done.stderr
+
+
+def test_a_model_in_shards_writes_what_it_writes_in_one_file_also_from_the_cache(
+    fake_hub, environment, tmp_path
+):
+    whole = save_folder(tmp_path / "whole", tiny_model())
+    parts = shutil.copytree(whole, tmp_path / "parts")
+    (parts / "model.safetensors").unlink()
+    LlamaForCausalLM.from_pretrained(whole).save_pretrained(parts, max_shard_size="50KB")
+    fake_hub.commits[FIRST] = {path.name: path.read_bytes() for path in parts.iterdir()}
+    pinned = f"from smollm2 import SmolLM2\nSmolLM2.from_pretrained('owner/model', revision='{FIRST}')"
+    assert run(environment, "-c", pinned).returncode == 0
+    next((tmp_path / "home" / "hub").rglob("model-00002-of*")).unlink()  # as where it was killed before that
+    assert run(environment, "-c", pinned).returncode == 0
+    words = ["-m", "smollm2.generate", "--prompt=a", "--seed=1"]
+    said = [run(environment, *words, f"--checkpoint={name}") for name in (whole, "owner/model")]
+    said.append(run(environment | {"HF_HUB_OFFLINE": "1"}, *words, "--checkpoint=owner/model"))
+    assert len({done.stdout for done in said}) == 1 and len(said[0].stdout) > 20, said[-1].stderr
 
 
 COMPARE = """
