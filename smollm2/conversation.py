@@ -92,7 +92,8 @@ class Conversation:
         self.special_tokens = special_tokens(tokenizer_config(folder))
         if chat and self.template is None:
             raise UserError(f"--chat: {folder} has no chat template, expected an Instruct model")
-        self.limit = max(model.config.max_position_embeddings - room, 2)  # tokens; the rest is for the answer
+        context = model.config.max_position_embeddings
+        self.limit = max(context - room, context // 2)  # tokens; the rest is for the answer
         self.clear()
 
     def clear(self) -> None:

@@ -188,6 +188,12 @@ def test_a_chat_forgets_its_oldest_turns_and_refuses_a_message_that_never_fits(c
     assert len(talk.messages) == 1  # what was refused was not said
 
 
+def test_of_a_short_context_half_is_for_the_question(checkpoint):
+    """As that of an export whose model was trained on rows of 64 tokens: all but two tokens were forgotten."""
+    talk = Conversation(wide_model(max_position_embeddings=64), tiny_tokenizer(), checkpoint)
+    assert len(talk.ask("word " * 20)) == 32 and talk.forgotten
+
+
 TURN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}\n{% endfor %}"
 TEMPLATES = {
     "instruct": CHAT_TEMPLATE,
