@@ -361,7 +361,7 @@ def _prepare_data(
     def check(identity: str | None) -> None:
         if newest and newest.facts.get("data_sha256") != identity and not config.run.allow_data_change:
             wrong = f"not the text this run was trained on ({'hash' if identity else 'name'} differs)"
-            raise DataError(f"{name} is {wrong}: restore it, pass --set run.allow_data_change=true, or {way_out}")
+            raise DataError(f"{name} is {wrong}: restore it, --set run.allow_data_change=true, or {way_out}")
 
     data = text.prepare(tokenizer, end_id, check, say)
     check_length(data, config.data.sequence_length, name)

@@ -88,13 +88,6 @@ def test_a_disk_that_does_not_take_the_picture_costs_only_the_picture(text, tmp_
     assert result.checkpoint.is_dir() and result.report is None and "curves" not in result.table()
 
 
-def test_a_run_of_conversations_is_named_by_their_file(run):
-    config = run[0]
-    data = config.data.model_copy(update={"chat_file": "talks/mine.jsonl"})
-    figure, _ = draw_report(config.model_copy(update={"data": data}), {})
-    assert figure.axes[0].get_title(loc="left") == "nano on mine.jsonl"
-
-
 def test_the_lowest_score_is_in_the_picture_of_a_run_that_diverged(run, tmp_path):
     """A mark outside pushed the axis out of its own picture."""
     config, logs = run[0].model_copy(update={"run": PlaceConfig(output_dir=str(tmp_path))}), tmp_path / "logs"
