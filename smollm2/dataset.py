@@ -42,6 +42,7 @@ from .errors import CheckpointError, DataError, is_terminal
 from .files import dump_json, replace_durably, sha256_bytes, sha256_json, strict_json
 from .rows import KINDS, kind, opened, table
 from .text import SEPARATOR, decoded, documents
+from .token_text import spelled
 from .tokenizer import Tokenizer
 from .workers import OPENED
 
@@ -255,6 +256,8 @@ def _hold_out_the_end(shards: dict[str, Shard], fraction: float, tokenizer: Toke
     train = shards["train"]
     train.facts()
     ids = np.fromfile(train.file.name, np.uint16)[train.tokens - int(train.tokens * fraction) :]
+    while len(ids) and b"\x80" <= spelled(tokenizer, ids[0])[:1] < b"\xc0":  # within a character
+        ids = ids[1:]
     size = sum(len(text.encode()) for text in TokenFile(ids, 0).texts(tokenizer, end))
     train.file.close()
     shards["val"].add(ids, size)

@@ -178,6 +178,20 @@ def test_a_single_document_is_read_and_its_end_held_out(place, name):
     assert len(data.val.tokens) == (len(data.train.tokens) + len(data.val.tokens)) // 10
 
 
+@pytest.mark.parametrize("count", [41, 42, 43])
+def test_the_end_of_a_single_document_begins_with_a_whole_character(place, count):
+    """One token is one byte here, of three."""
+    write(place, {"a.txt": "大江東去浪淘盡" * count})
+    data = prepare("a.txt")
+    train, val = (list(part.texts(TOKENIZER, 0)) for part in (data.train, data.val))
+    assert "\ufffd" not in "".join(train + val)
+    assert [part.text_bytes for part in (data.train, data.val)] == [
+        len("".join(t).encode()) for t in (train, val)
+    ]
+    write(place, {"b.txt": "a"})
+    assert len(prepare("b.txt").val.tokens) == 0  # for `check_length` to refuse
+
+
 def test_what_the_run_itself_writes_is_no_text_of_the_folder_it_lies_in(place):
     write(place, {"a.txt": "1\n<|endoftext|>\n2", "other/.opened": "", "drive/s-1.ckpt/manifest.json": ""})
     for name in ("out/checkpoints/c", "out/logs", "out/previous-1/logs", "other/logs", "drive/s-1.ckpt"):
