@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from .errors import DataError
+from .text import not_utf8
 
 KINDS = {  # by a file's ending; .gz and the like may stand behind it
     ".txt": "text", ".text": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".ndjson": "json",
@@ -57,10 +58,15 @@ def table(file: str, start: int = 0, column: str | None = None) -> Iterator[dict
         else:
             lines = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="" if "sv" in form else None)
             rows = islice(_json_rows(lines) if form == "json" else _csv_rows(lines, form), start, None)
-        for row in rows:
-            if not isinstance(row, dict):
-                raise DataError(f"{type(row).__name__}, expected an object with columns")
-            yield _flat(row)
+        try:
+            for row in rows:
+                if not isinstance(row, dict):
+                    raise DataError(f"{type(row).__name__}, expected an object with columns")
+                yield _flat(row)
+        except UnicodeDecodeError as error:
+            if form in ("parquet", "arrow"):
+                raise
+            raise UnicodeError(not_utf8(raw, "the table", error)) from None
         size = getattr(raw, "size", None)
         if file.startswith("hf://") and form != "parquet" and size and raw.tell() < size:
             raise DataError(f"the Hub sent {raw.tell():,} of {size:,} bytes")
@@ -87,11 +93,11 @@ def _csv_rows(lines: io.TextIOBase, form: str) -> Iterator[dict]:
     first = next(lines, "")
     # else by the spreadsheet's language
     delimiter = "\t" if form == "tsv" else next((c for c in ",;\t" if c in first), ",")
-    rows = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
+    rows = filter(None, csv.reader(chain([first], lines), delimiter=delimiter, strict=True))  # no empty lines
     header = next(rows, [])
     if len(set(header)) < len(header):
         raise DataError(f"the header names a column twice: {', '.join(header)}")
-    for row in filter(None, rows):  # but for empty lines
+    for row in rows:
         if len(row) != len(header):
             raise DataError(f"{len(row)} cells, but the header has {len(header)}")
         yield dict(zip(header, row, strict=True))

@@ -65,9 +65,14 @@ def decoded(raw: BinaryIO, name: str | Path) -> Iterator[str]:
             is_first = False
             yield text
     except UnicodeDecodeError as error:
-        place = raw.tell() - len(error.object) + error.start
-        found = f"not UTF-8 at byte offset {place:,} (byte 0x{error.object[error.start]:02x})"
-        raise _refusal(raw, name, found) from None
+        raise not_utf8(raw, name, error) from None
+
+
+def not_utf8(raw: BinaryIO, name: str | Path, error: UnicodeDecodeError) -> DataError:
+    """What is wrong, and where in an open file whose newest part could not be decoded."""
+    place = raw.tell() - len(error.object) + error.start
+    found = f"not UTF-8 at byte offset {place:,} (byte 0x{error.object[error.start]:02x})"
+    return _refusal(raw, name, found)
 
 
 def _refusal(raw: BinaryIO, name: str | Path, found: str) -> DataError:

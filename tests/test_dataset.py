@@ -318,7 +318,13 @@ def test_a_column_that_comes_late_or_ends_early_is_told(place):
 PACKED = gzip.compress(jsonl(*({"text": str(random.Random(n).random())} for n in range(20_000))).encode())
 BROKEN = [
     ("a.txt", b"x" * 300 + b"caf\xe9", r"row 1: the text: not UTF-8 at byte offset 303 \(byte 0xe9\)"),
-    ("a.csv", b"text,n\na,1\nb,2\nb,c,d\n", "row 3: 3 cells, but the header has 2"),
+    ("a.csv", b"\n\ntext,n\na,1\nb,2\nb,c,d\n", "row 3: 3 cells, but the header has 2"),
+    ("a.csv", "text,n\na,1\n".encode("utf-16"), r"after row 0: UnicodeError: .* 0 \(byte 0xff\); .* UTF-16 or"),
+    (
+        "a.jsonl",
+        b'{"text": "a"}\n' * 20_000 + b'{"text": "caf\xe9"}\n',
+        r"after row [\d]+: .*not UTF-8 at byte offset 280,013 \(byte 0xe9\); expected plain UTF-8 text: un",
+    ),
     ("a.csv", b"n,text\n1,a\nbehind a line break\n", "row 2: 1 cells, but the header has 2"),
     ("a.csv", b"text,n,text\na,1,b\n", "row 1: the header names a column twice: text, n, text"),
     ("a.jsonl", b'{"text": "a"}\n{"text": 0}', "row 2: column 'text' holds int, expected text"),
