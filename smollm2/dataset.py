@@ -219,6 +219,9 @@ class Dataset:
         total, size = sum(sizes.values()), data.train.text_bytes + data.val.text_bytes
         shares = ", ".join(f"{count / total:.1%} {name}" for name, count in sizes.items())
         read = f"read {state['documents']:,} documents, {size:,} bytes{f' ({shares})' * (len(sizes) > 1)}"
+        columns = dict.fromkeys(chain.from_iterable(source.columns for source in self.sources.values()))
+        if columns and [*columns] != ["text"]:
+            read += f", from the columns {', '.join(map(repr, columns))}"
         say(f"dataset: {self.name}: {read}{self._left_out(state['places'])}")
         return data
 
@@ -273,6 +276,7 @@ class Source:
     def __init__(self, spec: str, column: str | None, output: Path, pinned: str | None):
         self.spec, self.column, self.revision = spec, column, pinned
         self.left_out: dict[str, None] = {}  # in order
+        self.columns: dict[str, None] = {}  # that texts came from
         self.is_local = os.path.exists(spec)  # a path may hold the signs : and @ itself
         if self.is_local:
             self.files = self._local_files(output)
@@ -369,6 +373,7 @@ class Source:
             if not sample:
                 raise
         column = _choose(sample, self.column)
+        self.columns |= {column: None} if sample else {}
         for row in table(file, start, column):
             if isinstance(row.get("text"), str) and not (self.column or column == "text"):
                 raise DataError(f"a column 'text', but {column!r} is the one that was chosen: {ADVICE}")

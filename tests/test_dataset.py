@@ -286,6 +286,14 @@ def test_a_long_value_is_not_tried_again_with_every_block_of_it():
     assert [*_json_rows(Counted(jsonl(*rows)))] == rows and len(reads) < 20
 
 
+def test_columns_that_were_chosen_are_told(place):
+    """Beside texts there may be a table of something else, whose only words would be learned in silence."""
+    write(place / "in", {"a.jsonl": jsonl({"text": "a"}, {"text": "b"})})
+    assert "column" not in read()[1]
+    write(place / "in", {"urls.jsonl": jsonl({"url": "https://example.org", "n": 1})})
+    assert re.search(r"read 3 documents, \d+ bytes, from the columns 'text', 'url'$", read()[1])
+
+
 def test_rows_that_cannot_be_looked_at_first_are_not_passed_over_for_want_of_a_column(place, monkeypatch):
     """A connection that breaks once, while the column is chosen."""
     calls, opened = [], rows_module.opened
