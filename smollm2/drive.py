@@ -193,6 +193,8 @@ def check_places(place: PlaceConfig) -> None:
     the old run.
     """
     output_dir, drive_dir = place.output_dir, place.drive_dir
+    if "://" in output_dir:  # as a path it is a folder called "gs:" of this machine
+        raise ConfigError(f"--output_dir {output_dir}: an address; expected a folder: mount it first")
     if around := enclosing_checkpoint(output_dir):
         lost = f"lies in the checkpoint {around} and goes when that does; expected a folder of its own"
         run = around.parent.parent
