@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .config import SmolLM2Config
 from .errors import CheckpointError, UserError
 from .files import dump_json, kind_of, load_tensors, strict_json
-from .hub import fetch_files
+from .hub import HubUnreachable, fetch_files
 
 if TYPE_CHECKING:  # a wrong checkpoint is named before torch is imported
     import torch
@@ -49,6 +49,11 @@ def fetch_model(repo_id: str, revision: str | None = None) -> Path:
     try:
         return fetch_files(repo_id, MODEL_FILES, OPTIONAL_FILES, revision)["config.json"].parent
     except UserError as problem:
+        from huggingface_hub import try_to_load_from_cache as look_up
+
+        is_known = isinstance(look_up(repo_id, INDEX, revision=revision), str)
+        if isinstance(problem, HubUnreachable) and not is_known:  # it is asked once
+            raise
         try:
             index = fetch_files(repo_id, [INDEX], revision=revision)[INDEX]
         except UserError:
