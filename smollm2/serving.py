@@ -104,7 +104,10 @@ class Models:
         if name not in self._loaded:
             self._loaded.clear()  # two may not fit
             folder = self.folders[name]
-            model, tokenizer, self.why = load_to_write(folder, self.dtype)
+            try:
+                model, tokenizer, self.why = load_to_write(folder, self.dtype)
+            except UserError as error:  # where it lies is not for everyone who asks
+                raise Refused(str(error).replace(f"{folder.parent}{os.sep}", ""), 404) from None
             self._loaded[name] = model, tokenizer, stop_ids(folder, tokenizer)
         return self._loaded[name]
 

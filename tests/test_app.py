@@ -116,6 +116,18 @@ def test_only_the_runs_own_checkpoints_can_be_chosen(page, client):
         assert answer.status_code == 404 and "not one of step-" in answer.json()["error"]
 
 
+def test_a_checkpoint_that_has_gone_is_told_without_its_path_and_the_others_write_on(
+    page, client, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(page.models.folders, "gone.ckpt", tmp_path / "gone.ckpt")
+    folder = save_folder(tmp_path / "gone.ckpt", tiny_model())
+    for name in ("tokenizer.json", "model.safetensors", "config.json"):  # on its way, as when it is pruned
+        (folder / name).unlink()
+        answer = ask(client, checkpoint="gone.ckpt")
+        assert answer.status_code == 404 and "gone.ckpt" in answer.text and str(tmp_path) not in answer.text
+    assert ask(client).status_code == 200
+
+
 def test_a_folder_that_is_current_has_its_name_and_its_neighbours(page, checkpoint, monkeypatch):
     monkeypatch.chdir(checkpoint)
     assert [*serving.Models(Path(".")).folders] == [*page.models.folders]
