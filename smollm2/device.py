@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import platform
 import sys
@@ -246,6 +247,13 @@ def memory_bytes(groups: str = "/proc/self/cgroup", mounted: str = "/sys/fs/cgro
                 with contextlib.suppress(OSError, ValueError):  # no such file; "max"
                     limits.append(int((place / name).read_text()))
     return min(limits)
+
+
+def free_unused_memory() -> None:
+    """Of a GPU, too: what refers to itself, as a compiled block does, waits for Python's collector, which comes
+    by the number of objects and does not know how large they are."""
+    gc.collect()
+    torch.cuda.empty_cache()  # nothing where there is no GPU
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ GPU that is not here (`--gpu t4`) it is an estimate, and says so.
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import math
 import re
@@ -34,6 +33,7 @@ from .device import (
     choose_precision,
     choose_preset,
     device_name,
+    free_unused_memory,
     kept_memory,
     memory_bytes,
     sharing_cores,
@@ -200,7 +200,7 @@ def micro_batch_that_fits(config: RunConfig, is_half: bool, device_type: str, li
 
 def rows_in_free_memory(config: RunConfig, device: torch.device, precision: Precision) -> int:
     """Micro-batch of a run on this GPU; one row where even that seems too much: it is tried."""
-    torch.cuda.empty_cache()  # what an earlier run of this process keeps for the next
+    free_unused_memory()  # what an earlier run of this process keeps for the next
     free, is_half = torch.cuda.mem_get_info(device)[0], precision.autocast_dtype is not None
     return micro_batch_that_fits(config, is_half, device.type, SHARE_PLANNED * free) or 1
 
@@ -249,14 +249,15 @@ def measure(config: RunConfig, device: torch.device, precision: Precision, secon
     train = config.train
     micro = train.micro_batch_size or train.batch_size // (config.run.devices * config.run.num_nodes)
     while True:
-        asked = config.model_copy(update={"train": train.model_copy(update={"micro_batch_size": micro})})
+        asked, speed = train.model_copy(update={"micro_batch_size": micro}), None
         try:
-            return _measure(asked, device, precision, seconds)
+            speed = _measure(config.model_copy(update={"train": asked}), device, precision, seconds)
         except RuntimeError as error:
             if not is_out_of_memory(error) or micro == 1:
                 raise
-        gc.collect()  # behind the handler: inside it the traceback still holds the trial's tensors
-        torch.cuda.empty_cache()
+        free_unused_memory()  # behind the handler: inside it the traceback still holds the trial's tensors
+        if speed:
+            return speed
         micro //= 2
 
 

@@ -21,7 +21,7 @@ from . import logs
 from .checkpoint import step_name
 from .config import RunConfig
 from .data import BatchOrder, BatchStream
-from .device import autocast, kept_memory, plain_defaults, repeatable_sums, sharing_cores
+from .device import autocast, free_unused_memory, kept_memory, plain_defaults, repeatable_sums, sharing_cores
 from .errors import MemoryStop, disk_failures_named, is_out_of_memory
 from .evaluate import score_tokens
 from .guard import NumericGuard, make_scaler, update_scale
@@ -125,7 +125,7 @@ class TrainingLoop(pl.LightningModule):
                 reason = str(error)[:160]
             # behind the handler: inside it the traceback still holds the activations
             self.optimizer.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()  # nothing where there is no GPU
+            free_unused_memory()
             micro = self.state.micro_batch_size
             if micro == 1 or self.run.world_size > 1:  # the others cannot know of it
                 advice = "set a smaller train.micro_batch_size, data.sequence_length or model"

@@ -5,12 +5,13 @@ import math
 import random
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from smollm2 import data
+from smollm2 import data, training
 from smollm2.checkpoint import FINAL_NAMES, candidates, newest_usable
 from smollm2.errors import MemoryStop, NumericStop
 from smollm2.guard import MAX_SCALER_SKIPS
@@ -224,7 +225,9 @@ def no_memory(monkeypatch, at: set[int] | None, error: RuntimeError = NO_MEMORY[
 @pytest.mark.parametrize("who", NO_MEMORY)
 def test_whoever_runs_out_of_memory_the_micro_batch_is_halved(who, text, tmp_path, monkeypatch):
     windows = no_memory(monkeypatch, {0}, NO_MEMORY[who])
+    monkeypatch.setattr(training, "free_unused_memory", freed := Mock())
     assert train(config(text, tmp_path / "output", accumulation=2, max_steps=2), Reporter()).step == 2
+    assert freed.call_count == 1
     assert [max(rows) for rows in windows] == [2, 2]
 
 

@@ -1,9 +1,11 @@
 """What a run needs and what its minutes buy."""
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -169,6 +171,37 @@ def test_the_trial_halves_a_micro_batch_that_does_not_fit_as_training_does(monke
     room[0] = 0
     with pytest.raises(torch.OutOfMemoryError):
         planning.measure(small(), torch.device("cpu"), FP32, seconds=0.0)
+
+
+@pytest.fixture
+def graphs(monkeypatch) -> list:
+    """Of what is compiled, as it comes, and run as it is."""
+    made, compile_module = [], torch.nn.Module.compile
+
+    def backend(graph, inputs):
+        made.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *m, **o: compile_module(*m, backend=backend, **o))
+    return made
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_nothing_of_a_trial_stays_in_memory(compiled, graphs, monkeypatch):
+    """An optimizer, and a compiled block, refer to themselves: a full GPU does not call Python's collector."""
+    weights, initialize = [], SmolLM2.initialize
+
+    def noting(model):
+        weights.append(weakref.ref(model.model.layers[0].mlp.up_proj.weight))
+        initialize(model)
+
+    monkeypatch.setattr(SmolLM2, "initialize", noting)
+    gc.disable()
+    try:
+        planning.measure(small(compile=compiled), torch.device("cpu"), FP32, seconds=0.0)
+        assert [weight() for weight in weights] == [None]
+    finally:
+        gc.enable()
 
 
 def test_measuring_leaves_random_numbers_as_they_were():
