@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from smollm2 import plan as planning
-from smollm2.config import RunConfig, SmolLM2Config
+from smollm2.config import DataConfig, RunConfig, SmolLM2Config
 from smollm2.dataset import open_text
 from smollm2.device import choose_precision
 from smollm2.errors import ConfigError, UserError
@@ -184,6 +184,14 @@ def graphs(monkeypatch) -> list:
 
     monkeypatch.setattr(torch.nn.Module, "compile", lambda *m, **o: compile_module(*m, backend=backend, **o))
     return made
+
+
+def test_a_run_is_compiled_however_many_others_this_process_has_compiled_before(graphs):
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for count, length in enumerate((8, 16, 24, 32), 1):
+            config = small().model_copy(update={"data": DataConfig(sequence_length=length)})
+            assert planning.why_not_compiled(config, 2, torch.device("cpu"), FP32) is None
+            assert len(graphs) == count
 
 
 @pytest.mark.parametrize("compiled", [False, True])
