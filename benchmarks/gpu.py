@@ -44,11 +44,11 @@ class Item(NamedTuple):
 
 ITEMS = {  # what a loan that ends early must have shown comes first; all caps together are more than a call
     "machine": Item(gpu_network.machine, 25, 5),
-    "run": Item(gpu_training.run, 60, 25),
+    "run": Item(gpu_training.run, 90, 25),
     "speed": Item(gpu_network.speed, 190, 30),
     "decoding": Item(gpu_network.decoding, 60, 15),
     "exactness": Item(gpu_network.exactness, 45, 15),
-    "resume": Item(gpu_training.resume, 90, 30),
+    "resume": Item(gpu_training.resume, 120, 30),
     "t4": Item(gpu_training.t4, 80, 25),
     "update": Item(gpu_network.update, 20, 10),
     "profile": Item(gpu_network.profile, 30, 15),

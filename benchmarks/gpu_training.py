@@ -175,12 +175,12 @@ def halving_run(bench: Bench) -> dict:
 
 
 def resume(bench: Bench) -> None:
-    for case, settings, halves in (
-        ("eager", {}, False),
-        ("compiled", {"compile": True}, False),
-        ("compiled, after a halving", {"compile": True}, True),
+    for case, settings, halves, needs in (  # each is three processes
+        ("eager", {}, False, 20),
+        ("compiled", {"compile": True}, False, 35),
+        ("compiled, after a halving", {"compile": True}, True, 35),
     ):
-        bench.case("resume", case, kill_and_resume, bench, case, settings, halves, needs=12)
+        bench.case("resume", case, kill_and_resume, bench, case, settings, halves, needs=needs)
 
 
 def kill_and_resume(bench: Bench, case: str, settings: dict, halves: bool) -> dict:
@@ -219,7 +219,7 @@ def resume_run(bench: Bench, folder: Path, settings: dict, halves: bool, kill_at
 def run(bench: Bench) -> None:
     bench.case("run", "default", bench.child, default_run, needs=15)
     bench.case("run", "plan", bench.child, plan_run, needs=10)
-    bench.case("run", "loop and saves", bench.child, loop_run, needs=15)
+    bench.case("run", "loop and saves", bench.child, loop_run, needs=25)
 
 
 def default_run(bench: Bench) -> dict:
@@ -253,29 +253,27 @@ def loop_run(bench: Bench) -> dict:
     job = job_of(bench, "train", (rows, length), "bf16")
     step = train_step(OURS, contender(EAGER, job), job)
     bare = statistics.median([seconds_of(step, job.device) for _ in range(25)][5:])
-    watcher = Watcher()
-    config = config_of(
-        bench, bench.folder / "loop", (rows, length), 60, save_every=20, precision="bf16", log_every=NEVER
-    )
-    train(config, watcher)
+    # between two saves time for writing one: a save that comes sooner waits for the last
+    every = max(20, round(5 * bench.scale.seconds / bare))
+    watcher, settings = Watcher(), {"save_every": every, "precision": "bf16", "log_every": NEVER}
+    train(config_of(bench, bench.folder / "loop", (rows, length), 3 * every, **settings), watcher)
     times = {number: when for number, _, when in watcher.steps}
     gaps = {number: times[number] - times[number - 1] for number in times if number - 1 in times}
-    written = dict(watcher.saves)
-    # the save of a step takes place between its report and that of the next one
-    after_save = {number + 1 for number in (20, 40)}
+    written, saves = dict(watcher.saves), (every, 2 * every)
     during = [
         gaps[number]
-        for saved in (20, 40)
-        for number in range(saved + 2, saved + 20)
+        for saved in saves
+        for number in range(saved + 2, saved + every)
         if saved in written and times[number] < written[saved]
     ]
-    quiet = statistics.median([gap for number, gap in gaps.items() if 5 < number <= 20])
+    quiet = statistics.median([gap for number, gap in gaps.items() if 5 < number <= every])
     return {
         "bare_step_seconds": bare,
         "step_seconds": quiet,
         "loop_over_bare": quiet / bare,
-        "save_blocks_seconds": [gaps[number] - quiet for number in sorted(after_save)],
-        "save_takes_seconds": [written[saved] - times[saved] for saved in (20, 40) if saved in written],
+        # the save of a step takes place between its report and that of the next one; the first makes room
+        "save_blocks_seconds": [gaps[saved + 1] - quiet for saved in saves],
+        "save_takes_seconds": [written[saved] - times[saved] for saved in saves if saved in written],
         "step_seconds_while_saving": statistics.median(during) if during else None,
     }
 
