@@ -265,7 +265,11 @@ def _measure(config: RunConfig, device: torch.device, precision: Precision, seco
     train, length = config.train, config.data.sequence_length
     rows = train.batch_size // (config.run.devices * config.run.num_nodes)
     micro = min(train.micro_batch_size or rows, rows)
-    before = 0 if device.type == "cuda" else psutil.Process().memory_info().rss
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # else the largest of all trials so far would be told
+        before = torch.cuda.memory_allocated(device)
+    else:
+        before = psutil.Process().memory_info().rss
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         model = SmolLM2(config.model).to(device)
         ids = torch.randint(config.model.vocab_size, (micro, length + 1), device=device)

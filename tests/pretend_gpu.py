@@ -143,8 +143,9 @@ def pretend(card: str) -> None:
         "mem_get_info": (size, size), "get_rng_state": torch.zeros(16, dtype=torch.uint8),
         "is_current_stream_capturing": False,
     }  # fmt: skip
-    answers |= dict.fromkeys(("memory_allocated", "max_memory_allocated", "memory_reserved"), 0)
+    answers |= {"memory_allocated": 2**30, "max_memory_allocated": 3 * 2**30, "memory_reserved": 3 * 2**30}
     silent = ("_lazy_init", "set_device", "synchronize", "empty_cache", "set_rng_state", "manual_seed_all")
+    silent += ("reset_peak_memory_stats",)
     for key, answer in (answers | dict.fromkeys(silent)).items():
         setattr(torch.cuda, key, lambda *args, _answer=answer, **kwargs: _answer)
 
@@ -183,6 +184,7 @@ def main(card: str, folder: str, text: str, optimizer: str) -> None:
         written = [model.generate(prompt, 5, **kind) for kind in ({}, options)]
     facts = {"waits": waits, "pinned": seen["pinned"], "losses": result.losses, "bits": result.bits_per_byte}
     facts |= {"written": [list(ids.shape) for ids in written], "step_seconds": measured.step}
+    facts["peak_bytes"] = measured.peak_bytes
     facts["cublas"] = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
     print(json.dumps(facts))
 

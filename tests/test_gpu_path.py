@@ -33,6 +33,7 @@ def test_a_run_on_a_pretended_gpu_learns_what_one_on_a_cpu_does(text, tmp_path, 
     assert found["written"] == [[2, 9], [2, 9]]
     assert found["cublas"] == ":4096:8"  # else a deterministic run, later in this process, is refused
     assert found["pinned"] > 0  # what a save is copied to
+    assert found["peak_bytes"] == 2 * 2**30  # of the trial, above what this process holds
     assert min(found["waits"]) == waits  # of a step that neither validates, samples nor saves
 
 
