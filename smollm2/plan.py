@@ -1,8 +1,8 @@
 """What a run needs and what its minutes buy: `python -m smollm2.plan`, and the steps of `--minutes`.
 
-Memory is a sum whose parts are told: tensors by their number, activations by counting what one row of a small
-twin keeps for the backward pass. Speed is measured with a few steps of the real model on this device; for a
-GPU that is not here (`--gpu t4`) it is an estimate, and says so.
+Memory is a sum whose parts are told: tensors by their number, activations by what a block keeps for the
+backward pass (tests/test_plan.py counts it). Speed is measured with a few steps of the real model on this
+device; for a GPU that is not here (`--gpu t4`) it is an estimate, and says so.
 """
 
 from __future__ import annotations
@@ -12,18 +12,15 @@ import json
 import math
 import re
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import psutil
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from .attention import BLOCK, KEPT_BYTES
 from .config import RunConfig, SmolLM2Config
 from .dataset import open_text
 from .device import (
@@ -64,94 +61,49 @@ LAUNCH_SECONDS = 1e-5
 PACKED_BYTES_PER_SECOND = 0.7e6  # gzip -9 and xz together, on one core
 
 
-@dataclass(frozen=True)
-class Gpu:
+class Gpu(NamedTuple):
     """A card that is not here: GiB that a process can use, its half precision, and the TFLOP/s that this
     network is estimated to reach on it, uncompiled (nobody has measured them yet)."""
 
     gib: float
-    precision: Precision
+    precision: str
     tflops: float
 
 
-def _gpu(gib: float, dtype: torch.dtype, tflops: float) -> Gpu:
-    name = str(dtype).removeprefix("torch.").replace("bfloat16", "bf16").replace("float16", "fp16")
-    return Gpu(gib, Precision(name, dtype, name == "fp16", "what the card multiplies fast"), tflops)
-
-
 GPUS = {
-    "t4": _gpu(14.5, torch.float16, 10.6), "l4": _gpu(22, torch.bfloat16, 19),
-    "a100": _gpu(39, torch.bfloat16, 87), "h100": _gpu(79, torch.bfloat16, 194),
+    "t4": Gpu(14.5, "fp16", 10.6), "l4": Gpu(22, "bf16", 19),
+    "a100": Gpu(39, "bf16", 87), "h100": Gpu(79, "bf16", 194),
 }  # fmt: skip
 
 
 # --- memory -------------------------------------------------------------------------------------------------
 
 
-class _Alive(TorchDispatchMode):
-    """Bytes of the tensors made inside it that are alive, now and at the `most`, but for those of `model`."""
-
-    def __init__(self, model: SmolLM2):
-        super().__init__()
-        self.own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
-        self.made: dict[int, tuple[StorageWeakRef, int]] = {}  # by address
-        self.most = 0
-
-    def bytes(self) -> int:
-        self.made = {at: (ref, size) for at, (ref, size) in self.made.items() if not ref.expired()}
-        return sum(size for _, size in self.made.values())
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self.own:
-                    self.made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.most = max(self.most, self.bytes())
-        return out
-
-
-def _twin_bytes(config: SmolLM2Config, rows: int, length: int, is_half: bool, device_type: str) -> np.ndarray:
-    """(kept by a forward pass for the backward pass, most that this adds), the weights left out."""
-    # a CPU trains a block by one function, which casts the weights for one product; see cpu_block.py
-    with torch.device("meta"):  # what the weights are does not matter: none are drawn
-        model = SmolLM2(config).train(device_type == "cpu")
-    model = model.to_empty(device="cpu")
-    model.model.reset_rope()
-    ids, parameters = torch.zeros(rows, length, dtype=torch.int64), list(model.model.parameters())
-    context = torch.autocast("cpu", torch.bfloat16) if is_half else nullcontext()
-    with context, _Alive(model) as alive:
-        hidden = model.model(ids)
-        kept = alive.bytes()
-        torch.autograd.grad(hidden, parameters, torch.empty_like(hidden))
-    copies = 2 * sum(p.numel() for p in model.model.layers.parameters() if p.dim() > 1)
-    return np.array([kept - copies * (is_half and not model.training), alive.most - kept])
-
-
-@lru_cache
-def activation_bytes(config: SmolLM2Config, length: int, is_half: bool, device_type: str) -> tuple[int, ...]:
-    """Bytes of one row of `length` tokens: (kept of each layer, kept around the layers, of a block's backward
-    pass), and of a block's backward pass whatever the rows: gradients of its weights."""
-    small = {"vocab_size": 64, "max_position_embeddings": length, "bos_token_id": 0, "eos_token_id": 0}
-    one, two_rows, two_layers = (
-        _twin_bytes(
-            config.model_copy(update=small | {"num_hidden_layers": n}), rows, length, is_half, device_type
-        )
-        for rows, n in ((1, 1), (2, 1), (1, 2))
-    )
-    layer, row = (two_layers - one)[0], (two_rows - one)[1]
-    return int(layer), int(max(one[0] - layer, 0)), int(row), int(max(one[1] - row, 0))
+def activation_bytes(config: SmolLM2Config, length: int, is_half: bool, device_type: str) -> tuple[int, int]:
+    """Bytes of one row of `length` tokens: (kept of each layer, of a block's backward pass)."""
+    hidden, inner, width = config.hidden_size, config.intermediate_size, 2 if is_half else 4
+    heads = config.num_attention_heads
+    q, kv = heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    if device_type == "cpu":  # what `cpu_block` saves, and what lives at the end of its backward pass
+        layer = 8 * hidden + 2 * width * (q + kv + inner)
+        if length * width <= KEPT_BYTES:  # of the probabilities the lower half, in blocks
+            layer += width * heads * (length + BLOCK) // 2
+        backward = (20 + 2 * width) * hidden + width * (4 * inner + 3 * q) + (8 + 2 * width) * kv
+    else:  # autograd's; keys and values may be expanded to every head
+        layer = (16 + 2 * width) * hidden + 4 * width * (q + inner)
+        backward = 8 * inner
+    return length * layer, length * backward
 
 
 def memory_parts(config: RunConfig, rows: int, is_half: bool, device_type: str) -> dict[str, int]:
     """Bytes that training holds at its peak with micro-batches of `rows`, by what they are for."""
     model, length = config.model, config.data.sequence_length
     count, tokens = parameter_count(model), rows * length
-    layer, around, backward, once = activation_bytes(model, length, is_half, device_type)
+    layer, backward = activation_bytes(model, length, is_half, device_type)
     width = 2 if is_half else 4
     block = rows_per_block(tokens, model.vocab_size, device_type, width) * model.vocab_size
-    activations = rows * (layer * model.num_hidden_layers + around)
+    around = (8 + width) * model.hidden_size * tokens  # the final norm: what it reads, scaled, and gives
+    activations = rows * layer * model.num_hidden_layers + around
     # a block's logits, in half as its products pack them, too; of a pass over them scores and softmax in
     # fp32; gradients of both factors in fp32; in half the wide factor and its gradient as well
     wide = model.hidden_size * model.vocab_size
@@ -161,7 +113,8 @@ def memory_parts(config: RunConfig, rows: int, is_half: bool, device_type: str) 
     is_first = rows * config.run.devices * config.run.num_nodes >= config.train.batch_size
     gradients = 0 if is_first else 4 * count
     coming = max(4 * count - gradients - activations, 4 * model.vocab_size * model.hidden_size)
-    working = max(loss, coming + rows * backward + once)
+    of_a_block = 4 * (count - wide) // model.num_hidden_layers  # gradients
+    working = max(loss, coming + rows * backward + of_a_block)
     is_cpu = device_type == "cpu"
     return {
         "weights, moments": training_bytes(model, config.train.optimizer),
@@ -179,7 +132,7 @@ def check_memory(config: RunConfig, device: torch.device, is_half: bool) -> None
     train, length, count = config.train, config.data.sequence_length, parameter_count(config.model)
     rows, total = train.batch_size // config.run.num_nodes, memory_bytes()
     needed = 4 * count + rows * length * 10  # weights; token numbers of a step, as uint16 and as int64
-    if device.type == "cpu" and needed <= total:  # else even a twin may be too large
+    if device.type == "cpu":
         micro = min(train.micro_batch_size or rows, rows // config.run.devices)
         needed += sum(memory_parts(config, micro, is_half, "cpu").values()) - 4 * count
     if needed > total:
@@ -380,17 +333,18 @@ def plan(config: RunConfig, gpu: str | None = None, minutes=MINUTES, seconds=PRO
     """What the command tells, as JSON values. Raises `ConfigError` where not even one row at a time fits."""
     train, length = config.train, config.data.sequence_length
     if gpu:
-        card, device_type = GPUS[gpu], "cuda"
-        if train.precision not in ("auto", card.precision.name):
-            known = f"the speed of --gpu {gpu} is known in {card.precision.name} only"
+        card, device_type, is_half = GPUS[gpu], "cuda", True
+        if train.precision not in ("auto", card.precision):
+            known = f"the speed of --gpu {gpu} is known in {card.precision} only"
             raise ConfigError(f"train.precision {train.precision}: {known}; leave it out")
         precision, room, name = card.precision, card.gib * 2**30, f"{gpu.upper()} (not here: estimated)"
     else:
         device = choose_device()
-        precision = choose_precision(train.precision, device)
+        chosen = choose_precision(train.precision, device)
+        precision, is_half = chosen.name, chosen.autocast_dtype is not None
         device_type, name = device.type, device_name(device)
         room = torch.cuda.mem_get_info(device)[0] if device_type == "cuda" else memory_bytes()
-    is_half, limit = precision.autocast_dtype is not None, SHARE_PLANNED * room
+    limit = SHARE_PLANNED * room
     micro = micro_batch_that_fits(config, is_half, device_type, limit)
     if not micro:
         least = sum(memory_parts(config, 1, is_half, device_type).values()) / 2**30
@@ -401,7 +355,7 @@ def plan(config: RunConfig, gpu: str | None = None, minutes=MINUTES, seconds=PRO
     micro = min(micro, train.micro_batch_size or micro)
     config = config.model_copy(update={"train": train.model_copy(update={"micro_batch_size": micro})})
     with kept_memory(), sharing_cores():  # as in training
-        speed = estimate(config, GPUS[gpu]) if gpu else measure(config, device, precision, seconds)
+        speed = estimate(config, card) if gpu else measure(config, device, chosen, seconds)
     per_step, text = train.batch_size * length, Path(config.data.input_file)
     in_text = text.stat().st_size / bytes_per_token(config.model.vocab_size) if text.is_file() else 0
     if config.data.dataset:
@@ -411,7 +365,7 @@ def plan(config: RunConfig, gpu: str | None = None, minutes=MINUTES, seconds=PRO
     buys = [{"minutes": m, "steps": n, "tokens": n * per_step} for m, n in steps.items()]
     return {
         "preset": config.preset, "parameters": parameter_count(config.model), "device": name,
-        "precision": precision.name, "micro_batch_size": micro, "tokens_per_step": per_step,
+        "precision": precision, "micro_batch_size": micro, "tokens_per_step": per_step,
         "memory_bytes": memory_parts(config, micro, is_half, device_type), "room_bytes": int(room),
         "tokens_per_second": per_step / speed.step, "is_measured": gpu is None,
         "measured_peak_bytes": speed.peak_bytes or None, "text_tokens": int(in_text),
