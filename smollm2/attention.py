@@ -10,6 +10,7 @@ two threads, ms (AMD EPYC with avx512_bf16, torch 2.13; best of six, alternating
 
 Blocks of 32 and 128 are within half, of 256 slower again. The query heads that share a key/value head are
 rows of one product, so keys and values are never expanded and their gradients need no sum over heads.
+A training block is one function with them inside (cpu_block.py); `causal_attention` reads without gradients.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from __future__ import annotations
 import math
 
 import torch
-from torch.autograd.function import once_differentiable
 
 BLOCK = 64  # queries; see above
 # Bytes of one query's probabilities up to which they are kept for the backward pass: 512 keys in bf16, 256 in
@@ -34,8 +34,16 @@ def can_attend_in_blocks(q: torch.Tensor) -> bool:
 
 def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """q (B, H, T, D); k, v (B, K, T, D), query head h reads key/value head h // (H/K) -> (B, H, T, D)."""
+    batch, heads, time, dim = q.shape
+    kv_heads = k.shape[1]
+    groups = heads // kv_heads
+    scaled = q.new_empty(batch, kv_heads, time, groups, dim)
+    torch.mul(q.unflatten(1, (kv_heads, groups)).transpose(2, 3), dim**-0.5, out=scaled)
+    scaled, k, v = scaled.view(-1, time * groups, dim), k.reshape(-1, time, dim), v.reshape(-1, time, dim)
+    out = q.new_empty(batch, time, kv_heads, groups, dim)  # the layout that o_proj reads
     with torch.autocast(q.device.type, enabled=False):  # it would make the scores in bf16
-        return _CausalAttention.apply(q, k, v)
+        forward_in_blocks(scaled, k, v, out.transpose(1, 2))
+    return out.flatten(2, 3).transpose(1, 2)
 
 
 def _blocks(time: int, groups: int):
@@ -92,30 +100,3 @@ def backward_in_blocks(q, k, v, kept, grad_out) -> tuple[torch.Tensor, torch.Ten
         grad_k[:, seen] += torch.bmm(grad_scores.transpose(1, 2), q[:, rows])
         grad_q[:, rows] = torch.bmm(grad_scores, k[:, seen])
     return grad_q, grad_k, grad_v
-
-
-class _CausalAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v):
-        batch, heads, time, dim = q.shape
-        kv_heads = k.shape[1]
-        groups = heads // kv_heads
-        scaled = q.new_empty(batch, kv_heads, time, groups, dim)
-        torch.mul(q.unflatten(1, (kv_heads, groups)).transpose(2, 3), dim**-0.5, out=scaled)
-        scaled, k, v = scaled.view(-1, time * groups, dim), k.reshape(-1, time, dim), v.reshape(-1, time, dim)
-        out = q.new_empty(batch, time, kv_heads, groups, dim)  # the layout that o_proj reads
-        kept = forward_in_blocks(scaled, k, v, out.transpose(1, 2))
-        ctx.save_for_backward(scaled, k, v, *kept)
-        return out.flatten(2, 3).transpose(1, 2)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_out):
-        q, k, v, *kept = ctx.saved_tensors
-        batch, heads, time, dim = grad_out.shape
-        groups = q.shape[1] // time
-        grouped = (batch, heads // groups, time, groups, dim)
-        grad_out = grad_out.unflatten(1, (-1, groups)).transpose(2, 3).reshape(q.shape)
-        grad_q, grad_k, grad_v = backward_in_blocks(q, k, v, kept, grad_out)
-        grad_q = (grad_q * dim**-0.5).view(grouped).transpose(2, 3).flatten(1, 2)
-        return grad_q, *(x.to(q.dtype).view(batch, -1, time, dim) for x in (grad_k, grad_v))

@@ -98,7 +98,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask=None) -> torc
         # one query a head: the H/K queries of a group are rows of one product, nothing is expanded
         grouped = q.reshape(batch, kv_heads, heads // kv_heads, dim)
         return F.scaled_dot_product_attention(grouped, k, v).reshape(batch, heads, 1, dim)
-    if mask is None and can_attend_in_blocks(q):
+    if mask is None and can_attend_in_blocks(q) and not torch.is_grad_enabled():
         return causal_attention(q, k.to(q.dtype), v.to(q.dtype))  # a cache is fp32 under autocast
     gqa = heads != kv_heads
     if gqa and not fused_gqa(q.device, q.dtype, mask is not None):
