@@ -59,39 +59,37 @@ from smollm2 import colab
 colab.install_missing(REPO / "requirements.txt")
 report = colab.doctor()
 
-# %% cellView="form" id="imports" tags=["setup"]
-# @title Imports { display-mode: "form" }
-import hashlib
+# %% id="imports" tags=["setup"]
+# What this notebook uses. The words after # say what for.
 import math
-import shutil
-import signal
+import shutil  # to delete folders
+import signal  # the stop button sends one
 import time
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # GPU sums that repeat
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file  # named tensors in a file
 
 import smollm2
-from smollm2 import SmolLM2, Tokenizer, load_config, plots, widgets
-from smollm2 import plan as planning
-from smollm2.data import BatchOrder, BatchStream, prepare_tokens
-from smollm2.dataset import Source
-from smollm2.device import choose_device, choose_precision, choose_preset
-from smollm2.errors import UserError
-from smollm2.logs import CHECKPOINTS, TRAINING, read_log
-from smollm2.notebook import lesson
-from smollm2.notebook.panel import live_panel
-from smollm2.notebook.steadfast import keep_training, kept
-from smollm2.optim import Schedule
-from smollm2.parameters import parameter_count, training_bytes
-from smollm2.progress import Reporter
-from smollm2.report import draw_report
-from smollm2.sampling import complete
-from smollm2.text import documents, read_split
+from smollm2 import SmolLM2, Tokenizer, load_config, plots, widgets  # notebooks 1 and 3
+from smollm2 import plan as planning  # how many steps your minutes buy
+from smollm2.data import BatchOrder, BatchStream, prepare_tokens  # which rows, and when
+from smollm2.dataset import Source  # a text of the Hub
+from smollm2.device import choose_device, choose_precision, choose_preset  # GPU or CPU?
+from smollm2.errors import UserError  # what a person can mend
+from smollm2.logs import CHECKPOINTS, TRAINING, read_log  # what a run wrote down
+from smollm2.notebook import data_plots, lesson  # colours; checks and guesses
+from smollm2.notebook.panel import live_panel  # a run's curves while it runs
+from smollm2.notebook.steadfast import keep_training, kept  # kept: a list of checkpoints
+from smollm2.optim import Schedule  # the learning rate of each step
+from smollm2.parameters import parameter_count, training_bytes  # notebook 2
+from smollm2.progress import Reporter  # is told what a run does; this one is silent
+from smollm2.report import draw_report  # its curves when it has ended
+from smollm2.sampling import complete  # goes on with a text
+from smollm2.text import documents, read_split  # its pieces; what is held out
 
-SMOKE = colab.is_smoke()  # the project's own quick test: all runs are shrunk
-device = choose_device()
+SMOKE, device = colab.is_smoke(), choose_device()  # SMOKE: the project's quick test, all shrunk
 lesson.quiet()
 
 # %% [markdown] id="knobs-text"
@@ -99,39 +97,81 @@ lesson.quiet()
 #
 # > *Way:* **place** → loss → update → loop → rate → kill → your run → stop → lose → keep → number formats
 #
-# A free runtime can vanish at any second, with its disk. So training writes to the local disk (fast), and copies every checkpoint to your Google Drive
-# if you allow it: each copied file is read back and compared. Colab asks for permission **now**, so that Run all can be left alone afterwards. Refused? The
-# run works all the same.
+# A free runtime can vanish at any second, with its disk. So training writes a **checkpoint** now and then: all that it needs to go on. It goes to the local disk, which is
+# fast. If you allow it, a copy goes to your Google Drive, and is read back and compared. Colab asks for permission **now**, so that Run all can be left alone afterwards.
+# Refused? The run works all the same.
 #
-# What does the banner say about *your* runs? Which model is trained on which text is chosen later, in section 7.
+# The figure: what is left after which failure? The banner above it: where are *your* runs kept? Which model is trained on which text is chosen later, in section 7.
 
-# %% cellView="form" id="storage" tags=["parameters", "setup"]
-# @title One knob: your Drive { display-mode: "form" }
+# %% cellView="form" id="storage" tags=["parameters", "setup", "figure"]
+# @title One knob: your Drive; and a figure of what survives { display-mode: "form" }
 USE_DRIVE = True  # @param {type:"boolean"}
 place = colab.storage(use_drive=USE_DRIVE, output_dir=Path("output"))
+DRILL = place.output_dir / "drill"  # for the tiny runs of sections 6, 8 and 9
+shutil.rmtree(DRILL, ignore_errors=True)
+DRILL.mkdir(parents=True)
+
+drive = "Google Drive\n(in use)" if place.drive_dir else "Google Drive\n(not in use now)"
+failures = {  # is it left in each place?
+    "the process is killed:\nit goes on from the disk": (False, True, True),
+    "the machine is lost:\nanother goes on from Drive": (False, False, True),
+    "Drive is lost:\nit trains on without": (True, True, False),
+}
+fig, ax = plots.figure(9, 3)
+style = {"ha": "center", "va": "center", "fontsize": 9}
+for x, head in enumerate(("memory of\nthe process", "disk of\nthis machine", drive)):
+    ax.text(x, 0, head, bbox={"boxstyle": "round,pad=0.5", "facecolor": "#cfe6f5"}, **style)
+    for y, stays in enumerate(failures.values(), start=1):
+        ax.barh(y, 0.7, 0.7, x - 0.35, color="#cdebdf" if stays[x] else "#444444")
+        words, color = ("✔ stays", "black") if stays[x] else ("✘ is gone", "white")
+        ax.text(x, y, words, color=color, **style)
+for x, words in ((0.5, "saves"), (1.5, "copies,\nreads back")):
+    ax.annotate("", (x + 0.24, 0), (x - 0.24, 0), arrowprops={"arrowstyle": "-|>"})
+    ax.text(x, -0.4, words, **style)
+ax.set(xlim=(-0.5, 2.5), ylim=(3.5, -0.8), xticks=[], yticks=(1, 2, 3), yticklabels=failures)
+ax.spines[:].set_visible(False)
+ax.tick_params(length=0)
+plots.label(ax, "A checkpoint's way, and what a failure leaves of it", "", "").grid(False)
+alt = "Checkpoints go from memory to disk to Drive. A killed process leaves disk and Drive, "
+plots.show(fig, alt + "a lost machine Drive alone, a lost Drive this machine.")
 
 # %% [markdown] id="overfit"
 # ## 2 · The loss: where does a model begin?
 #
 # > *Way:* place → **loss** → update → loop → rate → kill → your run → stop → lose → keep → number formats
 #
-# Training lowers one number, the **loss**: the mean of −ln(probability that the model gives to the true next token), in *nats*. It is 0 if the model is sure
-# and right, ln V if all V tokens seem equally likely to it.
+# Training lowers one number, the **loss**. It comes about in four steps:
 #
-# A part of the text is **held out**: never trained on (of `input.txt` the last 10 %). Only its loss tells what a model has learned, and what it merely knows by heart.
+# 1. At each position the model gives every token of its vocabulary a number, a **logit**.
+# 2. **Softmax** makes probabilities of them: e to the power of each, divided by the sum of all.
+# 3. Only one of them counts: the probability p that the *true* next token got. The loss of the position is −ln p, in *nats*.
+# 4. The loss of a batch is the mean over all its positions.
 #
-# We take nano (seconds on any machine), a tokenizer like its own, and **one** small batch: 4 rows of 64 tokens. The inputs are all tokens of a row but the last, the targets
-# all but the first (notebook 3). Which loss has a fresh model of V = 2,048 entries?
-#
-# <details><summary>Guess before you open this</summary>
-#
-# Equal chances for all would give ln V = 7.62. But fresh logits are random, with some spread **σ**. Each is a sum of 192 products of a normed number (size 1) and a number of
-# the table (spread 1/24), taken as independent: σ² = 192 / 24² = 0.33, σ = 0.58. The large ones among them take probability from the true token. The mean of eˣ for a normal x
-# of spread σ is e to the power of σ²/2, so the loss is **ln V + σ²/2** = 7.62 + 0.17 = 7.79.
-# </details>
+# First by hand: two positions, and a vocabulary of three tokens. Which position costs more?
 
-# %% cellView="form" id="overfit-text" tags=["setup"]
-# @title nano's settings, and the training text as numbers { display-mode: "form" }
+# %% id="loss-tiny" tags=["lesson", "check"]
+logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 3.0]])  # (2, 3): positions, tokens
+truth = torch.tensor([1, 2])  # which token comes next in truth: number 1, then number 2
+chances = logits.softmax(-1)  # (2, 3): each row adds up to 1
+for p, true in zip(chances, truth, strict=True):
+    print(p.numpy().round(2), f"token {true}: p = {p[true]:.2f}, -ln p = {-p[true].log():.2f}")
+# gather takes these p of all rows at once: of each, the one in the column that `truth` names
+picked = chances.gather(-1, truth[:, None])  # (2, 1); [:, None] makes `truth` a column, too
+loss = -picked.log().mean()
+lesson.check(
+    f"their mean, the loss, is {loss:.2f}: what PyTorch calls cross_entropy",
+    loss - torch.nn.functional.cross_entropy(logits, truth),
+    1e-6,
+)
+
+# %% [markdown] id="loss-text"
+# Now real text and a real model: nano (seconds on any machine), with a tokenizer like its own, and **one** small batch of 4 rows of 64 tokens. The inputs are all tokens of a
+# row but the last, the targets all but the first: each position has to name the token after it (notebook 3). A part of the text is **held out**, never trained on (of
+# `input.txt` the last 10 %): only its loss tells what a model has learned, and what it merely knows by heart.
+#
+# A model that thinks all V tokens equally likely gives each 1 / V: its loss is ln V, here ln 2,048 = 7.62. Where does a fresh model begin: above, at, or below?
+
+# %% id="overfit-batch" tags=["lesson"]
 NANO = load_config("nano")
 shape = NANO.model  # widths, layers, heads, vocabulary
 pieces = [piece for piece, _ in documents(read_split(REPO / "input.txt", "train"))]
@@ -140,46 +180,83 @@ tokens = torch.tensor(tokenizer.encode("\n".join(pieces)))
 print(f"{len(tokens):,} tokens, {tokenizer.vocab_size:,} different ones")
 
 
-# %% id="overfit-batch" tags=["lesson"]
 def rows_at(starts, length):
     """Rows of `length` inputs and one more, so that each has its target: (rows, length + 1)."""
-    rows = [tokens[start : start + length + 1] for start in starts]  # tokens: the whole text
+    rows = [tokens[start : start + length + 1] for start in starts]
     return torch.stack(rows).to(device)  # the GPU, where there is one
 
 
 # no two begin with the same token: what follows it could not be right for both
 one_batch = rows_at((0, 65, 130, 195), 64)
 inputs, targets = one_batch[:, :-1], one_batch[:, 1:]  # (4, 64) each
-for given, wanted in zip(inputs[0, :6].tolist(), targets[0, :6].tolist(), strict=True):
-    print(f"{tokenizer.decode([given])!r:>8} is followed by {tokenizer.decode([wanted])!r}")
 
 # %% id="overfit-loss" tags=["lesson", "check"]
-# shape: nano's widths and layers, from the folded cell
 torch.manual_seed(NANO.train.seed)
 model = SmolLM2(shape).to(device)
 first = model.loss(inputs, targets).item()
-# (4, 64, V): ln(probability) of every token; of them the true next one's, (4, 64, 1)
-right = model(inputs).log_softmax(-1).gather(-1, targets[..., None])
-lesson.check("the loss is the mean of -ln(probability)", -right.mean() - first, 1e-4)
-expected = math.log(shape.vocab_size) + shape.hidden_size * shape.initializer_range**2 / 2
-print(f"first loss {first:.2f}, expected {expected:.2f}")
+log_chances = model(inputs).log_softmax(-1)  # (4, 64, V): softmax, and ln of it
+picked = log_chances.gather(-1, targets[..., None])  # (4, 64, 1): the targets' ln p
+lesson.check("the loss is the mean of -ln p", -picked.mean() - first, 1e-4)
+print(f"first loss {first:.2f}, ln V = {math.log(shape.vocab_size):.2f}")
 lesson.check(
-    "first loss = ln V + σ²/2 (notebook 3)",
-    first - expected,
-    0.1,
+    "a fresh model knows nothing: its loss is near ln V",
+    first - math.log(shape.vocab_size),
+    0.3,
     likely="targets not shifted, or a wrong initialisation",
 )
+
+# %% cellView="form" id="loss-figure" tags=["figure"]
+# @title Figure: which position names which token, and what that costs { display-mode: "form" }
+fig, (left, right) = plots.figure(9, 3.2, columns=2, width_ratios=[3, 2])
+words = [tokenizer.decode([number]).replace(" ", "·") for number in one_batch[0, :8].tolist()]
+style = {"ha": "center", "va": "center", "fontsize": 9, "family": "monospace", "clip_on": True}
+for x in range(8):
+    for y, column in ((1, x), (0, x - 1)):  # as an input, and one place earlier as a target
+        tint = data_plots.TINTS[x % 5]
+        left.barh(y, 0.9, 0.5, column - 0.45, color=tint, edgecolor=plots.GREY)
+        left.text(column, y, words[x], **style)
+    left.annotate("", (x, 0.27), (x, 0.73), arrowprops={"arrowstyle": "-|>"})
+    left.plot((x - 0.15, x - 0.85), (0.73, 0.27), ":", color=plots.GREY, marker="")
+for x, chance in enumerate(picked[0, :7, 0].exp().tolist()):
+    left.text(x, -0.5, f"{chance:.5f}", **style | {"fontsize": 8})
+left.set_yticks((1, 0, -0.5), ["input", "target", "p of the target"])
+left.set(xlim=(-0.5, 6.5), ylim=(-0.7, 1.3))
+left.grid(False)
+plots.label(left, "Each position has to name the token after it", "position in the row", "")
+p = np.linspace(1e-4, 1, 2000)
+right.plot(p, -np.log(p), marker="")
+right.plot(math.exp(-first), first, "*", color=plots.RED, markersize=13, clip_on=False)
+right.annotate(f"fresh model: {first:.2f}", (0.05, first), va="center")
+for p in (0.1, 0.5):
+    right.plot(p, -math.log(p), "o", color=plots.BLUE)
+    right.annotate(f"p = {p}: {-math.log(p):.2f}", (p + 0.02, 0.15 - math.log(p)))
+right.set(xlim=(0, 1), ylim=(0, 9))
+plots.label(right, "Sure and right costs nothing", "p of the target", "loss, -ln p (nats)")
+alt = "Each input names the token after it. The curve -ln p falls steeply, to 0 at p = 1; "
+plots.show(fig, alt + f"the fresh model begins at its left end, at {first:.2f} nats.")
+
+# %% [markdown] id="loss-deeper"
+# A fresh model begins a little *above* ln V: that is worse than to know nothing.
+#
+# <details><summary>Go deeper: why above, and by how much?</summary>
+#
+# Fresh logits are not all equal. They are random, with some spread **σ**, and the large ones among them take probability from the true token. How much? The softmax divides by
+# the sum of all eˣ, and the mean of eˣ for a normal x of spread σ is e to the power of σ²/2. So the loss is **ln V + σ²/2**.
+#
+# And σ? A logit is a sum of 192 products: a normed number (size 1) times a number of the table (spread 1/24). Taken as independent, σ² = 192 / 24² = 0.33. So the loss is
+# 7.62 + 0.17 = 7.79. Section 7 holds your own run to it.
+# </details>
 
 # %% [markdown] id="accumulate-text"
 # ## 3 · One update: gradient, clipping, AdamW
 #
 # > *Way:* place → loss → **update** → loop → rate → kill → your run → stop → lose → keep → number formats
 #
-# An update lowers the loss a little, in three steps. We write each and compare it with PyTorch's; section 4 puts them into a loop.
+# An update lowers the loss a little, in three steps. We write each and compare it with PyTorch's. Section 4 puts them into a loop.
 #
-# **Accumulation.** A backward pass gives every weight its **gradient**: how the loss changes with it. A large batch gives a steady gradient, but its activations may not fit
-# into memory. So it goes through in parts. Backward passes *add* to `.grad`, and the mean over all rows is the sum of the parts' means, each times its share of the rows.
-# (Here all rows have equally many targets. In notebook 7 they do not: there a part's share is counted in *targets*.)
+# **1 Accumulation.** A backward pass gives every weight its **gradient**: how the loss changes with it. A large batch gives a steady gradient, but may not fit into memory. So it
+# goes through in parts. Backward passes *add* to `.grad`. The mean over all rows is the sum of the parts' means, each times its share of the rows. (Here all rows have equally
+# many targets. In notebook 7 they do not: there a part's share is counted in *targets*.)
 
 
 # %% id="accumulate" tags=["lesson", "check"]
@@ -203,11 +280,15 @@ for parts in (1, 4):
     model.zero_grad()
     backward(model, one_batch, parts)
     found[parts] = all_gradients(model)
-off, likely = found[1] - found[4], "each part needs its share"
-lesson.check("4 parts make the gradient of the large batch", off, 1e-6, likely)
+lesson.check(
+    "4 parts make the gradient of the large batch",
+    found[1] - found[4],
+    1e-6,
+    likely="each part needs its share",
+)
 
 # %% [markdown] id="clip-text"
-# **Clipping.** One odd batch must not throw the model off. Where all gradients together are longer than a limit, one factor shortens them all. The direction stays.
+# **2 Clipping.** One odd batch must not throw the model off. Where all gradients together are longer than a limit, one factor shortens them all. The direction stays.
 
 
 # %% id="clip" tags=["lesson", "check"]
@@ -221,7 +302,7 @@ torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
 lesson.check("clipping is one factor, PyTorch's", clipped - all_gradients(model), 1e-6)
 
 # %% [markdown] id="adamw-text"
-# **[AdamW](https://arxiv.org/abs/1711.05101)** remembers two numbers for each weight w. With the new gradient g, and t for the number of the update, one update is:
+# **3 [AdamW](https://arxiv.org/abs/1711.05101)** remembers two numbers for each weight w. With the new gradient g, and t for the number of the update, one update is:
 #
 # | | formula | why |
 # |---|---|---|
@@ -232,8 +313,11 @@ lesson.check("clipping is one factor, PyTorch's", clipped - all_gradients(model)
 # | 5 move | w = w − rate · m̂ / (√v̂ + ε) | divided by its usual size, no weight moves much farther than another |
 #
 # With β₁ = 0.9 the average reaches back about 1 / (1 − β₁) = 10 updates, with β₂ = 0.95 about 20. A β nearer to 1 remembers longer: steadier, but slower to follow.
+# ε is tiny: it keeps a division by 0 away.
 #
 # The decay, the W, is a step of its own. As a part of g it would be divided by √v̂ in step 5, too. Only matrices decay: the norms' gains are meant to be near 1.
+#
+# The figure after the check follows one weight of nano through 24 batches. Its gradient jumps about. Does the weight?
 
 
 # %% id="adamw" tags=["lesson"]
@@ -277,6 +361,38 @@ lesson.check(
     1e-6,
     likely="which average is divided by which, and when does the decay come?",
 )
+
+# %% cellView="form" id="adamw-figure" tags=["figure"]
+# @title Figure: 24 updates of one weight, number by number { display-mode: "form" }
+torch.manual_seed(1)
+fresh, path = SmolLM2(shape).to(device), []
+memories = {weight: new_memory(weight) for weight in fresh.parameters()}
+table, spot = fresh.model.embed_tokens.weight, (tokenizer.encode(",")[0], 3)
+for t in range(1, 25):
+    rows = rows_at(torch.randint(len(tokens) - 65, (4,)).tolist(), 64)  # each time others
+    fresh.zero_grad()
+    backward(fresh, rows, 1)
+    factor = clip_factor(all_gradients(fresh), ADAMW.gradient_clip_norm)
+    for weight, memory in memories.items():
+        adamw(weight, factor * weight.grad, memory, t, 1e-3, ADAMW.weight_decay, ADAMW)
+    m = memories[table]["m"][spot] / (1 - ADAMW.adam_beta1**t)
+    root = (memories[table]["v"][spot] / (1 - ADAMW.adam_beta2**t)) ** 0.5
+    path.append(list(map(float, (table.grad[spot], factor, m, root, table.data[spot]))))
+g, factor, m, root, values = np.array(path).T
+t = np.arange(1, 25)
+fig, (top, middle, low) = plots.figure(9, 5.6, rows=3, sharex=True)
+top.bar(t, g, color="#bbbbbb", label="g")
+top.bar(t, factor * g, 0.4, color=plots.BLUE, label="g, clipped")
+top.plot(t, m, color=plots.BLACK, marker="", linewidth=2, label=r"$\hat m$")
+top.plot(t, root, "--", color=plots.RED, marker="", label=r"$\sqrt{\hat v}$")
+top.set_xlim(0, 29)  # room for the legend
+middle.bar(t, -m / root, color=plots.BLUE)
+low.plot(t, values)
+plots.label(top, "A noisy gradient; rows 1 to 3 of the table", "", "gradient", legend=True)
+plots.label(middle, r"Row 5, the move: $-\hat m\,/\sqrt{\hat v}$", "", "learning rates")
+plots.label(low, "The weight (row 4 takes 0.03 % of it each time)", "update", "weight")
+alt = f"The gradient changes sign ({g.min():.2f} to {g.max():.2f}), its average hardly; a move "
+plots.show(fig, alt + f"has {abs(m / root).max():.2f} learning rates at most.")
 
 # %% cellView="form" id="overfit-predict" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
@@ -333,11 +449,31 @@ lesson.check("one batch is learned by heart: its loss is 0", losses[-1], 0.1, li
 
 # %% [markdown] id="adamw-exercise"
 # **✎ Exercise**: set `beta1` to 0 in `adamw`, then `beta2` in its place, and run its cell, the check after it and section 4 again. Which check fails, and which loop still
-# learns the batch by heart?
+# learns the batch by heart? The figure below shows all three loops.
 #
 # <details><summary>Solution</summary>The comparison with `torch.optim.AdamW` fails both times (take it out, to go on). Without β₁ the loop still learns the batch,
 # but slowly: 0.2 nats after 60 updates in place of 0.001. Each zigzag counts, nothing cancels. Without β₂ the loss jumps to thousands of nats: where a gradient
 # happens to be near zero, the average is divided by next to nothing.</details>
+
+# %% cellView="form" id="heart-figure" tags=["figure"]
+# @title Figure: one batch by heart, with AdamW whole and broken { display-mode: "form" }
+fig, ax = plots.figure(8, 3)
+ax.semilogy(range(1, 61), losses, color=plots.BLUE, label="AdamW")
+for beta, look, color in ((1, "^-", plots.ORANGE), (2, "x-", plots.BLACK)):
+    torch.manual_seed(ADAMW.seed)
+    tried = learn(
+        SmolLM2(shape).to(device),
+        [one_batch] * 60,
+        steady,
+        ADAMW.model_copy(update={f"adam_beta{beta}": 0.0}),
+    )
+    ax.semilogy(range(1, 61), tried, look, color=color, label=f"beta {beta} = 0")
+plots.label(ax, "One batch, 60 times", "update", "loss (nats, log scale)", legend=True)
+plots.show(
+    fig,
+    f"AdamW brings the loss of one batch from {losses[0]:.1f} to {losses[-1]:.3f} nats; "
+    "without beta 1 it falls slowly, without beta 2 it jumps up.",
+)
 
 # %% [markdown] id="schedule"
 # ## 5 · The learning rate, and a minute of training
@@ -349,29 +485,61 @@ lesson.check("one batch is learned by heart: its loss is 0", losses[-1], 0.1, li
 # * on the *plateau* the model moves fast, but every batch pulls it about;
 # * the *fall* to zero lets it settle, and the loss drops once more.
 #
-# A cosine curve must know its end from the first step; a plateau goes on for as long as you like, and only the fall needs an end. The rate is a *function of the
-# step*, so a resumed run cannot get it wrong. At which step of the decay is it half of its peak?
+# Many use a cosine curve in its place, which must know its end from the first step. A plateau goes on for as long as you like, and only the fall needs an end: SmolLM2's
+# was the last 20 % of the steps; short runs such as nano's gain from 70 %. The rate is a *function of the step*, so a resumed run cannot get it wrong.
 #
 # **Try it.** Your run (section 7) has two phases and one curve. Move the end of phase one: what happens to the curve? And how much of the peak is lost, on average, if
 # all steps are decay?
 
+
+# %% cellView="form" id="schedule-widget" tags=["widget"]
+# @title Figure: warm-up, stable, decay; and a rate of your own { display-mode: "form" }
+def draw_schedule(warmup, decay, phase):
+    curve = Schedule(1.0, warmup, decay / 100, 0, 1000)
+    rates = np.array([curve(step) for step in range(1000)])
+    fig, ax = plots.figure(8, 2.8)
+    ends = 0, min(warmup, 500), max(min(warmup, 500), curve.decay_start), 1000
+    looks = ("warm-up", plots.SKY), ("stable", "#e6e6e6"), ("decay", plots.ORANGE)
+    for (name, tint), left, right in zip(looks, ends[:-1], ends[1:], strict=True):
+        ax.fill_between(
+            range(left, right), rates[left:right], color=tint, alpha=0.6, label=name
+        )
+    ax.plot(rates, color=plots.BLACK, marker="")
+    ax.axvline(phase, color=plots.BLUE, linestyle="--", label="phase two resumes")
+    title = f"1,000 steps: {rates.mean():.0%} of the peak on average"
+    plots.label(ax, title, "step", "learning rate (1 = its peak)", legend=True)
+    alt = f"The rate rises for {warmup} steps, stays, and falls over the last {decay} %; "
+    return fig, alt + f"the mean is {rates.mean():.0%} of the peak."
+
+
+widgets.explore(
+    draw_schedule,
+    warmup=widgets.slider("warm-up steps", 0, 500, 100, 5),
+    decay=widgets.slider("decay (%)", 0, 100, 20, 5),
+    phase=widgets.slider("phase one ends", 50, 950, 800, 50),
+)
+
 # %% id="schedule-check" tags=["lesson", "check"]
 updates = 12 if SMOKE else 150
 peak, warmup = ADAMW.learning_rate, updates // 4
-rate = Schedule(peak, warmup, ADAMW.decay_fraction, 0, updates)
+decay_start = updates - round(ADAMW.decay_fraction * updates)
 
 
 def by_hand(step):
     """The rate of an update, counted from 0."""
-    rise = (step + 1) / warmup
-    fall = (updates - step) / (updates - rate.decay_start)  # 1 where the decay begins
-    return peak * min(rise, 1, fall)
+    return peak * min(
+        (step + 1) / warmup,  # rises
+        1,  # stays
+        (updates - step) / (updates - decay_start),  # falls: 1 at its start, 0 after the last
+    )
 
 
-off = [by_hand(step) - rate(step) for step in range(updates)]
-lesson.check("rise, plateau and fall by hand are the package's, at every step", off, 1e-12)
-lesson.check("at its highest it is the peak", max(map(rate, range(updates))) - peak, 1e-12)
-lesson.check("after the last update it is zero", rate(updates), 1e-12)
+theirs = Schedule(peak, warmup, ADAMW.decay_fraction, 0, updates)
+lesson.check(
+    "your rate is the package's at every step, and zero after the last",
+    [by_hand(step) - theirs(step) for step in range(updates)] + [by_hand(updates)],
+    1e-12,
+)
 
 # %% cellView="form" id="schedule-predict" tags=["predict"]
 # @title Your prediction { display-mode: "form" }
@@ -379,60 +547,34 @@ guess = None  # @param {type:"raw"}
 lesson.predict(
     f"{updates} steps, the last {ADAMW.decay_fraction:.0%} of them decay. At which step "
     "is the rate down to half its peak?",
-    guess, (rate.decay_start + updates) / 2, within=0.03, unit="(step)",
-    why=f"The decay begins at step {rate.decay_start}; half-way from there to the end.",
+    guess, (decay_start + updates) / 2, within=0.03, unit="(step)",
+    why=f"The decay begins at step {decay_start}; half-way from there to the end.",
 )  # fmt: skip
 
-
-# %% cellView="form" id="schedule-widget" tags=["widget"]
-# @title Try it: a learning rate of your own { display-mode: "form" }
-def draw_schedule(warmup, decay, phase):
-    rate = Schedule(peak, warmup, decay / 100, 0, 1000)
-    rates = [rate(step) for step in range(1000)]
-    fig, ax = plots.figure(8, 2.8)
-    ax.plot(rates, marker="")
-    ax.axvline(phase, color=plots.ORANGE, linestyle="--", label="the second phase resumes here")
-    area = f"{sum(rates) / (1000 * peak):.0%}"
-    title = f"Learning rate of 1,000 steps: {area} of the peak on average"
-    plots.label(ax, title, "step", "learning rate", legend=True)
-    alt = f"The rate rises for {warmup} steps, stays, and falls over the last {decay} %; "
-    return fig, alt + f"the mean is {area} of the peak."
-
-
-widgets.explore(
-    draw_schedule,
-    warmup=widgets.slider("warm-up steps", 0, 500, ADAMW.warmup_steps, 5),
-    decay=widgets.slider("decay (%)", 0, 100, round(100 * ADAMW.decay_fraction), 5),
-    phase=widgets.slider("phase one ends", 50, 950, 800, 50),
-)
-
-# %% [markdown] id="minute"
-# Now your loop, with this rate, trains nano on real text: 150 batches, each in 4 parts, about a minute on two CPU cores. Then it goes on from
-# *Once upon a time*: how many of its words are real ones?
-
 # %% id="minute-run" tags=["lesson", "slow"]
-T, B = NANO.data.sequence_length, ADAMW.batch_size
-if SMOKE:
-    T, B = 64, 4
+# Your loop, with your rate, trains nano on real text: 150 batches, each in 4 parts, about a
+# minute on two CPU cores. Then it goes on with a text. How many of its words are real ones?
+T, B = (64, 4) if SMOKE else (NANO.data.sequence_length, ADAMW.batch_size)
 order = BatchOrder(len(tokens), T, B, ADAMW.seed)  # notebook 3, section 7
 batches = [rows_at(order.starts(n), T) for n in range(updates)]
 torch.manual_seed(ADAMW.seed)
 own = SmolLM2(shape).to(device)
-minute = learn(own, batches, rate, ADAMW, parts=4)
-print(f"loss {minute[0]:.2f} -> {minute[-1]:.2f} in {updates} updates; it writes:")
-start = "Once upon a time"
-written = start + complete(own, tokenizer, start, 40, temperature=0.8, top_k=50, seed=1)
-print(" ".join(written.split()))
+minute = learn(own, batches, by_hand, ADAMW, parts=4)
+written = complete(own, tokenizer, "Once upon a time", 40, temperature=0.8, top_k=50, seed=1)
+print(
+    f"loss {minute[0]:.2f} -> {minute[-1]:.2f} in {updates} updates; it writes:",
+    " ".join(f"Once upon a time{written}".split()),
+    sep="\n",
+)
 
 # %% cellView="form" id="minute-figure" tags=["figure"]
 # @title Figure: a minute of your loop { display-mode: "form" }
-fig, (left, right) = plots.figure(8, 2.8, columns=2)
-left.plot(range(1, updates + 1), minute, marker="")
-plots.label(left, "Your own loop trains nano", "update", "loss (nats per token)")
-right.plot(
-    range(1, updates + 1), [rate(n) for n in range(updates)], color=plots.ORANGE, marker=""
-)
-plots.label(right, "Warm-up, plateau, decay (section 5)", "update", "learning rate")
+fig, ax = plots.figure(8, 2.8)
+steps, rates = range(1, updates + 1), [by_hand(n) / peak for n in range(updates)]
+ax.fill_between(steps, rates, color=plots.ORANGE, alpha=0.4, label="rate (1 = its peak)")
+ax.plot(steps, minute, color=plots.BLUE, marker="", label="loss")
+plots.label(ax, "Your loop trains nano", "update", "loss (nats per token)", legend=True)
+ax.set_ylim(bottom=0)
 alt = f"In {updates} updates the loss falls from {minute[0]:.2f} to {minute[-1]:.2f} nats "
 plots.show(fig, alt + "per token, while the learning rate rises, stays and falls to zero.")
 
@@ -441,45 +583,31 @@ plots.show(fig, alt + "per token, while the learning rate rises, stays and falls
 #
 # > *Way:* place → loss → update → loop → rate → **kill** → your run → stop → lose → keep → number formats
 #
+# ### Your own save and load
+#
 # What must be saved, so that your loop can go on as if nothing had happened? The weights, both averages of each, the number of updates, and the state of the random numbers.
-# Below, `save` writes them into one file and `load` reads them back. The check: after three updates and a save one model simply goes on; another, with weights of its own, reads
-# the file. Are updates 4 to 6 the same?
-
-# %% cellView="form" id="drill" tags=["setup"]
-# @title The tiny runs of sections 6, 8 and 9 { display-mode: "form" }
-TINY = {
-    "model.vocab_size": 512, "data.tokenizer_vocab_size": 512, "model.hidden_size": 96,
-    "model.intermediate_size": 256, "model.num_hidden_layers": 3, "data.sequence_length": 64,
-    "train.batch_size": 8, "train.warmup_steps": 5,
-}  # fmt: skip
-DRILL = Path("output/drill")
-shutil.rmtree(DRILL, ignore_errors=True)
-DRILL.mkdir(parents=True)
-(DRILL / "text.txt").write_text("\n".join(pieces[:200]), encoding="utf-8")
-OFTEN = {"train.max_steps": 30, "train.save_every": 10, "train.log_every": 1}
-OFTEN |= {"train.sample_tokens": 8, "data.input_file": str(DRILL / "text.txt")}
-
-
-def curve(name):
-    """{step: loss} as logged so far."""
-    path = DRILL / name / "logs" / TRAINING
-    events = read_log(path) if path.exists() else []
-    return {int(e["step"]): float(e["train_loss"]) for e in events if "train_loss" in e}
+# Below, `save` writes them into one file and `load` reads them back.
+#
+# The check: three updates, and a save. Then one model simply goes on; another, with weights of its own, reads the file. Are updates 4 to 6 the same?
 
 
 # %% id="own-save" tags=["lesson"]
 def save(path, model, memories, done):
+    """Write all that a run needs to go on after `done` updates."""
     held = {"done": torch.tensor(done), "random": torch.get_rng_state()}
     for name, weight in model.named_parameters():
-        of = memories[weight]
-        held[name] = torch.stack((weight.detach(), of["m"], of["v"]))
+        held[name] = weight.detach()
+        held[f"{name}.m"] = memories[weight]["m"]
+        held[f"{name}.v"] = memories[weight]["v"]
     save_file(held, path)  # safetensors: named tensors, and nothing that could run
 
 
 def load(path, model):
+    """Fill `model` from the file; returns its optimizer's memories, and the updates done."""
     held, memories = load_file(path, device=str(device)), {}
     for name, weight in model.named_parameters():
-        weight.data, m, v = held[name]
+        weight.data = held[name]
+        m, v = held[f"{name}.m"], held[f"{name}.v"]
         memories[weight] = {"m": m, "v": v}
     torch.set_rng_state(held["random"].cpu())
     return memories, held["done"].item()
@@ -489,7 +617,7 @@ def load(path, model):
 stays, reads = SmolLM2(shape).to(device), SmolLM2(shape).to(device)  # different weights
 averages = {weight: new_memory(weight) for weight in stays.parameters()}
 learn(stays, [one_batch] * 3, steady, ADAMW, memories=averages)
-save(DRILL / "own.safetensors", stays, averages, done=3)
+save(DRILL / "own.safetensors", stays, averages, done=3)  # DRILL: output/drill
 went_on = learn(stays, [one_batch] * 3, steady, ADAMW, memories=averages, done=3)
 averages, so_far = load(DRILL / "own.safetensors", reads)
 resumed_own = learn(reads, [one_batch] * 3, steady, ADAMW, memories=averages, done=so_far)
@@ -500,37 +628,50 @@ lesson.check(
 )
 
 # %% [markdown] id="kill-acts"
-# `smollm2.train` is your loop with saving, logs and a panel. What it adds to your file: a checkpoint is written under another name and renamed when whole, every file has
-# its hash, the place in the data and the plan of the rate are kept, a damaged file is passed over for the one before, and what becomes too old is deleted.
-#
-# Many projects can resume. The question is whether the resumed run is **the same run**. Three acts with a tiny model, 30 steps (about 20 s):
-# 1. One run is left alone.
-# 2. A second one, in a process of its own, gets `SIGKILL` after step 17: no goodbye, no last save. (A lost runtime takes its disk along as well: section 9.)
-# 3. It is resumed here, from its newest **checkpoint**, and compared with the first, byte by byte.
+# `smollm2.train` is your loop with saving, logs and a panel. Its checkpoint holds what your file holds, and more:
 #
 # | of a checkpoint | holds | without it |
 # |---|---|---|
 # | `model.safetensors` | the weights | all is lost |
 # | `optim.safetensors` | the optimizer's averages of each weight; the states of PyTorch's random generators | the next updates are others; whatever is drawn at random is, too |
-# | `state.json` | the step and the data position, the plan of the rate (and, in fp16, the scale of section 11) | the next batch and the next rate are others |
+# | `state.json` | the step, the place in the data, the plan of the rate (and, in fp16, the scale of section 11) | the next batch and the next rate are others |
 # | `tokenizer.json` | the numbers of all tokens | the weights mean nothing |
-# | `manifest.json` | the SHA-256 of every file, written last | nobody knows that the rest is whole |
-
+# | `manifest.json` | the **SHA-256** of every file, a short number that any change of the file changes; written last | nobody knows that the rest is whole |
+#
+# A checkpoint is written under another name and renamed when whole. A damaged one is passed over for the one before. What becomes too old is deleted.
+#
+# ### The package's run, killed
+#
+# Many projects can resume. The question is whether the resumed run is **the same run**. Three acts with a tiny model, 30 steps (about 20 s):
+# 1. One run is left alone.
+# 2. A second one, in a process of its own, gets `SIGKILL` after step 17: no goodbye, no last save. (A lost machine takes its disk along as well: section 9.)
+# 3. It is resumed here, from its newest checkpoint, and compared with the first, byte by byte.
 
 # %% id="kill-smooth" tags=["lesson", "slow"]
+TINY = {  # smaller than nano: seconds a run
+    "model.vocab_size": 512, "data.tokenizer_vocab_size": 512, "model.hidden_size": 96,
+    "model.intermediate_size": 256, "model.num_hidden_layers": 3, "data.sequence_length": 64,
+    "train.batch_size": 8, "train.warmup_steps": 5,
+}  # fmt: skip
+(DRILL / "text.txt").write_text("\n".join(pieces[:200]), encoding="utf-8")
+
+
 def drill(name, **more):
-    """30 steps of a tiny model in output/drill/<name>, a checkpoint every 10."""
-    own = {
-        "run.output_dir": str(DRILL / name),  # DRILL: output/drill
+    """Settings of a run of 30 steps in output/drill/<name>; `more`: what else to set."""
+    run = {
+        "run.output_dir": str(DRILL / name),
+        "data.input_file": str(DRILL / "text.txt"),
+        "train.max_steps": 30,
+        "train.save_every": 10,
+        "train.log_every": 1,
+        "train.sample_tokens": 8,
         "train.deterministic": device.type == "cuda",  # else its last bits differ
     }
-    settings = TINY | OFTEN | own | more  # the first two stand in the folded cell above
-    return load_config("nano", **settings)
+    return load_config("nano", **TINY, **run, **more)
 
 
-smooth = smollm2.train(drill("smooth"), reporter=Reporter())
-begin, end = smooth.losses[0][1], smooth.losses[-1][1]
-print(f"left alone: {smooth.step} steps, loss {begin:.3f} -> {end:.3f}")
+smooth = smollm2.train(drill("smooth"), reporter=Reporter())  # Reporter: prints nothing
+print(f"left alone: {smooth.step} steps, the last at a loss of {smooth.losses[-1][1]:.3f}")
 
 # %% cellView="form" id="loop-check" tags=["check", "slow"]
 # @title Check: your loop and smollm2.train, the same 30 batches { display-mode: "form" }
@@ -553,8 +694,16 @@ difference = np.array(mine) - np.array([loss for _, loss in package.losses])
 allowed = 1e-5 if device.type == "cpu" else 1e-3  # a GPU adds up in another order every time
 lesson.check("the 30 losses of your loop are those of smollm2.train", difference, allowed)
 
+
 # %% cellView="form" id="kill-child" tags=["check", "slow"]
 # @title The second run is killed { display-mode: "form" }
+def curve(name):
+    """{step: loss} as logged so far."""
+    path = DRILL / name / "logs" / TRAINING
+    events = read_log(path) if path.exists() else []
+    return {int(e["step"]): float(e["train_loss"]) for e in events if "train_loss" in e}
+
+
 shutil.rmtree(DRILL / "killed", ignore_errors=True)  # of an earlier try
 (DRILL / "killed.yaml").write_text(drill("killed").to_yaml(), encoding="utf-8")
 command = [sys.executable, str(REPO / "colab_train.py"), "--config", DRILL / "killed.yaml"]
@@ -597,27 +746,20 @@ class Lines(Reporter):
 resumed = smollm2.train(drill("killed"), reporter=Lines())
 
 
-def hashes(name):
-    """sha256 of weights, optimizer and state at the end of a drill."""
-    folder = DRILL / name / "checkpoints" / "final_model.ckpt"
-    files = ("model.safetensors", "optim.safetensors", "state.json")
-    return {file: hashlib.sha256((folder / file).read_bytes()).hexdigest() for file in files}
-
-
+# %% id="kill-check" tags=["check"]
 def same_bytes(name):
-    """Check every file of a drill against the run that was left alone."""
-    likely, expected = "something is missing in the checkpoint", hashes("smooth")
-    for file, digest in hashes(name).items():
-        title = f"{name}: {file} {digest[:12]} is byte-identical"
-        lesson.true(title, digest == expected[file], likely=likely)
+    """Check the files at the end of a run against those of the run left alone."""
+    for file in ("model.safetensors", "optim.safetensors", "state.json"):
+        here, there = (DRILL / run / "checkpoints/final_model.ckpt" for run in (name, "smooth"))
+        same = (here / file).read_bytes() == (there / file).read_bytes()
+        lesson.true(f"{name}: {file} is byte-identical", same, "missing in the checkpoint?")
 
 
-# %% cellView="form" id="kill-check" tags=["check"]
-# @title Check: the same losses, the same bytes { display-mode: "form" }
-logged = [np.array(list(curve(name).values())) for name in ("killed", "smooth")]
-lesson.check("all 30 logged losses are those of the run left alone", logged[0] - logged[1])
-uninterrupted = dict(smooth.losses)
-off = max(abs(loss - uninterrupted[step]) for step, loss in resumed.losses)
+# curve: the logged losses of a run, from the folded cell above
+off = np.subtract(list(curve("killed").values()), list(curve("smooth").values()))
+lesson.check("all 30 logged losses are those of the run left alone", off)
+full = dict(smooth.losses)
+off = [loss - full[step] for step, loss in resumed.losses]
 lesson.check("in full precision too, from the resumed step on", off)
 same_bytes("killed")
 
@@ -651,7 +793,7 @@ plots.show(fig, alt + "run left alone.")
 # path.write_bytes(raw)
 # ```
 # It says "... is not usable: optim.safetensors: sha256 differs from the manifest: damaged; trying the one before", goes back to step 20
-# and trains the last ten steps again, to the same bits: `hashes("smooth")` is what it was.
+# and trains the last ten steps again, to the same bits: `same_bytes("killed")` passes as before.
 # </details>
 
 # %% [markdown] id="run"
@@ -690,8 +832,6 @@ STEPS = 0  # @param {type:"integer"}
 MORE_STEPS = 0  # @param {type:"integer"}
 PROMPT = "Once upon a time"  # @param {type:"string"}
 
-# %% cellView="form" id="text" tags=["setup"]
-# @title Choose text and model { display-mode: "form" }
 SETS = {
     "TinyStories": "roneneldan/TinyStories",  # CDLA-Sharing-1.0
     "FineWeb-Edu": "HuggingFaceFW/fineweb-edu:sample-10BT",  # ODC-By
@@ -932,23 +1072,13 @@ lesson.check("scaled by 65,536, the same gradients survive fp16", scaled - 1, 1e
 others = [p for p in model.parameters() if p.dtype != torch.float32]
 lesson.true("the model's weights are fp32", not others)
 
-# %% id="gradients-run" tags=["lesson"]
+# %% cellView="form" id="dtype-figure" tags=["figure"]
+# @title Figure: what each format holds, and real gradients { display-mode: "form" }
 own.zero_grad()
 backward(own, rows_at(order.starts(updates), T), 4)  # a batch that it has not seen
 model.zero_grad()
 backward(model, one_batch, 1)  # the one that it knows by heart
-kinds = {f"update {updates + 1}\nof nano": all_gradients(own).abs().cpu()}
-kinds["one batch,\nby heart"] = all_gradients(model).abs().cpu()
-shares = {}
-for name, sizes in kinds.items():
-    sizes = sizes[sizes > 0]
-    blurred = (sizes < torch.finfo(torch.float16).smallest_normal).float().mean()
-    lost = (sizes < 2.0**-25).float().mean()  # half of the smallest number
-    shares[name] = f"{blurred:.0%} lose digits, {lost:.2%} become 0"
-    print(f"{' '.join(name.split())}: in fp16 without scaling {shares[name]}")
-
-# %% cellView="form" id="dtype-figure" tags=["figure"]
-# @title Figure: what each format holds { display-mode: "form" }
+kinds = {f"update {updates + 1}\nof nano": own, "one batch,\nby heart": model}
 fig, ax = plots.figure(8, 3.6)
 for y, name in enumerate(("float32", "bfloat16", "float16")):
     facts, color = torch.finfo(getattr(torch, name)), plots.PALETTE[y]
@@ -956,37 +1086,23 @@ for y, name in enumerate(("float32", "bfloat16", "float16")):
     last, low, high = map(math.log10, ends)
     ax.barh(y, high - low, left=low, height=0.5, color=color)
     ax.barh(y, low - last, left=last, height=0.5, color="white", edgecolor=color, hatch="///")
-for y, sizes in enumerate(kinds.values(), start=3):
-    counts, edges = np.histogram(sizes[sizes > 0].log10(), bins=60, range=(-16, 2))
+shares = []
+for y, trained in enumerate(kinds.values(), start=3):
+    sizes = all_gradients(trained).abs().cpu()
+    sizes = sizes[sizes > 0]
+    blurred = (sizes < torch.finfo(torch.float16).smallest_normal).float().mean()
+    lost = (sizes < 2.0**-25).float().mean()  # half of the smallest number
+    shares.append(f"{blurred:.0%} lose digits, {lost:.2%} become 0")
+    counts, edges = np.histogram(sizes.log10(), bins=60, range=(-16, 2))
     bars = {"width": edges[1] - edges[0], "bottom": y - 0.3, "color": plots.PALETTE[y]}
     ax.bar(edges[:-1], 0.8 * counts / counts.max(), align="edge", **bars)
+    ax.text(1, y, shares[-1].replace(", ", ",\n"), va="center", fontsize=9)
 ax.set_yticks(range(5), ["fp32", "bf16", "fp16", *kinds])
 ax.set(xlim=(-16, 6), xticks=range(-16, 7, 2))
-title = "What each format can hold (hatched: with fewer digits), and gradients"
+title = "What each format can hold (hatched: with fewer digits), and gradients in fp16"
 plots.label(ax, title, "size of a number (power of ten); bf16 and fp32 go on at both ends", "")
 alt = "Gradients against the range of fp16: of an ordinary update of nano "
-plots.show(fig, alt + "{}; of a batch known by heart {}.".format(*shares.values()))
-
-# %% [markdown] id="end"
-# **Free the GPU.** Colab counts the hours. When you are done, tick what you want and run this form: *flush* makes Drive write its cache back and unmounts it,
-# *free* hands the machine back. Both are off, so that Run all never does it for you.
-
-# %% cellView="form" id="end-form" tags=["parameters", "check"]
-# @title Your score; and finish { display-mode: "form" }
-FLUSH_DRIVE = False  # @param {type:"boolean"}
-FREE_MACHINE = False  # @param {type:"boolean"}
-lesson.score()
-if not (FLUSH_DRIVE or FREE_MACHINE):
-    print("Nothing to do: all stays as it is.")
-elif not colab.is_colab():
-    print("This is not Colab: nothing to do.")
-else:
-    from google.colab import drive, runtime
-
-    if FLUSH_DRIVE:
-        drive.flush_and_unmount()  # where that fails, the machine is kept
-    if FREE_MACHINE:
-        runtime.unassign()
+plots.show(fig, alt + "{}; of a batch known by heart {}.".format(*shares))
 
 # %% [markdown] id="self-test"
 # ## What you can now explain
@@ -1022,3 +1138,23 @@ else:
 #
 # It writes. What does it think? [5 · Sample and look inside](05_sample_and_look_inside.ipynb)
 # ([open in Colab](https://colab.research.google.com/github/smollm2-from-scratch/smollm2-from-scratch/blob/main/notebooks/05_sample_and_look_inside.ipynb)) takes the checkpoints of this run.
+#
+# **Free the GPU.** Colab counts the hours. When you are done, tick what you want and run this form: *flush* makes Drive write its cache back and unmounts it,
+# *free* hands the machine back. Both are off, so that Run all never does it for you.
+
+# %% cellView="form" id="end-form" tags=["parameters", "check"]
+# @title Your score; and finish { display-mode: "form" }
+FLUSH_DRIVE = False  # @param {type:"boolean"}
+FREE_MACHINE = False  # @param {type:"boolean"}
+lesson.score()
+if not (FLUSH_DRIVE or FREE_MACHINE):
+    print("Nothing to do: all stays as it is.")
+elif not colab.is_colab():
+    print("This is not Colab: nothing to do.")
+else:
+    from google.colab import drive, runtime
+
+    if FLUSH_DRIVE:
+        drive.flush_and_unmount()  # where that fails, the machine is kept
+    if FREE_MACHINE:
+        runtime.unassign()
