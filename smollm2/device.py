@@ -250,8 +250,8 @@ def memory_bytes(groups: str = "/proc/self/cgroup", mounted: str = "/sys/fs/cgro
 
 
 def free_unused_memory() -> None:
-    """Of a GPU, too: what refers to itself, as a compiled block does, waits for Python's collector, which comes
-    by the number of objects and does not know how large they are."""
+    """Of a GPU, too: what refers to itself, as a compiled block does, waits for Python's collector, which
+    comes by the number of objects and does not know how large they are."""
     gc.collect()
     torch.cuda.empty_cache()  # nothing where there is no GPU
 

@@ -284,8 +284,8 @@ def why_not_compiled(config: RunConfig, rows: int, device: torch.device, precisi
     shape = {"vocab_size": 64, "num_hidden_layers": 1, "bos_token_id": 0, "eos_token_id": 0}
     model = SmolLM2(config.model.model_copy(update=shape)).to(device)
     try:
-        # graphs of this process's earlier runs count against torch's eight of a function: with the ninth a run
-        # would go on uncompiled, to other bits, and nothing would say so
+        # graphs of this process's earlier runs count against torch's eight of a function: with the ninth a
+        # run would go on uncompiled, to other bits, and nothing would say so
         torch.compiler.reset()
         model.compile_blocks()
         with autocast(precision, device):
