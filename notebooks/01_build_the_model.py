@@ -334,7 +334,8 @@ lesson.check("the order of the past changes nothing", swapped - weights[2] @ v, 
 # [RoPE](https://arxiv.org/abs/2104.09864) (rotary position embedding) turns queries and keys before they are compared, and needs no parameters.
 # 1. A query of SmolLM2 has 64 numbers (section 6; 8 in our small model). Take them in 32 pairs. A pair is an arrow in the plane, like the hand of a clock.
 # 2. Turn each arrow by an angle: position × speed of the pair.
-# 3. The first pair is fast, one radian a token. The last one hardly moves.
+# 3. The first pair is fast, one radian a token. The last one hardly moves. `rope_theta` sets how slow: the larger it is, the longer
+#    the contexts in which the slowest arrow does not come round.
 #
 # The next cell makes the angles. How slow is the slowest pair?
 
@@ -796,7 +797,7 @@ lesson.true(f"at full size {total:,} parameters, as SmolLM2-135M", total == 134_
 # * **Backward**: training changes each weight by its **gradient**, which says how much the loss changes when that weight changes a little. Gradients are
 #   computed from the last block back to the first. The plus carries them past a block as they are. Without it each block multiplies what comes back.
 #
-# How unequal do 30 such factors make the first block and the last?
+# Very unequal gradients are bad: a rate that suits one block leaves another as it is, or throws it off. How unequal do 30 such factors make the first block and the last?
 
 
 # %% id="plus-check" tags=["lesson", "check"]
@@ -1024,7 +1025,8 @@ lesson.score()
 # * Random additions add up their *variances*: 2L of spread s have together the spread s·√(2L).
 # * Divided by √(2L), all of them together weigh as much as one, however deep the model.
 #
-# The norms hide that growth from each branch, not from the sum: in a vector that has grown large, the token's own embedding and every later addition count for less.
+# Attention and MLP do not see that growth: a norm stands before each. But the running vector itself has it: in one that has grown large, the token's own embedding and every later
+# addition count for less.
 # GPT-2 began this, with the same factor. It is done once, here; from then on training decides. The figure shows 30 fresh blocks with and without the factor.
 
 

@@ -378,7 +378,7 @@ plots.show(fig, alt + "with 1; the weights, 257 MiB, are passed at 11,700.")
 # > *Way:* guess → ledger → map → a wrong sum → what if? → KV cache → **FLOPs** → memory → a T4
 #
 # A **FLOP** is one addition or multiplication of floating-point numbers. A matrix entry costs two a token, one of each. Training does it three times:
-# forward, for the gradient of the input, for the gradient of the weight. So [6 FLOPs a parameter](https://arxiv.org/abs/2001.08361) and token, plus
+# forward; backward for the weight's own gradient; and backward for the gradient of its input, which the layer before needs for its own weights. So [6 FLOPs a parameter](https://arxiv.org/abs/2001.08361) and token, plus
 # attention, which grows with the distance looked back.
 #
 # PyTorch can count what it executes, even on `meta` tensors that hold no numbers. Do rule and count agree?
@@ -427,8 +427,8 @@ plots.show(fig, alt + "512, 0.21 at 2,048 and 3.4 at 32,768 tokens.")
 # (notebook 4; papers call them its *moments*). That part does not depend on the batch. The rest are **activations**: numbers of the forward pass that the backward pass
 # will need.
 #
-# Half precision (2 bytes a number) shrinks the activations, not these 16 bytes: an update changes a weight or an average by a small part of itself, which 2 or 3 digits
-# would round away, and the square of a gradient of 0.0001 would be 0 in fp16. Guess the fixed part first.
+# Half precision (2 bytes a number, but only 2 or 3 digits: notebook 4, section 11) shrinks the activations, not these 16 bytes. An update changes a weight by less than its third
+# digit: rounded to three digits, nothing would have changed. And the square of a gradient of 0.0001 would be 0 in fp16. Guess the fixed part first.
 
 # %% cellView="form" id="predict-memory" tags=["predict"]
 # @title Your prediction { display-mode: "form" }

@@ -497,8 +497,8 @@ print(f"perplexity {loss.exp():,.0f}: as unsure as among so many equally likely 
 
 # %% [markdown] id="first-why"
 # Close, yet too high, and so for every seed. Why? A fresh network is not quite uniform: its logits z are small random numbers.
-# * If they are normal with variance σ², then $\ln \sum e^{z}$ is larger than ln V by **σ²/2**.
-# * The last norm makes each hidden vector as long as √width. The embedding, which is also the output, is drawn with the standard deviation *init* (1/24 here). So σ = init · √width.
+# * If they are spread like a bell curve of variance σ², then the large ones among them take probability from the true token, and $\ln \sum e^{z}$ is larger than ln V by **σ²/2**.
+# * The last norm gives the numbers of each vector the size 1, so a vector of *width* numbers is √width long. The embedding, which is also the output, is drawn with the standard deviation *init* (1/24 here). So σ = init · √width.
 #
 # Does this finer prediction hold for other vocabularies?
 

@@ -198,11 +198,10 @@ log_chances = model(inputs).log_softmax(-1)  # (4, 64, V): softmax, and ln of it
 picked = log_chances.gather(-1, targets[..., None])  # (4, 64, 1): the targets' ln p
 lesson.check("the loss is the mean of -ln p", -picked.mean() - first, 1e-4)
 print(f"first loss {first:.2f}, ln V = {math.log(shape.vocab_size):.2f}")
-# why the last term: "Go deeper", below the figure
-known = math.log(shape.vocab_size) + shape.hidden_size * shape.initializer_range**2 / 2
 lesson.check(
     "a fresh model knows nothing: its loss is ln V and a little more",
-    first - known,
+    # why a little more: "Go deeper", below the figure
+    first - math.log(shape.vocab_size) - shape.hidden_size * shape.initializer_range**2 / 2,
     0.1,
     likely="targets not shifted, or a wrong initialisation",
 )
@@ -290,7 +289,8 @@ lesson.check(
 )
 
 # %% [markdown] id="clip-text"
-# **2 Clipping.** One odd batch must not throw the model off. Where all gradients together are longer than a limit, one factor shortens them all. The direction stays.
+# **2 Clipping.** One odd batch must not throw the model off. Take the gradients of all weights as one long vector. Where its length (its **norm**) is above a limit, one factor
+# shortens them all. The direction stays.
 
 
 # %% id="clip" tags=["lesson", "check"]
@@ -317,7 +317,8 @@ lesson.check("clipping is one factor, PyTorch's", clipped - all_gradients(model)
 # With β₁ = 0.9 the average reaches back about 1 / (1 − β₁) = 10 updates, with β₂ = 0.95 about 20. A β nearer to 1 remembers longer: steadier, but slower to follow.
 # ε is tiny: it keeps a division by 0 away.
 #
-# The decay, the W, is a step of its own. As a part of g it would be divided by √v̂ in step 5, too. Only matrices decay: the norms' gains are meant to be near 1.
+# The decay, the W, is **decoupled**: a step of its own, that takes the same share of every weight. As a part of g it would be divided by √v̂ in step 5, too: weights with large
+# gradients would hardly decay, those with small ones far too much. All matrices decay, the embedding among them; the norms' gains do not: they are meant to be near 1.
 #
 # The figure after the check follows one weight of nano through 24 batches. Its gradient jumps about. Does the weight?
 
@@ -339,7 +340,7 @@ def adamw(weight, g, memory, step, rate, decay, settings):
     weight.sub_(rate * m / (v.sqrt() + settings.adam_eps))  # 5
 
 
-# nano's settings, but with AdamW for all its weights
+# nano's settings, but with AdamW for all weights (in section 7 Muon updates the matrices)
 ADAMW = load_config("nano", **{"train.optimizer": "adamw", "train.learning_rate": 4e-3}).train
 
 
@@ -392,7 +393,12 @@ middle.bar(t, -m / root, color=plots.BLUE)
 low.plot(t, values)
 plots.label(top, "A noisy gradient; rows 1 to 3 of the table", "", "gradient", legend=True)
 plots.label(middle, r"Row 5, the move: $-\hat m\,/\sqrt{\hat v}$", "", "learning rates")
-plots.label(low, "The weight (row 4 takes 0.03 % of it each time)", "update", "weight")
+plots.label(
+    low,
+    "The weight (row 4 takes rate x decay = 0.001 x 0.3 of it each time)",
+    "update",
+    "weight",
+)
 alt = f"The gradient changes sign ({g.min():.2f} to {g.max():.2f}), its average hardly; a move "
 plots.show(fig, alt + f"has {abs(m / root).max():.2f} learning rates at most.")
 
@@ -1115,7 +1121,9 @@ plots.show(fig, alt + "{}; of a batch known by heart {}.".format(*shares))
 # targets, gradients, optimizer.</details>
 #
 # <details><summary>What must a checkpoint hold, beside the weights, for a bit-exact resume?</summary>The averages of the optimizer, the step, the data position, random
-# states, the schedule's plan, the scaler's state.</details>
+# states, the schedule's plan, the scaler's state, and the settings that the batches depend on: seed, rows, length, and the SHA-256 of the token file. The bits are the same
+# where the sums are: on the same kind of processor with as many threads, on a GPU with `train.deterministic`. Elsewhere the run goes on just as well, but its last digits differ.
+# </details>
 #
 # <details><summary>nano ends with a training loss near 3.4 and a held-out loss near 3.8. Why do they differ?</summary>Its 900 steps read the same 1.2 MB five
 # times, so it knows part of that by heart. Only the held-out text tells what it has learned.</details>

@@ -154,7 +154,8 @@ lesson.true("and it loses nothing", gzip.decompress(gzip.compress(held_out, 9)) 
 # ## 3 · The honest rival: counting
 #
 # How often did *e* follow *th* in the training text? Divide by how often *th* occurred: a model, and it has read what yours has read (if that was `input.txt`). But what if a context
-# never occurred, or only once? Blend with the shorter one: Witten and Bell (1991) give it a weight of as many sightings as there were *different* next bytes.
+# never occurred, or only once? Blend with the shorter context. How much? Witten and Bell (1991): where many *different* bytes followed, a new one is likely. So the
+# shorter context's opinion counts like as many sightings as there were different next bytes.
 # What must hold for every context, seen or not?
 
 
@@ -449,8 +450,8 @@ lesson.check("there and back: saved by transformers, read by us", apart(back, or
 # %% [markdown] id="int8"
 # ## 7 · Smaller: int8 by hand
 #
-# To write one token, a model reads every weight once. So fewer bytes are more speed where the work is done on the bytes as they are (on one CPU core
-# this project's 135M wrote 1.9 times as fast in int8 as in fp32: `docs/log.md`). **int8** keeps a whole number from −127 to
+# To write one token, a model reads every weight once. So fewer bytes are more speed, if a product reads them as they are: on one CPU core
+# this project's 135M wrote 1.9 times as fast in int8 as in fp32 (`docs/log.md`). (The cells below turn them back to fp32 first: they show the error, not the speed.) **int8** keeps a whole number from −127 to
 # 127 for each weight: one byte in place of four. Each row of a matrix has one **scale**, its largest value divided by 127. Read back, a
 # weight is number × scale. Rounding costs at most half a scale. Is that much?
 
