@@ -64,7 +64,9 @@ class TokenFile:
         for first, last in pairwise(cuts):
             ids = self.tokens[first:last].tolist()
             is_ended = bool(ids) and ids[-1] == end
-            yield tokenizer.decode(ids[: len(ids) - is_ended]) + SEPARATOR * is_ended
+            text = tokenizer.decode(ids[: len(ids) - is_ended])
+            is_line = not text or text.endswith("\n")  # else an end within one, which the tokenizer found
+            yield text + (SEPARATOR if is_line else END_OF_TEXT) * is_ended
 
 
 @dataclass(frozen=True)

@@ -163,6 +163,16 @@ def test_a_run_from_a_llama_model_says_how_documents_end_and_what_is_lost(tmp_pa
     assert re.search(r"\('é\.'\).*bits per byte of this run are too good", said)
 
 
+def test_the_text_comes_back_from_its_tokens_wherever_ends_stand_in_it(text_file, tokenizer, tmp_path):
+    """gzip and counting are told of the same bytes; an end within a line, as GPT-2's files have, is no line."""
+    lines, within = f"The cat.\n{END_OF_TEXT}\n" * 99, f"On the mat.{END_OF_TEXT}" * 99
+    for text in (lines, within, f"\n{lines}{within}\n{lines}"):
+        made = prepare_tokens(text_file(text), tokenizer, tmp_path / "c", 0.1)
+        parts = [*made.train.texts(tokenizer, 0)], [*made.val.texts(tokenizer, 0)]
+        assert "".join(itertools.chain(*parts)) == text
+        assert [len("".join(part)) for part in parts] == [made.train.text_bytes, made.val.text_bytes]
+
+
 def test_tiny_shakespeare_gives_the_reference_counts(test_data, tmp_path):
     path = test_data / "tinyshakespeare/input.txt"
     real = Tokenizer.from_file(test_data / "tokenizer")
