@@ -41,7 +41,7 @@ from .device import tokens_to_learn_from
 from .errors import CheckpointError, DataError, is_terminal
 from .files import dump_json, replace_durably, sha256_bytes, sha256_json, strict_json
 from .rows import KINDS, kind, opened, table
-from .text import SEPARATOR, decoded, documents
+from .text import END_OF_TEXT, SEPARATOR, decoded, documents
 from .token_text import spelled
 from .tokenizer import Tokenizer
 from .workers import OPENED
@@ -386,6 +386,7 @@ class Source:
             # half a surrogate pair is no character
             text = text.replace("\0", "").encode(errors="replace").decode()
             text = re.sub("\r\n?", "\n", text).rstrip("\n")  # as `decoded` reads a text file
+            text = text.removesuffix(END_OF_TEXT).rstrip("\n")
             yield [f"{text}\n{SEPARATOR}"]
 
 

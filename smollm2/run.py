@@ -365,9 +365,9 @@ def _prepare_data(
 
     data = text.prepare(tokenizer, end_id, check, say)
     check_length(data, config.data.sequence_length, name)
-    size, held_out = data.train.text_bytes + data.val.text_bytes, f"{len(data.val.tokens):,} held out"
-    tokens = f"{len(data.train.tokens):,} tokens to train on, {held_out} ({data.val.text_bytes:,} bytes)"
-    say(f"data: {name}, {size:,} bytes; {tokens}")
+    unit = "bytes of answers" if "chat_template" in data.sidecar else "bytes"
+    (train, n), (val, m) = ((len(part.tokens), part.text_bytes) for part in (data.train, data.val))
+    say(f"data: {name}, {n + m:,} {unit}; {train:,} tokens to train on, {val:,} held out ({m:,} {unit})")
     return data
 
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import Heard
 from tiny_models import instruct, real_data
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -204,6 +205,14 @@ def test_a_base_whose_files_disagree_on_bos_gives_a_resumed_run_the_same_text(pa
     )
     assert first.train.tokens.tolist() == again.train.tokens.tolist()
     assert "<|endoftext|>" in tokenizer.decode([~first.train.tokens[0]])
+
+
+def test_bytes_of_answers_are_not_told_as_those_of_the_file(pairs, tmp_path):
+    run = train(chatting(pairs, tmp_path / "a", max_steps=1), heard := Heard())
+    answers = [json.loads(line)["messages"][1]["content"] for line in pairs.read_text().splitlines()]
+    size, held_out = len("".join(answers)), len("".join(answers[-14:]))
+    told = rf"talk.jsonl, {size:,} bytes of answers; .* held out \({held_out} bytes of answers\)"
+    assert run.step == 1 and any(re.search(told, line) for line in heard.messages)
 
 
 def test_micro_batches_and_the_whole_batch_give_the_same_mean_over_answers(pairs, tmp_path):

@@ -204,7 +204,7 @@ def test_what_the_run_itself_writes_is_no_text_of_the_folder_it_lies_in(place):
 
 def test_rows_of_a_table_are_documents_and_empty_ones_are_none(place):
     """A null, an empty cell or a NUL in one row condemns none of the others."""
-    texts = ("one\ntwo", None, " ", "three\n", "fo\0ur", "half \ud800")
+    texts = ("one\ntwo", None, " ", "three\n<|endoftext|>\n", "fo\0ur<|endoftext|>", "half \ud800")
     write(place / "in", {"a.jsonl": jsonl(*({"text": t} for t in texts))})
     write(place / "in", {"b.csv": 'text,label\nfive,1\n,2\n"six, ""6""\n7",3\n'})
     write(
@@ -215,7 +215,7 @@ def test_rows_of_a_table_are_documents_and_empty_ones_are_none(place):
             "d.jsonl": '{"text": NaN}\n{"text": "last"}',
         },
     )
-    found, said = read()
+    found, said = read()  # an end that a row brings with it is its end, not one more
     expected = [
         "one\ntwo\n",
         "three\n",
