@@ -243,7 +243,7 @@ BAD_COMMANDS = {
     "not a multiple of 7 workers": ["--set run.devices=7"],
     "UTF-8": ["--set 'train.prompts=[\"\udcff\"]'", "--output_dir \udcff", "GENERATE --prompt \udcff"],
     "output_dir": ["--output_dir ''", "--output_dir 'a\0b'"],
-    "an address|expected a folder": ["--output_dir gs://bucket/run", "--set output_dir=s3://b"],
+    "an address|expected a folder": ["--output_dir gs://bucket/run"],
     "lies in the checkpoint|run to go on": [f"--output_dir {MODEL}", f"--output_dir {MODEL}/a/b"],
     "lies inside the checkpoint": [f"export --checkpoint {MODEL} --out {MODEL}/a"],
     "aside|choose another --output_dir": [f"--output_dir run --resume never --set run.init_from={MODEL}"],
