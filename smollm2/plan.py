@@ -356,7 +356,7 @@ def plan(config: RunConfig, gpu: str | None = None, minutes=MINUTES, seconds=PRO
     config = config.model_copy(update={"train": train.model_copy(update={"micro_batch_size": micro})})
     with kept_memory(), sharing_cores():  # as in training
         speed = estimate(config, card) if gpu else measure(config, device, chosen, seconds)
-    per_step, text = train.batch_size * length, Path(config.data.input_file)
+    per_step, text = train.batch_size * length, Path(config.data.chat_file or config.data.input_file)
     in_text = text.stat().st_size / bytes_per_token(config.model.vocab_size) if text.is_file() else 0
     if config.data.dataset:
         in_text = open_text(config, None).tokens

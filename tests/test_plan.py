@@ -318,6 +318,10 @@ def test_passes_are_over_what_is_trained_on(tmp_path, capsys):
     planning.main([*words, "--set", "held_out_fraction=0.5", "--json"])
     facts = json.loads(capsys.readouterr().out)
     assert facts["training_tokens"] == pytest.approx(facts["text_tokens"] / 2, abs=1)
+    talks = load_config(
+        "smollm2-10m", None, ["held_out_fraction=0.5"], **{"data.chat_file": str(tmp_path / "a.txt")}
+    )
+    assert planning.plan(talks, gpu="t4", minutes=(9,))["text_tokens"] == facts["text_tokens"]
     passes = facts["buys"][0]["tokens"] / facts["training_tokens"]
     assert planning.table(facts).endswith(f"   {passes:.1f}")
 
