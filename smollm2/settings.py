@@ -80,21 +80,24 @@ def parse_override(text: str) -> tuple[str, Any]:
     if name not in FIELDS:
         hint = "; it is chosen by --preset" if key == "preset" else did_you_mean(key, [*FIELDS, *DOTTED])
         raise ConfigError(f"--set {text[:60]!r}: unknown key {key[:60]!r}{hint}")
-    kind = str(FIELDS[name].annotation)
-    if value.strip().lower() in ("null", "none") and "None" in kind:
-        return name, None
-    if not kind.startswith("tuple"):
-        return name, value
+    if not str(FIELDS[name].annotation).startswith("tuple"):
+        return name, _or_none(name, value)
     try:
         return name, json.loads(value)
     except (ValueError, RecursionError):
         raise ConfigError(f'--set {name}: expected a JSON list, e.g. \'["one", "two"]\'') from None
 
 
+def _or_none(name: str, value: Any) -> Any:
+    """`null`, or the `None` of a notebook's `--drive_dir {drive_dir}`, is None where that is allowed."""
+    is_none = isinstance(value, str) and value.strip().lower() in ("null", "none")
+    return None if is_none and name in FIELDS and "None" in str(FIELDS[name].annotation) else value
+
+
 def check_asked_once(overrides: list[str], flags: dict[str, Any]) -> None:
     """Raises `ConfigError` for a command line that asks for two of which one would be passed over."""
     asked = [*map(parse_override, overrides), *flags.items()]
-    named = {key for key, value in asked if value is not None}
+    named = {key for key, value in asked if _or_none(key, value) is not None}
     for either in EITHER:
         words = " and ".join(f"--{key.partition('.')[2]}" for key in either if key in named)
         if " and " in words:
@@ -121,11 +124,13 @@ def load_config(
         if name not in (*known, CUSTOM):
             raise ConfigError(f"unknown preset {name!r}{did_you_mean(str(name), known)} ({', '.join(known)})")
     base = {} if named[0] == CUSTOM else read_yaml(PRESET_DIR / f"{named[0]}.yaml")
-    fields = {
-        section: base.get(section, {}) | values if isinstance(values, dict) else values
-        for section, values in (base | fields | {"preset": named[0]}).items()
-    }
-    given = [parse_override(text) for text in overrides] + [(k, v) for k, v in flags.items() if v is not None]
+    fields = base | fields | {"preset": named[0]}
+    for section, values in fields.items():
+        if isinstance(values, dict):
+            typed = {leaf: _or_none(f"{section}.{leaf}", value) for leaf, value in values.items()}
+            fields[section] = base.get(section, {}) | typed
+    given = [parse_override(text) for text in overrides]
+    given += [(key, _or_none(key, value)) for key, value in flags.items() if value is not None]
     for either in EITHER:
         asked = {key for key, value in given if value is not None} & {*either}
         if len(asked) == 1:  # else the other one of a file would count all the same

@@ -132,6 +132,14 @@ def test_a_path_means_what_it_means_in_a_shell_wherever_it_is_written(config_fil
         assert str(load_config("nano", None, [f"{key}=~/x"])).count("'/home/x/x'") == 1
 
 
+def test_none_is_none_wherever_it_is_written(config_file):
+    """`--drive_dir {drive_dir}` in a notebook without Drive: copies went to a folder called None."""
+    path = config_file("run: {drive_dir: None}\ntrain: {minutes: None, max_steps: 7}\n")
+    for config in load_config("nano", path), load_config("nano", path, **{"run.drive_dir": "None"}):
+        assert (config.run.drive_dir, config.train.minutes, config.train.max_steps) == (None, None, 7)
+    check_asked_once([], {"data.dataset": "None", "data.input_file": "a.txt"})
+
+
 def test_the_released_config_json_is_read_and_its_theta_kept(test_data):
     released = json.loads((test_data / "official/smollm2-135m_hf_config_dump.json").read_text())
     config = SmolLM2Config.from_hf_dict(released.get("config", released))
