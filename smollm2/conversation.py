@@ -167,7 +167,9 @@ def talk(conversation: Conversation, first: str | None, options: SamplingOptions
     standard_input()
     with contextlib.suppress(ImportError):  # line editing, where the platform has it
         import readline  # noqa: F401
-    tell("Empty line: go on. /new: forget all. Ctrl-C: stop an answer. Ctrl-D: leave.")
+    # in a chat an empty line is a message like any other
+    go_on = "Empty line: go on. " if conversation.template is None else ""
+    tell(f"{go_on}/new: forget all. Ctrl-C: stop an answer. Ctrl-D: leave.")
     while True:
         try:
             line = first if first is not None else utf8(input("> "), "standard input")

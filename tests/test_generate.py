@@ -278,6 +278,14 @@ def test_a_chat_answers_from_the_command_line(chat_checkpoint, say):
     assert say(chat_checkpoint, "--chat", *INTERACTIVE, stdin=b"Hi\nAnd you?\n").count("> ") == 3
 
 
+def test_only_where_an_empty_line_goes_on_it_is_said_to(checkpoint, chat_checkpoint, say, monkeypatch):
+    """In a chat it is an empty question."""
+    monkeypatch.setattr(conversation, "tell", (heard := []).append)
+    say(checkpoint, *INTERACTIVE, stdin=b"")
+    say(chat_checkpoint, "--chat", *INTERACTIVE, stdin=b"")
+    assert ["Empty line: go on." in words for words in heard] == [True, False]
+
+
 @pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
 def test_every_end_token_that_the_folder_names_stops_a_text(checkpoint, name, tmp_path, say):
     folder = shutil.copytree(checkpoint, tmp_path / "model")
