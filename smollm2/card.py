@@ -28,7 +28,8 @@ def last_figures(folder: Path, last_step: int | None) -> dict[str, float]:
     rows = [row for row in rows if row.get("step", math.inf) <= last_step]
     for row in rows:
         figures |= row
-    figures["best"] = logs.best_score(rows).get("val_bits_per_byte")
+    if best := logs.best_score(rows):
+        figures["best"] = best["val_bits_per_byte"]
     others = recorded(place, logs.OTHERS)
     if last_step is not None and others.get("step") == last_step:
         figures |= {name + BESIDE: bits for name, bits in others["bits_per_byte"].items()}
