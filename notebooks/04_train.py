@@ -393,12 +393,7 @@ middle.bar(t, -m / root, color=plots.BLUE)
 low.plot(t, values)
 plots.label(top, "A noisy gradient; rows 1 to 3 of the table", "", "gradient", legend=True)
 plots.label(middle, r"Row 5, the move: $-\hat m\,/\sqrt{\hat v}$", "", "learning rates")
-plots.label(
-    low,
-    "The weight (row 4 takes rate x decay = 0.001 x 0.3 of it each time)",
-    "update",
-    "weight",
-)
+plots.label(low, "The weight (row 4 takes 0.001 · 0.3 of it each time)", "update", "weight")
 alt = f"The gradient changes sign ({g.min():.2f} to {g.max():.2f}), its average hardly; a move "
 plots.show(fig, alt + f"has {abs(m / root).max():.2f} learning rates at most.")
 
