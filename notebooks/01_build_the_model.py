@@ -170,7 +170,8 @@ lesson.true("one score per vocabulary entry, at every position", right)
 #
 # The last line of the skeleton multiplies by the *transposed* table. A token's logit is then the dot product of its row with the running vector: high where
 # both point the same way. At both ends a row stands for one token, so one table can serve twice. This is called
-# [**tying**](https://arxiv.org/abs/1608.05859). How many parameters does it save?
+# [**tying**](https://arxiv.org/abs/1608.05859). What is learned about a token where it is read then helps where it is written, and in that paper the loss fell with fewer
+# parameters. The price: one row has to serve two purposes. How many parameters does it save?
 
 # %% id="embedding-check" tags=["check"]
 here("embedding")
@@ -193,8 +194,8 @@ lesson.predict(
 # %% [markdown] id="rmsnorm"
 # ## 3 · RMSNorm: keep the direction, drop the size
 #
-# Thirty blocks add to the same running vector, twice each. Nothing keeps it from growing, and from large numbers a softmax gives nearly everything to the largest.
-# So every part reads the vector through a norm: it divides it by its **root mean square**. The direction stays, the size becomes 1.
+# Thirty blocks add to the same running vector, twice each. Nothing keeps it from growing, and what reads it would have to cope with any size: a softmax, for one, gives
+# nearly everything to the largest of large numbers (section 6). So every part reads the vector through a norm: it divides it by its **root mean square**. The direction stays, the size becomes 1.
 #
 # Then a learned **gain**, one number a dimension, makes a dimension louder or quieter where that helps. (The older LayerNorm also subtracts the mean.
 # [RMSNorm](https://arxiv.org/abs/1910.07467) saves that and learns as well.)
@@ -434,7 +435,7 @@ lesson.check("a rotation keeps lengths", turned.norm(dim=-1) - q.norm(dim=-1), 1
 
 # %% [markdown] id="rope-relative"
 # **The point of it.** Turn a query at position *m* and a key at position *n*. Each arrow keeps its length, and the angle between the two changes by *m − n* steps. A dot
-# product is made of lengths and angles between, so the score depends on *m − n* alone. The model learns "three tokens back" once, for the whole context.
+# product is made of lengths and angles between, and the score of 64 numbers is the sum over their 32 pairs. So it depends on *m − n* alone. The model learns "three tokens back" once, for the whole context.
 # (Older models *added* a learned vector for each position. Their scores hold terms in *m* and in *n* alone, so "three back" has to be learned at every place.)
 #
 # The next cell gives every position the same query and the same key, turns both, and takes all dot products. Look at the three printed scores: all have *m − n* = 2.

@@ -400,7 +400,8 @@ ratio = counted[torch.ops.aten.bmm] / attending  # bmm: one product for each hea
 lesson.check("attention: the count is twice the rule (relative)", ratio / 2 - 1, 1e-9)
 
 # %% [markdown] id="flops-note"
-# Why twice? Computed plainly, attention multiplies the whole square of scores and throws the future half away. Fused kernels skip that half. The rule
+# Why twice? Computed plainly, attention multiplies the whole square of scores and throws the future half away. Kernels that do scores, mask and softmax in one go skip
+# that half. The rule
 # counts useful work alone.
 
 # %% cellView="form" id="flops-figure" tags=["figure"]

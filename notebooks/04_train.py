@@ -484,14 +484,14 @@ plots.show(
 # > *Way:* place → loss → update → loop → **rate** → kill → your run → stop → lose → keep → number formats
 #
 # How far should an update go? **Warm-up, stable, decay** ([MiniCPM](https://arxiv.org/abs/2404.06395)), as [SmolLM2](https://arxiv.org/abs/2502.02737) was trained:
-# * the rate *rises* while AdamW's averages know little yet: full steps would go anywhere;
+# * the rate *rises* while AdamW's averages know little yet: at the first update m̂ / √v̂ is +1 or −1, so every weight would move a whole rate on the word of one batch;
 # * on the *plateau* the model moves fast, but every batch pulls it about;
 # * the *fall* to zero lets it settle, and the loss drops once more.
 #
 # Many use a cosine curve in its place, which must know its end from the first step. A plateau goes on for as long as you like, and only the fall needs an end: SmolLM2's
-# was the last 20 % of the steps; short runs such as nano's gain from 70 %. The rate is a *function of the step*, so a resumed run cannot get it wrong.
+# was the last 20 % of the steps; short runs such as nano's did best with the last 70 % (tried: `docs/log.md`). The rate is a *function of the step*, so a resumed run cannot get it wrong.
 #
-# **Try it.** Your run (section 7) has two phases and one curve. Move the end of phase one: what happens to the curve? And how much of the peak is lost, on average, if
+# **Try it.** Your run (section 7) stops once, and then goes on from its file: two phases, but one curve. Move the end of phase one: what happens to the curve? And how much of the peak is lost, on average, if
 # all steps are decay?
 
 
@@ -637,7 +637,7 @@ lesson.check(
 # |---|---|---|
 # | `model.safetensors` | the weights | all is lost |
 # | `optim.safetensors` | the optimizer's averages of each weight; the states of PyTorch's random generators | the next updates are others; whatever is drawn at random is, too |
-# | `state.json` | the step, the place in the data, the plan of the rate (and, in fp16, the scale of section 11) | the next batch and the next rate are others |
+# | `state.json` | the step, the place in the data, the plan of the rate, all settings (and, in fp16, the scale of section 11) | the next batch and the next rate are others |
 # | `tokenizer.json` | the numbers of all tokens | the weights mean nothing |
 # | `manifest.json` | the **SHA-256** of every file, a short number that any change of the file changes; written last | nobody knows that the rest is whole |
 #

@@ -509,7 +509,7 @@ def one_head(layer, head):
     fig, ax = plots.figure(6.5, 4.6)
     most = weights[1:].max().item()  # the first token has itself alone to read
     picture = ax.imshow(weights, cmap="Blues", vmin=0, vmax=most, aspect="auto")
-    fig.colorbar(picture, ax=ax, label="share of attention")
+    fig.colorbar(picture, ax=ax, label="share of attention (first row left out)")
     ticks = range(len(names))
     ax.set_xticks(ticks, names, rotation=90, fontsize=8, parse_math=False)
     ax.set_yticks(ticks, names, fontsize=8, parse_math=False)

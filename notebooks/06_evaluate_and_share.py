@@ -706,7 +706,7 @@ else:
 # * A token is a different piece of text for each tokenizer; a byte is the same for all.
 # * They were seen only a few times, and what a few sightings say is mostly chance. (One never seen leaves the word to the shorter context.)
 # * HellaSwag, ARC, PIQA, CommonsenseQA and OpenBookQA lie well above luck, MMLU somewhat. WinoGrande is luck; GSM8K and TriviaQA are near zero.
-# * A quarter of fp32's bytes, and so faster writing; rounding of about one per cent of a weight, less than half a per cent of the bits per byte.
+# * A quarter of fp32's bytes, and so faster writing; rounding of less than one per cent of a weight, less than half a per cent of the bits per byte.
 #   An Instruct model has the same network. Its weights learned on from conversations: a form, whose turn it is, when to stop.
 # </details>
 
