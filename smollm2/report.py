@@ -57,6 +57,7 @@ def draw_report(config: RunConfig, references: dict[str, float]) -> tuple[plots.
     tokens = config.train.batch_size * data.sequence_length
     seconds = training_seconds(output_dir, tokens)
     known = list(seconds)
+    ax.xaxis.get_major_locator().set_params(integer=True)  # no half steps, which would be called 0 and 2
     ticks = [step for step in ax.get_xticks() if 0 <= step <= trained[-1][0]]
     at = [seconds[known[min(bisect_left(known, step), len(known) - 1)]] for step in ticks]
     words = [f"{s:,.0f}\n{s * tokens / 1e6:.2f} M\n{t:,.0f} s" for s, t in zip(ticks, at, strict=True)]

@@ -100,3 +100,14 @@ def test_the_lowest_score_is_in_the_picture_of_a_run_that_diverged(run, tmp_path
     (logs / METRICS).write_text("".join(f"now step={step} tokens_per_second=1000\n" for step, _ in rows))
     figure, _ = draw_report(config, {})
     assert figure.axes[0].get_ylim()[0] < 2
+
+
+def test_a_tick_is_a_step_also_in_a_short_run(text, tmp_path):
+    config = small_config(text, tmp_path / "output", max_steps=3, log_every=1)
+    figure, _ = draw_report(config, train(config, Reporter()).references)
+    assert [tick.get_text().split("\n")[0] for tick in figure.axes[0].get_xticklabels()] == [
+        "0",
+        "1",
+        "2",
+        "3",
+    ]
