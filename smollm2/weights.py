@@ -51,8 +51,8 @@ def fetch_model(repo_id: str, revision: str | None = None) -> Path:
     except UserError as problem:
         from huggingface_hub import try_to_load_from_cache as look_up
 
-        is_known = isinstance(look_up(repo_id, INDEX, revision=revision), str)
-        if isinstance(problem, HubUnreachable) and not is_known:  # it is asked once
+        is_silent = isinstance(problem, HubUnreachable)  # it is asked once
+        if is_silent and not isinstance(look_up(repo_id, INDEX, revision=revision), str):
             raise
         try:
             index = fetch_files(repo_id, [INDEX], revision=revision)[INDEX]
