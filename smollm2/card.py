@@ -93,6 +93,7 @@ def model_card(
     datasets = re.findall(r"(?:^|, )([\w.-]+/[\w.-]+)", str(state.get("text") or ""))
     kind = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["smollm2", "llama"]}
     header = ModelCardData(license=word, datasets=datasets or None, base_model=base, **kind).to_yaml()
-    use = f'`llama-completion -m {gguf} -p "Once upon a time"` runs it in llama.cpp.\n\n' if gguf else ""
+    run = f'`llama-completion -m {gguf} -p "Once upon a time"` runs it in llama.cpp'
+    use = f"{run}, `ollama create my-model -f Modelfile` imports it into Ollama.\n\n" if gguf else ""
     facts = {"title": title, "config": config, "parameters": size, "dtype": dtype, "licence": sentence}
     return TEMPLATE.read_text("utf-8").format(header=header, training=table, llama_cpp=use, **facts)

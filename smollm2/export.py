@@ -85,6 +85,9 @@ def modelfile(weights: str, tokenizer: Tokenizer, ends: tuple, fields: dict) -> 
         f"PARAMETER num_ctx {fields['model_max_length']}",
         "PARAMETER temperature 0.8",
     ]
+    if weights == ".":  # Ollama's converter knows splittings by their patterns, and SmolLM2's has none
+        other = "other tokens than the model learned: export with --gguf"
+        lines.insert(0, f"# Ollama would cut texts for this folder into {other}.")
     stops = [tokenizer.token(i) for i in ends if tokenizer.is_special(i)]
     system = chatml_system(template, special_tokens(fields)) if template else None
     if not template:

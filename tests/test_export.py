@@ -156,6 +156,15 @@ def test_what_the_tokenizer_names_ends_a_text_and_fills_the_template_behind_an_e
     assert ids == {"bos": 380, "eos": 381, "unknown": 0}
 
 
+def test_ollama_is_offered_the_gguf_alone(checkpoint, tmp_path):
+    """A folder it converts by itself, and then reads "it's" and " =" as other tokens than were learned."""
+    pytest.importorskip("gguf")
+    alone, beside = (export(checkpoint, tmp_path / str(gguf), gguf=gguf) for gguf in (None, "f16"))
+    first, second = ((out / "Modelfile").read_text().split("\n")[0] for out in (alone, beside))
+    assert "other tokens than the model learned" in first and second == "FROM ./model-f16.gguf"
+    assert ["ollama create" in (out / "README.md").read_text() for out in (alone, beside)] == [False, True]
+
+
 def test_a_llama_tokenizer_keeps_its_special_tokens_and_its_size(tmp_path):
     """Its normaliser marks blanks, in the names of special tokens too: under those names they would be new entries
     beyond the embedding."""
