@@ -17,9 +17,10 @@ SECONDS_BETWEEN_LINES, SECONDS_BETWEEN_SAFE_LINES = 10.0, 60.0
 
 def safe_words(local_step: int, drive_step: int | None) -> str:
     """The one or two numbers that matter when a machine dies."""
-    words = f"safe on this machine: step {local_step}"
+    safe = [f"step {step}" if step else "nothing yet" for step in (local_step, drive_step)]
+    words = f"safe on this machine: {safe[0]}"
     if drive_step is not None:
-        words += f", copied to Drive: {f'step {drive_step}' if drive_step else 'nothing yet'}"
+        words += f", copied to Drive: {safe[1]}"
     return words
 
 

@@ -81,7 +81,7 @@ class StopSignals:
     def stop(self, number: int) -> None:
         """Note a reason to stop that reached this process in another way."""
         if number == OUT_OF_TIME and self.received is None:
-            self.say("--stop_after: the time is up. Saved; the same command goes on from here")
+            self.say("--stop_after: the time is up, saving ...; the same command goes on from here")
         self.received = number
 
     def over(self) -> int | None:

@@ -1,14 +1,19 @@
 """`--minutes` and `--stop_after`: time as a knob, and not one bit less exact."""
 
+import io
 import signal
 import time
+from unittest.mock import Mock
 
+import pytest
 from conftest import Heard
 from test_resume import CONTINUED, FINAL, same_result
 
 from smollm2 import run as run_module
 from smollm2.checkpoint import verify
+from smollm2.errors import OutputLost
 from smollm2.plan import SHARE_OF_TIME, Speed
+from smollm2.progress import TerminalReporter
 from smollm2.signals import OUT_OF_TIME
 from smollm2.state import read_state
 from smollm2.training import train
@@ -74,3 +79,10 @@ def test_stop_after_leaves_in_good_order_and_the_same_command_goes_on(text, tmp_
     assert first.stopped_by == OUT_OF_TIME and time.monotonic() - began < 8
     assert verify(first.checkpoint).step == first.step > 0 and "--stop_after" in words(heard)
     assert train(config).step > first.step
+
+
+def test_nothing_is_called_saved_that_is_not(text, tmp_path, monkeypatch):
+    monkeypatch.setattr("smollm2.saver.commit", Mock(side_effect=OSError(28, "No space left on device")))
+    with pytest.raises(OutputLost, match="step 1 could not be saved"):
+        train(small_config(text, tmp_path / "a", stop_after=1e-6), TerminalReporter(said := io.StringIO()))
+    assert "safe on this machine: nothing yet" in said.getvalue() and "Saved" not in said.getvalue()
