@@ -265,7 +265,7 @@ def write_tokens(folder: Path, parts: Callable[[Any, dict], Iterator[tuple]], si
     record.unlink()
     fsync_folder(folder)
     # of the same kind, where a killed process wanted other tokens
-    for other in folder.parent.glob(f"{folder.name.split('-')[0]}-{2 * RANDOM}/progress.json"):
+    for other in folder.parent.glob(f"{folder.name.split('-')[0]}-*{2 * RANDOM}/progress.json"):
         if not (other.parent / "tokens.json").exists():
             shutil.rmtree(other.parent)
 

@@ -480,7 +480,7 @@ def test_a_run_whose_dataset_has_another_name_is_not_told_of_a_hash(place):
     write(place, {"one.jsonl": jsonl(*({"text": text} for text in stories(100)))})
     train(small_config("", "out", data={"dataset": "one.jsonl"}, max_steps=1))
     os.rename("one.jsonl", "two.jsonl")
-    with pytest.raises(DataError, match=r"two.jsonl is not the text .* \(its name is another\)"):
+    with pytest.raises(DataError, match=r"two.jsonl is not the text .* \(name differs\)"):
         train(small_config("", "out", data={"dataset": "two.jsonl"}, max_steps=2))
 
 

@@ -57,7 +57,7 @@ def test_a_containers_memory_is_what_counts(tmp_path, monkeypatch, groups, files
     [
         (3.0, "cpu", 16, "134,515,008 parameters and a train.batch_size of 16 x 512 tokens need 5.5 GiB"),
         (6.0, "cpu", 16, None),
-        (0.2, "cpu", 16, "need 0.5 GiB"),  # not even the weights
+        (0.2, "cpu", 16, "need 5.5 GiB"),  # not even the weights fit: the whole need is told all the same
         (2.0, "cuda", 16, None),  # gradients and moments are on the GPU
         (1.0, "cuda", 2**18, "262,144 x 512 tokens need 1.8 GiB"),
     ],
