@@ -489,7 +489,7 @@ plots.show(
 # * the *fall* to zero lets it settle, and the loss drops once more.
 #
 # Many use a cosine curve in its place, which must know its end from the first step. A plateau goes on for as long as you like, and only the fall needs an end: SmolLM2's
-# was the last 20 % of the steps; short runs such as nano's did best with the last 70 % (tried: `docs/log.md`). The rate is a *function of the step*, so a resumed run cannot get it wrong.
+# was the last 20 % of the steps; short runs such as nano's did best with the last 70 % (tried on a part of the training text: `docs/log.md`). The rate is a *function of the step*, so a resumed run cannot get it wrong.
 #
 # **Try it.** Your run (section 7) stops once, and then goes on from its file: two phases, but one curve. Move the end of phase one: what happens to the curve? And how much of the peak is lost, on average, if
 # all steps are decay?

@@ -453,7 +453,8 @@ lesson.check("there and back: saved by transformers, read by us", apart(back, or
 # To write one token, a model reads every weight once. So fewer bytes are more speed, if a product reads them as they are: on one CPU core
 # this project's 135M wrote 1.9 times as fast in int8 as in fp32 (`docs/log.md`). (The cells below turn them back to fp32 first: they show the error, not the speed.) **int8** keeps a whole number from −127 to
 # 127 for each weight: one byte in place of four. Each row of a matrix has one **scale**, its largest value divided by 127. Read back, a
-# weight is number × scale. Rounding costs at most half a scale. Is that much?
+# weight is number × scale. Rounding costs at most half a scale. Is that much? (An output adds up hundreds of weights, and the errors, up as often as down, mostly cancel.
+# What it costs is measured below for your model. For the official 135M it is not measured yet.)
 
 
 # %% id="int8-code" tags=["lesson", "check"]

@@ -15,6 +15,7 @@ the manifest too.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -189,6 +190,14 @@ def newest_usable(
         advice = "repair or move them, or pass --resume never to start anew"
         raise NoUsableCheckpoint(f"{found}, none usable (reasons above): {advice}")
     return None
+
+
+def keep_best(folder: Path, best_step: int | None) -> None:
+    """A final checkpoint that is about to be replaced goes on under its step's name where it is the best."""
+    with contextlib.suppress(CheckpointError, OSError):
+        step = read_manifest(folder).step
+        if step == best_step and not (aside := folder.with_name(step_name(step))).exists():
+            os.rename(folder, aside)
 
 
 def prune(checkpoint_dir: str | Path, keep_last: int, best_step: int | None, newest: Manifest) -> list[str]:

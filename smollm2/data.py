@@ -199,9 +199,9 @@ def open_tokens(folder: Path, identity: str | None = None) -> TokenData | None:
             # a memory map cannot be empty
             tokens = np.memmap(file, np.uint16, "r") if facts["tokens"] else np.zeros(0, np.uint16)
             files[name] = TokenFile(tokens, facts["bytes"])
+        identity = identity or sha256_json([sidecar["tokenizer"], sidecar["splits"]])
     except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    identity = identity or sha256_json([sidecar["tokenizer"], sidecar["splits"]])
     return TokenData(files["train"], files["val"], identity, folder, sidecar) if is_whole else None
 
 

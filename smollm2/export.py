@@ -9,6 +9,7 @@ Notable:
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from .checkpoint import enclosing_checkpoint
 from .config import SmolLM2Config
 from .conversation import chat_template, render_chat, special_tokens, stop_ids, tokenizer_config
 from .errors import ArgumentParser, CheckpointError, ConfigError, OutputLost, run_command
-from .files import commit_folder, dump_json, kind_of, sha256_file, write_tensors
+from .files import commit_folder, dump_json, kind_of, remove_leftovers, sha256_file, write_tensors
 from .gguf_file import GGUF_TYPES, write_gguf
 from .origin import origin_name, published_base, recorded
 from .signals import loading
@@ -136,6 +137,7 @@ def export(
     `model-q8_0.gguf`. Raises a `UserError` for anything wrong, before `out` is touched.
     """
     folder, target = resolve(checkpoint), Path(os.path.realpath(out))
+    remove_leftovers(target.parent, glob.escape(target.name))  # of an export that was killed
     check_out(target, folder)
     if gguf not in (None, *GGUF_TYPES):
         raise ConfigError(f"--gguf {gguf}: expected one of {', '.join(GGUF_TYPES)}")

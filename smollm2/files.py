@@ -86,7 +86,7 @@ def fsync_folder(folder: str | Path) -> None:
 def replace_durably(path: str | Path, data: bytes) -> None:
     """Replace a file in one step: readers see the old bytes or the new ones, never a mixture."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")  # see remove_leftovers
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")  # see folder.tidy
     try:
         write_durably(temporary, data)
         os.replace(temporary, path)
@@ -105,8 +105,8 @@ def commit_folder(
     """Write the folder `target` in one atomic step; returns {file name: {"bytes": ..., "sha256": ...}}.
 
     `closing(table)` gives the files that are written last, such as a manifest. An earlier folder of that name
-    stays until the new one is whole. Raises OSError when the disk is full or failing: nothing under `target`
-    has changed then, and nothing is left behind; what a kill leaves behind is for `remove_leftovers`.
+    stays until the new one is whole. Raises OSError when the disk is full or failing: `target` is the earlier
+    one then (the new one where only the last sync failed); what a kill leaves behind is for `remove_leftovers`.
     """
     target = Path(target)
     temporary = target.with_name(f"{target.name}.tmp-{secrets.token_hex(4)}")
@@ -136,19 +136,18 @@ def commit_folder(
     return table
 
 
-def remove_leftovers(folder: str | Path) -> None:
-    """Remove what a killed `commit_folder` leaves of a checkpoint, and a killed `replace_durably`. What had
-    stepped aside comes back where its successor never arrived. By their whole names: a folder that was chosen
-    to write to may hold a person's `notes.old-2025`, too."""
-    folder = Path(folder)
-    for path in sorted(folder.glob(f"*.ckpt.old-{RANDOM}")):
+def remove_leftovers(folder: Path, name: str = "*.ckpt") -> None:
+    """Remove what a killed `commit_folder` leaves of `name`. What had stepped aside comes back where its
+    successor never arrived. By their whole names: a folder that was chosen to write to may hold a person's
+    `notes.old-2025`, too."""
+    for path in sorted(folder.glob(f"{name}.old-{RANDOM}")):
         target = path.with_name(path.name.split(".old-")[0])
         if target.exists():
             shutil.rmtree(path, ignore_errors=True)
         else:
             os.rename(path, target)
-    for path in [*folder.glob(f"*.ckpt.tmp-{RANDOM}"), *folder.glob(".*.tmp-[0-9]*")]:
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    for path in folder.glob(f"{name}.tmp-{RANDOM}"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def kind_of(path: str | Path) -> str:

@@ -53,6 +53,8 @@ def tidy(path: Path) -> None:
     (path / "checkpoints").mkdir(exist_ok=True)
     for folder in (path, path / "checkpoints", path / "logs", path / "data", *path.glob("data/*")):
         remove_leftovers(folder)
+        for path in folder.glob(".*.tmp-[0-9]*"):  # of `replace_durably`
+            path.unlink(missing_ok=True)
 
 
 def set_aside(path: Path, say: Callable[[str], None]) -> None:

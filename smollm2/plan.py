@@ -262,7 +262,7 @@ def _measure(config: RunConfig, device: torch.device, precision: Precision, seco
         trials = np.vstack([trials, trial()])
     # no median: where others use the machine, some steps take twice as long, and they count, too
     of_micro_batch, of_update = trials.mean(axis=0)
-    took = float(rows // micro * of_micro_batch + of_update)
+    took = float(rows / micro * of_micro_batch + of_update)
     peak = max(_peak_bytes(device) - before, 0)
     with torch.compiler.set_stance("force_eager"):
         return Speed(took, _seconds(score) / ids.numel(), _seconds(sample) / 8, peak)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .checkpoint import Manifest, candidates, commit, prune
+from .checkpoint import Manifest, candidates, commit, keep_best, prune
 from .errors import NumericStop, OutputLost, UserError
 from .files import Content, write_tensors
 
@@ -55,6 +55,7 @@ class Saver:
     ) -> None:  # fmt: skip
         began, what = time.monotonic(), "save_failed"
         try:
+            keep_best(self.folder / name, best_step)
             self.newest = commit(self.folder, name, contents, self.run_id, step, facts)
             self._failures, what = 0, "tidying_failed"
             seconds = {"seconds": round(time.monotonic() - began, 3), "blocked": round(blocked, 4)}

@@ -27,7 +27,7 @@ from smollm2.files import remove_leftovers
 from smollm2.folder import tidy
 from smollm2.progress import Reporter
 from smollm2.training import train
-from tests.commit_child import FINAL, NEW_STEP, SCENARIOS, save
+from tests.commit_child import FINAL, NEW_STEP, SCENARIOS, contents, save
 from tests.soak import command_line, compare, outcome, small_config
 
 CALLS = ("write", "fsync", "rename", "unlink", "unlinkat", "mkdir", "rmdir", "ftruncate")
@@ -286,6 +286,15 @@ def test_a_disk_that_cannot_hold_the_checkpoints_is_told_before_training(text, s
     with pytest.raises(OutputLost, match=words) as stop:
         train(short(text, output), Reporter())
     assert stop.value.exit_code == 7 and not output.exists(), "nothing was written"
+
+
+def test_a_final_checkpoint_that_is_the_best_outlives_the_one_that_replaces_it(tmp_path):
+    """Steps 1 to 20, and then as many as to 40: the text was known by heart by then."""
+    writer = saver.Saver(tmp_path, "run", keep_last=1, newest=save(tmp_path, FINAL, 20))
+    writer.save(FINAL, 40, contents(40), {}, {}, best_step=20)
+    writer.wait(for_step=40)
+    found = {path.name: verify(path).step for path in tmp_path.iterdir()}
+    assert found == {FINAL: 40, step_name(20): 20}
 
 
 def test_what_a_kill_left_half_written_goes_at_the_next_start(tmp_path):

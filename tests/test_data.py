@@ -11,7 +11,7 @@ from conftest import Heard
 from tiny_models import metaspace_tokenizer, save_folder, tiny_model
 
 import smollm2.text as text_module
-from smollm2.data import BatchOrder, BatchStream, encode_documents, identity_key, prepare_tokens
+from smollm2.data import BatchOrder, BatchStream, encode_documents, identity_key, open_tokens, prepare_tokens
 from smollm2.errors import DataError
 from smollm2.files import sha256_file
 from smollm2.text import documents, read_split, read_text, split_bytes
@@ -250,6 +250,15 @@ def test_a_damaged_cache_is_noticed_and_rebuilt(text_file, tokenizer, tmp_path, 
     assert capsys.readouterr().out == f"data: {made.folder.name} is damaged; tokenising again\n"
     prepare_tokens(path, tokenizer, tmp_path / "c", 0.1)
     assert capsys.readouterr().out == "", "the new one is whole"
+
+
+def test_a_damaged_cache_whose_name_is_all_that_is_known_is_noticed_too(text_file, tokenizer, tmp_path):
+    """As a dataset's: its identity stands in the damaged file."""
+    folder = prepare_tokens(text_file(TEXT), tokenizer, tmp_path / "c", 0.1).folder
+    assert open_tokens(folder).folder == folder
+    sidecar = folder / "tokens.json"
+    sidecar.write_text(sidecar.read_text().replace('"tokenizer"', '"tokeniser"'))
+    assert open_tokens(folder) is None
 
 
 def test_what_a_failure_leaves_the_next_start_completes(text_file, tokenizer, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """An export is read alike by transformers, llama.cpp and Ollama, and never overwrites what is not its own."""
 
 import json
+import os
 import re
 import urllib.request
 from pathlib import Path
@@ -234,6 +235,18 @@ def test_a_failed_export_leaves_the_earlier_one_and_no_leftovers(checkpoint, tmp
         export(checkpoint, out, dtype="bf16")
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_export_that_was_killed_between_its_two_renames_is_not_lost(checkpoint, tmp_path, monkeypatch):
+    out = export(checkpoint, tmp_path / "out")
+    before = (out / "export.json").read_bytes()
+    os.rename(out, tmp_path / "out.old-0123abcd")
+    for name in ("out.tmp-0123abcd", "out.old-2025", "x.tmp-0123abcd"):  # the last two are somebody's
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr("smollm2.export.commit_folder", lambda *_: None)
+    export(checkpoint, out, dtype="bf16")
+    assert (out / "export.json").read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "out.old-2025", "x.tmp-0123abcd"}
 
 
 WIDE = {"hidden_size": 128, "intermediate_size": 160, "initializer_range": 0.09}
