@@ -9,8 +9,8 @@ A checkpoint is a Hugging Face model folder that is also a resume point:
 
 Protocol: write all files into a temporary sibling, fsync each, the manifest last, rename the folder to its
 name, fsync the parent. A folder without a valid manifest is not a checkpoint. Nothing is pickled, and file
-contents depend on the training state alone. The SHA-256 finds accidents, not attackers: they would rewrite
-the manifest too.
+contents depend on nothing but the run: its state, device and versions. The SHA-256 finds accidents, not
+attackers: they would rewrite the manifest too.
 """
 
 from __future__ import annotations

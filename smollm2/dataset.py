@@ -39,7 +39,7 @@ from .data import (
 )
 from .device import tokens_to_learn_from
 from .errors import CheckpointError, DataError, is_terminal
-from .files import dump_json, replace_durably, sha256_bytes, sha256_json, strict_json
+from .files import dump_json, origin_name, replace_durably, sha256_bytes, sha256_json, strict_json
 from .rows import KINDS, kind, opened, table
 from .text import END_OF_TEXT, SEPARATOR, decoded, documents
 from .token_text import spelled
@@ -95,13 +95,13 @@ class Dataset:
             raise DataError(f"--dataset {self.name}: each name once, each with a share above 0")
         self.weights = {name: weight / sum(weights.values()) for name, weight in weights.items()}
         known = pinned["sources"] if pinned else {}
-        self.pinned = pinned if known.keys() == {title(name) for name in weights} else None
+        self.pinned = pinned if known.keys() == {origin_name(name) for name in weights} else None
         self.tokens = self.pinned["tokens"] if self.pinned else tokens
         self._commits = output_dir / "data" / "commits.json"  # of the Hub, that were read at first
         with suppress(OSError, CheckpointError):
             known = strict_json(self._commits.read_bytes(), "commits.json") | known
         folder, column = output_dir.resolve(), data.dataset_column
-        self.sources = {name: Source(name, column, folder, known.get(title(name))) for name in weights}
+        self.sources = {name: Source(name, column, folder, known.get(origin_name(name))) for name in weights}
 
     # --- documents
 
@@ -147,7 +147,7 @@ class Dataset:
         return key < self.fraction * 2**64
 
     def training_texts(self, limit: int) -> Iterator[str]:
-        """The first `limit` bytes, at most, of what is trained on."""
+        """About the first `limit` characters of what is trained on."""
         limit = min(limit, int(self.tokens * BYTES_PER_TOKEN))
         for piece, text in self.documents(None, None, new_state()):
             if not self.is_held_out(piece.key):
@@ -165,7 +165,7 @@ class Dataset:
         facts = {name: source.facts for name, source in self.sources.items()}
         key = {"format": FORMAT, "dataset": facts, "weights": self.weights, "tokens": self.tokens}
         key |= {"tokenizer": tokenizer.sha256, "end_id": end, "held_out_fraction": self.fraction}
-        readable = re.sub(r"[^A-Za-z0-9]+", "-", title(self.name)).strip("-")[-40:]
+        readable = re.sub(r"[^A-Za-z0-9]+", "-", origin_name(self.name)).strip("-")[-40:]
         folder = self.output / "data" / f"dataset-{readable}-{sha256_json(key)[:16]}"
         data = open_tokens(folder)
         if data and (not self.pinned or self.pinned == data.sidecar["dataset"]):
@@ -184,7 +184,7 @@ class Dataset:
     def _read(self, folder: Path, tokenizer: Tokenizer, end: int | None, say: Callable) -> TokenData:
         from tqdm import tqdm
 
-        commits = {title(name): source.revision for name, source in self.sources.items()}
+        commits = {origin_name(name): source.revision for name, source in self.sources.items()}
 
         def parts(state: dict | None, shards: dict[str, Shard]) -> Iterator[tuple]:
             state, count = state or new_state(), sum(shard.tokens for shard in shards.values())
@@ -242,11 +242,6 @@ class Dataset:
             names += self.sources[name].files[file + 1 :] if self.sources[name].is_local else []
         names = list(dict.fromkeys(names))
         return f"; not read: {', '.join(names[:20])}{' ...' * (len(names) > 20)}" * bool(names)
-
-
-def title(name: str) -> str:
-    """What a checkpoint says of a source: a Hub id, or the name of a file or folder without its path."""
-    return Path(name).resolve().name if os.path.exists(name) else name
 
 
 def new_state() -> dict[str, Any]:

@@ -23,9 +23,17 @@ from .checkpoint import enclosing_checkpoint
 from .config import SmolLM2Config
 from .conversation import chat_template, render_chat, special_tokens, stop_ids, tokenizer_config
 from .errors import ArgumentParser, CheckpointError, ConfigError, OutputLost, run_command
-from .files import commit_folder, dump_json, kind_of, remove_leftovers, sha256_file, write_tensors
+from .files import (
+    commit_folder,
+    dump_json,
+    kind_of,
+    origin_name,
+    remove_leftovers,
+    sha256_file,
+    write_tensors,
+)
 from .gguf_file import GGUF_TYPES, write_gguf
-from .origin import origin_name, published_base, recorded
+from .origin import published_base, recorded
 from .signals import loading
 from .tokenizer import Tokenizer
 from .weights import model_files, read_weights, resolve, stored_tensors

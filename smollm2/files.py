@@ -106,7 +106,8 @@ def commit_folder(
 
     `closing(table)` gives the files that are written last, such as a manifest. An earlier folder of that name
     stays until the new one is whole. Raises OSError when the disk is full or failing: `target` is the earlier
-    one then (the new one where only the last sync failed); what a kill leaves behind is for `remove_leftovers`.
+    one then (the new one where only the last sync failed). What a kill leaves behind is for
+    `remove_leftovers`.
     """
     target = Path(target)
     temporary = target.with_name(f"{target.name}.tmp-{secrets.token_hex(4)}")
@@ -148,6 +149,11 @@ def remove_leftovers(folder: Path, name: str = "*.ckpt") -> None:
             os.rename(path, target)
     for path in folder.glob(f"{name}.tmp-{RANDOM}"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def origin_name(source: str | Path) -> str:
+    """What a record keeps of a source: a Hub id, or the name of a file or folder. Where it lay is private."""
+    return Path(source).resolve().name if os.path.exists(source) else str(source)
 
 
 def kind_of(path: str | Path) -> str:

@@ -1,4 +1,5 @@
-"""SmolLM2: a Llama-style decoder, complete in this file, in the order in which data flows through it.
+"""SmolLM2: a Llama-style decoder, in the order in which data flows through it. Training on a CPU takes a
+block as one function of the same mathematics (`cpu_block.py`).
 
 Notable:
 * the tensors carry transformers' `LlamaForCausalLM` names, so saving and loading is an identity;
@@ -213,7 +214,7 @@ class Decoder(nn.Module):
         if start and time > 1:  # several new tokens behind a filled cache: causal among themselves
             mask = torch.ones(time, start + time, dtype=torch.bool, device=input_ids.device).tril(start)
         x = self.embed_tokens(input_ids)
-        # no wider than the layers: the setting is the process's, and never may a generator yield inside it
+        # around the layers alone: the setting is the whole process's, so no generator may yield inside it
         with contextlib.nullcontext() if cache is None else sdpa_kernel(DECODING_KERNELS):
             for layer in self.layers:
                 x = layer(x, cos, sin, cache, mask)

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, Validat
 
 from .config import DataConfig, PlaceConfig, Text, problems
 from .errors import CheckpointError
+from .files import origin_name
 from .weights import read_table
 
 
@@ -61,11 +62,6 @@ def trained_with(folder: Path) -> DataConfig | None:
         return DataConfig(**fields) if isinstance(fields, dict) else None
     except ValidationError as error:
         raise CheckpointError(f"{folder}/state.json: data: {problems(error, DataConfig)}") from None
-
-
-def origin_name(source: str | Path) -> str:
-    """What a record keeps of a source of weights: a Hub id, or a folder's name. Where it lay is private."""
-    return Path(source).resolve().name if os.path.exists(source) else str(source)
 
 
 def text_name(data: DataConfig, sidecar: dict[str, Any]) -> str:

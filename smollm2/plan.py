@@ -192,7 +192,7 @@ def _peak_bytes(device: torch.device) -> int:
 
 
 def is_known(times: np.ndarray) -> bool:
-    """Whether their mean is, within 3 %: on a quiet machine after a few, later where others use it."""
+    """Whether the mean of these times is known within 3 %: after a few where nobody else uses the machine."""
     return len(times) > 2 and times.std() < 0.03 * times.mean() * math.sqrt(len(times))
 
 

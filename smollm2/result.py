@@ -12,11 +12,10 @@ from .checkpoint import step_name
 from .device import autocast
 from .errors import UserError
 from .evaluate import compressed_bits_per_byte, score_texts, score_tokens
-from .files import dump_json, replace_durably
+from .files import dump_json, origin_name, replace_durably
 from .logs import OTHERS
 from .model import SmolLM2
 from .ngram import NGram
-from .origin import origin_name
 from .pretrained import load_model_and_tokenizer
 from .progress import safe_words
 from .report import save_report

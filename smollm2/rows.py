@@ -91,7 +91,7 @@ def _parquet_rows(raw: BinaryIO, start: int, column: str | None) -> Iterator[dic
 def _csv_rows(lines: io.TextIOBase, form: str) -> Iterator[dict]:
     csv.field_size_limit(2**31 - 1)  # a cell is a document; more is no C long on Windows
     first = next(lines, "")
-    # else by the spreadsheet's language
+    # a spreadsheet writes commas, semicolons or tabs, by the language it is set to
     delimiter = "\t" if form == "tsv" else next((c for c in ",;\t" if c in first), ",")
     rows = filter(None, csv.reader(chain([first], lines), delimiter=delimiter, strict=True))  # no empty lines
     header = next(rows, [])

@@ -30,12 +30,12 @@ from .data import InputFile, TokenData, check_length, note_on_passes
 from .dataset import Dataset, open_text
 from .drive import DriveMirror, check_places, newest_on_drive
 from .errors import CheckpointError, ConfigError, DataError, UserError
-from .files import dump_json, load_tensors, replace_durably, sha256_json
+from .files import dump_json, load_tensors, origin_name, replace_durably, sha256_json
 from .folder import absent_folders, clear, locked_folder, set_aside, tidy
 from .logs import CHECKPOINTS, Logs
 from .model import SmolLM2
 from .optim import Schedule, moments_by_name
-from .origin import origin_name, published_base, text_name, whereabouts
+from .origin import published_base, text_name, whereabouts
 from .parameters import parameter_count, training_bytes
 from .plan import (
     check_memory,
@@ -468,7 +468,8 @@ def schedule_of(train: TrainConfig, state: TrainState) -> Schedule:
 
 
 def _settle_differences(run: Run, state: TrainState) -> None:
-    """Say where an undisturbed run's bits cannot be expected. A micro-batch counts where it is asked anew."""
+    """Say where an undisturbed run's bits cannot be expected. A micro-batch counts where another one is asked
+    for."""
     before = {"micro_batch": str(state.micro_batch_size)} | run.saver.newest.facts.get("fingerprint", {})
     now = hardware.fingerprint(run.device, run.precision, run.config)
     changes = [f"{key}: {before[key]} -> {now[key]}" for key in now if before.get(key, now[key]) != now[key]]

@@ -1,7 +1,7 @@
 """A text file -> checked, normalised pieces -> documents and splits.
 
-Nothing here ever holds a whole file. The last 10 % of a text is held out. A line `<|endoftext|>` (with its
-newline) ends a document.
+Nothing here ever holds a whole file. The end of a text (`data.held_out_fraction`, a tenth) is held out. A
+line `<|endoftext|>` (with its newline) ends a document.
 """
 
 from __future__ import annotations

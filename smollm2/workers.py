@@ -55,9 +55,8 @@ def check_workers(place: PlaceConfig, gpus: int) -> None:
     if by in names and (started := _number(names[by], 1)) != world:
         asked = f"--devices {place.devices} x --num_nodes {place.num_nodes} = {world}"
         raise ConfigError(f"{by} started {started} processes, but {asked}: processes on a machine x machines")
-    if (
-        by == "Lightning" and world > 1
-    ):  # which tells the processes that it starts their rank in this way, too
+    # Lightning tells the processes that it starts their rank in this way, too
+    if by == "Lightning" and world > 1:
         if "LOCAL_RANK" not in os.environ:
             os.environ[LAUNCHED_BY] = str(os.getpid())
             if place.num_nodes == 1:  # it would believe these, and wait for another machine

@@ -11,8 +11,8 @@ from smollm2.checkpoint import FINAL_NAMES, step_name, verify
 from smollm2.config import DataConfig, RunConfig, SmolLM2Config
 from smollm2.errors import ConfigError
 from smollm2.export import export
+from smollm2.files import origin_name
 from smollm2.logs import TRAINING, numbers, read_log
-from smollm2.origin import origin_name
 from smollm2.progress import Reporter
 from smollm2.state import read_state
 from smollm2.training import train
