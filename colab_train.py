@@ -91,8 +91,8 @@ def main(argv: list[str] | None = None) -> int:
         config, train = prepare(argv)
     result = train(config, began=BEGAN)
 
+    from smollm2.distributed import is_first_worker
     from smollm2.signals import OUT_OF_TIME
-    from smollm2.workers import is_first_worker
 
     if is_first_worker(config.run):
         print(f"\n{result.table()}")

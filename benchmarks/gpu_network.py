@@ -92,7 +92,7 @@ def attention_kernels(bench: Bench, dtype: torch.dtype, device: torch.device) ->
     def stage(name: str, *arguments) -> None:
         calls.clear()
         model(*arguments)
-        found[name] = calls[0] if calls else "products over blocks of queries: attention.py"
+        found[name] = calls[0] if calls else "products over blocks of queries: cpu_attention.py"
 
     with mock.patch.object(F, "scaled_dot_product_attention", spy):
         stage("training", ids)

@@ -80,8 +80,8 @@ from smollm2.device import choose_device, choose_precision, choose_preset  # GPU
 from smollm2.errors import UserError  # what a person can mend
 from smollm2.logs import CHECKPOINTS, TRAINING, read_log  # what a run wrote down
 from smollm2.notebook import data_plots, lesson  # colours; checks and guesses
+from smollm2.notebook.drive_fallback import keep_training, kept  # kept: a list of checkpoints
 from smollm2.notebook.panel import live_panel  # a run's curves while it runs
-from smollm2.notebook.steadfast import keep_training, kept  # kept: a list of checkpoints
 from smollm2.optim import Schedule  # the learning rate of each step
 from smollm2.parameters import parameter_count, training_bytes  # notebook 2
 from smollm2.progress import Reporter  # is told what a run does; this one is silent

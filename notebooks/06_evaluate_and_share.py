@@ -67,7 +67,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from smollm2 import SmolLM2, load_config, plots, train, widgets
-from smollm2.chat import CHATML, default_template, encode_conversation
+from smollm2.chat_data import CHATML, default_template, encode_conversation
 from smollm2.conversation import render_chat
 from smollm2.device import choose_device
 from smollm2.errors import UserError

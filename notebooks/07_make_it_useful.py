@@ -63,7 +63,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from smollm2 import load_config, plots, train, widgets
-from smollm2.chat import CHATML, PLAIN, ChatFile, encode_conversation, read_conversations
+from smollm2.chat_data import CHATML, PLAIN, ChatFile, encode_conversation, read_conversations
 from smollm2.conversation import Conversation, chat_template, render_chat
 from smollm2.device import choose_device
 from smollm2.errors import UserError

@@ -132,7 +132,9 @@ class DataConfig(_Section):
 
     input_file: Annotated[Text, After(os.path.expanduser)] = "input.txt"
     dataset: Place | None = None  # ID[:CONFIG][@SPLIT] of the Hub, a folder, a file; or A=0.7,B=0.3
-    chat_file: Place | None = None  # conversations whose answers are learned, instead of a text; see chat.py
+    chat_file: Place | None = (
+        None  # conversations whose answers are learned, instead of a text; see chat_data.py
+    )
     dataset_column: Text | None = None  # None: text, or what must be it; see dataset.py
     dataset_tokens: int | None = Field(None, ge=1000)  # to read; None: enough for every step, once
     tokenizer: Place = "auto"  # or a Hub id, a tokenizer.json, a folder that holds one

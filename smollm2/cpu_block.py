@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from .attention import backward_in_blocks, can_attend_in_blocks, forward_in_blocks
+from .cpu_attention import backward_in_blocks, can_attend_in_blocks, forward_in_blocks
 from .loss import matmul_dtype
 
 
@@ -76,7 +76,7 @@ class _Block(torch.autograd.Function):
         scale_1 = _inverse_rms(flat, eps)
         normed = (flat * scale_1).mul_(gain_1).to(dtype)
         qkv = (normed @ _fused(dtype, q, k, v).T).view(batch, time, -1, dim)  # (B, T, H + 2K, D)
-        # where they go, the heads of a group are the rows of one product (attention.py)
+        # where they go, the heads of a group are the rows of one product (cpu_attention.py)
         queries = qkv.new_empty(batch, kv_heads, time, groups, dim)
         keys, values = qkv.new_empty(2, batch, kv_heads, time, dim)
         cos, sin = cos.view(time, 1, 1, -1), sin.view(time, 1, 1, -1)

@@ -38,13 +38,13 @@ from .data import (
     write_tokens,
 )
 from .device import tokens_to_learn_from
+from .distributed import OPENED
 from .errors import CheckpointError, DataError, is_terminal
 from .files import dump_json, origin_name, replace_durably, sha256_bytes, sha256_json, strict_json
-from .rows import KINDS, kind, opened, table
+from .tables import KINDS, kind, opened, table
 from .text import END_OF_TEXT, SEPARATOR, decoded, documents
 from .token_text import spelled
 from .tokenizer import Tokenizer
-from .workers import OPENED
 
 SAMPLE_ROWS = 100  # that tell which columns hold text
 ADVICE = "choose one with --set data.dataset_column=NAME"

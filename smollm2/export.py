@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .card import model_card
-from .chat import PLAIN
+from .chat_data import PLAIN
 from .checkpoint import enclosing_checkpoint
 from .config import SmolLM2Config
 from .conversation import chat_template, render_chat, special_tokens, stop_ids, tokenizer_config

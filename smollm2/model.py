@@ -4,7 +4,7 @@ block as one function of the same mathematics (`cpu_block.py`).
 Notable:
 * the tensors carry transformers' `LlamaForCausalLM` names, so saving and loading is an identity;
 * grouped-query attention: 9 query heads share 3 key/value heads, in PyTorch's fused kernel or, on a CPU, by
-  blocks of queries (`attention.py`);
+  blocks of queries (`cpu_attention.py`);
 * RoPE rotates halves (first half against second half), as transformers does;
 * RMSNorm before attention, before the MLP and at the end; SwiGLU; no biases; output tied to the input;
 * the loss never materialises all logits (`loss.py`); generation keeps a preallocated KV cache.
@@ -24,9 +24,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import weights
-from .attention import can_attend_in_blocks, causal_attention
 from .checkpoint import MANIFEST, verify
 from .config import SmolLM2Config
+from .cpu_attention import can_attend_in_blocks, causal_attention
 from .cpu_block import cpu_block, trains_in_one_function
 from .device import plain_defaults
 from .errors import CheckpointError

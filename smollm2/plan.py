@@ -20,8 +20,8 @@ import numpy as np
 import psutil
 import torch
 
-from .attention import BLOCK, KEPT_BYTES
 from .config import RunConfig, SmolLM2Config
+from .cpu_attention import BLOCK, KEPT_BYTES
 from .dataset import open_text
 from .device import (
     Precision,

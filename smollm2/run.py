@@ -22,12 +22,13 @@ from pydantic import ValidationError
 
 from . import __version__, weights
 from . import device as hardware
-from .chat import ChatFile
+from .chat_data import ChatFile
 from .checkpoint import FINAL_NAMES, MANIFEST, Manifest, candidates, newest_usable, verify
 from .config import RunConfig, TrainConfig, problems
 from .conversation import render_chat
 from .data import InputFile, TokenData, check_length, note_on_passes
 from .dataset import Dataset, open_text
+from .distributed import announce_open, check_workers, is_first_worker, use_own_gpu, wait_until_open
 from .drive import DriveMirror, check_places, newest_on_drive
 from .errors import CheckpointError, ConfigError, DataError, UserError
 from .files import dump_json, load_tensors, origin_name, replace_durably, sha256_json
@@ -53,7 +54,6 @@ from .settings import read_yaml
 from .state import TrainState, check_unchanged, fixed_settings, read_state, restore_rng, rng_tensors
 from .text import END_OF_TEXT, source_identity
 from .tokenizer import Tokenizer, choose_tokenizer
-from .workers import announce_open, check_workers, is_first_worker, use_own_gpu, wait_until_open
 
 BPE_TRAINING_CHARACTERS = 2**26  # enough for any vocabulary
 

@@ -22,6 +22,7 @@ from .checkpoint import step_name
 from .config import RunConfig
 from .data import BatchOrder, BatchStream
 from .device import autocast, free_unused_memory, kept_memory, plain_defaults, repeatable_sums, sharing_cores
+from .distributed import import_lightning, make_trainer
 from .errors import MemoryStop, disk_failures_named, is_out_of_memory
 from .evaluate import score_tokens
 from .guard import NumericGuard, make_scaler, update_scale
@@ -34,7 +35,6 @@ from .run import Run, load, open_run, schedule_of
 from .sampling import complete
 from .signals import LOST_READER, OUT_OF_TIME, StopSignals
 from .state import TrainState
-from .workers import import_lightning, make_trainer
 
 SPEED_WINDOW = 20  # steps that tokens/s is the mean of
 pl = import_lightning()

@@ -22,7 +22,7 @@ from tiny_models import (
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from smollm2 import SmolLM2, Tokenizer
-from smollm2.chat import PLAIN
+from smollm2.chat_data import PLAIN
 from smollm2.conversation import chat_template, render_chat, special_tokens, stop_ids, tokenizer_config
 from smollm2.errors import ConfigError, UserError
 from smollm2.export import export, main

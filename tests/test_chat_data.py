@@ -12,7 +12,7 @@ from conftest import Heard
 from tiny_models import instruct, real_data
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from smollm2 import chat
+from smollm2 import chat_data as chat
 from smollm2.config import SmolLM2Config
 from smollm2.conversation import Conversation
 from smollm2.errors import DataError

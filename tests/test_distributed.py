@@ -11,10 +11,10 @@ import torch
 
 from smollm2 import run
 from smollm2.config import PlaceConfig
+from smollm2.distributed import LAUNCHED_BY, check_workers, is_first_worker
 from smollm2.errors import ConfigError
 from smollm2.logs import CHECKPOINTS, TRAINING, read_log
 from smollm2.progress import Reporter
-from smollm2.workers import LAUNCHED_BY, check_workers, is_first_worker
 from tests.soak import command_line, small_config
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}

@@ -4,7 +4,7 @@ import pytest
 
 from smollm2.checkpoint import commit
 from smollm2.errors import BusyError, ConfigError, NoUsableCheckpoint
-from smollm2.notebook.steadfast import keep_training, kept
+from smollm2.notebook.drive_fallback import keep_training, kept
 from smollm2.settings import load_config
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
-import smollm2.attention as attention
+import smollm2.cpu_attention as attention
 import smollm2.model as network
 
 
