@@ -40,6 +40,49 @@ SPEED_WINDOW = 20  # steps that tokens/s is the mean of
 pl = import_lightning()
 
 
+def train(config: RunConfig, reporter: Reporter | None = None, began: float | None = None) -> TrainResult:
+    """Train as `config` says, or continue where the output directory stands.
+
+    Ends at `train.max_steps` with `final_model.ckpt`; with `train.continue_steps` a fresh trainer resumes
+    from that and ends with `final_continued_model.ckpt`. Ctrl-C, SIGTERM and SIGHUP finish the step, save and
+    return (`result.stopped_by`). `began`: `time.monotonic()` that minutes count from, else now. Raises
+    `UserError` subclasses; their `exit_code` says which kind.
+    """
+    began, result, reporter = began or time.monotonic(), TrainResult(), reporter or TerminalReporter()
+    signals = StopSignals(reporter.message)
+    with (
+        disk_failures_named(config.run.output_dir),
+        plain_defaults(),
+        repeatable_sums(config.train.deterministic),
+        kept_memory(),
+        sharing_cores(),
+        open_run(config, reporter, began) as run,
+        signals,
+    ):
+        for target, final_name in run.phases_to_do():
+            if run.step == target:
+                if run.is_first_worker:
+                    run.saver.copy_newest(final_name)
+            elif signals.received is None:
+                run_phase(run, target, final_name, signals, result)
+        return complete_result(result, run, signals.over(), time.monotonic() - began)
+
+
+def run_phase(run: Run, target: int, final_name: str, signals: StopSignals, result: TrainResult) -> None:
+    """Train from the newest checkpoint (or from nothing) to step `target` with a fresh trainer."""
+    model, state, moments = load(run)
+    loop = TrainingLoop(run, model, state, moments, target, final_name, signals, result)
+    trainer = make_trainer(run.config.run, run.device)
+    rank, world = trainer.global_rank, run.world_size
+    batches = BatchStream(run.data.train.tokens, loop.order, state.position, rank, world)
+    try:
+        trainer.fit(loop, batches)
+    except SystemExit:  # Lightning's answer to a second Ctrl-C
+        raise KeyboardInterrupt from None
+    finally:
+        run.reporter.end()
+
+
 class TrainingLoop(pl.LightningModule):
     """One phase of a run, from where `state` stands to step `target`, saved there as `final_name`."""
 
@@ -255,46 +298,3 @@ class TrainingLoop(pl.LightningModule):
             self.run.saver.wait(for_step=self.state.step)
             self.run.report_saves()
         self.trainer.strategy.barrier()
-
-
-def run_phase(run: Run, target: int, final_name: str, signals: StopSignals, result: TrainResult) -> None:
-    """Train from the newest checkpoint (or from nothing) to step `target` with a fresh trainer."""
-    model, state, moments = load(run)
-    loop = TrainingLoop(run, model, state, moments, target, final_name, signals, result)
-    trainer = make_trainer(run.config.run, run.device)
-    rank, world = trainer.global_rank, run.world_size
-    batches = BatchStream(run.data.train.tokens, loop.order, state.position, rank, world)
-    try:
-        trainer.fit(loop, batches)
-    except SystemExit:  # Lightning's answer to a second Ctrl-C
-        raise KeyboardInterrupt from None
-    finally:
-        run.reporter.end()
-
-
-def train(config: RunConfig, reporter: Reporter | None = None, began: float | None = None) -> TrainResult:
-    """Train as `config` says, or continue where the output directory stands.
-
-    Ends at `train.max_steps` with `final_model.ckpt`; with `train.continue_steps` a fresh trainer resumes
-    from that and ends with `final_continued_model.ckpt`. Ctrl-C, SIGTERM and SIGHUP finish the step, save and
-    return (`result.stopped_by`). `began`: `time.monotonic()` that minutes count from, else now. Raises
-    `UserError` subclasses; their `exit_code` says which kind.
-    """
-    began, result, reporter = began or time.monotonic(), TrainResult(), reporter or TerminalReporter()
-    signals = StopSignals(reporter.message)
-    with (
-        disk_failures_named(config.run.output_dir),
-        plain_defaults(),
-        repeatable_sums(config.train.deterministic),
-        kept_memory(),
-        sharing_cores(),
-        open_run(config, reporter, began) as run,
-        signals,
-    ):
-        for target, final_name in run.phases_to_do():
-            if run.step == target:
-                if run.is_first_worker:
-                    run.saver.copy_newest(final_name)
-            elif signals.received is None:
-                run_phase(run, target, final_name, signals, result)
-        return complete_result(result, run, signals.over(), time.monotonic() - began)
