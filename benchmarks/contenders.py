@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 
 from smollm2.config import SmolLM2Config, TrainConfig
+from smollm2.cpu_decoder import FastDecoder
 from smollm2.device import choose_decoding, choose_precision
 from smollm2.errors import ConfigError
-from smollm2.fast_decoder import FastDecoder
 from smollm2.model import SmolLM2
 from smollm2.optim import make_optimizer
 from smollm2.sampling import stream

@@ -76,8 +76,8 @@ from transformers.models.llama import modeling_llama as theirs  # transformers' 
 import smollm2.model as ours  # this project's model, to compare with
 from smollm2 import SmolLM2, SmolLM2Config, plots, widgets
 from smollm2.errors import UserError
-from smollm2.notebook import data_plots, lesson  # lesson: the checks ✔ and the questions ?
-from smollm2.notebook.data_plots import here, show_tables  # the map; tables of numbers
+from smollm2.notebook import diagrams, lesson  # lesson: the checks ✔ and the questions ?
+from smollm2.notebook.diagrams import here, show_tables  # the map; tables of numbers
 from smollm2.tokenizer import Tokenizer
 from smollm2.weights import resolve
 
@@ -670,7 +670,7 @@ steps = [(n, f"({a})\n{b}") for n, a, b in zip(names, shapes, sizes, strict=True
 K = full.num_key_value_heads
 title = f"Shapes through attention, at SmolLM2's size (10 tokens; k and v have {K} heads)"
 alt = ", ".join(f"{name} ({shape})" for name, shape in zip(names, shapes, strict=True))
-plots.show(data_plots.flow(title, steps), f"{title}: {alt}.".replace("\n", " "))
+plots.show(diagrams.flow(title, steps), f"{title}: {alt}.".replace("\n", " "))
 
 # %% [markdown] id="swiglu"
 # **✎ Exercise**: give your `attend` a window, so that a position sees itself and only the 4 before it. (If you left it empty,

@@ -73,7 +73,7 @@ from smollm2 import SmolLM2, SmolLM2Config, Tokenizer, load_config, plots, widge
 from smollm2.data import BatchOrder, BatchStream, prepare_tokens
 from smollm2.errors import UserError
 from smollm2.evaluate import compression_bits_per_byte, score_tokens
-from smollm2.notebook import data_plots, lesson
+from smollm2.notebook import diagrams, lesson
 from smollm2.text import documents, read_split, split_bytes
 from smollm2.tokenizer import END_OF_TEXT, SMOLLM2_TOKENIZER, load_tokenizer
 
@@ -133,7 +133,7 @@ lesson.predict(
 
 # %% cellView="form" id="token-figure" tags=["figure"]
 # @title Figure: tokens { display-mode: "form" }
-fig = data_plots.token_strip(tokenizer, ids, f"{len(ids)} tokens: text (· is a blank) and id")
+fig = diagrams.token_strip(tokenizer, ids, f"{len(ids)} tokens: text (· is a blank) and id")
 alt = f"The sentence cut into {len(ids)} boxes, each with its text and its number; "
 plots.show(fig, alt + "a blank belongs to the word after it.")
 
@@ -162,7 +162,7 @@ def show_tokens(text, entries):
     ids = tokenizers[entries].encode(text)
     title = f"{entries:,} entries: {len(text.encode())} bytes are {len(ids)} tokens"
     more = " (the first 150)" if len(ids) > 150 else ""
-    fig = data_plots.token_strip(tokenizers[entries], ids[:150], title + more)
+    fig = diagrams.token_strip(tokenizers[entries], ids[:150], title + more)
     return fig, f"{title}, drawn as boxes with text and id{more}."
 
 
@@ -406,7 +406,7 @@ steps += [("inputs:\nall but the last", f"(B, T)\n{tuple(inputs.shape)}")]
 steps += [("model:\nlogits", f"(B, T, V)\n{(*inputs.shape, tokenizer.vocab_size)}")]
 steps += [("loss against\nthe targets", "one number")]
 alt = "Shapes: " + ", ".join(" ".join(step) for step in steps).replace("\n", " ")
-fig = data_plots.flow(
+fig = diagrams.flow(
     "From text to a loss; the targets, all but the first, go round", steps, [(2, 5)]
 )
 plots.show(fig, f"{alt}. The targets go past the model to the loss.")
@@ -450,7 +450,7 @@ titles = f"Padded: {empty} of it teaches nothing", f"Packed into rows of {row}: 
 fig, axes = plots.figure(9, 0.9 + 0.22 * B, columns=2, sharey=True)
 for ax, title, bars in zip(axes, titles, (padded, packed), strict=True):
     for piece, y, left, right in bars:
-        tint = data_plots.TINTS[piece % len(data_plots.TINTS)]
+        tint = diagrams.TINTS[piece % len(diagrams.TINTS)]
         ax.barh(y, right - left, 0.8, left, color=tint, edgecolor="black")
         if right - left > width / 16:  # wide enough for its number
             ax.text((left + right) / 2, y, str(piece + 1), ha="center", va="center", fontsize=8)

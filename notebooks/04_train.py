@@ -79,7 +79,7 @@ from smollm2.dataset import Source  # a text of the Hub
 from smollm2.device import choose_device, choose_precision, choose_preset  # GPU or CPU?
 from smollm2.errors import UserError  # what a person can mend
 from smollm2.logs import CHECKPOINTS, TRAINING, read_log  # what a run wrote down
-from smollm2.notebook import data_plots, lesson  # colours; checks and guesses
+from smollm2.notebook import diagrams, lesson  # colours; checks and guesses
 from smollm2.notebook.drive_fallback import keep_training, kept  # kept: a list of checkpoints
 from smollm2.notebook.panel import live_panel  # a run's curves while it runs
 from smollm2.optim import Schedule  # the learning rate of each step
@@ -213,7 +213,7 @@ words = [tokenizer.decode([number]).replace(" ", "·") for number in one_batch[0
 style = {"ha": "center", "va": "center", "fontsize": 9, "family": "monospace", "clip_on": True}
 for x in range(8):
     for y, column in ((1, x), (0, x - 1)):  # as an input, and one place earlier as a target
-        tint = data_plots.TINTS[x % 5]
+        tint = diagrams.TINTS[x % 5]
         left.barh(y, 0.9, 0.5, column - 0.45, color=tint, edgecolor=plots.GREY)
         left.text(column, y, words[x], **style)
     left.annotate("", (x, 0.27), (x, 0.73), arrowprops={"arrowstyle": "-|>"})

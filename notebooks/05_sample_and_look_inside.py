@@ -71,7 +71,7 @@ from smollm2.device import choose_device
 from smollm2.errors import UserError
 from smollm2.evaluate import score_tokens
 from smollm2.logs import SAMPLES, read_log
-from smollm2.notebook import data_plots, lesson, sampler, token_view
+from smollm2.notebook import diagrams, lesson, sampler, token_view
 from smollm2.notebook.inspect_model import logit_lens, look_inside, token_probabilities
 from smollm2.notebook.own_run import own_run
 from smollm2.origin import recorded
@@ -151,7 +151,7 @@ steps += [("the last\nrow", entries), ("temperature,\nsoftmax", entries)]
 steps += [("cut the tail\n(section 3)", entries), ("draw one:\nits id", "one number")]
 title = "One token is written; its id joins the text, and all begins again"
 alt = "Steps: " + ", ".join(" ".join(step) for step in steps).replace("\n", " ")
-plots.show(data_plots.flow(title, steps, [(5, 0)]), f"{alt}; an arrow leads back to the text.")
+plots.show(diagrams.flow(title, steps, [(5, 0)]), f"{alt}; an arrow leads back to the text.")
 
 # %% cellView="form" id="temperature-figure" tags=["figure"]
 # @title Figure: a long tail { display-mode: "form" }

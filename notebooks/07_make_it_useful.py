@@ -71,7 +71,7 @@ from smollm2.evaluate import score_tokens
 from smollm2.export import export
 from smollm2.logs import TRAINING, read_log
 from smollm2.loss import inputs_and_targets
-from smollm2.notebook import data_plots, lesson
+from smollm2.notebook import diagrams, lesson
 from smollm2.notebook.own_run import own_run
 from smollm2.notebook.panel import live_panel
 from smollm2.pretrained import load_model_and_tokenizer
@@ -202,7 +202,7 @@ def masked(row):
         tints.append("#f0ab2e" if i >= 0 else "#eeeeee")  # not by the hue alone
     count = sum(i >= 0 for i in row[:90])
     told = f"{len(ids)} tokens are read, {count} of them learned (darker, orange)"
-    return data_plots.token_strip(tokenizer, ids, told, tints), f"A conversation: {told}."
+    return diagrams.token_strip(tokenizer, ids, told, tints), f"A conversation: {told}."
 
 
 plots.show(*masked(row.tolist()))

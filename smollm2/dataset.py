@@ -41,7 +41,7 @@ from .device import tokens_to_learn_from
 from .distributed import OPENED
 from .errors import CheckpointError, DataError, is_terminal
 from .files import dump_json, origin_name, replace_durably, sha256_bytes, sha256_json, strict_json
-from .tables import KINDS, kind, opened, table
+from .readers import KINDS, kind, opened, table
 from .text import END_OF_TEXT, SEPARATOR, decoded, documents
 from .token_text import spelled
 from .tokenizer import Tokenizer

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from .checkpoint import MANIFEST, verify
+from .cpu_decoder import fast_decoder
 from .device import choose_decoding, choose_device
 from .errors import CheckpointError
-from .fast_decoder import fast_decoder
 from .model import SmolLM2
 from .tokenizer import Tokenizer
 from .weights import OPTIONAL_FILES, resolve

@@ -27,7 +27,7 @@ def go_on():
 def address(tmp_path_factory, go_on):
     pytest.importorskip("gradio", reason="pip install gradio")
     from smollm2 import app
-    from smollm2.fast_decoder import FastDecoder
+    from smollm2.cpu_decoder import FastDecoder
 
     write = FastDecoder.next_logits
 

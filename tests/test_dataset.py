@@ -25,13 +25,13 @@ from huggingface_hub import HfApi
 from tiny_models import metaspace_tokenizer
 
 import smollm2.data as data_module
-import smollm2.tables as rows_module
+import smollm2.readers as rows_module
 from smollm2.config import DataConfig
 from smollm2.data import TokenData, prepare_tokens
 from smollm2.dataset import Dataset
 from smollm2.errors import DataError, UserError
 from smollm2.folder import absent_folders, clear
-from smollm2.tables import _json_rows
+from smollm2.readers import _json_rows
 from smollm2.tokenizer import END_OF_TEXT, Tokenizer
 from smollm2.training import train
 from tests.soak import small_config

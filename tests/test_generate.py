@@ -20,9 +20,9 @@ from transformers import LlamaForCausalLM
 from smollm2 import conversation
 from smollm2.checkpoint import commit
 from smollm2.conversation import Conversation, render_chat, stop_ids
+from smollm2.cpu_decoder import fast_decoder
 from smollm2.errors import CheckpointError, UserError, run_command
 from smollm2.export import chatml_system
-from smollm2.fast_decoder import fast_decoder
 from smollm2.generate import main
 from smollm2.model import SmolLM2
 from smollm2.sampling import complete, prompt_ids, stream, stream_text

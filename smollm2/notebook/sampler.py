@@ -13,8 +13,8 @@ import ipywidgets
 import torch
 
 from .. import plots, widgets
+from ..cpu_decoder import fast_decoder
 from ..errors import UserError
-from ..fast_decoder import fast_decoder
 from ..sampling import prompt_ids, stream
 from .token_view import bars, coloured
 

@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from conftest import random_ids, transformers_twin
 from tiny_models import real_data, save_folder, tiny_model
 
+from smollm2.cpu_decoder import FastDecoder, product
 from smollm2.device import choose_decoding
 from smollm2.errors import ConfigError
 from smollm2.evaluate import score_file
-from smollm2.fast_decoder import FastDecoder, product
 from smollm2.pretrained import load_model_and_tokenizer, load_to_write
 
 # |error| / |logits|; int8 in rows of 64 rounds each product to 0.6 %, and some ten of them add up
