@@ -19,7 +19,6 @@ import contextlib
 import math
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -29,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, StringConstraints, V
 from typing_extensions import TypedDict
 
 from .errors import CheckpointError, NoUsableCheckpoint
-from .files import Content, commit_folder, dump_json, kind_of, sha256_file, sha256_json, strict_json
+from .files import Content, commit_folder, dump_json, kind_of, mark, sha256_file, sha256_json, strict_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -73,16 +72,22 @@ class Manifest(BaseModel):
 
 
 def commit(
-    parent: str | Path, name: str, files: dict[str, Content], run_id: str, step: int, facts: dict[str, Any]
-) -> Manifest:
+    parent: str | Path, name: str, files: dict[str, Content], run_id: str, step: int, facts: dict[str, Any],
+    best_step: int | None = None,
+) -> Manifest:  # fmt: skip
     """Write a checkpoint folder `parent/name` in one atomic step (see `files.commit_folder`); returns its
-    manifest."""
+    manifest. A final one that it replaces goes on under its step's name where that is the best."""
     target = Path(parent) / name
 
     def manifest(table: dict[str, dict]) -> Manifest:
         return Manifest(folder=target, run_id=run_id, step=step, files=table, facts=facts)
 
-    return manifest(commit_folder(target, files, lambda table: {MANIFEST: manifest(table).to_bytes()}))
+    kept = None
+    with contextlib.suppress(CheckpointError, OSError):
+        before = read_manifest(target).step
+        own = target.with_name(step_name(before))
+        kept = own if before == best_step and not own.exists() else None
+    return manifest(commit_folder(target, files, lambda table: {MANIFEST: manifest(table).to_bytes()}, kept))
 
 
 # --- reading ------------------------------------------------------------------------------------------------
@@ -192,14 +197,6 @@ def newest_usable(
     return None
 
 
-def keep_best(folder: Path, best_step: int | None) -> None:
-    """A final checkpoint that is about to be replaced goes on under its step's name where it is the best."""
-    with contextlib.suppress(CheckpointError, OSError):
-        step = read_manifest(folder).step
-        if step == best_step and not (aside := folder.with_name(step_name(step))).exists():
-            os.rename(folder, aside)
-
-
 def prune(checkpoint_dir: str | Path, keep_last: int, best_step: int | None, newest: Manifest) -> list[str]:
     """Keep `newest` (written just now), the step folders of the last `keep_last` saves, and the best; finals
     stay.
@@ -218,7 +215,7 @@ def prune(checkpoint_dir: str | Path, keep_last: int, best_step: int | None, new
         if not is_superseded and (kept < keep_last or int(match[1]) == best_step):
             kept += (path / MANIFEST).is_file()
             continue
-        leftover = path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")
+        leftover = path.with_name(f"{path.name}.tmp-{mark()}")
         os.rename(path, leftover)  # where this fails the folder is whole
         shutil.rmtree(leftover, ignore_errors=True)
         removed.append(path.name)

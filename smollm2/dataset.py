@@ -129,17 +129,15 @@ class Dataset:
     @cached_property
     def _first_two(self) -> list[int]:
         """Keys of the first two different documents: one is trained on, the other held out, so that no part
-        of a small dataset is empty. The first is trained on, but not a few words before a longer one. Only
-        one, where what is read has no other."""
-        sizes, first, second, room = {}, 0, 0, self.tokens * LONGEST_TOKEN
-        few = self.tokens // 4  # characters, of at most four tokens: more than these will be read
+        of a small dataset is empty. The first is trained on, but of only two the longer one. Only one, where
+        what is read has no other."""
+        sizes, room = {}, self.tokens * LONGEST_TOKEN
         for piece in chain.from_iterable(source.pieces() for source in self.sources.values()):
             sizes[piece.key] = sizes.get(piece.key, 0) + len(piece.text)
             room -= len(piece.text)
-            first, second = [*sizes.values(), 0][:2]
-            if room < 0 or len(sizes) > 2 or second > min(first, few):
+            if room < 0 or len(sizes) > 2:
                 break
-        return [*sizes][1::-1] if first < min(second, few) else [*sizes][:2]
+        return sorted(sizes, key=sizes.get, reverse=True) if len(sizes) == 2 else [*sizes][:2]
 
     def is_held_out(self, key: int) -> bool:
         if key in self._first_two:

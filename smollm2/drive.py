@@ -21,7 +21,16 @@ from functools import partial
 from pathlib import Path
 
 from . import drive_folder
-from .checkpoint import MANIFEST, Manifest, candidates, commit, enclosing_checkpoint, newest_usable, step_name
+from .checkpoint import (
+    FINAL_NAMES,
+    MANIFEST,
+    Manifest,
+    candidates,
+    commit,
+    enclosing_checkpoint,
+    newest_usable,
+    step_name,
+)
 from .config import PlaceConfig
 from .drive_errors import NotThere, explain
 from .drive_folder import Entry, check_place, entries, is_uploading, look, verified
@@ -274,7 +283,10 @@ def _copy_here(source: Path, checkpoint_dir: Path, say: Say) -> Path:
         if not log.is_file() or log.stat().st_size < len(data):
             log.parent.mkdir(exist_ok=True)
             replace_durably(log, data)
-    copy = commit(checkpoint_dir, step_name(there.step), files, there.run_id, there.step, there.facts)
+    # what ended a phase there ends it here, too: `--continue_steps` asks for that
+    ends = [name for name in FINAL_NAMES if source.name.startswith(f"{name.removesuffix('.ckpt')}-step-")]
+    name = ends[0] if ends else step_name(there.step)
+    copy = commit(checkpoint_dir, name, files, there.run_id, there.step, there.facts)
     say(f"checkpoint {source.name} copied from Drive: step {copy.step}, {copy.bytes:,} bytes verified")
     return copy.folder
 

@@ -145,8 +145,8 @@ def export(
     `model-q8_0.gguf`. Raises a `UserError` for anything wrong, before `out` is touched.
     """
     folder, target = resolve(checkpoint), Path(os.path.realpath(out))
-    remove_leftovers(target.parent, glob.escape(target.name))  # of an export that was killed
     check_out(target, folder)
+    remove_leftovers(target.parent, glob.escape(target.name))  # of an export that was killed
     if gguf not in (None, *GGUF_TYPES):
         raise ConfigError(f"--gguf {gguf}: expected one of {', '.join(GGUF_TYPES)}")
     with loading():

@@ -17,7 +17,7 @@ from typing import Any
 from .errors import CheckpointError
 
 CHUNK_BYTES = 2**20
-RANDOM = "[0-9a-f]" * 8  # what `secrets.token_hex(4)` gives, as a pattern
+RANDOM = "[0-9a-f]" * 8  # what `token_hex(4)` of `secrets` gives, as a pattern
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -99,19 +99,25 @@ def replace_durably(path: str | Path, data: bytes) -> None:
 Content = bytes | Callable[[Path], None]
 
 
+def mark() -> str:
+    """Eight characters for the name of a folder on its way, with a letter, so that no date is one."""
+    return f"{secrets.token_hex(4)[1:]}f"
+
+
 def commit_folder(
-    target: str | Path, files: dict[str, Content], closing: Callable[[dict[str, dict]], dict[str, bytes]]
-) -> dict[str, dict]:
+    target: str | Path, files: dict[str, Content], closing: Callable[[dict[str, dict]], dict[str, bytes]],
+    kept: Path | None = None,
+) -> dict[str, dict]:  # fmt: skip
     """Write the folder `target` in one atomic step; returns {file name: {"bytes": ..., "sha256": ...}}.
 
     `closing(table)` gives the files that are written last, such as a manifest. An earlier folder of that name
-    stays until the new one is whole. Raises OSError when the disk is full or failing: `target` is the earlier
-    one then (the new one where only the last sync failed). What a kill leaves behind is for
-    `remove_leftovers`.
+    stays until the new one is whole, and then goes, or on as `kept`. Raises OSError when the disk is full or
+    failing: `target` is the earlier one then (the new one where only the last sync failed). What a kill
+    leaves behind is for `remove_leftovers`.
     """
     target = Path(target)
-    temporary = target.with_name(f"{target.name}.tmp-{secrets.token_hex(4)}")
-    aside = target.with_name(f"{target.name}.old-{secrets.token_hex(4)}")
+    temporary = target.with_name(f"{target.name}.tmp-{mark()}")
+    aside = kept or target.with_name(f"{target.name}.old-{mark()}")
     try:
         temporary.mkdir()
         table = {}
@@ -133,22 +139,26 @@ def commit_folder(
         if aside.exists() and not target.exists():
             os.rename(aside, target)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    if not kept:
+        shutil.rmtree(aside, ignore_errors=True)
     return table
 
 
 def remove_leftovers(folder: Path, name: str = "*.ckpt") -> None:
     """Remove what a killed `commit_folder` leaves of `name`. What had stepped aside comes back where its
     successor never arrived. By their whole names: a folder that was chosen to write to may hold a person's
-    `notes.old-2025`, too."""
+    `notes.old-2025`, too, or `out.old-20251127`."""
     for path in sorted(folder.glob(f"{name}.old-{RANDOM}")):
-        target = path.with_name(path.name.split(".old-")[0])
+        if path.name[-8:].isdecimal():
+            continue
+        target = path.with_name(path.name[: -len(".old-12345678")])
         if target.exists():
             shutil.rmtree(path, ignore_errors=True)
         else:
             os.rename(path, target)
     for path in folder.glob(f"{name}.tmp-{RANDOM}"):
-        shutil.rmtree(path, ignore_errors=True)
+        if not path.name[-8:].isdecimal():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def origin_name(source: str | Path) -> str:

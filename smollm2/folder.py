@@ -54,7 +54,8 @@ def tidy(path: Path) -> None:
     for folder in (path, path / "checkpoints", path / "logs", path / "data", *path.glob("data/*")):
         remove_leftovers(folder)
         for path in folder.glob(".*.tmp-[0-9]*"):  # of `replace_durably`
-            path.unlink(missing_ok=True)
+            if path.is_file():
+                path.unlink()
 
 
 def set_aside(path: Path, say: Callable[[str], None]) -> None:

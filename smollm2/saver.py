@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .checkpoint import Manifest, candidates, commit, keep_best, prune
+from .checkpoint import Manifest, candidates, commit, prune
 from .errors import NumericStop, OutputLost, UserError
-from .files import Content, write_tensors
+from .files import Content, strict_json, write_tensors
 
 MAX_FAILED_SAVES = 3
 
@@ -55,8 +55,7 @@ class Saver:
     ) -> None:  # fmt: skip
         began, what = time.monotonic(), "save_failed"
         try:
-            keep_best(self.folder / name, best_step)
-            self.newest = commit(self.folder, name, contents, self.run_id, step, facts)
+            self.newest = commit(self.folder, name, contents, self.run_id, step, facts, best_step)
             self._failures, what = 0, "tidying_failed"
             seconds = {"seconds": round(time.monotonic() - began, 3), "blocked": round(blocked, 4)}
             saved = {"event": "saved", "name": name, "bytes": self.newest.bytes} | seconds
@@ -93,7 +92,8 @@ class Saver:
         """The newest checkpoint under another name, too: a run that has reached its end already."""
         source = self.newest
         files = {file: partial(shutil.copyfile, source.folder / file) for file in source.files}
-        self.newest = commit(self.folder, name, files, source.run_id, source.step, source.facts)
+        best = strict_json((source.folder / "state.json").read_bytes(), "state.json")["best"].get("step")
+        self.newest = commit(self.folder, name, files, source.run_id, source.step, source.facts, best)
 
 
 def _copy(tensors: dict[str, torch.Tensor], memory: dict[str, torch.Tensor]) -> None:

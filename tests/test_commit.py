@@ -6,6 +6,7 @@ strace kills a small process (`commit_child.py`) before every call of a save and
 import contextlib
 import errno
 import itertools
+import json
 import os
 import re
 import shutil
@@ -21,7 +22,7 @@ import torch
 from conftest import Heard
 
 from smollm2 import files, saver
-from smollm2.checkpoint import Manifest, candidates, newest_usable, prune, step_name, verify
+from smollm2.checkpoint import Manifest, candidates, commit, newest_usable, prune, step_name, verify
 from smollm2.errors import OutputLost
 from smollm2.files import remove_leftovers
 from smollm2.folder import tidy
@@ -295,6 +296,15 @@ def test_a_final_checkpoint_that_is_the_best_outlives_the_one_that_replaces_it(t
     writer.wait(for_step=40)
     found = {path.name: verify(path).step for path in tmp_path.iterdir()}
     assert found == {FINAL: 40, step_name(20): 20}
+
+
+def test_the_best_outlives_a_copy_of_the_newest_as_well(tmp_path):
+    for name, step in ((FINAL, 20), (step_name(40), 40)):
+        facts = {"state.json": json.dumps({"best": {"step": 20}}).encode()}
+        newest = commit(tmp_path, name, contents(step) | facts, "run", step, {})
+    saver.Saver(tmp_path, "run", keep_last=1, newest=newest).copy_newest(FINAL)
+    found = {path.name: verify(path).step for path in tmp_path.iterdir()}
+    assert found == {FINAL: 40, step_name(20): 20, step_name(40): 40}
 
 
 def test_what_a_kill_left_half_written_goes_at_the_next_start(tmp_path):

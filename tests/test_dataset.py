@@ -590,7 +590,8 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_shards(expected, kills):
             shutil.rmtree("out")
     assert child(SPEC).wait(100) == 0
     assert hashes() == expected and went_on
-    assert {path.suffix for path in Path("out").glob("data/*/*")} == {".bin", ".json"}
+    # `tidy` takes what begins with a dot, at the start of a run
+    assert {path.suffix for path in Path("out").glob("data/*/[!.]*")} == {".bin", ".json"}
     assert not place_of_record()
 
 

@@ -241,12 +241,13 @@ def test_an_export_that_was_killed_between_its_two_renames_is_not_lost(checkpoin
     out = export(checkpoint, tmp_path / "out")
     before = (out / "export.json").read_bytes()
     os.rename(out, tmp_path / "out.old-0123abcd")
-    for name in ("out.tmp-0123abcd", "out.old-2025", "x.tmp-0123abcd"):  # the last two are somebody's
+    theirs = {"out.old-2025", "out.old-20251127", "x.tmp-0123abcd"}  # somebody's
+    for name in ("out.tmp-0123abcd", *theirs):
         (tmp_path / name).mkdir()
     monkeypatch.setattr("smollm2.export.commit_folder", lambda *_: None)
     export(checkpoint, out, dtype="bf16")
     assert (out / "export.json").read_bytes() == before
-    assert {path.name for path in tmp_path.iterdir()} == {"out", "out.old-2025", "x.tmp-0123abcd"}
+    assert {path.name for path in tmp_path.iterdir()} == {"out", *theirs}
 
 
 WIDE = {"hidden_size": 128, "intermediate_size": 160, "initializer_range": 0.09}
