@@ -192,6 +192,8 @@ def test_a_copy_is_whole_and_durable_with_its_manifest_last_and_found_again(fake
     assert copies.copied == [30, 30] and set(fake.server_folders()) == {name}, "a resume copies nothing twice"
     copies.copy(save(tmp_path / "one", 50, name=FINAL_NAMES[0]))
     assert any(name.startswith("final_model-step-00000050-") for name in fake.server_folders())
+    # what ended a phase ends it on the next machine, too
+    assert restore(fake, tmp_path / "three", []).folder.name == FINAL_NAMES[0]
 
 
 def trouble(fake: FakeDrive, kind: int | str) -> None:
