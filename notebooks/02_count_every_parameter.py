@@ -271,6 +271,7 @@ def what_if(heads, width, depth, tied):
         start = 0
         for kind, count in group_totals(parameter_table(each)).items():
             style = {"color": KINDS[kind], "label": None if y else kind}
+            style["hatch"] = "//" * (kind == "MLP")  # orange and green are alike to some
             ax.barh(y, count / 1e6, left=start, edgecolor="white", **style)
             start += count / 1e6
         ax.text(start, y, f" {parameter_count(each):,}", va="center", fontsize=9)
@@ -543,6 +544,7 @@ for y, preset in enumerate(presets):
     for color, (name, size) in zip(plots.PALETTE, sizes.items(), strict=False):
         name = f"activations, 4 rows of {length}" if name == "rows" else name
         style = {"color": color, "edgecolor": "white", "hatch": "//" * name.startswith("act")}
+        style["hatch"] += ".." * (name == "gradients")  # not by its hue alone
         ax.barh(y, size, left=start, label=None if y else name, **style)
         start += size
     ax.text(start, y, f" {start:.1f} GiB", va="center", fontsize=8.5)
